@@ -1,0 +1,85 @@
+"""The command line: flags, mode, devices. Everything else lives in `shared_basis`.
+
+    python main.py                                                 trains the embedded default
+    python main.py --config=configs/cifar_resnet.py:resnet56       another recipe and network
+    python main.py --mode=evaluate --workdir=DIR                   scores a trained run
+    python main.py --mode=summary --config=…                       parameters and multiply-accumulates
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from shared_basis.config import check_field, from_config_dict
+from shared_basis.errors import UserError
+
+FLAGS = flags.FLAGS
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/digits_resnet.py", "Recipe, as FILE.py[:variant].")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "summary"], "What to do.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/<config>-<variant>.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "evaluate: latest, best, or a step.")
+_JSON = flags.DEFINE_bool("json", False, "Print the result as one JSON object; other lines go to standard error.")
+
+
+def parse(argv: list[str]) -> None:
+    """Parses the command line; raises `UserError` with one line for any mistake in it."""
+    for argument in argv[1:]:
+        name = argument.lstrip("-").split("=")[0]
+        if name.startswith("config."):
+            check_field(name.removeprefix("config."))
+    try:
+        rest = FLAGS(argv)
+        _ = _CONFIG.value.name  # a configuration file that is missing shows only on use
+    except Exception as error:  # a configuration file is code and may raise anything
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"{lines[0]} {lines[-1]}" if len(lines) > 1 else lines[0]) from error
+    if rest[1:]:
+        raise UserError(f"unexpected argument {rest[1]!r}; flags look like --mode=train, see --help.")
+
+
+def run() -> tuple[dict[str, Any], str]:
+    """Runs the mode asked for; returns its result, and the same for a person."""
+    # Imported here so that --help and mistakes in flags answer at once.
+    from shared_basis import data, evaluate, summary, train
+    from shared_basis.screen import Screen
+
+    config = from_config_dict(_CONFIG.value)
+    workdir = _WORKDIR.value or os.path.join("runs", config.name)
+    if _MODE.value == "summary":
+        spec = data.describe(config.data)
+        result = summary.compare_with_plain(config.model, len(spec.classes), spec.image_shape)
+        return result, summary.render(result)
+    if _MODE.value == "evaluate":
+        overrides = config_flags.get_override_values(FLAGS["config"])
+        result = evaluate.evaluate(workdir, _CHECKPOINT.value, overrides)
+        return result, evaluate.render(result)
+    with Screen(sys.stderr if _JSON.value else sys.stdout) as screen:
+        result = train.train(config, workdir, screen)
+    return result, train.render(result)
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0, 2 for the user's mistake, 128 + the signal's number when stopped by one."""
+    logging.set_verbosity(logging.ERROR)
+    app.define_help_flags()
+    try:
+        parse(argv)
+        result, text = run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "stopped", file=sys.stderr)
+        return getattr(interrupt, "exit_code", 130)
+    print(json.dumps(result) if _JSON.value else text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

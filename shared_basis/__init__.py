@@ -1,0 +1,19 @@
+"""Deeply shared filter bases (Kang & Kim) in JAX and Flax."""
+
+from shared_basis.basis import BasisConv, ElementSet, init_shared_bases
+from shared_basis.errors import UserError
+from shared_basis.models import create_model
+from shared_basis.official import load_official
+from shared_basis.orthogonality import add_orthogonality_penalty, orthogonality_diagnostics, orthogonality_penalty
+
+__all__ = [
+    "BasisConv",
+    "ElementSet",
+    "UserError",
+    "add_orthogonality_penalty",
+    "create_model",
+    "init_shared_bases",
+    "load_official",
+    "orthogonality_diagnostics",
+    "orthogonality_penalty",
+]

@@ -1,0 +1,303 @@
+"""The configuration: frozen dataclasses that hold every default, and their validation.
+
+A configuration file (`configs/*.py`) builds a `Config`, hands it to ml_collections as a `ConfigDict` so that
+`--config.a.b=value` can override any field, and `from_config_dict` turns the result back into a checked `Config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from shared_basis.errors import UserError
+
+PARAMETER_LABELS = ("basis", "coefficients", "kernel", "norm", "bias")
+"""Kinds of parameters that weight decay can be limited to; `shared_basis.params` assigns them."""
+
+
+def _require(condition: bool, field: str, value: Any, allowed: str) -> None:
+    """Raises `UserError` naming `field`, its `value` and what is `allowed`, unless `condition` holds."""
+    if not condition:
+        raise UserError(f"{field}={value!r}: must be {allowed}.")
+
+
+def _require_choice(field: str, value: str, choices: Sequence[str]) -> None:
+    """Raises `UserError` with the nearest choice unless `value` is one of `choices`."""
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{field}={value!r}: must be one of {', '.join(choices)}.{hint}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The network. `name` follows the naming grammar of `shared_basis.create_model`."""
+
+    name: str = "resnet20-s16u1-double"
+    stem: str = "cifar"
+    """'cifar' for small images (3×3 stem); further stems belong to networks for large images."""
+    dtype: str = "float32"
+    """Compute type: 'float32' or 'bfloat16'. Parameters, batch statistics and penalty are float32 always."""
+
+    def __post_init__(self) -> None:
+        _require_choice("model.stem", self.stem, ("cifar", "imagenet"))
+        _require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+
+
+DATA_NAMES = ("digits", "folder", "cifar10", "cifar100", "fashion_mnist")
+"""The data sets that `data.name` accepts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The images, and what is done to them before the network sees them."""
+
+    name: str = "digits"
+    """'digits' (embedded), 'folder' (a directory of images), or 'cifar10', 'cifar100', 'fashion_mnist' (by TFDS)."""
+    directory: str = ""
+    """folder: holds train/<class>/* and test/<class>/*. TFDS names: its data directory; empty is TFDS's default."""
+    manual_directory: str = ""
+    """TFDS names: holds source files downloaded by hand, for preparing the data set without a network."""
+    image_size: int = 0
+    """folder: height and width in pixels that images are brought to (resize, centre crop); 0 keeps their size."""
+    train_examples: int = 0
+    """Train on this many images, a fixed random subset that does not depend on the seed; 0 is all of them."""
+    test_examples: int = 0
+    """Test on this many images, a fixed random subset that does not depend on the seed; 0 is all of them."""
+    mean: tuple[float, ...] = (0.5,)
+    """Subtracted from each channel of an image in [0, 1]; one value per channel, or one for all."""
+    std: tuple[float, ...] = (0.5,)
+    """Divides each channel after that; one value per channel, or one for all."""
+    pad: int = 0
+    """Training only: zero pixels added on each side before a random crop to the original size."""
+    flip: bool = False
+    """Training only: mirror left and right with probability one half."""
+
+    def __post_init__(self) -> None:
+        _require_choice("data.name", self.name, DATA_NAMES)
+        for field in ("image_size", "train_examples", "test_examples", "pad"):
+            value = getattr(self, field)
+            _require(value >= 0, f"data.{field}", value, "0 or a positive whole number")
+        _require(self.image_size <= 1024, "data.image_size", self.image_size, "at most 1024 pixels")
+        if self.name == "folder":
+            _require(bool(self.directory), "data.directory", self.directory,
+                     "the directory that holds train/<class>/* and test/<class>/* when data.name='folder'")
+        elif self.image_size:
+            raise UserError(f"data.image_size={self.image_size}: only data.name='folder' is resized, and this is "
+                            f"data.name={self.name!r}; leave it at 0.")
+        for field in ("mean", "std"):
+            value = getattr(self, field)
+            _require(len(value) in (1, 3), f"data.{field}", value, "one value, or one for each of three channels")
+            _require(all(math.isfinite(v) for v in value), f"data.{field}", value, "finite")
+        _require(all(v > 0 for v in self.std), "data.std", self.std, "positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class OrthogonalityConfig:
+    """The orthogonality penalty of the loss `cross entropy + weight · penalty` (Kang & Kim, section 3.2)."""
+
+    weight: float = 10.0
+    """λ; 0 leaves the penalty out (it is still reported)."""
+    elements: str = "shared"
+    """Which basis elements count: 'shared' alone, or 'shared+unique' with the one-sided mask (CIFAR-10)."""
+    reduction: str = "mean"
+    """'mean' over the pairs that count (published), or their 'sum', whose pull does not fall as ranks grow."""
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.weight) and self.weight >= 0, "orthogonality.weight", self.weight,
+                 "0 or a positive number")
+        _require_choice("orthogonality.elements", self.elements, ("shared", "shared+unique"))
+        _require_choice("orthogonality.reduction", self.reduction, ("mean", "sum"))
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Stochastic gradient descent with momentum, weight decay and a learning rate schedule."""
+
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    """L2 coefficient, added to the gradient before momentum (as in PyTorch)."""
+    decay: tuple[str, ...] = PARAMETER_LABELS
+    """The kinds of parameters that decay: any of basis, coefficients, kernel, norm, bias. Published: all."""
+    schedule: str = "piecewise"
+    """'piecewise' (constant, multiplied by `factors` after the epochs `boundaries`) or 'cosine' (to 0)."""
+    boundaries: tuple[float, ...] = ()
+    factors: tuple[float, ...] = ()
+    warmup_epochs: float = 0.0
+    """Linear rise of the learning rate from 0, counted in epochs (fractions allowed)."""
+
+    def __post_init__(self) -> None:
+        for field, low in (("learning_rate", 0.0), ("weight_decay", 0.0), ("warmup_epochs", 0.0)):
+            value = getattr(self, field)
+            _require(math.isfinite(value) and value >= low, f"optimizer.{field}", value, "0 or a positive number")
+        _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "at least 0 and below 1")
+        for label in self.decay:
+            _require_choice("optimizer.decay", label, PARAMETER_LABELS)
+        _require_choice("optimizer.schedule", self.schedule, ("piecewise", "cosine"))
+        if self.schedule == "cosine":
+            _require(not self.boundaries and not self.factors, "optimizer.boundaries", self.boundaries,
+                     "empty, like optimizer.factors, when optimizer.schedule='cosine'")
+        _require(len(self.boundaries) == len(self.factors), "optimizer.factors", self.factors,
+                 f"as many as optimizer.boundaries={self.boundaries}")
+        rising = (self.warmup_epochs, *self.boundaries)
+        _require(all(a < b for a, b in itertools.pairwise(rising)), "optimizer.boundaries", self.boundaries,
+                 f"rising epochs after the warm-up of {self.warmup_epochs:g}")
+        _require(all(math.isfinite(f) and f > 0 for f in self.factors), "optimizer.factors", self.factors, "positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The length of training, the batches, and how often a run is evaluated and saved."""
+
+    epochs: int = 300
+    batch_size: int = 256
+    """Images a step, over all devices together. Images left over at the end of an epoch wait for another epoch."""
+    eval_batch_size: int = 1000
+    evaluate_every: int = 1
+    """Epochs between evaluations; each is followed by a checkpoint. The last epoch always counts."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            _require(value >= 1, f"train.{field.name}", value, "a positive whole number")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run. Two equal configurations on the same data compute the same parameters."""
+
+    name: str = "digits_resnet"
+    """Names the run: the default workdir is runs/<name>."""
+    seed: int = 0
+    """Seeds initialisation, the order of the images and their augmentation."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    orthogonality: OrthogonalityConfig = OrthogonalityConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name) and not set(self.name) & set("/\\"), "name", self.name, "a directory name")
+        _require(0 <= self.seed < 2**31, "seed", self.seed, "at least 0 and below 2^31")
+        for boundary in self.optimizer.boundaries:
+            _require(boundary < self.train.epochs, "optimizer.boundaries", self.optimizer.boundaries,
+                     f"below train.epochs={self.train.epochs}; when you shorten a run, scale them with it")
+        _require(self.optimizer.warmup_epochs < self.train.epochs, "optimizer.warmup_epochs",
+                 self.optimizer.warmup_epochs, f"below train.epochs={self.train.epochs}")
+
+
+LOCATION_FIELDS = ("data.directory", "data.manual_directory")
+"""Fields that say where files lie and not what is computed: a run may resume with other values of them."""
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Returns `config` as nested plain dicts that JSON can hold (tuples become lists)."""
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+    return plain(dataclasses.asdict(config))
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+    """Returns `config` as the mutable, type-checked `ConfigDict` that a `get_config` returns."""
+    return ml_collections.ConfigDict(dataclasses.asdict(config))
+
+
+def from_config_dict(tree: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
+    """Builds a validated `Config` from nested mappings, e.g. a `ConfigDict` or parsed JSON.
+
+    Absent fields take their defaults.
+
+    Raises:
+      UserError: a key is unknown (with the nearest known one), a value has the wrong type, or it is not allowed.
+    """
+    return _build(Config, tree.to_dict() if isinstance(tree, ml_collections.ConfigDict) else tree, "")
+
+
+def replace(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns `config` with fields given by dotted path replaced, e.g. `{'train.epochs': 3}`; checked like any other.
+
+    Raises:
+      UserError: as `from_config_dict`.
+    """
+    tree = dataclasses.asdict(config)
+    for path, value in values.items():
+        check_field(path)
+        *parents, last = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return from_config_dict(tree)
+
+
+def check_field(path: str) -> None:
+    """Raises `UserError` with the nearest field unless the dotted `path` names a field of `Config`."""
+    known = sorted(_flatten(dataclasses.asdict(Config())))
+    if path not in known:
+        raise UserError(_unknown(path, known))
+
+
+def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """Returns `{dotted path: (value, other value)}` for the fields that differ, `LOCATION_FIELDS` apart."""
+    mine, theirs = _flatten(dataclasses.asdict(config)), _flatten(dataclasses.asdict(other))
+    return {path: (mine[path], theirs[path]) for path in mine
+            if mine[path] != theirs[path] and path not in LOCATION_FIELDS}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves of nested mappings by dotted path."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _unknown(path: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown configuration field {path!r}.{hint} The fields are: {', '.join(known)}."
+
+
+def _build(cls: type, tree: Any, prefix: str) -> Any:
+    """Builds the dataclass `cls` from the mapping `tree`; `prefix` is its dotted path for messages."""
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{prefix.rstrip('.')}={tree!r}: must hold the fields of {cls.__name__}.")
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            raise UserError(_unknown(f"{prefix}{key}", [f"{prefix}{name}" for name in sorted(hints)]))
+    values = {}
+    for key, value in tree.items():
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            values[key] = _build(typing.cast(type, hint), value, f"{prefix}{key}.")
+        else:
+            values[key] = _convert(hint, value, f"{prefix}{key}")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """Returns `value` as the type `hint` (bool, int, float, str or a tuple of one of them), or raises `UserError`."""
+    if isinstance(hint, types.GenericAlias):
+        item = typing.get_args(hint)[0]
+        items = value if isinstance(value, (list, tuple)) else (value,)
+        if item is str:  # the command line gives --config.optimizer.decay=kernel,basis as one string
+            items = [part.strip() for text in items for part in str(text).split(",") if part.strip()]
+        return tuple(_convert(item, entry, path) for entry in items)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise UserError(f"{path}={value!r}: must be of type {hint.__name__}.")
+    return value

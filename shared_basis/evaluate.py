@@ -1,0 +1,121 @@
+"""Exact evaluation: every image is scored once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from shared_basis import data
+from shared_basis.checkpoints import Checkpoints
+from shared_basis.config import Config, DataConfig, replace
+from shared_basis.devices import make_mesh, replicated
+from shared_basis.errors import UserError
+from shared_basis.models import create_model
+from shared_basis.params import abstract_variables
+from shared_basis.steps import eval_step
+from shared_basis.workdir import Workdir
+
+Variables = Mapping[str, Any]
+
+
+def build_model(config: Config, spec: data.Spec) -> nn.Module:
+    """Returns the network of `config` for data of `spec`.
+
+    Raises:
+      UserError: as `create_model`, or the normalisation does not fit the channels of the images.
+    """
+    channels = spec.image_shape[2]
+    for field in ("mean", "std"):
+        values = getattr(config.data, field)
+        if len(values) not in (1, channels):
+            raise UserError(f"data.{field}={values}: the images have {channels} channel{'s' * (channels > 1)}; give "
+                            "one value, or one for each channel.")
+    return create_model(config.model.name, num_classes=len(spec.classes), stem=config.model.stem,
+                        dtype=jnp.dtype(config.model.dtype))
+
+
+def make_evaluator(model: nn.Module, config: DataConfig, split: data.Split, batch_size: int,
+                   mesh: Mesh) -> Callable[[Variables], dict[str, float]]:
+    """Returns a function that scores variables (`params`, `batch_stats`) on all images of `split`.
+
+    The images are placed on the devices once, in batches of about `batch_size` divided among them; the last batch is
+    filled with images that do not count. The function returns `loss` (mean cross entropy), `accuracy`, `accuracy_top5`
+    (both in [0, 1]) and `count`.
+    """
+    examples = len(split.labels)
+    size = -(-min(batch_size, examples) // mesh.size) * mesh.size
+    batches = -(-examples // size)
+    missing = batches * size - examples
+
+    def place(array: np.ndarray, fill: int) -> jax.Array:
+        padding = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
+        padded = np.pad(array, padding, constant_values=fill).reshape(batches, size, *array.shape[1:])
+        return jax.device_put(padded, NamedSharding(mesh, PartitionSpec(None, "data")))
+
+    images, labels = place(split.images, 0), place(split.labels, -1)
+    step = jax.jit(functools.partial(eval_step, model=model, data=config), out_shardings=replicated(mesh))
+
+    def evaluator(variables: Variables) -> dict[str, float]:
+        sums = [step(variables, images[i], labels[i]) for i in range(batches)]
+        # Added in float64 on the host, so that counts stay exact and the batch size does not show in the loss.
+        total = {name: float(sum(np.float64(batch[name]) for batch in jax.device_get(sums))) for name in sums[0]}
+        count = total["count"]
+        return {"loss": total["loss"] / count, "accuracy": total["correct"] / count,
+                "accuracy_top5": total["correct_top5"] / count, "count": count}
+
+    return evaluator
+
+
+def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Scores a checkpoint of `workdir` on the test images.
+
+    Args:
+      which: 'latest', 'best' or the number of a step.
+      overrides: fields of the run's configuration to replace by dotted path: those of `data`, where the images lie
+        elsewhere now, and `train.eval_batch_size`.
+
+    Returns:
+      `workdir`, `step`, `model`, `test_loss`, `test_accuracy`, `test_accuracy_top5` and `test_examples`.
+
+    Raises:
+      UserError: no such run or checkpoint, other overrides, or other data than the run was trained for.
+    """
+    run = Workdir(workdir)
+    config, record = run.load()
+    for path in overrides or {}:
+        if not path.startswith("data.") and path != "train.eval_batch_size":
+            raise UserError(f"--config.{path} cannot be changed for the trained run in {run.path}; only fields of "
+                            "data, and train.eval_batch_size, can.")
+    config = replace(config, overrides or {})
+    checkpoints = Checkpoints(run.checkpoints, read_only=True)
+    step = checkpoints.find(which)
+    spec = data.describe(config.data)
+    for field, now in (("classes", list(spec.classes)), ("image_shape", list(spec.image_shape))):
+        if now != record["data"][field]:
+            raise UserError(f"the images of data.name={config.data.name!r} have other {field.replace('_', ' ')} than "
+                            f"those that the run in {run.path} was trained on.")
+    model = build_model(config, spec)
+    mesh = make_mesh()
+    shapes = abstract_variables(model, spec.image_shape)
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), dict(shapes))
+    variables = checkpoints.restore_variables(step, target)
+    scores = make_evaluator(model, config.data, data.load_split(config.data, "test"), config.train.eval_batch_size,
+                            mesh)(variables)
+    return {"workdir": str(run.path), "step": step, "model": config.model.name, "test_loss": scores["loss"],
+            "test_accuracy": scores["accuracy"], "test_accuracy_top5": scores["accuracy_top5"],
+            "test_examples": int(scores["count"])}
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """Returns `evaluate`'s result as a line for a person."""
+    return (f"{result['model']} at step {result['step']:,} of {result['workdir']}: test accuracy "
+            f"{100 * result['test_accuracy']:.2f} %, top-5 {100 * result['test_accuracy_top5']:.2f} %, loss "
+            f"{result['test_loss']:.4f}, on {result['test_examples']:,} images")

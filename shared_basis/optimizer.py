@@ -1,0 +1,51 @@
+"""The learning rate schedule and the optax chain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+
+from shared_basis.basis import ElementSet
+from shared_basis.config import OptimizerConfig, OrthogonalityConfig
+from shared_basis.orthogonality import add_orthogonality_penalty
+from shared_basis.params import label_parameters
+
+
+def learning_rate_schedule(config: OptimizerConfig, epochs: int, steps_per_epoch: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the number of updates made so far.
+
+    Epochs of the configuration become the nearest whole steps; a piecewise rate falls at its boundary step.
+    """
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(config.learning_rate, epochs * steps_per_epoch - warmup)
+    else:
+        boundaries = [round(boundary * steps_per_epoch) - warmup for boundary in config.boundaries]
+        main = optax.piecewise_constant_schedule(
+            config.learning_rate, dict(zip(boundaries, config.factors, strict=True)))
+    if not warmup:
+        return main
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), main], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, orthogonality: OrthogonalityConfig, element_sets: Sequence[ElementSet],
+                   schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Returns the chain: orthogonality penalty, weight decay, SGD with momentum.
+
+    Both additions come before momentum, so that the chain equals descent on cross entropy + weight · penalty
+    + ½ weight_decay · ‖decaying parameters‖².
+    """
+    links = []
+    if orthogonality.weight and element_sets:
+        links.append(add_orthogonality_penalty(orthogonality.weight, element_sets, orthogonality.reduction))
+
+    def decays(params: Any) -> Any:
+        return jax.tree.map(lambda label: label in config.decay, label_parameters(params))
+
+    if config.weight_decay:
+        links.append(optax.add_decayed_weights(config.weight_decay, mask=decays))
+    links.append(optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov))
+    return optax.chain(*links)

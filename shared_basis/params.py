@@ -1,0 +1,87 @@
+"""What kind of parameter each one is, and how many parameters and multiply-accumulates a network has."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.tree_util import DictKey, tree_map_with_path
+
+Tree = Any
+
+LABELS = ("basis", "coefficients", "kernel", "norm", "bias")
+"""Kinds of parameters: filter basis elements (shared and unique), coefficients, ordinary kernels, scale and bias of
+batch normalisation, and biases of linear layers."""
+
+
+def label_parameters(params: Tree) -> Tree:
+    """Returns a tree like `params` that holds the label (one of `LABELS`) of every parameter, found by its path.
+
+    Raises:
+      ValueError: a parameter is of no known kind.
+    """
+    return tree_map_with_path(lambda path, _: _label(tuple(entry.key for entry in path if isinstance(entry, DictKey))),
+                              params)
+
+
+def _label(path: tuple[str, ...]) -> str:
+    parent, name = (path[-2] if len(path) > 1 else ""), path[-1]
+    if path[0] == "bases" or name == "unique":
+        return "basis"
+    if name in ("coefficients", "kernel"):
+        return name
+    if parent.endswith("norm") and name in ("scale", "bias"):
+        return "norm"
+    if name == "bias":
+        return "bias"
+    raise ValueError(f"parameter {'/'.join(path)} is of no known kind ({', '.join(LABELS)})")
+
+
+def count_parameters(params: Tree) -> dict[str, int]:
+    """Returns the number of parameters under each top-level name, arrays and abstract shapes alike."""
+    return {name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
+
+
+def count_macs(model: nn.Module, variables: Tree, image_shape: tuple[int, int, int]) -> dict[str, int]:
+    """Returns the multiply-accumulates of one image `[H, W, C]` under each top-level module, at evaluation.
+
+    Convolutions and matrix products count, each with all its taps, as in published tables (one MAC is two FLOPs).
+    They are read off the traced program, so that any Flax model can be counted; nothing is computed.
+    """
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images)
+    macs: Counter[str] = Counter()
+    for scope, count in _macs(jaxpr.jaxpr):
+        parts = [part for part in scope.split("/") if part != type(model).__name__]
+        macs[parts[0]] += count
+    return dict(macs)
+
+
+def _macs(jaxpr: Any, scope: str = "", repeats: int = 1) -> Iterator[tuple[str, int]]:
+    """Yields `(module path, multiply-accumulates)` for each convolution and matrix product of `jaxpr`."""
+    for eqn in jaxpr.eqns:
+        here = f"{scope}/{eqn.source_info.name_stack}".strip("/")
+        if eqn.primitive.name == "conv_general_dilated":
+            kernel, numbers = eqn.invars[1].aval, eqn.params["dimension_numbers"]
+            taps = math.prod(kernel.shape) // kernel.shape[numbers.rhs_spec[0]]
+            yield here, repeats * math.prod(eqn.outvars[0].aval.shape) * taps
+        elif eqn.primitive.name == "dot_general":
+            (contracting, _), _ = eqn.params["dimension_numbers"]
+            length = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracting)
+            yield here, repeats * math.prod(eqn.outvars[0].aval.shape) * length
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                body = getattr(inner, "jaxpr", inner)  # closed or open
+                if hasattr(body, "eqns"):
+                    yield from _macs(body, here, repeats * eqn.params.get("length", 1))
+
+
+def abstract_variables(model: nn.Module, image_shape: tuple[int, int, int]) -> Mapping[str, Tree]:
+    """Returns the shapes and dtypes of `model`'s variables for images `[H, W, C]`, without computing any."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), images)

@@ -1,0 +1,130 @@
+"""One training step and one evaluation step: pure functions, compiled by their caller."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import NamedSharding
+
+from shared_basis.basis import Array
+from shared_basis.config import DataConfig
+
+Tree = Any
+Metrics = dict[str, Array]
+
+
+class TrainState(struct.PyTreeNode):
+    """All that training carries from step to step. Order and augmentation follow from the seed and `step`."""
+
+    step: Array
+    """Updates made so far, int32."""
+    params: Tree
+    batch_stats: Tree
+    opt_state: optax.OptState
+    totals: Metrics
+    """Sums over the images of the running epoch so far: `loss` (cross entropy), `correct` and `count`, float32."""
+
+
+def create_train_state(model: nn.Module, optimizer: optax.GradientTransformation, seed: int,
+                       image_shape: tuple[int, int, int]) -> TrainState:
+    """Returns the state before the first step, initialised from `seed`, for images `[H, W, C]`."""
+    variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
+    params = variables["params"]
+    totals = {name: jnp.zeros(()) for name in ("loss", "correct", "count")}
+    return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params), totals)
+
+
+def epoch_order(seed: int, epoch: int | Array, examples: int) -> Array:
+    """Returns the order `[examples]` in which `epoch` visits the training images: a pure function of its arguments."""
+    return jax.random.permutation(_stream(seed, 0, epoch), examples)
+
+
+def _stream(seed: int, stream: int, index: int | Array) -> Array:
+    """Returns the random key of `index` in an independent stream of the seed (0: order, 1: augmentation)."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), index)
+
+
+def normalize(images: Array, config: DataConfig) -> Array:
+    """Maps uint8 images `[N, H, W, C]` to float32: scaled to [0, 1], less `mean`, over `std`."""
+    return (images.astype(jnp.float32) / 255 - jnp.asarray(config.mean)) / jnp.asarray(config.std)
+
+
+def augment(images: Array, key: Array, config: DataConfig) -> Array:
+    """Returns images `[N, H, W, C]`, each padded with zeros, cropped at random and mirrored at random."""
+    count, height, width, _ = images.shape
+    if config.pad:
+        pad = config.pad
+        padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        corners = jax.random.randint(jax.random.fold_in(key, 0), (count, 2), 0, 2 * pad + 1)
+        rows = corners[:, :1] + jnp.arange(height)
+        columns = corners[:, 1:] + jnp.arange(width)
+        images = padded[jnp.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    if config.flip:
+        mirrored = jax.random.bernoulli(jax.random.fold_in(key, 1), shape=(count, 1, 1, 1))
+        images = jnp.where(mirrored, images[:, :, ::-1], images)
+    return images
+
+
+def train_step(state: TrainState, images: Array, labels: Array, order: Array, *, model: nn.Module,
+               optimizer: optax.GradientTransformation, data: DataConfig, seed: int, batch_size: int,
+               batch_sharding: NamedSharding) -> tuple[TrainState, Metrics]:
+    """Makes one update, on the batch that `seed` and `state.step` determine.
+
+    Args:
+      state: the state to go on from.
+      images: all training images, uint8 `[N, H, W, C]`.
+      labels: their classes, int32 `[N]`.
+      order: `epoch_order` of the epoch that `state.step` lies in, `[N]`.
+      batch_sharding: how a batch lies on the devices; batch statistics are those of the whole batch.
+
+    Returns:
+      The new state and, for reading while the state moves on, its `totals`.
+    """
+    step_in_epoch = state.step % (order.shape[0] // batch_size)
+    first = step_in_epoch * batch_size
+    chosen = jax.lax.with_sharding_constraint(jax.lax.dynamic_slice(order, (first,), (batch_size,)), batch_sharding)
+    inputs = normalize(augment(images[chosen], _stream(seed, 1, state.step), data), data)
+    inputs = jax.lax.with_sharding_constraint(inputs, batch_sharding)
+    targets = labels[chosen]
+
+    def loss(params: Tree) -> tuple[Array, tuple[Array, Tree]]:
+        logits, updated = model.apply({"params": params, "batch_stats": state.batch_stats}, inputs, train=True,
+                                      mutable=["batch_stats"])
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return cross_entropy.mean(), (logits, updated["batch_stats"])
+
+    (mean_loss, (logits, batch_stats)), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    batch = {"loss": mean_loss * batch_size, "correct": jnp.sum(jnp.argmax(logits, -1) == targets, dtype=jnp.float32),
+             "count": jnp.asarray(batch_size, jnp.float32)}
+    totals = jax.tree.map(lambda total, new: jnp.where(step_in_epoch == 0, new, total + new), state.totals, batch)
+    return TrainState(state.step + 1, params, batch_stats, opt_state, totals), totals
+
+
+def eval_step(variables: Tree, images: Array, labels: Array, *, model: nn.Module, data: DataConfig) -> Metrics:
+    """Scores one batch with running statistics.
+
+    Args:
+      variables: `params` and `batch_stats`.
+      images: uint8 `[N, H, W, C]`.
+      labels: int32 `[N]`; −1 marks an image that only fills the batch and does not count.
+
+    Returns:
+      The sums over the images that count: `loss`, `correct`, `correct_top5` and `count`, float32.
+    """
+    logits: Any = model.apply(variables, normalize(images, data), train=False)
+    counts = labels >= 0
+    targets = jnp.maximum(labels, 0)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    target_logit = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+    top5 = jnp.sum(logits > target_logit, axis=-1) < 5
+    return {"loss": jnp.sum(loss * counts),
+            "correct": jnp.sum((jnp.argmax(logits, -1) == targets) & counts, dtype=jnp.float32),
+            "correct_top5": jnp.sum(top5 & counts, dtype=jnp.float32),
+            "count": jnp.sum(counts, dtype=jnp.float32)}

@@ -1,0 +1,299 @@
+"""Training: the loop and what it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import optax
+
+from shared_basis import data
+from shared_basis.checkpoints import Checkpoints
+from shared_basis.config import Config
+from shared_basis.devices import check_batch_size, divided, make_mesh, replicated
+from shared_basis.errors import UserError
+from shared_basis.evaluate import build_model, make_evaluator
+from shared_basis.optimizer import learning_rate_schedule, make_optimizer
+from shared_basis.orthogonality import orthogonality_diagnostics
+from shared_basis.screen import Screen, count, duration
+from shared_basis.steps import Metrics, TrainState, create_train_state, epoch_order, train_step
+from shared_basis.summary import compare_with_plain, render_saving
+from shared_basis.workdir import Workdir, make_record, versions
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by a signal, after saving."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        """Takes the signal's number and what to tell the user."""
+        super().__init__(message)
+        self.exit_code = 128 + signum
+        """The shell's convention: 130 for Ctrl-C, 143 for SIGTERM."""
+
+
+class StopSignals:
+    """Within this context Ctrl-C and SIGTERM only set `received`; a second signal acts as usual."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._previous[signum] = signal.signal(signum, self._receive)
+        return self
+
+    def _receive(self, signum: int, _: FrameType | None) -> None:
+        self.received = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def __exit__(self, *_: Any) -> None:
+        self._restore()
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled functions of a run, with the shapes that they were compiled for."""
+
+    step: Callable[..., tuple[TrainState, Metrics]]
+    order: Callable[[int], jax.Array]
+    evaluate: Callable[[Any], dict[str, float]]
+    diagnose: Callable[[Any], dict[str, jax.Array]]
+    schedule: optax.Schedule
+    steps_per_epoch: int
+    images: jax.Array
+    labels: jax.Array
+
+
+def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]:
+    """Trains, or goes on training, the run of `config` in `workdir`.
+
+    Returns:
+      `compare_with_plain`'s counts and the last line of metrics.jsonl, with `best_test_accuracy` and its epoch.
+
+    Raises:
+      UserError: the configuration does not fit the data or the devices, or the workdir holds another run.
+      Interrupted: a signal came; the run is saved and the same call goes on.
+    """
+    spec = data.describe(config.data)
+    model = build_model(config, spec)
+    mesh = make_mesh()
+    check_batch_size(config.train.batch_size, mesh)
+    comparison = compare_with_plain(config.model, len(spec.classes), spec.image_shape)
+    run = Workdir(workdir)
+    run.read_record()  # an unreadable workdir is told before the images are read
+    dataset = data.load(config.data)
+    examples = len(dataset.train.labels)
+    if examples < config.train.batch_size:
+        raise UserError(f"train.batch_size={config.train.batch_size}: there are only {examples} training images.")
+    record = make_record(config, {
+        "classes": list(spec.classes), "image_shape": list(spec.image_shape),
+        "train_examples": examples, "test_examples": len(dataset.test.labels)})
+    run.claim(record)
+    screen.line(f"{config.model.name}: {render_saving(comparison)}")
+    screen.line(f"data {config.data.name}: {count(examples)} training and {count(len(dataset.test.labels))} test "
+                f"images of {'×'.join(map(str, spec.image_shape))}, {len(spec.classes)} classes; "
+                f"{mesh.size} × {jax.devices()[0].device_kind}; workdir {run.path}")
+    with StopSignals() as signals:
+        checkpoints = Checkpoints(run.checkpoints)
+        try:
+            started = time.monotonic()
+            state, program = build(config, dataset, model, mesh, checkpoints)
+            screen.line(f"ready in {duration(time.monotonic() - started)}")
+            note_resume(run, state, program, config, screen)
+            loop(config, state, program, run, checkpoints, record, screen, signals)
+        finally:
+            checkpoints.close()
+    return {**comparison, **result(run)}
+
+
+def build(config: Config, dataset: data.Dataset, model: Any, mesh: Any,
+          checkpoints: Checkpoints) -> tuple[TrainState, Program]:
+    """Places the data, compiles the step, and returns the program with the latest saved state, or a new one."""
+    element_sets = model.element_sets(config.orthogonality.elements)
+    examples = len(dataset.train.labels)
+    steps_per_epoch = examples // config.train.batch_size
+    schedule = learning_rate_schedule(config.optimizer, config.train.epochs, steps_per_epoch)
+    optimizer = make_optimizer(config.optimizer, config.orthogonality, element_sets, schedule)
+    everywhere = replicated(mesh)
+    create = functools.partial(create_train_state, model, optimizer, config.seed, dataset.spec.image_shape)
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+                          jax.eval_shape(create))
+    images = jax.device_put(dataset.train.images, everywhere)
+    labels = jax.device_put(dataset.train.labels, everywhere)
+    order = jax.jit(functools.partial(epoch_order, config.seed, examples=examples), out_shardings=everywhere)
+    step = jax.jit(
+        functools.partial(train_step, model=model, optimizer=optimizer, data=config.data, seed=config.seed,
+                          batch_size=config.train.batch_size, batch_sharding=divided(mesh)),
+        donate_argnums=0, out_shardings=everywhere)
+    program = Program(
+        step=step.lower(target, images, labels, order(0)).compile(),
+        order=order,
+        evaluate=make_evaluator(model, config.data, dataset.test, config.train.eval_batch_size, mesh),
+        diagnose=jax.jit(lambda params: orthogonality_diagnostics(params, element_sets) if element_sets else {}),
+        schedule=schedule, steps_per_epoch=steps_per_epoch, images=images, labels=labels)
+    if checkpoints.steps:
+        return checkpoints.restore(checkpoints.find("latest"), target), program
+    return jax.jit(create, out_shardings=everywhere)(), program
+
+
+def note_resume(run: Workdir, state: TrainState, program: Program, config: Config, screen: Screen) -> None:
+    """Says where a saved run goes on, and drops the metrics that it will compute again."""
+    step = int(state.step)
+    run.rewind_metrics(step)
+    if not step:
+        return
+    screen.line(f"resumes at step {count(step)} of {count(config.train.epochs * program.steps_per_epoch)}")
+    _, record = run.load()
+    changed = [f"{name} {then} → {versions().get(name)}" for name, then in record["versions"].items()
+               if versions().get(name) != then]
+    if changed:
+        screen.line(f"note: other versions than the run began with ({', '.join(changed)}); "
+                    "the result may differ in the last bits")
+
+
+def loop(config: Config, state: TrainState, program: Program, run: Workdir, checkpoints: Checkpoints,
+         record: dict[str, Any], screen: Screen, signals: StopSignals) -> None:
+    """Trains from `state` to the last epoch, evaluating and saving as configured."""
+    per_epoch, epochs = program.steps_per_epoch, config.train.epochs
+    clock = Clock()
+    order, running = program.order(0), None
+    for step in range(int(state.step), epochs * per_epoch):
+        if running is None or not step % per_epoch:
+            order = program.order(step // per_epoch)
+        state, totals = program.step(state, program.images, program.labels, order)
+        if running is not None:  # waits for the step before this one, so that the devices always have one ahead
+            show_step(screen, clock, running, step, config, per_epoch)
+        running = totals
+        epoch, left = divmod(step + 1, per_epoch)
+        if not left and (epoch % config.train.evaluate_every == 0 or epoch == epochs):
+            show_step(screen, clock, running, step + 1, config, per_epoch)
+            line = measure(state, program, config, clock)
+            if not math.isfinite(line["train_loss"]):
+                raise UserError(diverged(line, checkpoints))
+            run.append_metrics(line)
+            screen.line(render_metrics(line, epochs))
+            checkpoints.save(step + 1, state, record, line)
+            clock.skip()
+            running = None
+        if signals.received is not None:
+            stop(signals.received, step + 1, epochs * per_epoch, state, record, checkpoints, screen)
+    screen.end_progress()
+    checkpoints.wait()
+
+
+def stop(signum: int, step: int, steps: int, state: TrainState, record: dict[str, Any], checkpoints: Checkpoints,
+         screen: Screen) -> None:
+    """Saves `state` and raises `Interrupted`."""
+    screen.end_progress()
+    checkpoints.save(step, state, record, None)
+    checkpoints.wait()
+    raise Interrupted(signum, f"stopped by {signal.Signals(signum).name} and saved at step {count(step)} of "
+                              f"{count(steps)}; the same command goes on from there")
+
+
+class Clock:
+    """Measures training without its first step, which warms up, and without evaluations."""
+
+    def __init__(self) -> None:
+        self.steps = -1
+        """Steps measured."""
+        self._training = 0.0
+        self._began = self._last = time.monotonic()
+
+    def tick(self) -> None:
+        """Counts a finished step."""
+        now = time.monotonic()
+        self.steps += 1
+        if self.steps:
+            self._training += now - self._last
+        else:
+            self._began = now
+        self._last = now
+
+    def skip(self) -> None:
+        """Leaves out the time since the last step or skip."""
+        self._last = time.monotonic()
+
+    def speed(self, batch_size: int) -> float:
+        """Returns images per second; 0 before two steps are done."""
+        return self.steps * batch_size / self._training if self.steps > 0 else 0.0
+
+    def left(self, steps: int) -> float:
+        """Returns the seconds that `steps` more will take, with their evaluations; 0 before two steps are done."""
+        return (time.monotonic() - self._began) / self.steps * steps if self.steps > 0 else 0.0
+
+
+def show_step(screen: Screen, clock: Clock, totals: dict[str, jax.Array], step: int, config: Config,
+              per_epoch: int) -> None:
+    """Waits for `step` and shows the means over its epoch so far."""
+    sums = {name: float(value) for name, value in jax.device_get(totals).items()}
+    clock.tick()
+    total = config.train.epochs * per_epoch
+    screen.progress(step, total, (
+        f"epoch {-(-step // per_epoch)}/{config.train.epochs}  loss {sums['loss'] / sums['count']:.4f}  "
+        f"accuracy {100 * sums['correct'] / sums['count']:.2f} %  "
+        f"{count(clock.speed(config.train.batch_size))} images/s  {duration(clock.left(total - step))} left"))
+
+
+def measure(state: TrainState, program: Program, config: Config, clock: Clock) -> dict[str, Any]:
+    """Returns the line of metrics.jsonl at `state`, the end of an epoch."""
+    step = int(state.step)
+    totals = {name: float(value) for name, value in state.totals.items()}
+    test = program.evaluate({"params": state.params, "batch_stats": state.batch_stats})
+    return {
+        "step": step, "epoch": step // program.steps_per_epoch,
+        "learning_rate": float(program.schedule(step - 1)),
+        "train_loss": totals["loss"] / totals["count"], "train_accuracy": totals["correct"] / totals["count"],
+        "test_loss": test["loss"], "test_accuracy": test["accuracy"], "test_accuracy_top5": test["accuracy_top5"],
+        **{name: float(value) for name, value in program.diagnose(state.params).items()},
+        "images_per_second": clock.speed(config.train.batch_size),
+    }
+
+
+def render_metrics(line: dict[str, Any], epochs: int) -> str:
+    """Returns a line of metrics.jsonl as one line for a person."""
+    basis = ""
+    if "penalty" in line:
+        basis = (f"; penalty {line['penalty']:.2e}, norms {line['norm_min']:.2f}–{line['norm_max']:.2f}, "
+                 f"coherence {line['coherence']:.2f}")
+    return (f"epoch {line['epoch']}/{epochs}: train loss {line['train_loss']:.4f}, accuracy "
+            f"{100 * line['train_accuracy']:.2f} %; test loss {line['test_loss']:.4f}, accuracy "
+            f"{100 * line['test_accuracy']:.2f} %{basis}; learning rate {line['learning_rate']:.2g}, "
+            f"{count(line['images_per_second'])} images/s")
+
+
+def diverged(line: dict[str, Any], checkpoints: Checkpoints) -> str:
+    """Returns the message for a run whose loss is no longer finite."""
+    checkpoints.wait()
+    steps = checkpoints.steps
+    kept = f"the checkpoint of step {count(steps[-1])} is the last good one" if steps else "there is no checkpoint yet"
+    return (f"training diverged by step {count(line['step'])}: loss {line['train_loss']} at learning rate "
+            f"{line['learning_rate']:g}; {kept}. Lower --config.optimizer.learning_rate or add "
+            "--config.optimizer.warmup_epochs in a new workdir.")
+
+
+def result(run: Workdir) -> dict[str, Any]:
+    """Returns the last line of metrics.jsonl, and the best test accuracy with its epoch."""
+    lines = run.metrics()
+    best = max(lines, key=lambda line: line["test_accuracy"])
+    return {**lines[-1], "best_test_accuracy": best["test_accuracy"], "best_test_epoch": best["epoch"]}
+
+
+def render(outcome: dict[str, Any]) -> str:
+    """Returns `train`'s result as lines for a person."""
+    return (f"{outcome['model']}: test accuracy {100 * outcome['test_accuracy']:.2f} % after {outcome['epoch']} epochs "
+            f"(best test epoch: {100 * outcome['best_test_accuracy']:.2f} % at {outcome['best_test_epoch']})\n"
+            f"{render_saving(outcome)}")

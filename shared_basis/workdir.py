@@ -1,0 +1,136 @@
+"""The directory of a run: its record, its metrics, its checkpoints.
+
+    run.json        configuration, versions, data facts: all that evaluation needs beside a checkpoint
+    metrics.jsonl   one JSON object for each evaluation
+    checkpoints/    see `shared_basis.checkpoints`
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shared_basis.config import Config, differences, from_config_dict, to_dict
+from shared_basis.errors import UserError
+
+PACKAGES = ("shared-basis", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that a run's figures depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # used from a checkout that is not installed
+            found[package] = "unknown"
+    return found
+
+
+def make_record(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the record of a run: plain data that JSON can hold."""
+    return {"config": to_dict(config), "data": dict(data), "versions": versions()}
+
+
+class Workdir:
+    """The directory of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Names the directory; touches nothing."""
+        self.path = Path(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The directory of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def read_record(self) -> dict[str, Any] | None:
+        """Returns the run's record, or None where there is no run.
+
+        Raises:
+          UserError: the record cannot be read, or is damaged.
+        """
+        try:
+            record = json.loads((self.path / "run.json").read_text())
+            return {key: record[key] for key in ("config", "data", "versions")}
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"workdir {self.path} cannot be read: {error.strerror}.") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path / 'run.json'} is damaged ({error}); its copies lie in "
+                            f"{self.checkpoints}/<step>/run/metadata.") from error
+
+    def load(self) -> tuple[Config, dict[str, Any]]:
+        """Returns the configuration and the record of the run in this directory.
+
+        Raises:
+          UserError: there is no run, or its record is damaged or of another version of this package.
+        """
+        record = self.read_record()
+        if record is None:
+            raise UserError(f"workdir {self.path} holds no run (no run.json); name a trained one with --workdir.")
+        try:
+            return from_config_dict(record["config"]), record
+        except UserError as error:
+            raise UserError(f"{self.path / 'run.json'}: {error}") from error
+
+    def claim(self, record: Mapping[str, Any]) -> None:
+        """Makes the directory that of the run `record`, whether it is new or resumes.
+
+        Raises:
+          UserError: it holds a run of another configuration or on other data, or cannot be written.
+        """
+        if self.read_record() is not None:
+            config, saved = self.load()
+            self._require_same("configuration", differences(from_config_dict(record["config"]), config))
+            self._require_same("data", {key: (_short(record["data"][key]), _short(saved["data"].get(key)))
+                                        for key in record["data"] if record["data"][key] != saved["data"].get(key)})
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            temporary = self.path / "run.json.tmp"
+            temporary.write_text(json.dumps(record, indent=2) + "\n")
+            os.replace(temporary, self.path / "run.json")
+        except OSError as error:
+            raise UserError(f"workdir {self.path} cannot be written: {error.strerror}; "
+                            "choose another with --workdir.") from error
+
+    def _require_same(self, what: str, differing: Mapping[str, tuple[Any, Any]]) -> None:
+        if differing:
+            fields = "; ".join(f"{path}: {now!r} now, {then!r} there" for path, (now, then) in differing.items())
+            raise UserError(f"workdir {self.path} holds a run of another {what} ({fields}); "
+                            "choose another --workdir, or the same values.")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Returns the lines of metrics.jsonl; a last line that was cut off is left out."""
+        path = self.path / "metrics.jsonl"
+        lines = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+        return lines
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drops the metrics after `step`: a run that resumes there computes them again."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        temporary = self.path / "metrics.jsonl.tmp"
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, self.path / "metrics.jsonl")
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Adds one JSON object to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _short(value: Any) -> Any:
+    """Returns `value`, a long list cut down to what a message of one line can hold."""
+    return [*value[:3], f"… {len(value)} in all"] if isinstance(value, list) and len(value) > 5 else value
