@@ -1,0 +1,70 @@
+"""The embedded digits and the choice of subsets."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from shared_basis import data
+from shared_basis.config import DataConfig
+
+
+def test_shapes_and_types_are_those_described():
+    dataset = data.load(DataConfig())
+    assert dataset.spec == data.describe(DataConfig()) == data.Spec((8, 8, 1), tuple("0123456789"))
+    for split, count in ((dataset.train, 1442), (dataset.test, 355)):
+        assert split.images.shape == (count, 8, 8, 1)
+        assert split.images.dtype == np.uint8
+        assert split.images.flags.c_contiguous
+        assert split.labels.shape == (count,)
+        assert split.labels.dtype == np.int32
+
+
+def test_grey_values_are_scaled_and_rounded():
+    values = np.unique(data.load(DataConfig()).train.images)
+    # v * 255 / 16 for v = 0, ..., 16; only v = 8 is halfway (127.5), and goes to the even number
+    np.testing.assert_array_equal(
+        values, [0, 16, 32, 48, 64, 80, 96, 112, 128, 143, 159, 175, 191, 207, 223, 239, 255])
+
+
+def test_every_fifth_image_of_a_class_is_a_test_image():
+    dataset, original = data.load(DataConfig()), load_digits()
+    for label in range(10):
+        images = original.images[original.target == label]
+        for split, expected in ((dataset.test, images[4::5]),
+                                (dataset.train, np.delete(images, np.s_[4::5], axis=0))):
+            got = split.images[split.labels == label, ..., 0]
+            np.testing.assert_array_equal(np.round(got * (16 / 255)), expected)
+
+
+def test_one_split_alone_equals_the_whole():
+    whole = data.load(DataConfig())
+    for name in data.SPLITS:
+        alone, expected = data.load_split(DataConfig(), name), getattr(whole, name)
+        np.testing.assert_array_equal(alone.images, expected.images)
+        np.testing.assert_array_equal(alone.labels, expected.labels)
+    with pytest.raises(ValueError, match="'validation': must be one of train, test"):
+        data.load_split(DataConfig(), "validation")
+
+
+def test_a_subset_is_fixed_keeps_the_order_and_grows_with_its_size():
+    whole = data.load(DataConfig()).train
+    rows = {}
+    for count in (30, 100):
+        rows[count] = np.sort(np.random.default_rng(0).permutation(1442)[:count])
+        subset = data.load_split(DataConfig(train_examples=count, test_examples=3), "train")
+        np.testing.assert_array_equal(subset.images, whole.images[rows[count]])
+        np.testing.assert_array_equal(subset.labels, whole.labels[rows[count]])
+    assert set(rows[30]) < set(rows[100])
+    assert len(data.load(DataConfig(test_examples=3)).test.labels) == 3
+
+
+def test_a_subset_has_to_exist(mistake):
+    assert len(data.load_split(DataConfig(train_examples=1442), "train").labels) == 1442
+    for field, count in (("train_examples", 1442), ("test_examples", 355)):
+        message = mistake(dataclasses.replace(DataConfig(), **{field: count + 1}))
+        assert f"data.{field}={count + 1}" in message
+        assert f"only {count} " in message
