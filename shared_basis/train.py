@@ -265,14 +265,10 @@ def measure(state: TrainState, program: Program, config: Config, clock: Clock) -
 
 def render_metrics(line: dict[str, Any], epochs: int) -> str:
     """Returns a line of metrics.jsonl as one line for a person."""
-    basis = ""
-    if "penalty" in line:
-        basis = (f"; penalty {line['penalty']:.2e}, norms {line['norm_min']:.2f}–{line['norm_max']:.2f}, "
-                 f"coherence {line['coherence']:.2f}")
-    return (f"epoch {line['epoch']}/{epochs}: train loss {line['train_loss']:.4f}, accuracy "
-            f"{100 * line['train_accuracy']:.2f} %; test loss {line['test_loss']:.4f}, accuracy "
-            f"{100 * line['test_accuracy']:.2f} %{basis}; learning rate {line['learning_rate']:.2g}, "
-            f"{count(line['images_per_second'])} images/s")
+    penalty = f"  penalty {line['penalty']:.1e}" if "penalty" in line else ""
+    return (f"epoch {line['epoch']}/{epochs}  loss {line['train_loss']:.4f}  accuracy "
+            f"{100 * line['train_accuracy']:.2f} %  test loss {line['test_loss']:.4f}  test accuracy "
+            f"{100 * line['test_accuracy']:.2f} %{penalty}  {count(line['images_per_second'])} images/s")
 
 
 def diverged(line: dict[str, Any], checkpoints: Checkpoints) -> str:
