@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -20,7 +21,8 @@ from shared_basis.config import check_field, from_config_dict
 from shared_basis.errors import UserError
 
 FLAGS = flags.FLAGS
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/digits_resnet.py", "Recipe, as FILE.py[:variant].")
+_DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "digits_resnet.py")
+_CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT, "Recipe, as FILE.py[:variant].")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "summary"], "What to do.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/<config>-<variant>.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "evaluate: latest, best, or a step.")
@@ -35,10 +37,12 @@ def parse(argv: list[str]) -> None:
             check_field(name.removeprefix("config."))
     try:
         rest = FLAGS(argv)
-        _ = _CONFIG.value.name  # a configuration file that is missing shows only on use
+        _CONFIG.value.to_dict()  # a configuration file that is missing shows only on use
     except Exception as error:  # a configuration file is code and may raise anything
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"{lines[0]} {lines[-1]}" if len(lines) > 1 else lines[0]) from error
+        files = [argument for argument in argv[1:] if argument.startswith(("--config=", "-config="))]
+        where = f" ({files[-1]})" if files else ""
+        raise UserError(" ".join(dict.fromkeys((lines[0], lines[-1]))) + where) from error
     if rest[1:]:
         raise UserError(f"unexpected argument {rest[1]!r}; flags look like --mode=train, see --help.")
 
@@ -46,11 +50,12 @@ def parse(argv: list[str]) -> None:
 def run() -> tuple[dict[str, Any], str]:
     """Runs the mode asked for; returns its result, and the same for a person."""
     # Imported here so that --help and mistakes in flags answer at once.
-    from shared_basis import data, evaluate, summary, train
+    from shared_basis import checkpoints, data, evaluate, summary, train
     from shared_basis.screen import Screen
 
+    checkpoints.hush_abandoned_reads()
     config = from_config_dict(_CONFIG.value)
-    workdir = _WORKDIR.value or os.path.join("runs", config.name)
+    workdir = os.path.expanduser(_WORKDIR.value or os.path.join("runs", config.name))
     if _MODE.value == "summary":
         spec = data.describe(config.data)
         result = summary.compare_with_plain(config.model, len(spec.classes), spec.image_shape)
@@ -66,13 +71,16 @@ def run() -> tuple[dict[str, Any], str]:
 
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0, 2 for the user's mistake, 128 + the signal's number when stopped by one."""
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # what fails is told below, in one line
     app.define_help_flags()
     try:
         parse(argv)
         result, text = run()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Threads of a restore that failed may still print tracebacks: not between these words.
+        screen, sys.stderr = sys.stderr, io.StringIO()
+        screen.write(f"error: {error}\n")
+        screen.flush()
         return 2
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "stopped", file=sys.stderr)
@@ -82,4 +90,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    code = main(sys.argv)
+    if code == 2:  # at once: the same threads print while the interpreter shuts down
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -7,8 +7,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -37,7 +41,13 @@ class Checkpoints:
         ])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep, best_fn=metric, create=not read_only, read_only=read_only)
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        try:
+            self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        except json.JSONDecodeError as error:  # Orbax reads the metrics of all steps at once
+            raise UserError(f"the metrics of a checkpoint in {directory} are damaged: {_damaged_metrics(directory)}; "
+                            "delete that file, the state beside it is not affected.") from error
+        except OSError as error:
+            raise UserError(f"checkpoints in {directory} cannot be opened: {error.strerror or error}.") from error
 
     @property
     def steps(self) -> list[int]:
@@ -58,17 +68,22 @@ class Checkpoints:
         if which == "best":
             best = self._manager.best_step()
             return steps[-1] if best is None else best
-        if not which.isdigit() or int(which) not in steps:
+        if which not in map(str, steps):
             raise UserError(f"checkpoint {which!r}: must be latest, best or one of the steps "
                             f"{', '.join(map(str, steps))}.")
         return int(which)
 
     def save(self, step: int, state: Tree, record: Mapping[str, Any], metrics: Mapping[str, float] | None) -> None:
-        """Starts saving `state` and `record` under `step`, unless it is there; returns as soon as both are copied."""
-        if step in self._manager.all_steps():
-            return
-        self._manager.save(step, metrics=None if metrics is None else dict(metrics), args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(dict(record))))
+        """Starts saving `state` and `record` under `step`, unless it is there; returns as soon as both are copied.
+
+        Raises:
+          UserError: this save, or the one before, failed.
+        """
+        try:
+            self._manager.save(step, metrics=None if metrics is None else dict(metrics), args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(dict(record))))
+        except Exception as error:  # also that of the save before, which went on in the background
+            raise self._unsaved(error) from error
 
     def restore(self, step: int, target: Tree) -> Tree:
         """Returns the state of `step` with the shapes, dtypes and shardings of the abstract `target`.
@@ -79,8 +94,7 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
         except Exception as error:  # Orbax and its storage raise many kinds
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"checkpoint {step} in {self._manager.directory} cannot be restored: {first}") from error
+            raise self._damaged(step, error) from error
         return restored["state"]
 
     def restore_variables(self, step: int, target: Tree) -> Tree:
@@ -98,17 +112,58 @@ class Checkpoints:
             with ocp.Checkpointer(handlers) as checkpointer:
                 return checkpointer.restore(path, arguments)
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"checkpoint {step} in {self._manager.directory} cannot be restored: {first}") from error
+            raise self._damaged(step, error) from error
+
+    def _damaged(self, step: int, error: Exception) -> UserError:
+        others = ", ".join(str(other) for other in self.steps if other != step)
+        return UserError(f"checkpoint {step} in {self._manager.directory} cannot be restored ({_one_line(error)}); "
+                         f"other checkpoints there: {others or 'none'}.")
 
     def metrics(self, step: int) -> dict[str, float] | None:
         """Returns the evaluation saved with `step`, if there was one."""
         return self._manager.metrics(step)
 
     def wait(self) -> None:
-        """Returns when everything saved so far is complete on disk; raises what a save raised."""
-        self._manager.wait_until_finished()
+        """Returns when everything saved so far is complete on disk.
+
+        Raises:
+          UserError: a save failed.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._unsaved(error) from error
+
+    def _unsaved(self, error: Exception) -> UserError:
+        return UserError(f"a checkpoint cannot be saved in {self._manager.directory} ({_one_line(error)}); complete "
+                         f"ones there: {', '.join(map(str, self.steps)) or 'none'}.")
 
     def close(self) -> None:
         """Waits for saves to finish and lets go of the directory."""
         self._manager.close()
+
+
+def _one_line(error: Exception) -> str:
+    """Returns the beginning of the error's message; the storage's run to thousands of characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _damaged_metrics(directory: Path) -> Path | None:
+    """Returns the first file of metrics that is not JSON."""
+    for path in sorted(directory.glob("*/metrics/metrics")):
+        try:
+            json.loads(path.read_text())
+        except ValueError:
+            return path
+    return None
+
+
+def hush_abandoned_reads() -> None:
+    """Keeps reads that Orbax abandons, when one of a checkpoint's files is damaged, from printing tracebacks."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+        if not (isinstance(value, RuntimeError) and str(value) == "Event loop is closed"):
+            previous(kind, value, trace)
+    sys.excepthook = hook

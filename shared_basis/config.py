@@ -187,7 +187,8 @@ class Config:
     train: TrainConfig = TrainConfig()
 
     def __post_init__(self) -> None:
-        _require(bool(self.name) and not set(self.name) & set("/\\"), "name", self.name, "a directory name")
+        _require(bool(self.name) and self.name[0] != "." and not set(self.name) & set("/\\"), "name", self.name,
+                 "a directory name that does not begin with a dot")
         _require(0 <= self.seed < 2**31, "seed", self.seed, "at least 0 and below 2^31")
         for boundary in self.optimizer.boundaries:
             _require(boundary < self.train.epochs, "optimizer.boundaries", self.optimizer.boundaries,

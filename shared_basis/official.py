@@ -211,7 +211,7 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, size, *view = pid
-        if kind != "storage" or any(part is not None for part in view):
+        if kind != "storage" or dtype not in _STORAGE_TYPES.values() or any(part is not None for part in view):
             raise ValueError("it holds a storage of an unknown kind")
         return self._load_storage(dtype, str(key), int(size))
 

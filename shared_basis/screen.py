@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import sys
 import time
 from typing import Any, TextIO
@@ -58,7 +57,8 @@ class Screen:
 
 def duration(seconds: float) -> str:
     """Returns `seconds` as h:mm:ss."""
-    return str(datetime.timedelta(seconds=round(seconds)))
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def count(number: float) -> str:

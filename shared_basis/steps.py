@@ -123,7 +123,7 @@ def eval_step(variables: Tree, images: Array, labels: Array, *, model: nn.Module
     targets = jnp.maximum(labels, 0)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     target_logit = jnp.take_along_axis(logits, targets[:, None], axis=-1)
-    top5 = jnp.sum(logits > target_logit, axis=-1) < 5
+    top5 = (jnp.sum(logits > target_logit, axis=-1) < 5) & ~jnp.isnan(target_logit[:, 0])
     return {"loss": jnp.sum(loss * counts),
             "correct": jnp.sum((jnp.argmax(logits, -1) == targets) & counts, dtype=jnp.float32),
             "correct_top5": jnp.sum(top5 & counts, dtype=jnp.float32),

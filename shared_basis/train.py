@@ -181,7 +181,7 @@ def loop(config: Config, state: TrainState, program: Program, run: Workdir, chec
         if not left and (epoch % config.train.evaluate_every == 0 or epoch == epochs):
             show_step(screen, clock, running, step + 1, config, per_epoch)
             line = measure(state, program, config, clock)
-            if not math.isfinite(line["train_loss"]):
+            if not (math.isfinite(line["train_loss"]) and math.isfinite(line["test_loss"])):
                 raise UserError(diverged(line, checkpoints))
             run.append_metrics(line)
             screen.line(render_metrics(line, epochs))
@@ -276,7 +276,8 @@ def diverged(line: dict[str, Any], checkpoints: Checkpoints) -> str:
     checkpoints.wait()
     steps = checkpoints.steps
     kept = f"the checkpoint of step {count(steps[-1])} is the last good one" if steps else "there is no checkpoint yet"
-    return (f"training diverged by step {count(line['step'])}: loss {line['train_loss']} at learning rate "
+    return (f"training diverged by step {count(line['step'])}: loss {line['train_loss']}, on the test images "
+            f"{line['test_loss']}, at learning rate "
             f"{line['learning_rate']:g}; {kept}. Lower --config.optimizer.learning_rate or add "
             "--config.optimizer.warmup_epochs in a new workdir.")
 
@@ -284,6 +285,9 @@ def diverged(line: dict[str, Any], checkpoints: Checkpoints) -> str:
 def result(run: Workdir) -> dict[str, Any]:
     """Returns the last line of metrics.jsonl, and the best test accuracy with its epoch."""
     lines = run.metrics()
+    if not lines:
+        raise UserError(f"{run.path / 'metrics.jsonl'} is missing or empty; the checkpoints are there: score them with "
+                        f"--mode=evaluate --workdir={run.path}.")
     best = max(lines, key=lambda line: line["test_accuracy"])
     return {**lines[-1], "best_test_accuracy": best["test_accuracy"], "best_test_epoch": best["epoch"]}
 

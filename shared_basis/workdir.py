@@ -108,13 +108,21 @@ class Workdir:
                             "choose another --workdir, or the same values.")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Returns the lines of metrics.jsonl; a last line that was cut off is left out."""
+        """Returns the lines of metrics.jsonl, up to the first that is damaged, as a run that was killed may leave one.
+
+        Raises:
+          UserError: the file cannot be read.
+        """
         path = self.path / "metrics.jsonl"
-        lines = []
-        for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            text = path.read_text(errors="replace") if path.exists() else ""
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}; mend or remove it.") from error
+        lines: list[dict[str, Any]] = []
+        for line in text.splitlines():
             try:
-                lines.append(json.loads(line))
-            except ValueError:
+                lines.append({"step": 0, **json.loads(line)})
+            except (ValueError, TypeError):
                 break
         return lines
 

@@ -39,7 +39,7 @@ def create_model(name: str, *, num_classes: int = 10, stem: str = "cifar", dtype
     networks = [f"resnet{depth}" for depth in CIFAR_DEPTHS]
     if match is None or match["network"] not in networks:
         near = difflib.get_close_matches(name.split("-")[0], networks, n=3, cutoff=0.5)
-        hint = f" The nearest: {', '.join(near)}." if match is None or near else ""
+        hint = f" The nearest: {', '.join(near)}." if near else ""
         raise UserError(f"unknown network {name!r}.{hint} Networks: {', '.join(networks)}. Names: {GRAMMAR}.")
     shared, unique, double = int(match["s"] or 0), int(match["u"] or 0), match["double"] is not None
     if double and not shared:

@@ -1,0 +1,31 @@
+"""Set-up that must precede the first import of JAX, and the fixtures that all tests share.
+
+Four virtual CPU devices stand in for a data-parallel machine. Compiled programs are kept below `.pytest_cache`, so that
+a second run of the tests spends its time on testing.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The directory of official networks and what they compute, which lies beside the repository and not in it."""
+    path = Path(os.environ.get("SHARED_BASIS_REFERENCE", ROOT.parent / "shared" / "reference"))
+    if not path.is_dir():
+        pytest.skip(f"no reference files in {path}; name their directory in SHARED_BASIS_REFERENCE")
+    return path
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets a cache entry that another process is still writing, or was killed while writing, cost time alone."""
+    config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache")

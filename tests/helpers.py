@@ -1,0 +1,170 @@
+"""Small networks, states and references that several test files share."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from PIL import Image
+
+from shared_basis import data
+from shared_basis.checkpoints import Checkpoints
+from shared_basis.config import Config
+from shared_basis.errors import UserError
+from shared_basis.evaluate import build_model
+from shared_basis.models.resnet import ResNet
+from shared_basis.params import abstract_variables
+from shared_basis.workdir import Workdir, make_record
+
+ROOT = Path(__file__).resolve().parents[1]
+MAIN = ROOT / "main.py"
+
+
+def tiny_network(num_classes: int = 10, **changes: Any) -> ResNet:
+    """Returns a network with all that matters: batch norm, shared bases, unique elements; quick to compile."""
+    return ResNet(**{"blocks": (2,), "widths": (4,), "num_classes": num_classes, "shared_rank": 2, "unique_rank": 1,
+                     "double": True, **changes})
+
+
+class Linear(nn.Module):
+    """A linear classifier that keeps the images it saw last in training in `batch_stats`, for tests to look at."""
+
+    num_classes: int = 10
+    batch: int = 1
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        seen = self.variable("batch_stats", "seen", jnp.zeros, (self.batch, *images.shape[1:]))
+        if train:
+            seen.value = images
+        return nn.Dense(self.num_classes, name="head")(images.reshape(len(images), -1))
+
+
+def make_images(count: int, size: int = 8, channels: int = 1, classes: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    """Returns random images uint8 [count, size, size, channels] and labels."""
+    rng = np.random.default_rng(0)
+    return (rng.integers(0, 256, (count, size, size, channels), dtype=np.uint8),
+            rng.integers(0, classes, count).astype(np.int32))
+
+
+def mesh_of(devices: int) -> Mesh:
+    """Returns the mesh that `make_mesh` makes where there are so many devices."""
+    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+
+
+def cross_entropies(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns −log softmax at the labels, in float64."""
+    logits = np.asarray(logits, np.float64)
+    return np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(labels)), labels]
+
+
+def assert_trees_equal(actual: Any, desired: Any) -> None:
+    """Asserts that two trees have one structure, and leaves that are equal bit for bit."""
+    assert jax.tree.structure(actual) == jax.tree.structure(desired)
+    for path, (one, other) in zip(jax.tree_util.tree_flatten_with_path(actual)[0],
+                                  zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other), err_msg=jax.tree_util.keystr(path[0]))
+        assert np.asarray(one).dtype == np.asarray(other).dtype
+
+
+@contextlib.contextmanager
+def user_error(*parts: str) -> Iterator[pytest.ExceptionInfo[UserError]]:
+    """Expects a `UserError` of one line that holds all `parts`."""
+    with pytest.raises(UserError) as caught:
+        yield caught
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def write_folder(root: Path, classes: Sequence[str], count: int, size: int = 8) -> Path:
+    """Writes `count` random images for each class and split, of `size` × `size` pixels, and returns `root`."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
+    return root
+
+
+def save_run(path: Path, config: Config, accuracies: Mapping[int, float]) -> Path:
+    """Makes a workdir as training does, with a random network under each step, and returns `path`."""
+    spec = data.describe(config.data)
+    record = make_record(config, {"classes": list(spec.classes), "image_shape": list(spec.image_shape),
+                                  "train_examples": 1, "test_examples": 1})
+    run = Workdir(path)
+    run.claim(record)
+    checkpoints = Checkpoints(run.checkpoints)
+    for step, accuracy in accuracies.items():
+        rng = np.random.default_rng(step)
+        variables = jax.tree.map(lambda leaf, rng=rng: jnp.asarray(rng.uniform(0.1, 0.5, leaf.shape), leaf.dtype),
+                                 dict(abstract_variables(build_model(config, spec), spec.image_shape)))
+        checkpoints.save(step, {**variables, "step": jnp.asarray(step)}, record, {"test_accuracy": accuracy})
+    checkpoints.close()
+    return path
+
+
+def user_environment() -> dict[str, str]:
+    """Returns the environment of a user's shell: no virtual devices; compiled programs are kept as by the tests."""
+    return {**{name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONPATH")},
+            "COLUMNS": "100"}
+
+
+_SERVER = """
+import json, os, runpy, sys
+sys.path.insert(0, sys.argv[1])
+import sklearn.datasets, shared_basis.evaluate, shared_basis.summary, shared_basis.train
+while line := sys.stdin.readline():
+    request = json.loads(line)
+    child = os.fork()
+    if not child:
+        for number, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+        os.chdir(request["cwd"])
+        sys.argv = request["argv"]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class CommandLine:
+    """Runs `main.py` as `python main.py ...` does, many times over: the imports, two seconds, are done once.
+
+    Each command runs in a process of its own, forked from one that has imported the packages and nothing else.
+    """
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self._server = subprocess.Popen([sys.executable, "-c", _SERVER, str(ROOT)], text=True, env=user_environment(),
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def __call__(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        """Returns the exit code and what was printed."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        paths = {name: self._scratch / name for name in ("stdout", "stderr")}
+        request = {"argv": [str(MAIN), *arguments], "cwd": str(cwd), **{k: str(path) for k, path in paths.items()}}
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        code = int(self._server.stdout.readline())
+        return subprocess.CompletedProcess(arguments, code, *(path.read_text() for path in paths.values()))
+
+    def close(self) -> None:
+        """Ends the process that the others are forked from."""
+        self._server.communicate()

@@ -1,0 +1,252 @@
+"""Checkpoints: what is saved comes back, the right ones stay, and plain Orbax can read them."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from helpers import Linear, assert_trees_equal, mesh_of, user_error
+
+from shared_basis.checkpoints import Checkpoints
+from shared_basis.devices import replicated
+from shared_basis.steps import TrainState, create_train_state
+
+# When one array of a checkpoint cannot be read, Orbax leaves the reading of others unfinished, which Python tells.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+RECORD = {"config": {"seed": 3}, "data": {"classes": ["a", "b"]}, "versions": {"jax": "0"}}
+
+
+@pytest.fixture(autouse=True)
+def collect_unfinished_reads() -> Iterator[None]:
+    """Has Python tell of them within the test that caused them."""
+    yield
+    gc.collect()
+
+
+def make_state(step: int, devices: int = 4) -> TrainState:
+    """Returns a training state whose arrays are all different, random, and of their own types."""
+    state = jax.eval_shape(lambda: create_train_state(Linear(batch=2), optax.sgd(0.1, momentum=0.9), 0, (8, 8, 1)))
+    rng = np.random.default_rng(step)
+    filled = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), state)
+    filled = filled.replace(step=np.asarray(step, np.int32))
+    return jax.device_put(filled, replicated(mesh_of(devices)))
+
+
+def target(devices: int = 4) -> TrainState:
+    """Returns the shapes, types and shardings of `make_state`."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+                        make_state(0, devices))
+
+
+def save(directory: Path, accuracies: dict[int, float | None]) -> None:
+    """Saves `make_state` of each step with its test accuracy, or without metrics."""
+    checkpoints = Checkpoints(directory)
+    for step, accuracy in accuracies.items():
+        checkpoints.save(step, make_state(step), RECORD, None if accuracy is None else {"test_accuracy": accuracy})
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a directory of checkpoints 10 (the best), 20 and 30; for reading only."""
+    directory = tmp_path_factory.mktemp("run") / "checkpoints"
+    save(directory, {10: 0.75, 20: 0.25, 30: 0.5})
+    return directory
+
+
+@pytest.fixture
+def copied(saved: Path, tmp_path: Path) -> Path:
+    """Returns a copy of `saved`, to be damaged."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def test_a_state_comes_back_bit_for_bit(saved: Path) -> None:
+    checkpoints = Checkpoints(saved)
+    for step in checkpoints.steps:
+        assert_trees_equal(checkpoints.restore(step, target()), make_state(step))
+
+
+def test_a_state_comes_back_on_another_number_of_devices(saved: Path) -> None:
+    for devices in (1, 2):
+        restored = Checkpoints(saved, read_only=True).restore(30, target(devices))
+        assert_trees_equal(restored, make_state(30))
+        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(restored)} == {devices}
+
+
+@pytest.mark.parametrize(("accuracies", "kept", "best"), [
+    ({10: 0.3, 20: 0.9, 30: 0.4, 40: 0.5, 50: 0.6}, [20, 40, 50], 20),
+    ({10: 0.9, 20: 0.1, 30: 0.9, 40: 0.1, 50: 0.1}, [30, 40, 50], 30),
+    ({10: 0.1, 20: 0.2, 30: 0.3}, [20, 30], 30),
+    ({10: 0.9, 20: None, 30: None, 40: None}, [10, 30, 40], 10),
+    ({10: None, 20: None, 30: 0.5, 40: None, 50: None}, [30, 40, 50], 30),
+    ({10: None, 20: None, 30: None}, [20, 30], 30)])
+def test_the_latest_two_and_the_best_are_kept(tmp_path: Path, accuracies: dict[int, float | None], kept: list[int],
+                                              best: int) -> None:
+    save(tmp_path / "checkpoints", accuracies)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
+    assert checkpoints.steps == kept
+    assert checkpoints.find("best") == best
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()) == kept
+
+
+def test_the_best_survives_a_run_that_is_opened_again_and_again(tmp_path: Path) -> None:
+    for step, accuracy in ((10, 0.9), (20, 0.1), (30, None), (40, 0.5)):
+        save(tmp_path, {step: accuracy})
+    assert Checkpoints(tmp_path).steps == [10, 30, 40]
+    assert Checkpoints(tmp_path).metrics(10) == {"test_accuracy": 0.9}
+
+
+def test_checkpoints_are_found_by_what_a_user_types(saved: Path) -> None:
+    checkpoints = Checkpoints(saved, read_only=True)
+    assert [checkpoints.find(which) for which in ("latest", "best", "10", "30")] == [30, 10, 10, 30]
+    for which in ("7", "newest", "-10", "", "1e1", "²"):
+        with user_error(f"checkpoint {which!r}", "latest", "best", "10, 20, 30"):
+            checkpoints.find(which)
+
+
+@pytest.mark.parametrize("which", ["latest", "best", "10"])
+def test_no_checkpoint_is_told(tmp_path: Path, which: str) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with user_error("no checkpoint yet", str(tmp_path)):
+        Checkpoints(tmp_path / "checkpoints", read_only=True).find(which)
+
+
+def test_a_run_before_its_first_checkpoint_can_be_opened_for_reading(tmp_path: Path) -> None:
+    with user_error("no checkpoint yet"):
+        Checkpoints(tmp_path / "absent", read_only=True).find("latest")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_saved_does_not_change_when_the_state_is_donated(tmp_path: Path) -> None:
+    double = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 2 + 1, state), donate_argnums=0)
+    checkpoints, state = Checkpoints(tmp_path), make_state(5)
+    checkpoints.save(5, state, RECORD, None)
+    for _ in range(20):
+        state = double(state)
+    checkpoints.close()
+    assert_trees_equal(Checkpoints(tmp_path).restore(5, target()), make_state(5))
+
+
+def test_saving_a_step_twice_keeps_the_first(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(5, make_state(5), RECORD, {"test_accuracy": 0.5})
+    checkpoints.save(5, make_state(6), RECORD, None)
+    checkpoints.close()
+    assert_trees_equal(Checkpoints(tmp_path).restore(5, target()), make_state(5))
+    assert Checkpoints(tmp_path).metrics(5) == {"test_accuracy": 0.5}
+
+
+def test_plain_orbax_opens_a_checkpoint(saved: Path) -> None:
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(saved / "20" / "state")
+    state = make_state(20)
+    assert set(tree) == {"step", "params", "batch_stats", "opt_state", "totals"}
+    assert_trees_equal({name: tree[name] for name in ("step", "params", "batch_stats", "totals")},
+                       {"step": state.step, "params": state.params, "batch_stats": state.batch_stats,
+                        "totals": state.totals})
+    for one, other in zip(jax.tree.leaves(tree["opt_state"]), jax.tree.leaves(state.opt_state), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert json.loads((saved / "20" / "run" / "metadata").read_text()) == RECORD
+
+
+def test_plain_orbax_tells_the_shapes(saved: Path) -> None:
+    handlers = {"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
+    with ocp.CheckpointManager(saved, item_handlers=handlers) as manager:
+        kernel = manager.item_metadata(20)["state"]["params"]["head"]["kernel"]
+    assert (kernel.shape, kernel.dtype) == ((64, 10), jnp.float32)
+
+
+def variables_target(devices: int = 1) -> dict[str, Any]:
+    state = target(devices)
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def test_variables_are_restored_and_the_optimizer_is_not_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    deserialize = ocp.type_handlers.ArrayHandler.deserialize
+
+    def spy(self: Any, infos: Any, *args: Any, **kwargs: Any) -> Any:
+        read.extend(info.name for info in infos)
+        return deserialize(self, infos, *args, **kwargs)
+    monkeypatch.setattr(ocp.type_handlers.ArrayHandler, "deserialize", spy)
+    variables = Checkpoints(saved, read_only=True).restore_variables(20, variables_target())
+    state = make_state(20)
+    assert_trees_equal(variables, {"params": state.params, "batch_stats": state.batch_stats})
+    assert sorted(read) == ["batch_stats.seen", "params.head.bias", "params.head.kernel"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def largest(directory: Path) -> Path:
+    return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "data truncated": lambda state: truncate(largest(state / "d")),
+    "a bit flipped": lambda state: flip_bit(largest(state / "d")),
+    "all data deleted": lambda state: (shutil.rmtree(state / "ocdbt.process_0"), shutil.rmtree(state / "d")),
+    "index truncated": lambda state: truncate(state / "manifest.ocdbt"),
+    "index deleted": lambda state: (state / "manifest.ocdbt").unlink(),
+    "metadata truncated": lambda state: truncate(state / "_METADATA"),
+    "state deleted": lambda state: shutil.rmtree(state),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_told_with_its_step(copied: Path, damage: str) -> None:
+    DAMAGE[damage](copied / "30" / "state")
+    checkpoints = Checkpoints(copied, read_only=True)
+    for restore in (lambda: checkpoints.restore(30, target()),
+                    lambda: checkpoints.restore_variables(30, variables_target())):
+        with user_error("checkpoint 30", str(copied), "cannot be restored"):
+            restore()
+    assert_trees_equal(checkpoints.restore(20, target()), make_state(20))  # the others stay usable
+
+
+def test_a_checkpoint_that_was_never_completed_is_passed_over(copied: Path) -> None:
+    (copied / "30").rename(copied / "30.orbax-checkpoint-tmp")
+    assert Checkpoints(copied).find("latest") == 20
+
+
+def test_damaged_metrics_are_told_and_leave_the_state_usable(copied: Path) -> None:
+    damaged = copied / "30" / "metrics" / "metrics"
+    truncate(damaged)
+    with user_error(str(damaged), "delete that file"):
+        Checkpoints(copied, read_only=True)
+    damaged.unlink()
+    checkpoints = Checkpoints(copied, read_only=True)
+    assert_trees_equal(checkpoints.restore(checkpoints.find("latest"), target()), make_state(30))
+
+
+@pytest.mark.parametrize("shape", [(64, 11), (65, 10)])
+def test_a_state_of_other_shapes_is_told(saved: Path, shape: tuple[int, int]) -> None:
+    other = target()
+    kernel = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=replicated(mesh_of(4)))
+    other = other.replace(params={"head": {**other.params["head"], "kernel": kernel}})
+    with user_error("checkpoint 30", "cannot be restored"):
+        Checkpoints(saved, read_only=True).restore(30, other)
+
+
+def test_a_state_of_other_names_is_told(saved: Path) -> None:
+    other = target()
+    with user_error("checkpoint 30", "cannot be restored"):
+        Checkpoints(saved, read_only=True).restore(30, other.replace(params={"tail": other.params["head"]}))

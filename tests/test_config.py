@@ -1,0 +1,224 @@
+"""Configuration: conversion, what is refused and in which words."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from ml_collections import ConfigDict
+
+from shared_basis import config as lib
+from shared_basis.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OrthogonalityConfig,
+    TrainConfig,
+    differences,
+    from_config_dict,
+    replace,
+    to_config_dict,
+    to_dict,
+)
+from shared_basis.errors import UserError
+from shared_basis.params import LABELS
+
+OTHER = Config(
+    name="other", seed=7,
+    model=ModelConfig(name="resnet14", dtype="bfloat16"),
+    data=DataConfig(name="folder", directory="/images", image_size=32, train_examples=10, mean=(0.1, 0.2, 0.3),
+                    std=(1.0, 2.0, 3.0), pad=4, flip=True),
+    orthogonality=OrthogonalityConfig(weight=0.0, elements="shared+unique", reduction="sum"),
+    optimizer=OptimizerConfig(learning_rate=0.2, nesterov=True, decay=("kernel", "basis"), boundaries=(1.5, 2.0),
+                              factors=(0.1, 0.5), warmup_epochs=0.5),
+    train=TrainConfig(epochs=3, batch_size=8))
+"""A configuration in which most fields differ from their defaults."""
+
+
+def error(tree):
+    """Returns the message with which `tree` is refused, one line."""
+    with pytest.raises(UserError) as caught:
+        from_config_dict(tree)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def nested(path, value):
+    """Returns nested dicts that hold `value` at the dotted `path`."""
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+WHOLE = "0 or a positive whole number"
+NUMBER = "0 or a positive number"
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(("path", "value", "words"), [
+    ("name", "", "name='': must be a directory name"),
+    ("name", "a/b", "name='a/b': must be a directory name"),
+    ("name", "a\\b", "must be a directory name"),
+    ("name", ".a", "name='.a': must be a directory name that does not begin with a dot"),
+    ("seed", -1, "seed=-1: must be at least 0 and below 2^31"),
+    ("seed", 2**31, "seed=2147483648: must be at least 0 and below 2^31"),
+    ("model.stem", "cifarr", "model.stem='cifarr': must be one of cifar, imagenet. Did you mean 'cifar'?"),
+    ("model.dtype", "float16", "model.dtype='float16': must be one of float32, bfloat16. Did you mean 'bfloat16'?"),
+    ("data.name", "cifar", "must be one of digits, folder, cifar10, cifar100, fashion_mnist. Did you mean 'cifar10'?"),
+    ("data.name", "zzz", "data.name='zzz': must be one of digits, folder, cifar10, cifar100, fashion_mnist."),
+    ("data.name", "folder", "data.directory='': must be the directory that holds train/<class>/* and test/<class>/*"),
+    ("data.image_size", -1, f"data.image_size=-1: must be {WHOLE}"),
+    ("data.image_size", 1025, "data.image_size=1025: must be at most 1024 pixels"),
+    ("data.image_size", 32, "only data.name='folder' is resized, and this is data.name='digits'; leave it at 0"),
+    ("data.train_examples", -2, f"data.train_examples=-2: must be {WHOLE}"),
+    ("data.test_examples", -3, f"data.test_examples=-3: must be {WHOLE}"),
+    ("data.pad", -4, f"data.pad=-4: must be {WHOLE}"),
+    ("data.mean", (), "data.mean=(): must be one value, or one for each of three channels"),
+    ("data.mean", (0.1, 0.2), "data.mean=(0.1, 0.2): must be one value, or one for each of three channels"),
+    ("data.mean", (NAN,), "data.mean=(nan,): must be finite"),
+    ("data.std", (0.1, 0.2), "data.std=(0.1, 0.2): must be one value, or one for each of three channels"),
+    ("data.std", (INF,), "data.std=(inf,): must be finite"),
+    ("data.std", (1.0, 0.0, 1.0), "data.std=(1.0, 0.0, 1.0): must be positive"),
+    ("orthogonality.weight", -0.5, f"orthogonality.weight=-0.5: must be {NUMBER}"),
+    ("orthogonality.weight", INF, f"orthogonality.weight=inf: must be {NUMBER}"),
+    ("orthogonality.elements", "unique", "must be one of shared, shared+unique. Did you mean"),
+    ("orthogonality.reduction", "men", "orthogonality.reduction='men': must be one of mean, sum. Did you mean 'mean'?"),
+    ("optimizer.learning_rate", -0.1, f"optimizer.learning_rate=-0.1: must be {NUMBER}"),
+    ("optimizer.learning_rate", NAN, f"optimizer.learning_rate=nan: must be {NUMBER}"),
+    ("optimizer.weight_decay", -1e-4, f"optimizer.weight_decay=-0.0001: must be {NUMBER}"),
+    ("optimizer.warmup_epochs", -1.0, f"optimizer.warmup_epochs=-1.0: must be {NUMBER}"),
+    ("optimizer.warmup_epochs", 300.0, "optimizer.warmup_epochs=300.0: must be below train.epochs=300"),
+    ("optimizer.momentum", 1.0, "optimizer.momentum=1.0: must be at least 0 and below 1"),
+    ("optimizer.momentum", -0.1, "optimizer.momentum=-0.1: must be at least 0 and below 1"),
+    ("optimizer.momentum", NAN, "optimizer.momentum=nan: must be at least 0 and below 1"),
+    ("optimizer.decay", ("kernels",), "optimizer.decay='kernels': must be one of basis, coefficients, kernel, norm, "
+                                      "bias. Did you mean 'kernel'?"),
+    ("optimizer.schedule", "cosin", "must be one of piecewise, cosine. Did you mean 'cosine'?"),
+    ("optimizer.boundaries", (5.0,), "optimizer.factors=(): must be as many as optimizer.boundaries=(5.0,)"),
+    ("optimizer.factors", (0.1,), "optimizer.factors=(0.1,): must be as many as optimizer.boundaries=()"),
+    ("optimizer", {"boundaries": (5, 5), "factors": (1, 1)}, "(5.0, 5.0): must be rising epochs after the warm-up"),
+    ("optimizer", {"boundaries": (NAN,), "factors": (0.1,)}, "optimizer.boundaries=(nan,): must be rising epochs"),
+    ("optimizer", {"boundaries": (2,), "factors": (0.1,), "warmup_epochs": 2.5}, "after the warm-up of 2.5"),
+    ("optimizer", {"boundaries": (2,), "factors": (0,)}, "optimizer.factors=(0.0,): must be positive"),
+    ("optimizer", {"boundaries": (2,), "factors": (INF,)}, "optimizer.factors=(inf,): must be positive"),
+    ("optimizer", {"boundaries": (300,), "factors": (0.1,)},
+     "below train.epochs=300; when you shorten a run, scale them with it"),
+    ("optimizer", {"schedule": "cosine", "boundaries": (5,), "factors": (0.1,)},
+     "empty, like optimizer.factors, when optimizer.schedule='cosine'"),
+    ("optimizer", {"schedule": "cosine", "factors": (0.1,)}, "empty, like optimizer.factors"),
+    ("train.epochs", 0, "train.epochs=0: must be a positive whole number"),
+    ("train.batch_size", 0, "train.batch_size=0: must be a positive whole number"),
+    ("train.eval_batch_size", -1, "train.eval_batch_size=-1: must be a positive whole number"),
+    ("train.evaluate_every", 0, "train.evaluate_every=0: must be a positive whole number"),
+])
+def test_a_value_that_is_not_allowed_is_told_with_what_is(path, value, words):
+    assert words in error(nested(path, value))
+
+
+@pytest.mark.parametrize("part", [Config, ModelConfig, DataConfig, OrthogonalityConfig, OptimizerConfig, TrainConfig])
+def test_every_part_is_valid_by_default_and_frozen(part):
+    field = dataclasses.fields(part)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(part(), field, None)
+
+
+def test_values_are_checked_when_a_part_is_built_by_hand():
+    with pytest.raises(UserError, match=re.escape("train.epochs=0: must be a positive whole number.")):
+        TrainConfig(epochs=0)
+
+
+@pytest.mark.parametrize(("tree", "unknown", "nearest"), [
+    ({"seeds": 1}, "seeds", "seed"),
+    ({"train": {"epoch": 1}}, "train.epoch", "train.epochs"),
+    ({"optimizer": {"lerning_rate": 1}}, "optimizer.lerning_rate", "optimizer.learning_rate"),
+])
+def test_an_unknown_field_is_refused_with_the_nearest(tree, unknown, nearest):
+    message = error(tree)
+    assert message.startswith(f"unknown configuration field '{unknown}'. Did you mean '{nearest}'? The fields are: ")
+
+
+def test_an_unknown_field_like_no_other_is_refused_with_all_fields():
+    message = error({"xyzzy": 1})
+    assert message == ("unknown configuration field 'xyzzy'. The fields are: data, model, name, optimizer, "
+                       "orthogonality, seed, train.")
+
+
+def test_a_value_in_the_place_of_a_part_is_refused():
+    assert error({"model": "resnet20"}) == "model='resnet20': must hold the fields of ModelConfig."
+
+
+@pytest.mark.parametrize("config", [Config(), OTHER], ids=["default", "other"])
+def test_round_trips_give_an_equal_configuration(config):
+    assert from_config_dict(to_config_dict(config)) == config
+    assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_a_config_dict_refuses_a_value_of_another_type():
+    tree = to_config_dict(Config())
+    assert isinstance(tree, ConfigDict)
+    with pytest.raises(TypeError):
+        tree.train.epochs = "many"
+
+
+def test_absent_fields_take_their_defaults():
+    assert from_config_dict({}) == Config()
+    assert from_config_dict({"train": {"epochs": 5}}) == Config(train=TrainConfig(epochs=5))
+
+
+@pytest.mark.parametrize("value", ["kernel,basis", " kernel , basis,", ("kernel", "basis"), ["kernel,basis"]])
+def test_a_tuple_of_strings_may_come_as_one_from_the_command_line(value):
+    assert from_config_dict({"optimizer": {"decay": value}}).optimizer.decay == ("kernel", "basis")
+
+
+def test_an_empty_string_is_an_empty_tuple():
+    assert from_config_dict({"optimizer": {"decay": ""}}).optimizer.decay == ()
+
+
+def test_a_whole_number_is_taken_for_a_float():
+    config = from_config_dict({"optimizer": {"learning_rate": 1, "boundaries": [3, 4.5], "factors": (1, 2)}})
+    values = (config.optimizer.learning_rate, *config.optimizer.boundaries, *config.optimizer.factors)
+    assert values == (1.0, 3.0, 4.5, 1.0, 2.0)
+    assert {type(value) for value in values} == {float}
+
+
+@pytest.mark.parametrize(("path", "value", "kind"), [
+    ("seed", True, "int"), ("seed", 1.0, "int"), ("seed", "1", "int"), ("optimizer.learning_rate", True, "float"),
+    ("optimizer.learning_rate", "0.1", "float"), ("data.mean", (True,), "float"), ("data.flip", 1, "bool"),
+    ("name", 3, "str"), ("name", None, "str"),
+])
+def test_a_value_of_another_type_is_refused(path, value, kind):
+    shown = value[0] if isinstance(value, tuple) else value
+    assert error(nested(path, value)) == f"{path}={shown!r}: must be of type {kind}."
+
+
+def test_replace_sets_fields_by_path_and_checks_them():
+    changed = replace(Config(), {"train.epochs": 3, "seed": 5, "optimizer.decay": "norm"})
+    assert (changed.train.epochs, changed.seed, changed.optimizer.decay) == (3, 5, ("norm",))
+    assert changed.train.batch_size == TrainConfig().batch_size
+    with pytest.raises(UserError, match=r"train\.epochs=0: must be a positive"):
+        replace(Config(), {"train.epochs": 0})
+
+
+@pytest.mark.parametrize(("path", "nearest"), [("train.epoch", "train.epochs"), ("data.directry", "data.directory")])
+def test_replace_refuses_an_unknown_path_with_the_nearest(path, nearest):
+    with pytest.raises(UserError, match=re.escape(f"{path!r}. Did you mean {nearest!r}?")):
+        replace(Config(), {path: 3})
+
+
+@pytest.mark.parametrize("path", ["model", "train.epochs.x"])
+def test_replace_refuses_a_path_that_is_no_leaf(path):
+    with pytest.raises(UserError, match=f"unknown configuration field '{path}'"):
+        replace(Config(), {path: 3})
+
+
+def test_differences_name_the_fields_and_leave_out_locations():
+    here = Config(data=DataConfig(name="cifar10", directory="/a", manual_directory="/b", pad=4), seed=1)
+    there = Config(data=DataConfig(name="cifar10", directory="/c", manual_directory="/d", pad=2), seed=2)
+    assert differences(here, there) == {"seed": (1, 2), "data.pad": (4, 2)}
+    assert differences(here, Config(data=dataclasses.replace(here.data, directory="/e"), seed=1)) == {}
+
+
+def test_labels_that_can_decay_are_those_that_parameters_have():
+    assert lib.PARAMETER_LABELS == LABELS

@@ -1,0 +1,316 @@
+"""`main.py` as a user runs it: what it prints, what it leaves, how it ends, and what it says to a mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import MAIN, ROOT, CommandLine, user_environment, write_folder
+from PIL import Image
+
+RECIPE = f"--config={ROOT / 'configs' / 'digits_resnet.py'}"
+SMALL = (f"{RECIPE}:resnet14-s4u1-double", "--config.train.epochs=2", "--config.data.train_examples=200",
+         "--config.train.batch_size=40")
+
+
+@pytest.fixture(scope="module")
+def main(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
+    """Runs `main.py`."""
+    command_line = CommandLine(tmp_path_factory.mktemp("output"))
+    yield command_line
+    command_line.close()
+
+
+@pytest.fixture(scope="module")
+def trained(main: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """Returns the directory in which `SMALL` was trained, and what that printed; for reading only."""
+    directory = tmp_path_factory.mktemp("user")
+    return directory, main(*SMALL, cwd=directory)
+
+
+def last_metrics(workdir: Path) -> dict[str, Any]:
+    return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+# Each mode
+
+def test_training_leaves_a_run_in_the_default_workdir(trained: Any) -> None:
+    directory, done = trained
+    assert (done.returncode, done.stderr) == (0, "")
+    workdir = directory / "runs" / "digits_resnet-resnet14-s4u1-double"
+    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "metrics.jsonl", "run.json"]
+    assert [path.name for path in directory.iterdir()] == ["runs"]
+    assert {"10"} <= {path.name for path in (workdir / "checkpoints").iterdir()}
+    accuracy = f"{100 * last_metrics(workdir)['test_accuracy']:.2f} %"
+    *_, metrics, result, counts = done.stdout.splitlines()
+    assert metrics.startswith("epoch 2/2")
+    assert accuracy in metrics
+    assert result.startswith(f"resnet14-s4u1-double: test accuracy {accuracy} after 2 epochs")
+    assert re.match(r"109,190 parameters \(36\.6 % fewer .* resnet14\), 1,054,336 MACs \(35\.4 % fewer", counts)
+    assert "\x1b" not in done.stdout
+
+
+def test_the_same_command_again_changes_nothing(main: CommandLine, trained: Any) -> None:
+    directory, first = trained
+    before = (directory / "runs" / "digits_resnet-resnet14-s4u1-double" / "metrics.jsonl").read_bytes()
+    again = main(*SMALL, cwd=directory)
+    assert again.returncode == 0
+    assert "resumes at step 10 of 10" in again.stdout
+    assert again.stdout.splitlines()[-2:] == first.stdout.splitlines()[-2:]
+    assert (directory / "runs" / "digits_resnet-resnet14-s4u1-double" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("checkpoint", ["latest", "best", "10"])
+def test_evaluation_needs_the_workdir_alone(main: CommandLine, trained: Any, tmp_path: Path, checkpoint: str) -> None:
+    workdir = trained[0] / "runs" / "digits_resnet-resnet14-s4u1-double"
+    done = main("--mode=evaluate", f"--workdir={workdir}", f"--checkpoint={checkpoint}", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    accuracy = f"{100 * last_metrics(workdir)['test_accuracy']:.2f} %"
+    assert done.stdout.startswith(f"resnet14-s4u1-double at step 10 of {workdir}: test accuracy {accuracy}, top-5 ")
+    assert done.stdout.endswith("on 355 images\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluation_takes_overrides_of_the_data(main: CommandLine, trained: Any) -> None:
+    directory, _ = trained
+    workdir = "--workdir=runs/digits_resnet-resnet14-s4u1-double"
+    done = main(RECIPE, "--mode=evaluate", workdir, "--config.data.test_examples=50", "--json", cwd=directory)
+    assert (done.returncode, json.loads(done.stdout)["test_examples"]) == (0, 50)
+    refused = main(RECIPE, "--mode=evaluate", workdir, "--config.model.name=resnet20", cwd=directory)
+    assert_mistake(refused, "--config.model.name", "cannot be changed")
+
+
+def test_json_is_one_object_on_standard_output(main: CommandLine, trained: Any, tmp_path: Path) -> None:
+    directory, _ = trained
+    summary = main(*SMALL, "--mode=summary", "--json", cwd=tmp_path)
+    shutil.copytree(directory / "runs", tmp_path / "runs")
+    train = main(*SMALL, "--json", cwd=tmp_path)
+    evaluate = main(*SMALL[:1], "--mode=evaluate", "--json", cwd=tmp_path)
+    for done in (summary, train, evaluate):
+        assert done.returncode == 0
+        assert len(done.stdout.splitlines()) == 1
+    for done in (summary, train):
+        result = json.loads(done.stdout)
+        assert (result["parameters"], result["macs"]) == (109190, 1054336)
+    assert "resumes at step 10 of 10" in train.stderr
+    assert json.loads(train.stdout)["test_accuracy"] == json.loads(evaluate.stdout)["test_accuracy"]
+
+
+def test_summary_needs_no_data(main: CommandLine, tmp_path: Path) -> None:
+    done = main(f"--config={ROOT / 'configs' / 'cifar_resnet.py'}", "--mode=summary",
+                f"--config.data.directory={tmp_path / 'absent'}", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    title, header, *rows, total, saving = done.stdout.splitlines()
+    assert title.startswith("resnet56-s16u1-double, images 32×32×3, 10 classes")
+    assert [row.split()[0] for row in rows] == ["stem", "group1", "group2", "group3", "head"]
+    for column in range(1, 6):
+        cells = [int(row.split()[column].replace(",", "")) for row in (*rows, total)]
+        assert sum(cells[:-1]) == cells[-1]
+    assert len({len(line) for line in (header, *rows, total)}) == 1
+    assert "62.6 % fewer" in saving
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_images_trains_and_evaluates(main: CommandLine, tmp_path: Path) -> None:
+    images = write_folder(tmp_path / "images", classes=("cat", "dog", "owl"), count=4, size=10)
+    fields = ("--config.data.name=folder", f"--config.data.directory={images}", "--config.data.image_size=8",
+              "--config.train.epochs=2", "--config.train.batch_size=6")
+    done = main(f"{RECIPE}:resnet14", *fields, "--workdir=run", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "12 training and 12 test images of 8×8×3, 3 classes" in done.stdout
+    images.rename(tmp_path / "moved")
+    moved = main(RECIPE, "--mode=evaluate", "--workdir=run", f"--config.data.directory={tmp_path / 'moved'}", "--json",
+                 cwd=tmp_path)
+    assert json.loads(moved.stdout)["test_accuracy"] == last_metrics(tmp_path / "run")["test_accuracy"]
+    assert_mistake(main(RECIPE, "--mode=evaluate", "--workdir=run", cwd=tmp_path), str(images), "cannot be found")
+
+
+def test_signals_stop_a_run_that_the_same_command_continues(tmp_path: Path) -> None:
+    command = [sys.executable, str(MAIN), *SMALL[:1], *SMALL[2:], "--config.train.epochs=1000",
+               "--config.train.evaluate_every=500", "--workdir=run"]
+    saved = None
+    for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with subprocess.Popen(command, cwd=tmp_path, env=user_environment(), text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE) as process:
+            lines = []
+            while not lines or not lines[-1].startswith("ready in" if saved is None else "resumes at step"):
+                lines.append(process.stdout.readline())
+                assert lines[-1], process.stderr.read()
+            process.send_signal(signum)
+            _, errors = process.communicate(timeout=120)
+        assert process.returncode == code
+        message = re.fullmatch(r"stopped by (\w+) and saved at step ([\d,]+) of 5,000; the same command goes on from "
+                               r"there\n", errors)
+        assert message, errors
+        assert message[1] == signum.name
+        assert saved is None or f"resumes at step {saved} of 5,000\n" in lines
+        saved = message[2]
+
+
+def test_help_names_every_flag(main: CommandLine) -> None:
+    done = main("--help", cwd=ROOT)
+    assert "Traceback" not in done.stderr + done.stdout
+    for flag in ("--config", "--mode", "--workdir", "--checkpoint", "--[no]json"):
+        assert flag in done.stdout + done.stderr
+
+
+# Mistakes
+
+def assert_mistake(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """Asserts that the command ended with one line about a mistake, which holds all `parts`."""
+    assert "Traceback" not in done.stdout + done.stderr
+    assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
+    assert done.returncode == 2
+    for part in parts:
+        assert part in done.stderr
+
+
+MISTAKES = {
+    "unknown data set": ((RECIPE, "--config.data.name=cifar"), ("data.name='cifar'", "cifar10")),
+    "unknown network": ((f"{RECIPE}:resnet57",), ("resnet57", "resnet56", "resnet56-s16u1-double")),
+    "nonsense for a network": ((f"{RECIPE}:banana",), ("'banana'", "resnet20")),
+    "name that does not parse": ((f"{RECIPE}:resnet20-s4",), ("'resnet20-s4'", "-s<S>u<U>")),
+    "double without shared": ((f"{RECIPE}:resnet20-s0u4-double",), ("-double", "s0")),
+    "rank too large": ((f"{RECIPE}:resnet20-s200u1",), ("201", "144")),
+    "unknown field": ((RECIPE, "--config.train.epoch=3"), ("'train.epoch'", "Did you mean 'train.epochs'?")),
+    "unknown part": ((RECIPE, "--config.training.epochs=3"), ("'training.epochs'", "'train.epochs'")),
+    "part for a field": ((RECIPE, "--config.train=3"), ("'train'",)),
+    "text for a number": ((RECIPE, "--config.train.epochs=abc"), ("abc", "epochs")),
+    "fraction for a whole number": ((RECIPE, "--config.train.epochs=1.5"), ("1.5", "epochs")),
+    "field before the file": (("--config.train.epochs=abc", RECIPE), ("abc", "epochs")),
+    "text for a truth value": ((RECIPE, "--config.data.flip=maybe"), ("maybe", "flip")),
+    "field without a value": ((RECIPE, "--config.train.epochs"), ("epochs",)),
+    "unknown mode": ((RECIPE, "--mode=test"), ("--mode=test", "train", "evaluate", "summary")),
+    "unknown flag": ((RECIPE, "--wrokdir=x"), ("wrokdir",)),
+    "flag without a value": ((RECIPE, "--workdir"), ("workdir",)),
+    "positional argument": ((RECIPE, "train"), ("'train'", "--mode=train")),
+    "missing file": (("--config=absent.py",), ("absent.py", "No such file")),
+    "directory for a file": (("--config=.",), ("'.'",)),
+    "file with a syntax error": (("--config=syntax.py",), ("syntax.py",)),
+    "file that raises": (("--config=raises.py",), ("on purpose",)),
+    "file without get_config": (("--config=empty.py",), ("get_config",)),
+    "file of another program": (("--config=foreign.py",), ("batch_size",)),
+    "negative epochs": ((RECIPE, "--config.train.epochs=-1"), ("train.epochs=-1", "positive")),
+    "no epochs": ((RECIPE, "--config.train.epochs=0"), ("train.epochs=0", "positive")),
+    "warm-up beyond epochs": ((RECIPE, "--config.train.epochs=1"), ("optimizer.warmup_epochs=1.0", "train.epochs=1")),
+    "boundaries beyond epochs": (
+        (f"--config={ROOT / 'configs' / 'cifar_resnet.py'}", "--config.train.epochs=100"),
+        ("optimizer.boundaries=(150.0, 225.0)", "train.epochs=100")),
+    "not a number": ((RECIPE, "--config.optimizer.learning_rate=nan"), ("optimizer.learning_rate=nan",)),
+    "unknown kind of parameter": ((RECIPE, "--config.optimizer.decay=kernels"),
+                                  ("'kernels'", "Did you mean 'kernel'?")),
+    "batch larger than the data": ((*SMALL, "--config.train.batch_size=400"), ("train.batch_size=400", "only 200")),
+    "more images than there are": ((*SMALL, "--config.data.train_examples=2000"), ("=2000", "1442")),
+    "mean of three channels": ((RECIPE, "--config.data.mean=(0.1,0.2,0.3)"),
+                               ("data.mean=(0.1, 0.2, 0.3)", "1 channel;")),
+    "resized digits": ((RECIPE, "--config.data.image_size=16"), ("data.image_size=16", "folder")),
+    "data that is not prepared": (
+        (f"--config={ROOT / 'configs' / 'cifar_resnet.py'}", "--config.data.directory=absent",
+         "--config.data.manual_directory=nowhere"), ("nowhere", "cifar10")),
+    "file for a workdir": ((*SMALL, "--workdir=empty.py"), ("workdir empty.py",)),
+    "workdir below a file": ((*SMALL, "--workdir=empty.py/run"), ("workdir empty.py/run",)),
+    "workdir that cannot be made": ((*SMALL, "--workdir=/proc/run"), ("workdir /proc/run", "--workdir")),
+    "evaluation without a run": ((RECIPE, "--mode=evaluate", "--workdir=absent"), ("absent", "holds no run")),
+}
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a directory with configuration files that are broken."""
+    directory = tmp_path_factory.mktemp("desk")
+    (directory / "syntax.py").write_text("def get_config(:\n")
+    (directory / "raises.py").write_text("def get_config():\n    raise RuntimeError('on purpose')\n")
+    (directory / "empty.py").write_text("")
+    (directory / "foreign.py").write_text(
+        "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'batch_size': 3})\n")
+    return directory
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_in_one_line(main: CommandLine, desk: Path, mistake: str) -> None:
+    before = sorted(desk.rglob("*"))
+    arguments, parts = MISTAKES[mistake]
+    assert_mistake(main(*arguments, cwd=desk), *parts)
+    assert sorted(desk.rglob("*")) == before
+
+
+def test_mistakes_about_a_run_are_told(main: CommandLine, trained: Any) -> None:
+    directory, _ = trained
+    workdir = directory / "runs" / "digits_resnet-resnet14-s4u1-double"
+    before = sorted(workdir.rglob("*"))
+    other = main(*SMALL, "--config.seed=1", "--config.orthogonality.weight=1.0", cwd=directory)
+    assert_mistake(other, "seed: 1 now, 0 there", "orthogonality.weight: 1.0 now, 10.0 there", "--workdir")
+    unknown = main(RECIPE, "--mode=evaluate", f"--workdir={workdir}", "--checkpoint=7", cwd=directory)
+    assert_mistake(unknown, "checkpoint '7'", "10")
+    assert sorted(workdir.rglob("*")) == before
+
+
+def break_image(images: Path) -> None:
+    (images / "test" / "dog" / "1.png").write_bytes(b"not an image")
+
+
+def truncate_image(images: Path) -> None:
+    path = images / "train" / "dog" / "0.png"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def enlarge_image(images: Path) -> None:
+    Image.fromarray(np.zeros((9, 8, 3), np.uint8)).save(images / "train" / "dog" / "1.png")
+
+
+def empty_class(images: Path) -> None:
+    for path in (images / "test" / "dog").iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize(("damage", "fields", "parts"), [
+    (shutil.rmtree, (), ("images", "cannot be found", "train/<class>")),
+    (lambda images: shutil.rmtree(images / "test"), (), ("test", "cannot be found")),
+    (lambda images: shutil.rmtree(images / "train" / "dog"), (), ("'dog'",)),
+    (empty_class, (), ("holds no image", "dog")),
+    (break_image, (), ("1.png", "not an image")),
+    (truncate_image, (), ("0.png", "replace or remove")),
+    (enlarge_image, (), ("1.png", "9×8", "--config.data.image_size")),
+    (lambda images: None, ("--config.data.image_size=-4",), ("data.image_size=-4",)),
+    (lambda images: None, ("--config.data.image_size=4000",), ("data.image_size=4000", "1024")),
+    (lambda images: None, ("--config.data.image_size=big",), ("big", "image_size")),
+    (lambda images: None, ("--config.data.directory=",), ("data.directory", "train/<class>"))],
+    ids=["no folder", "no test folder", "class in one split", "empty class", "broken image", "truncated image",
+         "other size", "negative size", "huge size", "size in words", "no name"])
+def test_a_mistake_in_a_folder_is_told(main: CommandLine, tmp_path: Path, damage: Any, fields: tuple[str, ...],
+                                       parts: tuple[str, ...]) -> None:
+    damage(write_folder(tmp_path / "images", classes=("cat", "dog"), count=2))
+    done = main(f"{RECIPE}:resnet14", "--config.data.name=folder", "--config.data.directory=images",
+                "--config.train.batch_size=2", *fields, cwd=tmp_path)
+    assert_mistake(done, *parts)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("override", [(), ("--config.train.epochs=abc",), ("--config.data.test_examples=2",)])
+def test_the_default_configuration_is_found_from_anywhere(main: CommandLine, tmp_path: Path,
+                                                          override: tuple[str, ...]) -> None:
+    done = main("--mode=summary", *override, cwd=tmp_path)
+    if override == ("--config.train.epochs=abc",):
+        assert_mistake(done, "abc")
+    else:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("resnet20-s8u1-double")
+
+
+def test_a_damaged_checkpoint_is_told_in_one_line(main: CommandLine, trained: Any, tmp_path: Path) -> None:
+    shutil.copytree(trained[0] / "runs", tmp_path / "runs")
+    data = tmp_path / "runs" / "digits_resnet-resnet14-s4u1-double" / "checkpoints" / "10" / "state" / "d"
+    for path in data.iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    done = main(*SMALL[:1], "--mode=evaluate", cwd=tmp_path)
+    assert_mistake(done, "checkpoint 10", "cannot be restored")
+    assert len(done.stderr) < 600

@@ -1,0 +1,159 @@
+"""The learning rate schedule, and the optimizer as the gradient of the summed loss."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from shared_basis.basis import ElementSet
+from shared_basis.config import OptimizerConfig, OrthogonalityConfig
+from shared_basis.models import create_model
+from shared_basis.optimizer import learning_rate_schedule, make_optimizer
+from shared_basis.orthogonality import orthogonality_penalty
+from shared_basis.params import LABELS, abstract_variables
+
+
+def rates(steps, *, epochs=8, steps_per_epoch=10, **fields):
+    """Returns the learning rates (the initial one is 1) at `steps`."""
+    schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, **fields), epochs, steps_per_epoch)
+    return [float(schedule(step)) for step in steps]
+
+
+def test_a_constant_rate_stays():
+    assert rates([0, 1, 79]) == [1, 1, 1]
+
+
+def test_a_piecewise_rate_falls_at_its_boundary_step_and_multiplies():
+    found = rates([0, 24, 25, 59, 60, 79], boundaries=(2.5, 6.0), factors=(0.5, 0.1))
+    assert found == pytest.approx([1, 1, 0.5, 0.5, 0.05, 0.05])
+
+
+def test_a_boundary_between_steps_goes_to_the_nearest():
+    assert rates([6, 7, 8], steps_per_epoch=3, boundaries=(2.4,), factors=(0.5,)) == pytest.approx([1, 0.5, 0.5])
+    assert rates([7, 8], steps_per_epoch=3, boundaries=(2.6,), factors=(0.5,)) == pytest.approx([1, 0.5])
+
+
+def test_a_cosine_rate_falls_to_0_at_the_end():
+    assert rates([0, 20, 40, 60, 80], schedule="cosine") == pytest.approx(
+        [1, (1 + 2**-0.5) / 2, 0.5, (1 - 2**-0.5) / 2, 0], abs=1e-6)
+
+
+def test_warm_up_rises_from_0_and_does_not_move_the_boundaries():
+    found = rates([0, 1, 4, 5, 24, 25], warmup_epochs=0.5, boundaries=(2.5,), factors=(0.1,))
+    assert found == pytest.approx([0, 0.2, 0.8, 1, 1, 0.1])
+
+
+def test_a_cosine_rate_falls_from_the_end_of_the_warm_up():
+    assert rates([0, 10, 20, 50, 80], schedule="cosine", warmup_epochs=2.0) == pytest.approx([0, 0.5, 1, 0.5, 0],
+                                                                                             abs=1e-6)
+
+
+def test_the_published_schedule():
+    fields = {"epochs": 300, "steps_per_epoch": 195, "boundaries": (150.0, 225.0), "factors": (0.1, 0.1)}
+    assert rates([150 * 195 - 1, 150 * 195, 225 * 195 - 1, 225 * 195], **fields) == pytest.approx([1, 0.1, 0.1, 0.01])
+
+
+PARAMS = {
+    "bases": {"group1": {"shared": np.array([[2.0, 0.0], [0.0, 1.0]], np.float32)}},
+    "layer": {"unique": np.array([[3.0], [0.0]], np.float32), "coefficients": np.full((3, 2), 0.5, np.float32),
+              "norm": {"scale": np.array([1.0, 2.0, 3.0], np.float32), "bias": np.array([4.0, 5.0, 6.0], np.float32)}},
+    "head": {"kernel": np.array([[7.0, -8.0]], np.float32), "bias": np.array([9.0, -1.0], np.float32)},
+}
+LABELLED = {"basis": [("bases", "group1", "shared"), ("layer", "unique")], "coefficients": [("layer", "coefficients")],
+            "kernel": [("head", "kernel")], "norm": [("layer", "norm", "scale"), ("layer", "norm", "bias")],
+            "bias": [("head", "bias")]}
+"""The parameters of each kind, by hand."""
+
+
+def at(tree, path):
+    return functools.reduce(lambda node, key: node[key], path, tree)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("decay", [LABELS, (), *[(label,) for label in LABELS], ("basis", "norm")],
+                         ids=lambda decay: "+".join(decay) or "none")
+def test_two_updates_rebuilt_by_hand(decay, nesterov):
+    config = OptimizerConfig(learning_rate=0.1, momentum=0.8, nesterov=nesterov, weight_decay=0.25, decay=decay)
+    optimizer = make_optimizer(config, OrthogonalityConfig(weight=0.0), [], lambda step: 0.1 / (step + 1))
+    params, state = PARAMS, optimizer.init(PARAMS)
+    for _ in range(2):
+        updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    for label, paths in LABELLED.items():
+        coefficient = 0.25 if label in decay else 0
+        for path in paths:
+            p, velocity = np.float64(at(PARAMS, path)), 0
+            for step in range(2):
+                gradient = 1 + coefficient * p
+                velocity = 0.8 * velocity + gradient
+                p = p - 0.1 / (step + 1) * (gradient + 0.8 * velocity if nesterov else velocity)
+            np.testing.assert_allclose(at(params, path), p, rtol=1e-5, atol=1e-6, err_msg=str(path))
+
+
+@pytest.mark.parametrize(("reduction", "pairs"), [("mean", 6 + 1), ("sum", 1)])
+def test_the_penalty_is_added_before_momentum(reduction, pairs):
+    elements = [ElementSet((("bases", "group1", "shared"),), (("layer", "unique"),))]
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.0), OrthogonalityConfig(weight=10.0, reduction=reduction),
+                               elements, lambda step: 1.0)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS), PARAMS)
+    # Rows f = (2, 0), g = (0, 1) shared and h = (3, 0) unique: (f·f − 1)² + (g·g − 1)² + (f·h)² + (h·h − 1)² and more
+    # that is 0 with gradient 0. Gradients: f: 4 · 3 f + 2 · 6 h; h: 2 · 6 f + 4 · 8 h.
+    f, h = np.array([24.0 + 36, 0]), np.array([24.0 + 96, 0])
+    np.testing.assert_allclose(updates["bases"]["group1"]["shared"], -10 / pairs * np.stack([f, [0, 0]], -1), rtol=1e-5)
+    np.testing.assert_allclose(updates["layer"]["unique"][:, 0], -10 / pairs * h, rtol=1e-5)
+    assert not np.any(updates["head"]["kernel"])
+
+
+@pytest.mark.parametrize("orthogonality", [OrthogonalityConfig(weight=0.0), OrthogonalityConfig(weight=10.0)])
+def test_without_weight_or_elements_no_penalty_is_added(orthogonality):
+    elements = [ElementSet((("bases", "group1", "shared"),))] if not orthogonality.weight else []
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.0), orthogonality, elements, lambda step: 1.0)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS), PARAMS)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+
+
+def test_training_a_network_equals_descent_on_the_summed_loss():
+    """Cross entropy + λ · penalty + ½ weight decay · ‖decaying parameters‖², over four steps with momentum."""
+    model = create_model("resnet14-s4u1-double")
+    rng = np.random.default_rng(0)
+    variables = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1])) if leaf.ndim > 1 else
+                            np.full(leaf.shape, path[-1].key in ("scale", "var"))).astype(np.float32),
+        dict(abstract_variables(model, (8, 8, 1))))
+    images = rng.normal(size=(4, 4, 8, 8, 1)).astype(np.float32)
+    elements, rate = model.element_sets("shared+unique"), 0.02
+
+    def cross_entropy(params, batch):
+        logits, _ = model.apply({**variables, "params": params}, batch, train=True, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, np.arange(4)).mean()
+
+    def additions(params):
+        squares = [jnp.sum(leaf**2) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+                   if path[-1].key in ("unique", "first", "second", "shared", "kernel")]
+        return 10 * orthogonality_penalty(params, elements) + 0.05 / 2 * sum(squares)
+
+    # One program serves both sides; it compiles in half the time without optimization.
+    gradient = jax.jit(jax.grad(cross_entropy), compiler_options={"xla_backend_optimization_level": 0})
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.05, decay=("basis", "kernel")),
+                               OrthogonalityConfig(weight=10.0), elements, lambda step: rate)
+
+    @jax.jit
+    def update(linked, state, gradient):
+        updates, state = optimizer.update(gradient, state, linked)
+        return optax.apply_updates(linked, updates), state
+
+    @jax.jit
+    def descend(summed, velocity, gradient):
+        total = jax.tree.map(jnp.add, gradient, jax.grad(additions)(summed))
+        velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, total)
+        return jax.tree.map(lambda p, v: p - rate * v, summed, velocity), velocity
+
+    linked = summed = variables["params"]
+    state, velocity = optimizer.init(linked), jax.tree.map(np.zeros_like, summed)
+    for batch in images:
+        linked, state = update(linked, state, gradient(linked, batch))
+        summed, velocity = descend(summed, velocity, gradient(summed, batch))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), linked, summed)

@@ -1,0 +1,255 @@
+"""The steps against NumPy: what a batch holds, what an update is, what an evaluation counts."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import Linear, assert_trees_equal, cross_entropies, make_images, mesh_of, tiny_network
+
+from shared_basis.config import DataConfig, OptimizerConfig, OrthogonalityConfig
+from shared_basis.devices import divided, replicated
+from shared_basis.optimizer import make_optimizer
+from shared_basis.orthogonality import orthogonality_diagnostics, orthogonality_penalty
+from shared_basis.steps import TrainState, augment, create_train_state, epoch_order, eval_step, normalize, train_step
+
+PIXELS = DataConfig(mean=(0.0,), std=(1 / 255,))
+"""Leaves pixel values as they are."""
+
+
+# Images
+
+@pytest.mark.parametrize(("mean", "std"), [((0.5,), (0.25,)), ((0.1, 0.2, 0.3), (0.5, 1.0, 2.0))])
+def test_normalize_is_affine_by_channel(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    images, _ = make_images(3, channels=3)
+    result = normalize(images, DataConfig(mean=mean, std=std))
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, (images / 255 - np.array(mean)) / np.array(std), atol=1e-5)
+
+
+def crops(image: np.ndarray, pad: int, flip: bool) -> dict[bytes, tuple[int, int, bool]]:
+    """Returns every image that augmentation may make of `image`, with its corner and whether it is mirrored."""
+    height, width, _ = image.shape
+    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+    cut = {(y, x): padded[y:y + height, x:x + width] for y, x in itertools.product(range(2 * pad + 1), repeat=2)}
+    return {(part[:, ::-1] if mirrored else part).tobytes(): (*corner, mirrored)
+            for corner, part in cut.items() for mirrored in ((False, True) if flip else (False,))}
+
+
+@pytest.mark.parametrize(("pad", "flip"), [(1, False), (0, True), (2, True)])
+def test_augment_crops_and_mirrors_each_image_in_every_way(pad: int, flip: bool) -> None:
+    images = make_images(500, size=5, channels=3)[0]
+    augmented = np.asarray(augment(images, jax.random.key(0), DataConfig(pad=pad, flip=flip)))
+    assert augmented.dtype == np.uint8
+    assert augmented.shape == images.shape
+    drawn = [crops(before, pad, flip)[after.tobytes()] for before, after in zip(images, augmented, strict=True)]
+    ways = (2 * pad + 1) ** 2 * (1 + flip)
+    assert len(set(drawn)) == ways  # all of them; a draw of 500 misses one of 50 in 0.2 % of keys, and this is one key
+    assert max(drawn.count(way) for way in set(drawn)) < 3 * 500 / ways if ways > 1 else True
+
+
+def test_augment_follows_its_key_alone() -> None:
+    images, config = make_images(20)[0], DataConfig(pad=2, flip=True)
+    first, again, other = (augment(images, jax.random.key(seed), config) for seed in (0, 0, 1))
+    assert_trees_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_augment_changes_nothing_unless_asked() -> None:
+    images = make_images(20)[0]
+    np.testing.assert_array_equal(augment(images, jax.random.key(0), DataConfig(pad=0, flip=False)), images)
+
+
+# Order
+
+def test_an_epoch_visits_every_image_in_an_order_of_its_own() -> None:
+    orders = {(seed, epoch): np.asarray(epoch_order(seed, epoch, 100)) for seed in (0, 1) for epoch in (0, 1, 2)}
+    for order in orders.values():
+        assert sorted(order) == list(range(100))
+    assert len({order.tobytes() for order in orders.values()}) == len(orders)
+    np.testing.assert_array_equal(epoch_order(1, 2, 100), orders[1, 2])
+
+
+# Training
+
+class Trainer:
+    """The training step of a small problem, and its states."""
+
+    def __init__(self, model: nn.Module, images: np.ndarray, labels: np.ndarray, batch_size: int, *,
+                 data: DataConfig = PIXELS, optimizer: optax.GradientTransformation | None = None, seed: int = 0,
+                 devices: int = 1) -> None:
+        mesh = mesh_of(devices)
+        self.seed, self.batch_size = seed, batch_size
+        self.images, self.labels = jax.device_put((images, labels), replicated(mesh))
+        self._step = jax.jit(functools.partial(
+            train_step, model=model, optimizer=optimizer or optax.sgd(0.1), data=data, seed=seed,
+            batch_size=batch_size, batch_sharding=divided(mesh)), out_shardings=replicated(mesh))
+        create = functools.partial(create_train_state, model, optimizer or optax.sgd(0.1), seed, images.shape[1:])
+        self.first = jax.jit(create, out_shardings=replicated(mesh))()
+
+    def order(self, step: int) -> jax.Array:
+        epoch = step // (len(self.images) // self.batch_size)
+        return epoch_order(self.seed, epoch, len(self.images))
+
+    def step(self, state: TrainState) -> TrainState:
+        state, totals = self._step(state, self.images, self.labels, self.order(int(state.step)))
+        assert_trees_equal(totals, state.totals)
+        return state
+
+    def run(self, steps: int) -> list[TrainState]:
+        """Returns the states after 0, 1, ..., `steps` updates."""
+        return list(itertools.accumulate(range(steps), lambda state, _: self.step(state), initial=self.first))
+
+
+def recorder(data: DataConfig = PIXELS, seed: int = 0) -> Trainer:
+    """Returns a trainer of eleven images, three a batch, whose `batch_stats` show the batch; pixels name the image."""
+    images = np.broadcast_to(np.arange(1, 12, dtype=np.uint8)[:, None, None, None], (11, 4, 4, 1)).copy()
+    return Trainer(Linear(batch=3), images, np.arange(11, dtype=np.int32) % 10, 3, data=data, seed=seed)
+
+
+def seen(state: TrainState) -> np.ndarray:
+    return np.rint(np.asarray(state.batch_stats["seen"])).astype(int)
+
+
+def test_an_epoch_of_steps_trains_on_every_image_once_apart_from_the_remainder() -> None:
+    trainer = recorder()
+    states = trainer.run(6)
+    for epoch in (0, 1):
+        images = [int(image.max()) - 1 for state in states[1 + 3 * epoch:4 + 3 * epoch] for image in seen(state)]
+        assert images == np.asarray(epoch_order(0, epoch, 11))[:9].tolist()
+        assert len(set(images)) == 9
+
+
+def test_the_batch_is_a_function_of_seed_and_step_alone() -> None:
+    config = DataConfig(mean=(0.0,), std=(1 / 255,), pad=2, flip=True)
+    trainer, other = recorder(config), recorder(config, seed=1)
+    states = trainer.run(5)
+    jumped = trainer.step(trainer.first.replace(step=jnp.asarray(4, jnp.int32)))
+    np.testing.assert_array_equal(seen(jumped), seen(states[5]))
+    assert int(jumped.step) == 5
+    assert not np.array_equal(seen(other.run(1)[1]), seen(states[1]))
+    offsets = {tuple(np.argwhere(image).min(0)) for state in states[1:] for image in seen(state)}
+    assert len(offsets) > 3  # crops differ from step to step, too
+
+
+def test_totals_add_up_over_an_epoch_and_begin_anew_with_the_next() -> None:
+    images, labels = make_images(10, size=3)
+    data = DataConfig(mean=(0.5,), std=(0.5,))
+    trainer = Trainer(Linear(batch=3), images, labels, 3, data=data)
+    states = trainer.run(6)
+    expected = {"loss": 0.0, "correct": 0.0, "count": 0.0}
+    for step, (before, after) in enumerate(itertools.pairwise(states)):
+        chosen = np.asarray(trainer.order(step))[step % 3 * 3:][:3]
+        head = before.params["head"]
+        logits = (images[chosen].reshape(3, -1) / 255 - 0.5) / 0.5 @ np.asarray(head["kernel"]) + head["bias"]
+        batch = {"loss": cross_entropies(logits, labels[chosen]).sum(), "count": 3.0,
+                 "correct": float((logits.argmax(-1) == labels[chosen]).sum())}
+        expected = {name: batch[name] + (expected[name] if step % 3 else 0) for name in batch}
+        assert {name: float(value) for name, value in after.totals.items()} == pytest.approx(expected, rel=1e-5)
+
+
+def test_two_updates_equal_ones_built_by_hand() -> None:
+    images, labels = make_images(16)
+    model, sets = tiny_network(), tiny_network().element_sets("shared+unique")
+    config = OptimizerConfig(learning_rate=0.05, momentum=0.9, weight_decay=0.01, decay=("kernel", "basis"))
+    optimizer = make_optimizer(config, OrthogonalityConfig(weight=3.0), sets, optax.constant_schedule(0.05))
+    trainer = Trainer(model, images, labels, 8, data=DataConfig(), optimizer=optimizer)
+    states = trainer.run(2)
+
+    params, stats = trainer.first.params, trainer.first.batch_stats
+    velocity = jax.tree.map(jnp.zeros_like, params)
+    decays = jax.tree_util.tree_map_with_path(
+        lambda path, _: path[0].key == "bases" or path[-1].key in ("kernel", "unique"), params)
+    for step in (0, 1):
+        chosen = np.asarray(epoch_order(0, 0, 16))[8 * step:8 * step + 8]
+        inputs = (images[chosen] / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+
+        def loss(params: Any, inputs: Any = inputs, chosen: Any = chosen, stats: Any = stats) -> tuple[jax.Array, Any]:
+            logits, new = model.apply({"params": params, "batch_stats": stats}, inputs, train=True,
+                                      mutable=["batch_stats"])
+            log_likelihood = jax.nn.log_softmax(logits)[jnp.arange(8), labels[chosen]]
+            return -jnp.mean(log_likelihood) + 3.0 * orthogonality_penalty(params, sets), new["batch_stats"]
+
+        gradient, stats = jax.jit(jax.grad(loss, has_aux=True))(params)
+        gradient = jax.tree.map(lambda g, p, d: g + 0.01 * p * d, gradient, params, decays)
+        velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, gradient)
+        params = jax.tree.map(lambda p, v: p - 0.05 * v, params, velocity)
+    for actual, desired in ((states[2].params, params), (states[2].batch_stats, stats)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), actual, desired)
+    assert int(states[2].step) == 2
+
+
+def test_a_small_problem_is_learnt() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(32, dtype=np.int32) % 4
+    images = np.zeros((32, 8, 8, 1), np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        y, x = np.array(divmod(int(label), 2)) * 4
+        image[y:y + 4, x:x + 4] = rng.integers(100, 256, (4, 4, 1))
+    trainer = Trainer(tiny_network(num_classes=4), images, labels, 16, data=DataConfig(mean=(0.2,), std=(0.3,)),
+                      optimizer=optax.sgd(0.1, momentum=0.9))
+    states = trainer.run(40)
+    assert float(states[2].totals["correct"]) < 24
+    assert float(states[-1].totals["correct"]) == 32
+
+
+def test_the_number_of_devices_does_not_change_training() -> None:
+    images, labels = make_images(16)
+    one, two, four = (Trainer(tiny_network(), images, labels, 8, data=DataConfig(pad=1, flip=True), devices=devices,
+                              optimizer=optax.sgd(0.05, momentum=0.9)).run(3)[-1] for devices in (1, 2, 4))
+    for other in (two, four):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), other, one)
+
+
+def test_bfloat16_computes_and_leaves_what_is_kept_in_float32() -> None:
+    images, labels = make_images(16)
+    trainers = [Trainer(tiny_network(dtype=dtype), images, labels, 16, data=DataConfig(),
+                        optimizer=optax.sgd(0.1, momentum=0.9)) for dtype in (jnp.float32, jnp.bfloat16)]
+    full, half = (trainer.run(1)[-1] for trainer in trainers)
+    floats = jax.tree.leaves((half.params, half.batch_stats, half.opt_state, half.totals))
+    assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
+    diagnostics = orthogonality_diagnostics(half.params, tiny_network().element_sets())
+    assert {value.dtype for value in diagnostics.values()} == {jnp.dtype("float32")}
+    loss, reference = float(half.totals["loss"]), float(full.totals["loss"])
+    assert loss != reference
+    assert loss == pytest.approx(reference, rel=0.02)
+
+
+# Evaluation
+
+class Pixels(nn.Module):
+    """Takes the pixels of an image for its logits."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        assert not train
+        return images.reshape(len(images), -1) / 50
+
+
+def test_evaluation_counts_what_numpy_counts() -> None:
+    rng = np.random.default_rng(0)
+    images = np.stack([rng.permutation(10) * 5 for _ in range(40)]).astype(np.uint8).reshape(40, 1, 10, 1)
+    labels = rng.integers(-1, 10, 40).astype(np.int32)
+    sums = jax.jit(functools.partial(eval_step, model=Pixels(), data=PIXELS))({}, images, labels)
+
+    scored = labels >= 0
+    logits, targets = images[scored].reshape(-1, 10) / 50, labels[scored]
+    ranks = (-logits).argsort(-1)
+    top = {k: (ranks[:, :k] == targets[:, None]).any(-1).sum() for k in (1, 5)}
+    assert 0 < scored.sum() < 40
+    assert {name: float(value) for name, value in sums.items()} == pytest.approx({
+        "loss": cross_entropies(logits, targets).sum(), "correct": top[1], "correct_top5": top[5],
+        "count": scored.sum()}, rel=1e-5)
+
+
+def test_a_batch_of_filling_alone_counts_nothing() -> None:
+    images = np.full((4, 1, 10, 1), 255, np.uint8)
+    sums = eval_step({}, images, np.full(4, -1, np.int32), model=Pixels(), data=PIXELS)
+    assert {float(value) for value in sums.values()} == {0.0}

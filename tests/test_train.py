@@ -1,0 +1,303 @@
+"""The training loop: it can be stopped anywhere, goes on as if it had not been, and keeps what is good."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from helpers import MAIN, assert_trees_equal, tiny_network, user_environment, user_error
+
+from shared_basis import data
+from shared_basis import train as train_module
+from shared_basis.checkpoints import Checkpoints
+from shared_basis.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OrthogonalityConfig,
+    TrainConfig,
+    replace,
+)
+from shared_basis.devices import make_mesh, replicated
+from shared_basis.errors import UserError
+from shared_basis.screen import Screen
+from shared_basis.steps import epoch_order
+from shared_basis.train import Interrupted, StopSignals, train
+
+PER_EPOCH = 5
+CONFIG = Config(
+    model=ModelConfig(name="resnet14"), data=DataConfig(train_examples=44, test_examples=30, pad=1, flip=True),
+    orthogonality=OrthogonalityConfig(elements="shared+unique"),
+    optimizer=OptimizerConfig(learning_rate=0.05, schedule="cosine", warmup_epochs=0.5),
+    train=TrainConfig(epochs=4, batch_size=8, evaluate_every=2))
+"""44 images are five steps an epoch, with four left over; evaluation at steps 10 and 20."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_network() -> Iterator[None]:
+    """Trains a network that compiles fast, whatever the name: the loop does not look into it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "build_model", lambda config, spec: tiny_network(len(spec.classes)))
+        yield
+
+
+class Watcher(Screen):
+    """Keeps what is shown, and sends a signal to this process when the steps `at` are shown."""
+
+    def __init__(self, at: Sequence[int] = (), signum: int = signal.SIGTERM) -> None:
+        self.text = io.StringIO()
+        super().__init__(self.text)
+        self._at, self._signum = at, signum
+        self.steps: list[int] = []
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        assert total == CONFIG.train.epochs * PER_EPOCH
+        self.steps.append(done)
+        if done in self._at:
+            signal.raise_signal(self._signum)
+
+
+def run(workdir: Path, config: Config = CONFIG, **watch: Any) -> tuple[dict[str, Any], Watcher]:
+    screen = Watcher(**watch)
+    return train(config, workdir, screen), screen
+
+
+def stop(workdir: Path, at: int, signum: int = signal.SIGTERM) -> Interrupted:
+    """Trains until a signal comes while step `at` is shown, which is when the one after it has been started."""
+    with pytest.raises(Interrupted) as caught:
+        run(workdir, at=[at], signum=signum)
+    return caught.value
+
+
+def metrics(workdir: Path) -> list[dict[str, Any]]:
+    """Returns metrics.jsonl without what time it took."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert all(line.pop("images_per_second") >= 0 for line in lines)
+    return lines
+
+
+def arrays(workdir: Path, step: int) -> Any:
+    """Returns all arrays of a checkpoint, as plain Orbax reads them."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(workdir / "checkpoints" / str(step) / "state")
+
+
+def files(workdir: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(workdir)): path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], Watcher]:
+    """Returns the workdir of an uninterrupted run, its result and what it showed; for reading only."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    return workdir, *run(workdir)
+
+
+def test_a_run_leaves_metrics_checkpoints_and_its_result(finished: Any) -> None:
+    workdir, result, screen = finished
+    lines = metrics(workdir)
+    assert [(line["step"], line["epoch"]) for line in lines] == [(10, 2), (20, 4)]
+    assert Checkpoints(workdir / "checkpoints", read_only=True).steps == [10, 20]
+    assert lines[-1].items() <= result.items()
+    best = max(lines, key=lambda line: line["test_accuracy"])
+    assert (result["best_test_accuracy"], result["best_test_epoch"]) == (best["test_accuracy"], best["epoch"])
+    assert json.loads(json.dumps(result)) == result
+    assert screen.steps == list(range(1, 21))
+    assert "epoch 2/4" in screen.text.getvalue()
+    assert "epoch 4/4" in screen.text.getvalue()
+
+
+def test_metrics_are_those_of_the_saved_state(finished: Any) -> None:
+    workdir, _, _ = finished
+    for line in metrics(workdir):
+        state = arrays(workdir, line["step"])
+        assert state["step"] == line["step"]
+        assert state["totals"]["count"] == PER_EPOCH * 8
+        assert line["train_loss"] == float(state["totals"]["loss"]) / (PER_EPOCH * 8)
+        assert line["train_accuracy"] == float(state["totals"]["correct"]) / (PER_EPOCH * 8)
+        norms = [np.linalg.norm(basis.reshape(-1, basis.shape[-1]), axis=0)
+                 for basis in (*state["params"]["bases"]["group1"].values(),
+                               *(state["params"]["group1"]["block2"][name]["unique"] for name in ("first", "second")))]
+        assert line["norm_max"] == pytest.approx(np.concatenate(norms).max(), rel=1e-5)
+    # Half an epoch of warm-up is 2 steps, and the cosine falls over the other 18; step 20 used the rate of 19 updates.
+    rate = 0.05 * (1 + math.cos(math.pi * 17 / 18)) / 2
+    assert metrics(workdir)[-1]["learning_rate"] == pytest.approx(rate, rel=1e-5)
+
+
+def test_each_epoch_trains_in_the_order_of_its_own(finished: Any, tmp_path: Path) -> None:
+    dataset, mesh = data.load(CONFIG.data), make_mesh()
+    checkpoints = Checkpoints(tmp_path)
+    state, program = train_module.build(CONFIG, dataset, tiny_network(), mesh, checkpoints)
+    for step in range(2 * PER_EPOCH):
+        order = jax.device_put(epoch_order(CONFIG.seed, step // PER_EPOCH, 44), replicated(mesh))
+        state, _ = program.step(state, program.images, program.labels, order)
+    checkpoints.close()
+    assert_trees_equal(arrays(finished[0], 10)["params"], state.params)
+
+
+@pytest.mark.parametrize("stops", [
+    {1: 2},  # in the first epoch
+    {4: 5},  # at an epoch's end without an evaluation
+    {9: 10},  # as it is evaluated
+    {10: 10},  # after its evaluation
+    {2: 3, 12: 13},  # twice
+    {3: 4, 5: 6, 7: 8},  # again and again
+], ids=str)
+def test_an_interrupted_run_equals_one_that_was_not(finished: Any, tmp_path: Path, stops: dict[int, int]) -> None:
+    for at, saved in stops.items():
+        message = str(stop(tmp_path / "run", at))
+        assert f"saved at step {saved} of 20" in message
+        assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps[-1] == saved
+    result, screen = run(tmp_path / "run")
+    assert f"resumes at step {saved} of 20" in screen.text.getvalue()
+    assert screen.steps == list(range(saved + 1, 21))
+
+    workdir, expected, _ = finished
+    assert metrics(tmp_path / "run") == metrics(workdir)
+    assert_trees_equal(arrays(tmp_path / "run", 20), arrays(workdir, 20))
+    assert {**result, "images_per_second": 0} == {**expected, "images_per_second": 0}
+
+
+def test_a_run_killed_between_metrics_and_checkpoint_writes_the_line_once(finished: Any, tmp_path: Path) -> None:
+    workdir, _, _ = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
+    _, screen = run(tmp_path / "run")
+    assert screen.steps == list(range(11, 21))
+    assert metrics(tmp_path / "run") == metrics(workdir)
+    assert_trees_equal(arrays(tmp_path / "run", 20), arrays(workdir, 20))
+
+
+def test_a_finished_run_does_not_change(finished: Any) -> None:
+    workdir, expected, _ = finished
+    before = files(workdir)
+    result, screen = run(workdir)
+    assert result == expected
+    assert screen.steps == []
+    assert files(workdir) == before
+
+
+def test_two_equal_runs_are_equal_and_the_seed_tells_others(finished: Any, tmp_path: Path) -> None:
+    workdir, _, _ = finished
+    run(tmp_path / "equal")
+    assert_trees_equal(arrays(tmp_path / "equal", 20), arrays(workdir, 20))
+    assert metrics(tmp_path / "equal") == metrics(workdir)
+    run(tmp_path / "other", replace(CONFIG, {"seed": 1}))
+    assert metrics(tmp_path / "other")[-1]["train_loss"] != metrics(workdir)[-1]["train_loss"]
+
+
+def test_the_workdir_of_another_run_is_refused_and_left_alone(finished: Any) -> None:
+    workdir, _, _ = finished
+    before = files(workdir)
+    with user_error("train.epochs: 5 now, 4 there"):
+        run(workdir, replace(CONFIG, {"train.epochs": 5}))
+    assert files(workdir) == before
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_told_with_the_shells_exit_code(tmp_path: Path, signum: int, code: int) -> None:
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    interrupt = stop(tmp_path / "run", 1, signum)
+    assert interrupt.exit_code == code
+    assert signal.Signals(signum).name in str(interrupt)
+    assert "the same command goes on" in str(interrupt)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_a_second_signal_acts_as_usual() -> None:
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("batch_size", [8, 44])  # five steps an epoch, or one, whose loss is that before its update
+def test_divergence_ends_the_run_and_saves_nothing(tmp_path: Path, batch_size: int,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Watcher, "progress", lambda *_: None)
+    config = replace(CONFIG, {"optimizer.learning_rate": 1e30, "optimizer.warmup_epochs": 0.0,
+                              "train.batch_size": batch_size, "train.evaluate_every": 1})
+    with user_error("diverged", "e+", "--config.optimizer.learning_rate", "no checkpoint yet"):
+        run(tmp_path / "run", config)
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps == []
+    assert metrics(tmp_path / "run") == []
+
+
+def test_divergence_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    config = replace(CONFIG, {"optimizer.schedule": "piecewise", "optimizer.boundaries": [2.2],
+                              "optimizer.factors": [1e30]})
+    with user_error("diverged by step 20", "step 10 is the last good one"):
+        run(tmp_path / "run", config)
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps == [10]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [10]
+    assert all(np.isfinite(leaf).all() for leaf in _leaves(arrays(tmp_path / "run", 10)))
+
+
+def _leaves(tree: Any) -> list[np.ndarray]:
+    return [leaf for value in tree.values() for leaf in _leaves(value)] if isinstance(tree, dict) else (
+        [leaf for value in tree for leaf in _leaves(value)] if isinstance(tree, (list, tuple)) else
+        [] if tree is None else [np.asarray(tree)])
+
+
+@pytest.mark.parametrize(("fields", "parts"), [
+    ({"train.batch_size": 10}, ("train.batch_size=10", "4 devices", "8 or 12")),
+    ({"train.batch_size": 3}, ("train.batch_size=3", "4 devices", "nearest: 4.")),
+    ({"train.batch_size": 48}, ("train.batch_size=48", "only 44 training images")),
+    ({"data.train_examples": 10**6}, ("data.train_examples=1000000", "1442")),
+], ids=str)
+def test_sizes_that_do_not_fit_are_told_before_the_workdir_is_made(tmp_path: Path, fields: dict[str, Any],
+                                                                   parts: tuple[str, ...]) -> None:
+    with user_error(*parts):
+        run(tmp_path / "run", replace(CONFIG, fields))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that Orbax leaves unfinished
+def test_a_damaged_checkpoint_stops_a_resume(finished: Any, tmp_path: Path) -> None:
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "20" / "state" / "manifest.ocdbt").unlink()
+    before = files(tmp_path / "run")
+    with user_error("checkpoint 20", "cannot be restored"):
+        run(tmp_path / "run")
+    gc.collect()
+    assert files(tmp_path / "run") == before
+
+
+def test_a_finished_run_without_its_metrics_is_told(finished: Any, tmp_path: Path) -> None:
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        run(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_the_default_learns_digits(tmp_path: Path) -> None:
+    def main(*arguments: str) -> dict[str, Any]:
+        done = subprocess.run([sys.executable, MAIN, "--json", *arguments], cwd=MAIN.parent, env=user_environment(),
+                              text=True, capture_output=True, timeout=900, check=True)
+        return json.loads(done.stdout)
+
+    trained = main(f"--workdir={tmp_path / 'run'}")
+    assert trained["test_accuracy"] >= 0.98
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    scored = main("--mode=evaluate", f"--workdir={tmp_path / 'run'}")
+    assert scored["test_examples"] == 355
+    for result in (trained, scored):
+        assert {name: result[name] for name in ("test_accuracy", "test_accuracy_top5", "step")} == {
+            name: last[name] for name in ("test_accuracy", "test_accuracy_top5", "step")}
+        assert result["test_loss"] == pytest.approx(last["test_loss"], rel=1e-5)

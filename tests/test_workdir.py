@@ -1,0 +1,143 @@
+"""The directory of a run: who may use it, and what survives in it."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import user_error
+
+from shared_basis import workdir as workdir_module
+from shared_basis.config import Config, DataConfig, TrainConfig, replace
+from shared_basis.workdir import PACKAGES, Workdir, make_record, versions
+
+CONFIG = Config(data=DataConfig(name="folder", directory="/images"), train=TrainConfig(epochs=3))
+FACTS = {"classes": ["cat", "dog"], "image_shape": [8, 8, 3], "train_examples": 10, "test_examples": 4}
+
+
+def record(config: Config = CONFIG, **facts: Any) -> dict[str, Any]:
+    return make_record(config, {**FACTS, **facts})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Workdir:
+    """Returns a workdir, below directories that are yet to be made, that holds the run of `CONFIG`."""
+    workdir = Workdir(tmp_path / "runs" / "deep")
+    workdir.claim(record())
+    return workdir
+
+
+def test_a_claimed_workdir_gives_back_its_record(run: Workdir) -> None:
+    config, saved = Workdir(str(run.path)).load()
+    assert config == CONFIG
+    assert saved == record()
+    assert saved["versions"] == versions()
+    assert set(saved["versions"]) == {"python", *PACKAGES}
+
+
+def test_naming_a_workdir_makes_nothing(tmp_path: Path) -> None:
+    assert Workdir(tmp_path / "run").read_record() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_run_claims_again_and_keeps_the_first_record(run: Workdir) -> None:
+    before = (run.path / "run.json").read_bytes()
+    run.claim({**record(), "versions": {"jax": "another"}})
+    assert (run.path / "run.json").read_bytes() == before
+
+
+def test_another_configuration_is_refused_and_its_fields_are_named(run: Workdir) -> None:
+    other = replace(CONFIG, {"train.epochs": 4, "optimizer.momentum": 0.5})
+    with user_error("another configuration", "train.epochs: 4 now, 3 there", "optimizer.momentum: 0.5 now, 0.9 there",
+                    "--workdir", str(run.path)):
+        run.claim(record(other))
+    assert run.load()[0] == CONFIG
+
+
+def test_the_images_may_lie_elsewhere(run: Workdir) -> None:
+    run.claim(record(replace(CONFIG, {"data.directory": "/moved", "data.manual_directory": "/elsewhere"})))
+
+
+@pytest.mark.parametrize(("facts", "parts"), [
+    ({"classes": ["cat", "cow"]}, ("classes", "cow", "dog")),
+    ({"train_examples": 11}, ("train_examples: 11 now, 10 there",)),
+    ({"classes": [f"class{i}" for i in range(1000)]}, ("class0", "… 1000 in all"))])
+def test_other_data_is_refused_in_a_short_line(run: Workdir, facts: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with user_error("another data", *parts) as caught:
+        run.claim(record(**facts))
+    assert len(str(caught.value)) < 500
+
+
+def test_a_workdir_without_a_run_cannot_be_loaded(tmp_path: Path) -> None:
+    with user_error(str(tmp_path), "holds no run", "--workdir"):
+        Workdir(tmp_path).load()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"config": {}}', '"text"', "{\"config\": \udcff}"])
+def test_a_damaged_record_is_told_with_where_its_copies_lie(run: Workdir, text: str) -> None:
+    (run.path / "run.json").write_bytes(text.encode(errors="surrogateescape"))
+    for use in (run.read_record, run.load, lambda: run.claim(record())):
+        with user_error("run.json is damaged", str(run.checkpoints)):
+            use()
+
+
+@pytest.mark.parametrize(("key", "value", "part"), [
+    ("config", {"train": {"batches": 3}}, "train.batches"), ("config", [], "Config"),
+    ("config", {"seed": -1}, "seed=-1")])
+def test_a_record_of_another_version_is_told(run: Workdir, key: str, value: Any, part: str) -> None:
+    (run.path / "run.json").write_text(json.dumps({**record(), key: value}))
+    with user_error("run.json", part):
+        run.load()
+
+
+def test_a_file_in_the_place_of_the_workdir_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with user_error(str(path), "cannot be read"):
+            Workdir(path).claim(record())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").mkdir()
+    with user_error("cannot be read"):
+        Workdir(tmp_path / "run").load()
+
+
+def test_a_workdir_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(workdir_module.os, "replace", full)
+    with user_error(str(tmp_path / "run"), "cannot be written: No space left on device", "--workdir"):
+        Workdir(tmp_path / "run").claim(record())
+    assert Workdir(tmp_path / "run").read_record() is None  # nothing half-written is taken for a run
+
+
+def test_metrics_come_back_in_order(run: Workdir) -> None:
+    assert run.metrics() == []
+    lines = [{"step": step, "loss": 1 / 3} for step in (5, 10)]
+    for line in lines:
+        run.append_metrics(line)
+    assert run.metrics() == lines
+
+
+def test_rewinding_drops_what_comes_after_the_step(run: Workdir) -> None:
+    run.rewind_metrics(0)  # there is no file yet
+    assert run.metrics() == []
+    for step in (5, 10, 15):
+        run.append_metrics({"step": step})
+    run.rewind_metrics(10)
+    run.append_metrics({"step": 20})
+    assert [line["step"] for line in run.metrics()] == [5, 10, 20]
+    assert [path.name for path in run.path.iterdir() if path.suffix == ".tmp"] == []
+
+
+def test_a_last_line_that_was_cut_off_is_dropped(run: Workdir) -> None:
+    for step in (5, 10):
+        run.append_metrics({"step": step})
+    path = run.path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-5])
+    assert run.metrics() == [{"step": 5}]
+    run.rewind_metrics(10)
+    run.append_metrics({"step": 10})
+    assert path.read_text() == '{"step": 5}\n{"step": 10}\n'
