@@ -1,18 +1,16 @@
-"""The command line: flags, mode, devices. Everything else lives in `shared_basis`.
+"""The command line: flags, and what becomes of mistakes. Everything else lives in `shared_basis`.
 
     python main.py                                                 trains the embedded default
     python main.py --config=configs/cifar_resnet.py:resnet56       another recipe and network
     python main.py --mode=evaluate --workdir=DIR                   scores a trained run
     python main.py --mode=summary --config=…                       parameters and multiply-accumulates
+    python main.py --mode=import --checkpoint=FILE.pth --config=…  published weights into a workdir
 """
-
-from __future__ import annotations
 
 import io
 import json
 import os
 import sys
-from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -22,10 +20,10 @@ from shared_basis.errors import UserError
 
 FLAGS = flags.FLAGS
 _DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "digits_resnet.py")
-_CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT, "Recipe, as FILE.py[:variant].")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "summary"], "What to do.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/<config>-<variant>.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "evaluate: latest, best, or a step.")
+_CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT, "Recipe, as FILE.py[:network].")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "summary", "import"], "What to do.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/<config>-<network>.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "evaluate: latest, best, or a step; import: the file.")
 _JSON = flags.DEFINE_bool("json", False, "Print the result as one JSON object; other lines go to standard error.")
 
 
@@ -39,34 +37,11 @@ def parse(argv: list[str]) -> None:
         rest = FLAGS(argv)
         _CONFIG.value.to_dict()  # a configuration file that is missing shows only on use
     except Exception as error:  # a configuration file is code and may raise anything
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         files = [argument for argument in argv[1:] if argument.startswith(("--config=", "-config="))]
-        where = f" ({files[-1]})" if files else ""
-        raise UserError(" ".join(dict.fromkeys((lines[0], lines[-1]))) + where) from error
+        raise UserError(" ".join(dict.fromkeys((lines[0], lines[-1], *files[-1:])))) from error
     if rest[1:]:
         raise UserError(f"unexpected argument {rest[1]!r}; flags look like --mode=train, see --help.")
-
-
-def run() -> tuple[dict[str, Any], str]:
-    """Runs the mode asked for; returns its result, and the same for a person."""
-    # Imported here so that --help and mistakes in flags answer at once.
-    from shared_basis import checkpoints, data, evaluate, summary, train
-    from shared_basis.screen import Screen
-
-    checkpoints.hush_abandoned_reads()
-    config = from_config_dict(_CONFIG.value)
-    workdir = os.path.expanduser(_WORKDIR.value or os.path.join("runs", config.name))
-    if _MODE.value == "summary":
-        spec = data.describe(config.data)
-        result = summary.compare_with_plain(config.model, len(spec.classes), spec.image_shape)
-        return result, summary.render(result)
-    if _MODE.value == "evaluate":
-        overrides = config_flags.get_override_values(FLAGS["config"])
-        result = evaluate.evaluate(workdir, _CHECKPOINT.value, overrides)
-        return result, evaluate.render(result)
-    with Screen(sys.stderr if _JSON.value else sys.stdout) as screen:
-        result = train.train(config, workdir, screen)
-    return result, train.render(result)
 
 
 def main(argv: list[str]) -> int:
@@ -75,12 +50,19 @@ def main(argv: list[str]) -> int:
     app.define_help_flags()
     try:
         parse(argv)
-        result, text = run()
+        from shared_basis import modes, screen  # here, so that --help and mistakes in flags answer at once
+
+        config = from_config_dict(_CONFIG.value)
+        workdir = os.path.expanduser(_WORKDIR.value or os.path.join("runs", config.name))
+        result, text = modes.run(
+            _MODE.value, config, workdir, workdir_given=bool(_WORKDIR.value), checkpoint=_CHECKPOINT.value,
+            overrides=config_flags.get_override_values(FLAGS["config"]),
+            screen=screen.Screen(sys.stderr if _JSON.value else sys.stdout))
     except UserError as error:
         # Threads of a restore that failed may still print tracebacks: not between these words.
-        screen, sys.stderr = sys.stderr, io.StringIO()
-        screen.write(f"error: {error}\n")
-        screen.flush()
+        stderr, sys.stderr = sys.stderr, io.StringIO()
+        stderr.write(f"error: {error}\n")
+        stderr.flush()
         return 2
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "stopped", file=sys.stderr)

@@ -7,12 +7,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
-import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -92,7 +93,8 @@ class Checkpoints:
           UserError: the checkpoint is damaged or holds other arrays than `target`.
         """
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
+            with _hushed():
+                restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
         except Exception as error:  # Orbax and its storage raise many kinds
             raise self._damaged(step, error) from error
         return restored["state"]
@@ -109,7 +111,7 @@ class Checkpoints:
             target, restore_args=jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding), target),
             partial_restore=True)
         try:
-            with ocp.Checkpointer(handlers) as checkpointer:
+            with _hushed(), ocp.Checkpointer(handlers) as checkpointer:
                 return checkpointer.restore(path, arguments)
         except Exception as error:
             raise self._damaged(step, error) from error
@@ -158,12 +160,13 @@ def _damaged_metrics(directory: Path) -> Path | None:
     return None
 
 
-def hush_abandoned_reads() -> None:
-    """Keeps reads that Orbax abandons, when one of a checkpoint's files is damaged, from printing tracebacks."""
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keeps the reads that Orbax abandons, when one of a checkpoint's files is damaged, from printing tracebacks."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    previous = sys.excepthook
-
-    def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
-        if not (isinstance(value, RuntimeError) and str(value) == "Event loop is closed"):
-            previous(kind, value, trace)
-    sys.excepthook = hook
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            yield
+        except Exception:
+            time.sleep(0.5)  # they go on in threads of their own
+            raise

@@ -52,7 +52,7 @@ class ModelConfig:
         _require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
 
 
-DATA_NAMES = ("digits", "folder", "cifar10", "cifar100", "fashion_mnist")
+DATA_NAMES = ("digits", "folder", "cifar10", "cifar100", "fashion_mnist", "imagenet2012")
 """The data sets that `data.name` accepts."""
 
 
@@ -61,13 +61,15 @@ class DataConfig:
     """The images, and what is done to them before the network sees them."""
 
     name: str = "digits"
-    """'digits' (embedded), 'folder' (a directory of images), or 'cifar10', 'cifar100', 'fashion_mnist' (by TFDS)."""
+    """'digits' (embedded), 'folder' (a directory of images), 'cifar10', 'cifar100', 'fashion_mnist' (by TFDS), or
+    'imagenet2012'."""
     directory: str = ""
     """folder: holds train/<class>/* and test/<class>/*. TFDS names: its data directory; empty is TFDS's default."""
     manual_directory: str = ""
     """TFDS names: holds source files downloaded by hand, for preparing the data set without a network."""
     image_size: int = 0
-    """folder: height and width in pixels that images are brought to (resize, centre crop); 0 keeps their size."""
+    """folder: height and width in pixels that images are brought to (resize, centre crop); 0 keeps their size.
+    imagenet2012: of the random resized crop in training, and of the centre crop, after a resize to 8/7, in testing."""
     train_examples: int = 0
     """Train on this many images, a fixed random subset that does not depend on the seed; 0 is all of them."""
     test_examples: int = 0
@@ -90,9 +92,11 @@ class DataConfig:
         if self.name == "folder":
             _require(bool(self.directory), "data.directory", self.directory,
                      "the directory that holds train/<class>/* and test/<class>/* when data.name='folder'")
+        elif self.name == "imagenet2012":
+            _require(self.image_size > 0, "data.image_size", self.image_size, "positive for imagenet2012; usual is 224")
         elif self.image_size:
-            raise UserError(f"data.image_size={self.image_size}: only data.name='folder' is resized, and this is "
-                            f"data.name={self.name!r}; leave it at 0.")
+            raise UserError(f"data.image_size={self.image_size}: only data.name='folder' and 'imagenet2012' are "
+                            f"resized, and this is data.name={self.name!r}; leave it at 0.")
         for field in ("mean", "std"):
             value = getattr(self, field)
             _require(len(value) in (1, 3), f"data.{field}", value, "one value, or one for each of three channels")

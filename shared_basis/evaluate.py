@@ -18,15 +18,15 @@ from shared_basis.checkpoints import Checkpoints
 from shared_basis.config import Config, DataConfig, replace
 from shared_basis.devices import make_mesh, replicated
 from shared_basis.errors import UserError
-from shared_basis.models import create_model
+from shared_basis.models import Network, create_model
 from shared_basis.params import abstract_variables
-from shared_basis.steps import eval_step
+from shared_basis.steps import Metrics, eval_step
 from shared_basis.workdir import Workdir
 
 Variables = Mapping[str, Any]
 
 
-def build_model(config: Config, spec: data.Spec) -> nn.Module:
+def build_model(config: Config, spec: data.Spec) -> Network:
     """Returns the network of `config` for data of `spec`.
 
     Raises:
@@ -61,12 +61,16 @@ def make_evaluator(model: nn.Module, config: DataConfig, split: data.Split, batc
         return jax.device_put(padded, NamedSharding(mesh, PartitionSpec(None, "data")))
 
     images, labels = place(split.images, 0), place(split.labels, -1)
-    step = jax.jit(functools.partial(eval_step, model=model, data=config), out_shardings=replicated(mesh))
+
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    def step(variables: Variables, images: jax.Array, labels: jax.Array, batch: int) -> Metrics:
+        return eval_step(variables, images[batch], labels[batch], model=model, data=config)
 
     def evaluator(variables: Variables) -> dict[str, float]:
-        sums = [step(variables, images[i], labels[i]) for i in range(batches)]
-        # Added in float64 on the host, so that counts stay exact and the batch size does not show in the loss.
-        total = {name: float(sum(np.float64(batch[name]) for batch in jax.device_get(sums))) for name in sums[0]}
+        # Fetched one by one: several collectives in flight can deadlock virtual CPU devices. Added in float64 on the
+        # host, so that counts stay exact and the batch size does not show in the loss.
+        sums = [jax.device_get(step(variables, images, labels, batch)) for batch in range(batches)]
+        total = {name: float(sum(np.float64(batch[name]) for batch in sums)) for name in sums[0]}
         count = total["count"]
         return {"loss": total["loss"] / count, "accuracy": total["correct"] / count,
                 "accuracy_top5": total["correct_top5"] / count, "count": count}

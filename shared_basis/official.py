@@ -1,39 +1,37 @@
-"""Import of networks in the layout of the official PyTorch implementation, without PyTorch.
+"""Import of published PyTorch weights: the official implementation's networks, and torchvision's plain ones.
 
-`load_official` reads a `.safetensors` or `.pth` file and returns the variables of a model of this package. The mapping
-is complete both ways: every tensor of the file is consumed exactly once, and every variable of the model is filled.
+The mapping is complete both ways: every tensor of the file is consumed exactly once, and every variable of the network
+is filled. It works by *slots*: the path of a variable maps to the tensor that holds it and to that tensor's aliases,
+each slot listing the names that it may have.
 """
 
 from __future__ import annotations
 
-import json
-import pickle
-import sys
-import zipfile
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
 from shared_basis.errors import UserError
-from shared_basis.models.resnet import ResNet
+from shared_basis.models.densenet import DenseNet
+from shared_basis.models.mobilenetv2 import STAGES, STEM, MobileNetV2
+from shared_basis.models.network import Network
+from shared_basis.models.resnext import ResNeXt
 from shared_basis.params import abstract_variables
+from shared_basis.state_dicts import read_state_dict
 
-_SAFETENSORS_TYPES: dict[str, Any] = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
-_STORAGE_TYPES: dict[str, Any] = {
-    "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
-    "LongStorage": np.int64, "IntStorage": np.int32, "ByteStorage": np.uint8}
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_PROTOCOL = 1001
+Tensors = Mapping[str, np.ndarray]
+Slot = tuple[str, ...]
+"""The names that a tensor may have; exactly one of them is expected."""
 
 
-def load_official(path: str | Path, model: nn.Module) -> dict[str, Any]:
-    """Returns `{'params': …, 'batch_stats': …}` of `model`, read from an official state dict as float32 NumPy arrays.
+def load_official(path: str | Path, model: Network) -> dict[str, Any]:
+    """Returns `{'params': …, 'batch_stats': …}` of `model`, read from a published state dict as float32 NumPy arrays.
+
+    Plain ResNets and MobileNetV2 load from torchvision's layout too. torchvision's MobileNetV2 has ReLU6 where the
+    paper's has ReLU inside the blocks, so that its outputs are only reproduced while no activation exceeds 6.
 
     Args:
       path: a `.safetensors` file, or a `.pth` file of `torch.save` (either format); nothing in it is executed.
@@ -49,27 +47,30 @@ def load_official(path: str | Path, model: nn.Module) -> dict[str, Any]:
         raise UserError(f"{path} does not hold this network: {error}") from error
 
 
-def convert_official(tensors: Mapping[str, np.ndarray], model: nn.Module) -> dict[str, Any]:
-    """Returns the variables of `model` from an official state dict; see `load_official`."""
-    left = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}  # as DataParallel saves it
+def convert_official(tensors: Tensors, model: Network) -> dict[str, Any]:
+    """Returns the variables of `model` from a published state dict; see `load_official`."""
+    named = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}  # as DataParallel saves it
+    left = _prepare(named, model)
 
-    def take(name: str, path: tuple[str, ...]) -> np.ndarray:
-        if name not in left:
-            raise UserError(f"tensor {name!r} (for {'/'.join(path)}) is missing.")
-        return left.pop(name)
+    def take(slot: Slot, path: str) -> tuple[str, np.ndarray]:
+        for name in slot:
+            if name in left:
+                return name, left.pop(name)
+        raise UserError(f"tensor {' or '.join(map(repr, slot))} (for {path}) is missing.")
 
     def fill(entry: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         path = tuple(key.key for key in entry)
-        owner, *aliases = official_names(path, model)
-        tensor = take(owner, path)
-        for alias in aliases:
-            if not np.array_equal(take(alias, path), tensor):
-                raise UserError(f"tensor {alias!r} differs from {owner!r}, whose alias it is.")
+        owner, *aliases = slots(path, model)
+        name, tensor = take(owner, "/".join(path))
+        for slot in aliases:
+            alias, copy = take(slot, "/".join(path))
+            if not np.array_equal(copy, tensor):
+                raise UserError(f"tensor {alias!r} differs from {name!r}, whose alias it is.")
         if path[-1] == "var":  # counts batches beside each pair of running statistics; nothing needs it
-            left.pop(owner.removesuffix("running_var") + "num_batches_tracked", None)
+            left.pop(name.removesuffix("running_var") + "num_batches_tracked", None)
         array = to_jax_layout(tensor, leaf.ndim)
         if array.shape != leaf.shape:
-            raise UserError(f"tensor {owner!r} has shape {list(tensor.shape)}, in this layout {list(array.shape)}; "
+            raise UserError(f"tensor {name!r} has shape {list(tensor.shape)}, in this layout {list(array.shape)}; "
                             f"{'/'.join(path)} needs {list(leaf.shape)}.")
         return array.astype(leaf.dtype)
 
@@ -92,173 +93,129 @@ def to_jax_layout(tensor: np.ndarray, ndim: int) -> np.ndarray:
     return tensor.T if tensor.ndim == 2 else tensor
 
 
-_NORM_LEAVES = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-_BASIS_SUFFIX = {"shared": "", "first": "_1", "second": "_2"}
-_LAYER_INDEX = {"first": "1", "second": "2"}
+# Names of modules by the path of ours: at the top level, and within a block. '|' separates alternatives: of versions of
+# the official implementation, and of torchvision.
+
+_RESNET_TOP = {"stem": "conv1", "stem_norm": "bn1", "head": "fc|linear"}
+_SHORTCUT = {"shortcut": "shortcut.0|downsample.0", "shortcut_norm": "shortcut.1|downsample.1"}
+_PLAIN = {"first": "conv1", "first_norm": "bn1", "second": "conv2", "second_norm": "bn2", "third": "conv3",
+          "third_norm": "bn3", **_SHORTCUT}
+_BASIC_BASIS = {"first/unique": "basis_conv1", "first/norm": "basis_bn1", "first/coefficients": "coeff_conv1",
+                "second/unique": "basis_conv2", "second/norm": "basis_bn2", "second/coefficients": "coeff_conv2"}
+_RESNEXT_PLAIN = {
+    **{name: f"residual_function.{index}" for name, index in (
+        ("first", 0), ("first_norm", 1), ("second", 3), ("second_norm", 4), ("third", 6), ("third_norm", 7))},
+    **_SHORTCUT}
+_RESNEXT_BASIS = {"first": "conv1", "first_norm": "bn1", "second/unique": "basis_conv2", "second/norm": "bn2",
+                  "second/coefficients": "conv3", "third_norm": "bn3"}
+_DENSE_TOP = {"stem": "conv1", "final_norm": "features.bn", "head": "linear", **{
+    name: f"features.transition_layer_{index - 1}.down_sample.{position}" for index in (1, 2, 3)
+    for position, name in enumerate((f"transition{index}_norm", f"transition{index}"))}}
+_DENSE_PLAIN = {name: f"residual_function.{index}" for name, index in (
+    ("input_norm", 0), ("first", 2), ("first_norm", 3), ("second", 5))}
+_DENSE_BASIS = {"input_norm": "bn0", "first": "conv1", "first_norm": "bn1", "second/unique": "basis_conv2",
+                "second/norm": "basis_bn2", "second/coefficients": "coeff_conv2"}
+_MOBILE_TOP = {"stem": "pre.0", "stem_norm": "pre.1", "neck": "conv1.0", "neck_norm": "conv1.1",
+               "head": "conv2|classifier.1"}
+
+_LEAVES = {"kernel": "weight", "unique": "weight", "coefficients": "weight", "bias": "bias",
+           "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
-def official_names(path: tuple[str, ...], model: nn.Module) -> list[str]:
-    """Returns the official name of the variable at `path` (collection first), followed by its aliases.
-
-    The official layout keeps a shared basis under the network's own name and under that of every block that uses it.
-
-    Raises:
-      UserError: this kind of network has no official layout that is known here.
-    """
-    if not isinstance(model, ResNet):
-        raise UserError(f"no official layout is known for {type(model).__name__}.")
+def slots(path: tuple[str, ...], model: Network) -> list[Slot]:
+    """Returns the slots of the variable at `path` (its collection first): of its tensor, then of its aliases."""
     _, top, *rest = path
+    leaf = _LEAVES[path[-1]] if top != "bases" else "weight"
     if top == "bases":
-        group, basis = int(rest[0].removeprefix("group")), _BASIS_SUFFIX[rest[1]]
-        users = range(1, model.blocks[group - 1])
-        return [f"shared_basis_{group}{basis}.weight"] + [
-            f"layer{group}.{block}.shared_basis{basis}.weight" for block in users]
-    if top == "stem":
-        return ["conv1.weight"]
-    if top == "stem_norm":
-        return [f"bn1.{_NORM_LEAVES[rest[0]]}"]
-    if top == "head":
-        return [f"fc.{'weight' if rest[0] == 'kernel' else 'bias'}"]
-    block, module, *leaf = rest
-    prefix = f"layer{top.removeprefix('group')}.{int(block.removeprefix('block')) - 1}"
-    index = _LAYER_INDEX[module.removesuffix("_norm")]
-    if module.endswith("_norm"):
-        return [f"{prefix}.bn{index}.{_NORM_LEAVES[leaf[0]]}"]
-    if leaf[0] == "norm":
-        return [f"{prefix}.basis_bn{index}.{_NORM_LEAVES[leaf[1]]}"]
-    kind = {"kernel": "conv", "unique": "basis_conv", "coefficients": "coeff_conv"}[leaf[0]]
-    return [f"{prefix}.{kind}{index}.weight"]
+        return _shared_slots(rest[0], rest[1], model)
+    if len(rest) < 2:
+        names = (_MOBILE_TOP if isinstance(model, MobileNetV2) else _DENSE_TOP if isinstance(model, DenseNet)
+                 else _RESNET_TOP)
+        return [tuple(f"{module}.{leaf}" for module in names[top].split("|"))]
+    block, *inner = rest
+    module = "/".join(inner if inner[-1] in ("unique", "coefficients") else inner[:-1])
+    return [tuple(f"{prefix}.{name}.{leaf}" for prefix in _block_names(top, block, model)
+                  for name in _names_in_block(top, block, model)[module].split("|"))]
 
 
-def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a `.safetensors` or `.pth` file by name; nothing in the file is executed.
+def _names_in_block(group: str, block: str, model: Network) -> Mapping[str, str]:
+    factorised = model.sharing.factorised and block in model.sharing_blocks().get(group, ())
+    if isinstance(model, ResNeXt):
+        return _RESNEXT_BASIS if factorised else _RESNEXT_PLAIN
+    if isinstance(model, DenseNet):
+        return _DENSE_BASIS if factorised else _DENSE_PLAIN
+    return {**_PLAIN, **_BASIC_BASIS} if factorised else _PLAIN
 
-    A `.pth` file may hold the state dict itself or a dict with it under `net_state_dict`, `state_dict` or `model`.
 
-    Raises:
-      UserError: the file is absent, unreadable, damaged, or of another kind.
+def _block_names(group: str, block: str, model: Network) -> list[str]:
+    """Returns the names that a block may have."""
+    number, index = int(group.lstrip("groupstae")), int(block.removeprefix("block")) - 1
+    if isinstance(model, DenseNet):
+        names = [f"features.dense_block_layer_{number - 1}", f"features.dense_block{number - 1}"]  # the plain last
+        return [f"{name}.bottle_neck_layer_{index}" for name in names]
+    if isinstance(model, MobileNetV2):
+        return [f"stage{number}" if STAGES[number - 1][0] == 1 else f"stage{number}.{index}"]
+    return [f"layer{number}.{index}"]
+
+
+def _shared_slots(group: str, name: str, model: Network) -> list[Slot]:
+    """Returns the slots of a shared array: the network's own, and one in each block that uses it."""
+    if not model.sharing.orthonormal:
+        raise UserError("the official implementation has no such network.")
+    arrays = sorted(model.shared_shapes()[group])
+    number = 1 + list(model.shared_shapes()).index(group)
+    position = arrays.index(name) + 1
+    owner = (f"shared_basis_{number}",) if len(arrays) == 1 else (f"shared_basis_{number}_{position}",)
+    aliases = [f"shared_basis_{position}", f"shared_basis{position}"] + ["shared_basis"] * (len(arrays) == 1)
+    users = [prefix for block in model.sharing_blocks()[group] for prefix in [_block_names(group, block, model)]]
+    return [tuple(f"{base}.weight" for base in owner)] + [
+        tuple(f"{prefix}.{alias}.weight" for prefix in prefixes for alias in aliases) for prefixes in users]
+
+
+def _prepare(tensors: Tensors, model: Network) -> dict[str, np.ndarray]:
+    """Returns `tensors` in the layout of `slots`, where a file has another one that is known."""
+    if isinstance(model, MobileNetV2) and "features.0.0.weight" in tensors:
+        return _from_torchvision_mobilenet(tensors, model)
+    if isinstance(model, DenseNet) and model.shared_shapes()["group4"]:
+        return _with_fourth_basis(tensors)
+    return dict(tensors)
+
+
+def _with_fourth_basis(tensors: Tensors) -> dict[str, np.ndarray]:
+    """Gives DenseNet's fourth block a basis of its own: the third block's, which the official code uses there.
+
+    The official fourth basis is in the file and unused. A file whose fourth block uses it already is left as it is.
     """
-    path = Path(path)
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise UserError(f"{path}: a state dict is read from .safetensors or .pth files.")
-    try:
-        tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _state_dict(_read_torch(path))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    except Exception as error:  # a damaged file can fail anywhere in its decoding
-        raise UserError(f"{path}: not a readable state dict: {error}.") from error
-    return tensors
+    used = tensors.get("features.dense_block_layer_3.bottle_neck_layer_0.shared_basis.weight")
+    third = tensors.get("shared_basis_3.weight")
+    if used is not None and third is not None and np.array_equal(used, third):
+        return {**tensors, "shared_basis_4.weight": third}
+    return dict(tensors)
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    # The format: length of the header (8 bytes), header (JSON: dtype, shape and byte range of each tensor), bytes.
-    data = path.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    tensors = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = (start + offset for offset in entry["data_offsets"])
-            array = np.frombuffer(data[begin:end], _SAFETENSORS_TYPES[entry["dtype"]])
-            tensors[name] = array.reshape(entry["shape"])
-    return tensors
+def _from_torchvision_mobilenet(tensors: Tensors, model: MobileNetV2) -> dict[str, np.ndarray]:
+    """Returns torchvision's MobileNetV2 under the official names.
 
-
-def _state_dict(content: Any) -> dict[str, np.ndarray]:
-    """Returns the state dict in what a `.pth` file held."""
-    for key in ("net_state_dict", "state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(value, np.ndarray) for value in content.values()):
-        raise ValueError("it holds no dict of tensors, nor one under net_state_dict, state_dict or model")
-    return dict(content)
-
-
-class _Storage:
-    """The flat memory that tensors of a `.pth` file view; filled after the pickle is read (legacy format)."""
-
-    def __init__(self, dtype: Any, size: int) -> None:
-        self.array = np.empty(size, dtype)
-
-
-def _tensor(storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> np.ndarray:
-    """Stands in for PyTorch's tensor constructor: a view of `storage`, checked to lie inside it."""
-    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    if offset < 0 or min(strides, default=0) < 0 or (0 not in shape and last >= storage.array.size):
-        raise ValueError("a tensor reaches beyond its storage")
-    item = storage.array.itemsize
-    return np.lib.stride_tricks.as_strided(storage.array[offset:], shape, [item * stride for stride in strides],
-                                           writeable=False)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds dicts, tensors and numbers; refuses every other class or function, so that no code is executed."""
-
-    def __init__(self, file: BinaryIO, load_storage: Any) -> None:
-        super().__init__(file, encoding="utf-8")
-        self._load_storage = load_storage
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _tensor
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, *_: tensor
-        if module == "torch" and name in _STORAGE_TYPES:
-            return _STORAGE_TYPES[name]
-        raise ValueError(f"it asks for {module}.{name}, which a state dict does not need")
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _, size, *view = pid
-        if kind != "storage" or dtype not in _STORAGE_TYPES.values() or any(part is not None for part in view):
-            raise ValueError("it holds a storage of an unknown kind")
-        return self._load_storage(dtype, str(key), int(size))
-
-
-def _read_torch(path: Path) -> Any:
-    """Returns the content of a file written by `torch.save`, its tensors as NumPy arrays."""
-    if zipfile.is_zipfile(path):
-        return _read_torch_zip(path)
-    with path.open("rb") as file:
-        storages: dict[str, _Storage] = {}
-        size_limit = path.stat().st_size
-
-        def declare(dtype: Any, key: str, size: int) -> _Storage:
-            if size * np.dtype(dtype).itemsize > size_limit:
-                raise ValueError("a tensor is larger than the file")
-            return storages.setdefault(key, _Storage(dtype, size))
-
-        def read() -> Any:
-            return _Unpickler(file, declare).load()
-
-        if read() != _LEGACY_MAGIC or read() != _LEGACY_PROTOCOL:
-            raise ValueError("it was not written by torch.save")
-        if not read().get("little_endian", True) or sys.byteorder != "little":
-            raise ValueError("it is not in this machine's byte order")
-        content = read()
-        for key in read():  # the storages follow in this order, each after its number of elements
-            array = storages[str(key)].array
-            if int.from_bytes(file.read(8), "little") != array.size:
-                raise ValueError(f"storage {key} has not the declared size")
-            if file.readinto(array.data) != array.nbytes:  # type: ignore[attr-defined]
-                raise ValueError("it is truncated")
-        return content
-
-
-def _read_torch_zip(path: Path) -> Any:
-    with zipfile.ZipFile(path) as archive:
-        (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        root = pickled.removesuffix("data.pkl")
-        storages: dict[str, _Storage] = {}
-
-        def load(dtype: Any, key: str, size: int) -> _Storage:
-            if key not in storages:
-                if archive.getinfo(f"{root}data/{key}").file_size != size * np.dtype(dtype).itemsize:
-                    raise ValueError(f"storage {key} has not the declared size")
-                storages[key] = _Storage(dtype, 0)
-                storages[key].array = np.frombuffer(archive.read(f"{root}data/{key}"), dtype)
-            return storages[key]
-
-        with archive.open(pickled) as file:
-            return _Unpickler(file, load).load()  # type: ignore[arg-type]
+    torchvision has no 1×1 layer in the first stage and no biases before batch normalisation: identities and zeros.
+    """
+    modules = {"features.0.0": "pre.0", "features.0.1": "pre.1", "features.18.0": "conv1.0", "features.18.1": "conv1.1",
+               "classifier.1": "classifier.1",
+               "features.1.conv.0.0": "stage1.conv2", "features.1.conv.0.1": "stage1.bn2",
+               "features.1.conv.1": "stage1.conv3", "features.1.conv.2": "stage1.bn3"}
+    index = 2
+    for number, (blocks, *_) in enumerate(STAGES[1:], 2):
+        for block in range(blocks):
+            prefix = _block_names(f"stage{number}", f"block{block + 1}", model)[0]
+            for source, target in (("0.0", "conv1"), ("0.1", "bn1"), ("1.0", "conv2"), ("1.1", "bn2"), ("2", "conv3"),
+                                   ("3", "bn3")):
+                modules[f"features.{index}.conv.{source}"] = f"{prefix}.{target}"
+            index += 1
+    renamed = {}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        renamed[f"{modules.get(module, module)}.{leaf}"] = tensor
+    ones, zeros = np.ones(STEM, np.float32), np.zeros(STEM, np.float32)
+    return {**renamed, "pre.0.bias": zeros, "conv1.0.bias": np.zeros(1280, np.float32),
+            "stage1.conv1.weight": np.eye(STEM, dtype=np.float32)[:, :, None, None],
+            "stage1.bn1.weight": ones, "stage1.bn1.bias": zeros, "stage1.bn1.running_mean": zeros,
+            "stage1.bn1.running_var": ones * (1 - 1e-5)}  # with ε added, exactly 1

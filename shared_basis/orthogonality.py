@@ -4,6 +4,8 @@ With the basis elements of a group as the rows of B, and M a 0/1 mask over pairs
 
     penalty = Σ_groups Σ_ij M_ij (B Bᵀ − I)²_ij / Σ_groups Σ_ij M_ij
 
+(where groups come in several families, such a mean for each family, added).
+
 Shared elements count with every row of the group; unique elements count with the unique elements of their own layer.
 Nothing here knows a network: bases are named by path (`ElementSet`), in any tree of nested dicts.
 """
@@ -60,7 +62,7 @@ def orthogonality_penalty(params: Tree, element_sets: Sequence[ElementSet], redu
     Args:
       params: nested dicts of arrays.
       element_sets: one for each group whose elements are to be orthonormal together.
-      reduction: 'mean' over the pairs that count, of all groups together (published), or their 'sum'.
+      reduction: 'mean' over the pairs that count, of all groups of a family together (published), or their 'sum'.
 
     Raises:
       KeyError: a path is not in `params`.
@@ -70,9 +72,14 @@ def orthogonality_penalty(params: Tree, element_sets: Sequence[ElementSet], redu
         raise ValueError(f"reduction={reduction!r}: must be 'mean' or 'sum'")
     if not element_sets:
         raise ValueError("element_sets is empty: name at least one basis")
-    blocks = [block for elements in element_sets for block in _gram_blocks(params, elements)]
-    total = sum((jnp.sum((products - identity) ** 2) for products, identity in blocks), jnp.zeros(()))
-    return total / sum(products.size for products, _ in blocks) if reduction == "mean" else total
+    totals: dict[str, Array] = {}
+    counts: dict[str, int] = {}
+    for elements in element_sets:
+        for products, identity in _gram_blocks(params, elements):
+            totals[elements.family] = totals.get(elements.family, 0.0) + jnp.sum((products - identity) ** 2)
+            counts[elements.family] = counts.get(elements.family, 0) + products.size
+    return sum((total / (counts[family] if reduction == "mean" else 1) for family, total in totals.items()),
+               jnp.zeros(()))
 
 
 def orthogonality_diagnostics(params: Tree, element_sets: Sequence[ElementSet]) -> dict[str, Array]:

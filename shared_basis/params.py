@@ -57,7 +57,8 @@ def count_macs(model: nn.Module, variables: Tree, image_shape: tuple[int, int, i
     jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images)
     macs: Counter[str] = Counter()
     for scope, count in _macs(jaxpr.jaxpr):
-        parts = [part for part in scope.split("/") if part != type(model).__name__]
+        # Scopes are Network/group1/… and, within a method other than __call__, Network.method/group1/…
+        parts = [part for part in scope.split("/") if part.partition(".")[0] != type(model).__name__]
         macs[parts[0]] += count
     return dict(macs)
 

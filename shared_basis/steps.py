@@ -34,6 +34,11 @@ def create_train_state(model: nn.Module, optimizer: optax.GradientTransformation
                        image_shape: tuple[int, int, int]) -> TrainState:
     """Returns the state before the first step, initialised from `seed`, for images `[H, W, C]`."""
     variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
+    return start_from(variables, optimizer)
+
+
+def start_from(variables: Tree, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step that starts from `variables` (`params`, `batch_stats`)."""
     params = variables["params"]
     totals = {name: jnp.zeros(()) for name in ("loss", "correct", "count")}
     return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params), totals)
@@ -45,7 +50,7 @@ def epoch_order(seed: int, epoch: int | Array, examples: int) -> Array:
 
 
 def _stream(seed: int, stream: int, index: int | Array) -> Array:
-    """Returns the random key of `index` in an independent stream of the seed (0: order, 1: augmentation)."""
+    """Returns the key of `index` in an independent stream of the seed (0: order, 1: augmentation, 2: dropout)."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), index)
 
 
@@ -94,7 +99,7 @@ def train_step(state: TrainState, images: Array, labels: Array, order: Array, *,
 
     def loss(params: Tree) -> tuple[Array, tuple[Array, Tree]]:
         logits, updated = model.apply({"params": params, "batch_stats": state.batch_stats}, inputs, train=True,
-                                      mutable=["batch_stats"])
+                                      mutable=["batch_stats"], rngs={"dropout": _stream(seed, 2, state.step)})
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         return cross_entropy.mean(), (logits, updated["batch_stats"])
 

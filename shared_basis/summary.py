@@ -28,10 +28,11 @@ def count_network(config: ModelConfig, num_classes: int, image_shape: tuple[int,
     params = dict(variables["params"])
     bases = params.pop("bases", {})
     groups: dict[str, dict[str, int]] = {}
-    for name in macs:  # in the order of the computation
-        groups[name] = {"parameters": 0, "shared_parameters": 0, "macs": 0}
+    for name in (*macs, *params):  # in the order of the computation
+        owner = name.removesuffix("_norm")
+        groups.setdefault(owner if owner in macs else name, {"parameters": 0, "shared_parameters": 0, "macs": 0})
     for name, tree in params.items():
-        row = groups[name.removesuffix("_norm")]
+        row = groups.get(name) or groups[name.removesuffix("_norm")]
         shared = _size(bases.get(name, {}))
         row["parameters"] += _size(tree) + shared
         row["shared_parameters"] += shared
@@ -75,12 +76,12 @@ def render_saving(comparison: dict[str, Any]) -> str:
 
     def change(key: str) -> str:
         saved = 100 * comparison["saving"][key]
-        return f"{abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'}"
+        return f"{abs(saved):.1f} % {'fewer' if saved > 0 else 'more'} than" if saved else "as many as"
 
     if comparison["model"] == plain["model"]:
         return f"{comparison['parameters']:,} parameters, {comparison['macs']:,} MACs; this is the plain network"
-    return (f"{comparison['parameters']:,} parameters ({change('parameters')} than the {plain['parameters']:,} of "
-            f"plain {plain['model']}), {comparison['macs']:,} MACs ({change('macs')} than {plain['macs']:,})")
+    return (f"{comparison['parameters']:,} parameters ({change('parameters')} the {plain['parameters']:,} of "
+            f"plain {plain['model']}), {comparison['macs']:,} MACs ({change('macs')} {plain['macs']:,})")
 
 
 def _size(tree: Any) -> int:

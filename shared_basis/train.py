@@ -109,11 +109,14 @@ def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]
     with StopSignals() as signals:
         checkpoints = Checkpoints(run.checkpoints)
         try:
-            started = time.monotonic()
-            state, program = build(config, dataset, model, mesh, checkpoints)
-            screen.line(f"ready in {duration(time.monotonic() - started)}")
-            note_resume(run, state, program, config, screen)
-            loop(config, state, program, run, checkpoints, record, screen, signals)
+            if checkpoints.steps[-1:] == [config.train.epochs * (examples // config.train.batch_size)]:
+                screen.line("this run is finished")
+            else:
+                started = time.monotonic()
+                state, program = build(config, dataset, model, mesh, checkpoints)
+                screen.line(f"ready in {duration(time.monotonic() - started)}")
+                note_resume(run, state, program, config, screen)
+                loop(config, state, program, run, checkpoints, record, screen, signals)
         finally:
             checkpoints.close()
     return {**comparison, **result(run)}

@@ -89,8 +89,9 @@ class Workdir:
         if self.read_record() is not None:
             config, saved = self.load()
             self._require_same("configuration", differences(from_config_dict(record["config"]), config))
-            self._require_same("data", {key: (_short(record["data"][key]), _short(saved["data"].get(key)))
-                                        for key in record["data"] if record["data"][key] != saved["data"].get(key)})
+            self._require_same("data", {key: (_short(record["data"][key]), _short(saved["data"][key]))
+                                        for key in record["data"].keys() & saved["data"].keys()
+                                        if record["data"][key] != saved["data"][key]})
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from shared_basis.checkpoints import Checkpoints
 from shared_basis.config import Config
 from shared_basis.errors import UserError
 from shared_basis.evaluate import build_model
+from shared_basis.models.network import Sharing
 from shared_basis.models.resnet import ResNet
 from shared_basis.params import abstract_variables
 from shared_basis.workdir import Workdir, make_record
@@ -34,8 +35,9 @@ MAIN = ROOT / "main.py"
 
 def tiny_network(num_classes: int = 10, **changes: Any) -> ResNet:
     """Returns a network with all that matters: batch norm, shared bases, unique elements; quick to compile."""
-    return ResNet(**{"blocks": (2,), "widths": (4,), "num_classes": num_classes, "shared_rank": 2, "unique_rank": 1,
-                     "double": True, **changes})
+    double = Sharing((("first", "first"), ("second", "second")), shared_rank=2, unique_rank=1)
+    return ResNet(**{"blocks": (2,), "widths": (4,), "num_classes": num_classes, "sharing": double, "project": False,
+                     **changes})
 
 
 class Linear(nn.Module):

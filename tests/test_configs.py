@@ -7,6 +7,7 @@ import pytest
 
 from shared_basis.config import from_config_dict, to_dict
 from shared_basis.models import create_model
+from shared_basis.published import PUBLISHED
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(CONFIGS.glob("*.py"))
@@ -20,24 +21,44 @@ def load(path):
     return module
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("variant", [None, "resnet14", "resnet32-s8u1", "resnet56-s16u1-double"])
-def test_a_recipe_takes_any_network_and_names_the_run_after_it(path, variant):
-    get_config = load(path).get_config
+VARIANTS = {
+    "digits_resnet": ("resnet14", "resnet32-s8u1", "resnet56-s16u1-double"),
+    "cifar_resnet": ("resnet20", "resnet110", "resnet32-s0u16", "resnet56-s16u1-double", "resnet20-tied"),
+    "cifar100": ("resnet18", "resnet34-s16u0", "densenet121-s64u4", "resnext50_32x4d-s64u4", "mobilenetv2-shared++"),
+    "imagenet": ("resnet34-s48u1-double", "resnet50-shared", "resnet101-shared++", "mobilenetv2"),
+}
+
+
+def test_every_recipe_is_tested():
+    assert {path.stem for path in FILES} == set(VARIANTS)
+
+
+@pytest.mark.parametrize(("name", "variant"), [
+    (name, variant) for name, variants in VARIANTS.items() for variant in (None, *variants)])
+def test_a_recipe_takes_its_networks_and_names_the_run_after_them(name, variant):
+    get_config = load(CONFIGS / f"{name}.py").get_config
     config = from_config_dict(get_config(variant) if variant else get_config())
     if variant:
         assert config.model.name == variant
-    assert config.name == f"{path.stem}-{config.model.name}"
+    assert config.name == f"{name}-{config.model.name}"
     create_model(config.model.name, stem=config.model.stem)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_docstring_holds_the_command_for_the_default_network(path):
+def test_the_docstring_holds_the_command_for_the_default_network_first(path):
     module = load(path)
     default = module.get_config().model.name
-    commands = [line.strip() for line in module.__doc__.splitlines() if line.startswith("    ")]
-    embedded = ["python main.py"] if path.stem == "digits_resnet" else []
-    assert commands == (embedded or [f"python main.py --config=configs/{path.name}:{default}"])
+    indented = [line.strip() for line in module.__doc__.splitlines() if line.startswith("    ")]
+    embedded = "python main.py" if path.stem == "digits_resnet" else None
+    assert indented[0] == (embedded or f"python main.py --config=configs/{path.name}:{default}")
+
+
+@pytest.mark.parametrize("row", PUBLISHED, ids=str)
+def test_the_docstring_of_the_recipe_holds_the_published_error(row):
+    recipe = {"CIFAR-10": "cifar_resnet", "CIFAR-100": "cifar100", "ImageNet": "imagenet"}[row.dataset]
+    module = load(CONFIGS / f"{recipe}.py")
+    assert row.error in module.__doc__
+    assert from_config_dict(module.get_config(row.name)).model.name == row.name
 
 
 def test_cifar_resnet_is_the_published_recipe():
@@ -54,3 +75,31 @@ def test_cifar_resnet_is_the_published_recipe():
                       "boundaries": [150.0, 225.0], "factors": [0.1, 0.1], "warmup_epochs": 0.0},
         "train": {"epochs": 300, "batch_size": 256, "eval_batch_size": 1000, "evaluate_every": 1},
     }
+
+
+STEPS = {"learning_rate": 0.1, "momentum": 0.9, "nesterov": False, "schedule": "piecewise", "warmup_epochs": 0.0,
+         "decay": ["basis", "coefficients", "kernel", "norm", "bias"]}
+CIFAR = {"epochs": 300, "batch_size": 256, "boundaries": [150.0, 225.0], "factors": [0.1, 0.1], "weight_decay": 5e-4}
+RESNETS = {"epochs": 150, "batch_size": 256, "boundaries": [60.0, 100.0, 140.0], "factors": [0.1, 0.1, 0.1],
+           "weight_decay": 1e-4}
+MOBILE = {"epochs": 300, "batch_size": 256, "boundaries": [150.0, 225.0, 285.0], "factors": [0.1, 0.1, 0.5],
+          "weight_decay": 1e-5}
+
+
+@pytest.mark.parametrize(("recipe", "variant", "published"), [
+    *(("cifar100", variant, CIFAR) for variant in VARIANTS["cifar100"]),
+    ("imagenet", "resnet18", RESNETS), ("imagenet", "resnet34-s32u1", RESNETS), ("imagenet", "resnet50", RESNETS),
+    ("imagenet", "resnet101-shared", RESNETS), ("imagenet", "resnet50-shared", RESNETS | {"weight_decay": 4e-5}),
+    *(("imagenet", f"mobilenetv2{sharing}", MOBILE) for sharing in ("", "-shared", "-shared++")),
+])
+def test_the_recipes_are_the_published_ones(recipe, variant, published):
+    config = to_dict(from_config_dict(load(CONFIGS / f"{recipe}.py").get_config(variant)))
+    assert {**config["optimizer"], **{key: config["train"][key] for key in ("epochs", "batch_size")}} == {
+        **STEPS, **published}
+    assert config["orthogonality"] == {"weight": 10.0, "elements": "shared", "reduction": "mean"}
+    cifar = {"name": "cifar100", "mean": [0.507, 0.487, 0.441], "std": [0.267, 0.256, 0.276], "pad": 4, "image_size": 0}
+    imagenet = {"name": "imagenet2012", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "pad": 0,
+                "image_size": 224}
+    assert config["data"] == {**(cifar if recipe == "cifar100" else imagenet), "flip": True, "directory": "",
+                              "manual_directory": "", "train_examples": 0, "test_examples": 0}
+    assert config["model"]["stem"] == ("cifar" if recipe == "cifar100" else "imagenet")

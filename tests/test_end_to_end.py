@@ -64,7 +64,7 @@ def test_the_same_command_again_changes_nothing(main: CommandLine, trained: Any)
     before = (directory / "runs" / "digits_resnet-resnet14-s4u1-double" / "metrics.jsonl").read_bytes()
     again = main(*SMALL, cwd=directory)
     assert again.returncode == 0
-    assert "resumes at step 10 of 10" in again.stdout
+    assert "this run is finished" in again.stdout
     assert again.stdout.splitlines()[-2:] == first.stdout.splitlines()[-2:]
     assert (directory / "runs" / "digits_resnet-resnet14-s4u1-double" / "metrics.jsonl").read_bytes() == before
 
@@ -101,7 +101,7 @@ def test_json_is_one_object_on_standard_output(main: CommandLine, trained: Any, 
     for done in (summary, train):
         result = json.loads(done.stdout)
         assert (result["parameters"], result["macs"]) == (109190, 1054336)
-    assert "resumes at step 10 of 10" in train.stderr
+    assert "this run is finished" in train.stderr
     assert json.loads(train.stdout)["test_accuracy"] == json.loads(evaluate.stdout)["test_accuracy"]
 
 
@@ -178,7 +178,7 @@ MISTAKES = {
     "unknown data set": ((RECIPE, "--config.data.name=cifar"), ("data.name='cifar'", "cifar10")),
     "unknown network": ((f"{RECIPE}:resnet57",), ("resnet57", "resnet56", "resnet56-s16u1-double")),
     "nonsense for a network": ((f"{RECIPE}:banana",), ("'banana'", "resnet20")),
-    "name that does not parse": ((f"{RECIPE}:resnet20-s4",), ("'resnet20-s4'", "-s<S>u<U>")),
+    "name that does not parse": ((f"{RECIPE}:resnet20-s4",), ("'resnet20-s4'", "s<S>u<U>")),
     "double without shared": ((f"{RECIPE}:resnet20-s0u4-double",), ("-double", "s0")),
     "rank too large": ((f"{RECIPE}:resnet20-s200u1",), ("201", "144")),
     "unknown field": ((RECIPE, "--config.train.epoch=3"), ("'train.epoch'", "Did you mean 'train.epochs'?")),

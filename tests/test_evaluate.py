@@ -74,7 +74,7 @@ def test_normalisation_must_fit_the_channels(field: str) -> None:
 def test_build_model_follows_the_configuration() -> None:
     model = build_model(Config(model=ModelConfig(name="resnet14-s2u1", dtype="bfloat16")),
                         data.Spec((8, 8, 1), tuple("abcdefg")))
-    assert (model.num_classes, model.shared_rank, model.unique_rank, model.double) == (7, 2, 1, False)
+    assert (model.num_classes, model.sharing.shared_rank, model.sharing.unique_rank) == (7, 2, 1)
     assert model.dtype == jnp.bfloat16
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from shared_basis.basis import BasisConv, ElementSet
 from shared_basis.errors import UserError
-from shared_basis.models import CIFAR_DEPTHS, GRAMMAR, create_model, plain_counterpart
-from shared_basis.models.resnet import BasicBlock, zero_padded_shortcut
+from shared_basis.models import GRAMMAR, create_model, plain_counterpart
+from shared_basis.models.resnet import BasicBlock, shortcut
 from shared_basis.params import abstract_variables
 
 
@@ -41,26 +41,29 @@ def random_images(*shape, seed=1):
 def test_a_name_says_depth_ranks_and_sharing(name, blocks, shared, unique, double):
     model = create_model(name, num_classes=7)
     assert (model.blocks, model.widths, model.num_classes) == ((blocks,) * 3, (16, 32, 64), 7)
-    assert (model.shared_rank, model.unique_rank, model.double) == (shared, unique, double)
+    assert (model.sharing.shared_rank, model.sharing.unique_rank) == (shared, unique)
+    basis = {"first": "first", "second": "second"} if double else {"first": "shared", "second": "shared"}
+    assert dict(model.sharing.layers) == (basis if shared else {})
 
 
 def test_the_examples_of_the_grammar_are_names():
     examples = GRAMMAR.split("e.g. ")[1].split(", ")
-    assert [create_model(name).unique_rank for name in examples] == [0, 1, 1, 16]
+    assert [create_model(name).sharing.unique_rank for name in examples] == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize(("name", "words"), [
     ("resnet57", "unknown network 'resnet57'. The nearest: resnet56"),
     ("Resnet20", "unknown network 'Resnet20'. The nearest: resnet20"),
-    ("resnet20-s8", "unknown network 'resnet20-s8'. The nearest: resnet20"),
-    ("resnet20-s8u1-single", "Names: <network>[-s<S>u<U>[-double]]"),
-    ("resnet20-double", "Names: <network>[-s<S>u<U>[-double]]"),
-    ("resnet20-s8u1-double-double", "unknown network 'resnet20-s8u1-double-double'"),
-    ("resnet20-s8u-1", "unknown network"),
+    ("resnet20-s8", "network 'resnet20-s8': no sharing 's8'; resnet20 admits s<S>u<U>, s<S>u<U>-double, tied,"),
+    ("resnet20-s8u1-single", "no sharing 's8u1-single'"),
+    ("resnet20-double", "no sharing 'double'"),
+    ("resnet20-s8u1-double-double", "no sharing 's8u1-double-double'"),
+    ("resnet20-s8u-1", "no sharing 's8u-1'"),
+    ("resnet57-s8u1", "Names: <network>[-<sharing>], e.g. resnet56"),
     ("resnet20 ", "unknown network 'resnet20 '"),
     ("resnet20\n", "unknown network 'resnet20\\n'"),
     ("", "unknown network ''. Networks:"),
-    ("vgg", "unknown network 'vgg'. Networks: resnet14, resnet20, resnet32, resnet44, resnet56, resnet110. Names:"),
+    ("vgg", "unknown network 'vgg'. Networks: resnet14, resnet20, resnet32, resnet44, resnet56, resnet110, resnet18,"),
     ("resnet20-s0u4-double", "-double shares two bases a group, and s0 shares none; drop -double"),
     ("resnet20-s140u5", "group 1: a basis of 145 elements does not fit the 144-dimensional space of its 3×3×16 filters;"
                         " choose shared + unique rank at most 144."),
@@ -74,7 +77,7 @@ def test_a_wrong_name_is_refused_with_what_is_right(name, words):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     ({"num_classes": 1}, "num_classes=1: a classifier needs at least 2 classes"),
-    ({"stem": "imagenet"}, "has no stem 'imagenet'; it is a network for small images: stem='cifar'"),
+    ({"stem": "imagenet"}, "has no stem 'imagenet'; it has 'cifar'"),
 ])
 def test_a_wrong_argument_is_refused_with_what_is_right(arguments, words):
     with pytest.raises(UserError) as caught:
@@ -83,7 +86,7 @@ def test_a_wrong_argument_is_refused_with_what_is_right(arguments, words):
 
 
 def test_the_largest_rank_that_fits_is_accepted():
-    assert create_model("resnet14-s140u4").shared_rank == 140
+    assert create_model("resnet14-s140u4").sharing.shared_rank == 140
 
 
 def test_without_any_element_the_network_is_the_plain_one():
@@ -157,7 +160,7 @@ def test_element_sets_name_the_arrays_of_each_group():
 
 def test_the_shortcut_subsamples_and_adds_zero_channels_on_both_sides():
     x = np.arange(18.0).reshape(1, 3, 3, 2)
-    y = zero_padded_shortcut(x, 4, 2)
+    y = shortcut(x, 4, 2, False, jnp.float32, False)
     np.testing.assert_array_equal(y[0, :, :, 0], np.zeros((2, 2)))
     np.testing.assert_array_equal(y[0, :, :, 1], [[0, 4], [12, 16]])
     np.testing.assert_array_equal(y[0, :, :, 2], [[1, 5], [13, 17]])
@@ -166,7 +169,7 @@ def test_the_shortcut_subsamples_and_adds_zero_channels_on_both_sides():
 
 def test_the_shortcut_between_equal_shapes_is_the_identity():
     x = random_images(2, 3, 4, 5)
-    np.testing.assert_array_equal(zero_padded_shortcut(x, 5, 1), x)
+    np.testing.assert_array_equal(shortcut(x, 5, 1, False, jnp.float32, False), x)
 
 
 def test_a_block_whose_layers_give_zero_is_the_rectified_shortcut():
@@ -210,7 +213,7 @@ def test_every_mode_gives_float32_logits_for_any_image(ranks, image_shape, dtype
     assert (logits.shape, logits.dtype) == ((2, 11), jnp.float32)
 
 
-@pytest.mark.parametrize("depth", CIFAR_DEPTHS)
+@pytest.mark.parametrize("depth", [14, 20, 32, 44, 56, 110])
 def test_every_depth_gives_logits(depth):
     assert abstract_logits(f"resnet{depth}-s4u1-double", 8, 8, 3).shape == (2, 10)
 

@@ -270,9 +270,10 @@ def test_sizes_that_do_not_fit_are_told_before_the_workdir_is_made(tmp_path: Pat
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that Orbax leaves unfinished
 def test_a_damaged_checkpoint_stops_a_resume(finished: Any, tmp_path: Path) -> None:
     shutil.copytree(finished[0], tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "20" / "state" / "manifest.ocdbt").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")  # as if it had been killed before its end
+    (tmp_path / "run" / "checkpoints" / "10" / "state" / "manifest.ocdbt").unlink()
     before = files(tmp_path / "run")
-    with user_error("checkpoint 20", "cannot be restored"):
+    with user_error("checkpoint 10", "cannot be restored"):
         run(tmp_path / "run")
     gc.collect()
     assert files(tmp_path / "run") == before

@@ -3,6 +3,7 @@
     digits                            scikit-learn's 8×8 digits; nothing to download
     folder                            a directory with train/<class>/* and test/<class>/*
     cifar10, cifar100, fashion_mnist  TensorFlow Datasets, without TensorFlow
+    imagenet2012                      described only, so far
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from shared_basis.config import DataConfig
-from shared_basis.data import digits, folder, tfds_sets
+from shared_basis.data import digits, folder, imagenet, tfds_sets
 from shared_basis.data.splits import SPLITS, Dataset, Spec, Split
 
 __all__ = ["SPLITS", "Dataset", "Spec", "Split", "describe", "load", "load_split"]
@@ -48,4 +49,4 @@ def load_split(config: DataConfig, name: str) -> Split:
 
 def _source(config: DataConfig) -> ModuleType:
     """Returns the module that holds `describe` and `load` for `config.name`."""
-    return {"digits": digits, "folder": folder}.get(config.name, tfds_sets)
+    return {"digits": digits, "folder": folder, "imagenet2012": imagenet}.get(config.name, tfds_sets)

@@ -1,137 +1,159 @@
-"""Residual networks of basic blocks whose 3×3 layers may share filter bases (section 3.1 and 4 of the paper)."""
+"""Residual networks whose layers may share filter bases within each group (sections 3.1 and 4 of the paper)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from shared_basis.basis import (
-    Array,
-    BasisConv,
-    Dtype,
-    ElementSet,
-    Path,
-    batch_norm,
-    check_rank,
-    init_shared_bases,
-)
+from shared_basis.basis import Array, BasisConv, Dtype, batch_norm, check_rank
+from shared_basis.models.network import Group, Network, Sharing, global_average, linear_head
 
-LAYERS = ("first", "second")
-"""The two 3×3 layers of a basic block."""
-SINGLE = {"first": "shared", "second": "shared"}
-"""Single sharing: which shared basis of the group each layer uses."""
-DOUBLE = {"first": "first", "second": "second"}
-"""Double sharing: one basis for the first layers, another for the second ones."""
+Shared = Mapping[str, Array]
+"""The shared array of each layer of a block that uses one."""
+
+EXPANSION = 4
+"""Output channels of a bottleneck block over its width."""
 
 
-def pytorch_uniform(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32, *, fan_in: int) -> Array:
-    """Draws from PyTorch's default range of a linear layer, ±1/√fan_in, for its kernel and its bias alike."""
-    return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+def shortcut(x: Array, features: int, strides: int, project: bool, dtype: Dtype, train: bool) -> Array:
+    """Returns the shortcut of a block's input `x [N, H, W, C]`; call it within the block's compact method.
 
-
-def linear_head(num_classes: int, features: int, name: str = "head") -> nn.Dense:
-    """Returns the float32 classifier `[N, features]` → `[N, num_classes]` with PyTorch's default initialisation."""
-    def init(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
-        return pytorch_uniform(key, shape, dtype, fan_in=features)
-    return nn.Dense(num_classes, kernel_init=init, bias_init=init, dtype=jnp.float32, name=name)
-
-
-def zero_padded_shortcut(x: Array, features: int, strides: int) -> Array:
-    """The parameter-free option-A shortcut: `x [N, H, W, C]` subsampled, zero channels added on both sides."""
+    It is the identity where shapes agree; otherwise a 1×1 convolution with batch normalisation (`project`), or the
+    parameter-free option A: subsampled, with zero channels added on both sides.
+    """
     missing = features - x.shape[-1]
-    x = x[:, ::strides, ::strides]
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
+    if strides == 1 and not missing:
+        return x
+    if project:
+        x = BasisConv(features, 1, strides, dtype=dtype, name="shortcut")(x, train=train)
+        return batch_norm(train, dtype, "shortcut_norm")(x)
+    return jnp.pad(x[:, ::strides, ::strides], ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 layers with batch normalisation and a shortcut."""
+    """Two 3×3 layers, `first` and `second`, with batch normalisation and a shortcut."""
 
-    features: int
+    width: int
     strides: int = 1
+    sharing: Sharing = Sharing()
     unique_rank: int = 0
+    project: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, shared: Mapping[str, Array], *, train: bool) -> Array:
-        """Maps `[N, H, W, C]` to `[N, H / strides, W / strides, features]`.
-
-        Args:
-          shared: the shared basis of each of `LAYERS` that has one.
-        """
+    def __call__(self, x: Array, shared: Shared, *, train: bool) -> Array:
+        """Maps `[N, H, W, C]` to `[N, H / strides, W / strides, width]`."""
         y = x
-        for layer in LAYERS:
-            conv = BasisConv(self.features, strides=self.strides if layer == "first" else 1,
-                             unique_rank=self.unique_rank, dtype=self.dtype, name=layer)
+        for layer, strides in (("first", self.strides), ("second", 1)):
+            conv = BasisConv(self.width, strides=strides, unique_rank=self.unique_rank,
+                             whole_filters=self.sharing.whole_filters, dtype=self.dtype, name=layer)
             y = conv(y, shared.get(layer), train=train)
             y = batch_norm(train, self.dtype, f"{layer}_norm")(y)
             if layer == "first":
                 y = nn.relu(y)
-        return nn.relu(y + zero_padded_shortcut(x, self.features, self.strides))
+        return nn.relu(y + shortcut(x, self.width, self.strides, self.project, self.dtype, train))
 
 
-class Group(nn.Module):
-    """A residual group: a plain first block, whose stride and input width differ, then blocks that share."""
+class BottleneckBlock(nn.Module):
+    """A 1×1 layer to `width` channels, a 3×3 layer that carries the stride, and a 1×1 layer to 4 · `width`.
 
-    features: int
-    blocks: int
+    Their names are `first`, `second` and `third`. With `factorised` sharing (ResNeXt) the 3×3 layer is a basis
+    convolution with ReLU inside, and its coefficients are the last 1×1 layer.
+    """
+
+    width: int
     strides: int = 1
+    sharing: Sharing = Sharing()
     unique_rank: int = 0
+    groups: int = 1
+    """Channel groups of the 3×3 layer, or of its unique elements."""
+    shared_groups: int = 1
+    """Channel groups of the shared elements of the 3×3 layer."""
+    outputs: int = 0
+    """Output channels; 0 is 4 · `width`."""
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, shared: Mapping[str, Array], *, train: bool) -> Array:
-        """Maps `[N, H, W, C]` to `[N, H / strides, W / strides, features]`; `shared` as in `BasicBlock`."""
-        x = BasicBlock(self.features, self.strides, dtype=self.dtype, name="block1")(x, {}, train=train)
-        for index in range(2, self.blocks + 1):
-            block = BasicBlock(self.features, unique_rank=self.unique_rank, dtype=self.dtype, name=f"block{index}")
-            x = block(x, shared, train=train)
-        return x
+    def __call__(self, x: Array, shared: Shared, *, train: bool) -> Array:
+        """Maps `[N, H, W, C]` to `[N, H / strides, W / strides, outputs]`."""
+        outputs = self.outputs or EXPANSION * self.width
+        y = self._conv("first", self.width, 1)(x, train=train)
+        y = nn.relu(batch_norm(train, self.dtype, "first_norm")(y))
+        if self.sharing.factorised:
+            conv = BasisConv(outputs, unique_rank=self.unique_rank, groups=self.groups, activation=nn.relu,
+                             shared_groups=self.shared_groups, dtype=self.dtype, name="second")
+            y = conv(y, shared.get("second"), train=train)
+        else:
+            y = self._conv("second", self.width, 3)(y, shared.get("second"), train=train)
+            y = nn.relu(batch_norm(train, self.dtype, "second_norm")(y))
+            y = self._conv("third", outputs, 1)(y, shared.get("third"), train=train)
+        y = batch_norm(train, self.dtype, "third_norm")(y)
+        return nn.relu(y + shortcut(x, outputs, self.strides, True, self.dtype, train))
+
+    def _conv(self, name: str, features: int, size: int) -> BasisConv:
+        return BasisConv(features, size, self.strides if size == 3 else 1, groups=self.groups if size == 3 else 1,
+                         whole_filters=self.sharing.whole_filters, dtype=self.dtype, name=name)
 
 
-class ResNet(nn.Module):
-    """A residual network of basic blocks for small images, with filter bases shared within each group.
-
-    The bases are a top-level parameter of their own, `bases/<group>/<basis>` of shape `[3, 3, C, s · 2^g]`, and are
-    handed to the blocks as arguments.
+class ResNet(Network):
+    """A residual network; the blocks of each group share, but for the first one, which is plain.
 
     Raises:
       UserError: (when it is built) the ranks exceed the space of the filters.
     """
 
-    blocks: tuple[int, ...]
+    blocks: tuple[int, ...] = (3, 3, 3)
     """Blocks in each group."""
-    widths: tuple[int, ...]
-    """Channels of each group."""
-    num_classes: int
-    shared_rank: int = 0
-    """s of the first group; group g has s · 2^g."""
-    unique_rank: int = 0
-    """u of the first group; group g has u · 2^g."""
-    double: bool = False
-    """Double sharing: one basis for the first layers of the blocks and another for the second ones."""
-    dtype: Dtype = jnp.float32
+    widths: tuple[int, ...] = (16, 32, 64)
+    """Channels of the 3×3 layers in each group."""
+    stem: str = "cifar"
+    """'cifar': 3×3; 'imagenet': 7×7 of stride 2, then max-pooling."""
+    bottleneck: bool = False
+    """Bottleneck blocks in place of basic ones."""
+    project: bool = True
+    """Projection shortcuts in place of option A."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for g, width in enumerate(self.widths):
-            check_rank(f"group {g + 1}", (self.shared_rank + self.unique_rank) << g, 3, width)
+            check_rank(f"group {g + 1}", (self.sharing.shared_rank + self.sharing.unique_rank) << g, 3, width)
+
+    def shared_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """See `Network`: bases have s · 2^g elements in group g, whole filters and templates as many as the layer."""
+        def shape(layer: str, g: int, width: int) -> tuple[int, ...]:
+            if layer == "third":
+                return (1, 1, width, EXPANSION * width)
+            if self.sharing.templates:
+                return (3, 3, width, width, self.sharing.templates)
+            return (3, 3, width, self.sharing.shared_rank << g or width)
+        return {f"group{g + 1}": {name: shape(layer, g, width) for layer, name in self.sharing.layers}
+                for g, width in enumerate(self.widths)}
+
+    def sharing_blocks(self) -> dict[str, tuple[str, ...]]:
+        """See `Network`."""
+        return {f"group{g + 1}": tuple(f"block{b}" for b in range(2, blocks + 1))
+                for g, blocks in enumerate(self.blocks)}
+
+    def basis_layers(self) -> tuple[str, ...]:
+        """See `Network`."""
+        return ("first", "second")
 
     @property
-    def sharing(self) -> Mapping[str, str]:
-        """Which shared basis of its group each layer of a block uses; empty without shared elements."""
-        return {} if not self.shared_rank else DOUBLE if self.double else SINGLE
+    def stem_width(self) -> int:
+        """Channels of the stem."""
+        return self.widths[0]
 
-    def _groups(self) -> Iterator[tuple[int, str]]:
-        return ((g, f"group{g + 1}") for g in range(len(self.widths)))
-
-    def _init_bases(self, key: Array) -> dict[str, dict[str, Array]]:
-        names = sorted(set(self.sharing.values()))
-        keys = jax.random.split(key, len(self.widths))
-        return {group: init_shared_bases(keys[g], 3, self.widths[g], self.shared_rank << g, names)
-                for g, group in self._groups()}
+    @nn.nowrap  # so that the block belongs to the group that asks for it
+    def block(self, g: int, first: bool, name: str) -> nn.Module:
+        """Returns a block of group `g` (counted from 0): its plain first one, or one that shares."""
+        width, strides = self.widths[g], 2 if first and g else 1
+        sharing = Sharing() if first else self.sharing
+        if self.bottleneck:
+            return BottleneckBlock(width, strides, sharing, dtype=self.dtype, name=name)
+        return BasicBlock(width, strides, sharing, sharing.unique_rank << g, self.project, dtype=self.dtype, name=name)
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:
@@ -139,29 +161,15 @@ class ResNet(nn.Module):
 
         In training (`train=True`) batch statistics are used, and the collection `batch_stats` must be mutable.
         """
-        bases = self.param("bases", self._init_bases) if self.sharing else {}
-        x = BasisConv(self.widths[0], dtype=self.dtype, name="stem")(images, train=train)
+        bases = self.bases()
+        size, strides = (3, 1) if self.stem == "cifar" else (7, 2)
+        x = BasisConv(self.stem_width, size, strides, dtype=self.dtype, name="stem")(images, train=train)
         x = nn.relu(batch_norm(train, self.dtype, "stem_norm")(x))
-        for g, group in self._groups():
-            shared = {layer: bases[group][basis] for layer, basis in self.sharing.items()}
-            x = Group(self.widths[g], self.blocks[g], strides=1 if g == 0 else 2, unique_rank=self.unique_rank << g,
-                      dtype=self.dtype, name=group)(x, shared, train=train)
-        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        if self.stem == "imagenet":
+            x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
+        for g, blocks in enumerate(self.blocks):
+            group = f"group{g + 1}"
+            make = functools.partial(self.block, g)
+            x = Group(make, blocks, name=group)(x, self.shared_by_layer(bases, group), train=train)
+        x = global_average(x)
         return linear_head(self.num_classes, x.shape[-1])(x)
-
-    def element_sets(self, elements: str = "shared") -> tuple[ElementSet, ...]:
-        """Names the basis elements of each group for the orthogonality penalty.
-
-        Args:
-          elements: 'shared' alone, or 'shared+unique' for the unique elements of every layer too.
-        """
-        sets = []
-        for g, group in self._groups():
-            shared: tuple[Path, ...] = tuple(("bases", group, basis) for basis in sorted(set(self.sharing.values())))
-            unique: tuple[Path, ...] = ()
-            if self.unique_rank and elements == "shared+unique":
-                unique = tuple((group, f"block{b}", layer, "unique")
-                               for b in range(2, self.blocks[g] + 1) for layer in LAYERS)
-            if shared or unique:
-                sets.append(ElementSet(shared, unique))
-        return tuple(sets)

@@ -1,0 +1,58 @@
+"""Import of published weights into an ordinary workdir."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from shared_basis import data
+from shared_basis.checkpoints import Checkpoints
+from shared_basis.config import Config
+from shared_basis.errors import UserError
+from shared_basis.evaluate import build_model
+from shared_basis.official import load_official
+from shared_basis.optimizer import learning_rate_schedule, make_optimizer
+from shared_basis.params import count_parameters
+from shared_basis.steps import start_from
+from shared_basis.workdir import Workdir, make_record
+
+
+def import_weights(config: Config, workdir: str | Path, file: str) -> dict[str, Any]:
+    """Writes the published weights in `file` as step 0 of a run of `config` in `workdir`.
+
+    The run is like any other: it can be evaluated, and trained on from these weights.
+
+    Returns:
+      `workdir`, `model`, `file` and the number of `parameters`.
+
+    Raises:
+      UserError: the file does not hold this network (see `load_official`), or the workdir holds checkpoints already.
+    """
+    spec = data.describe(config.data)
+    model = build_model(config, spec)
+    variables = load_official(file, model)
+    run = Workdir(workdir)
+    checkpoints = Checkpoints(run.checkpoints, read_only=True)
+    if checkpoints.steps:
+        raise UserError(f"workdir {run.path} holds checkpoints already; choose a new --workdir.")
+    # The structure of the optimizer's state does not depend on the number of steps.
+    schedule = learning_rate_schedule(config.optimizer, config.train.epochs, steps_per_epoch=1000)
+    optimizer = make_optimizer(config.optimizer, config.orthogonality,
+                               model.element_sets(config.orthogonality.elements), schedule)
+    state = start_from(jax.tree.map(jnp.asarray, variables), optimizer)
+    record = make_record(config, {"classes": list(spec.classes), "image_shape": list(spec.image_shape)})
+    run.claim(record)
+    checkpoints = Checkpoints(run.checkpoints)
+    checkpoints.save(0, state, record, None)
+    checkpoints.close()
+    return {"workdir": str(run.path), "model": config.model.name, "file": str(file),
+            "parameters": sum(count_parameters(state.params).values())}
+
+
+def render(result: dict[str, Any]) -> str:
+    """Returns `import_weights`' result as a line for a person."""
+    return (f"{result['file']}: {result['model']}, {result['parameters']:,} parameters, now step 0 of "
+            f"{result['workdir']}; evaluate it with --mode=evaluate --workdir={result['workdir']}")

@@ -1,0 +1,98 @@
+"""DenseNet-121 for small images, whose 3×3 layers may share one filter basis in each dense block."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from shared_basis.basis import Array, BasisConv, Dtype, batch_norm, check_rank
+from shared_basis.models.network import Network, global_average, linear_head
+
+INNER = 4
+"""Channels between a dense layer's 1×1 and 3×3 convolutions, over the growth rate."""
+
+
+class DenseLayer(nn.Module):
+    """Adds `growth` channels: BN, ReLU, 1×1 (`first`), BN, ReLU, 3×3 (`second`), joined to the input."""
+
+    growth: int
+    unique_rank: int = 0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, shared: Array | None, *, train: bool) -> Array:
+        """Maps `[N, H, W, C]` to `[N, H, W, C + growth]`; `shared` is the basis of the dense block, if it has one."""
+        y = nn.relu(batch_norm(train, self.dtype, "input_norm")(x))
+        y = BasisConv(INNER * self.growth, 1, dtype=self.dtype, name="first")(y, train=train)
+        y = nn.relu(batch_norm(train, self.dtype, "first_norm")(y))
+        y = BasisConv(self.growth, unique_rank=self.unique_rank, dtype=self.dtype, name="second")(
+            y, shared, train=train)
+        return jnp.concatenate([x.astype(y.dtype), y], axis=-1)
+
+
+class DenseBlock(nn.Module):
+    """Dense layers that may share a basis, all of them."""
+
+    layers: int
+    growth: int
+    unique_rank: int = 0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, shared: Array | None, *, train: bool) -> Array:
+        """Maps `[N, H, W, C]` to `[N, H, W, C + layers · growth]`."""
+        for index in range(1, self.layers + 1):
+            x = DenseLayer(self.growth, self.unique_rank, self.dtype, name=f"block{index}")(x, shared, train=train)
+        return x
+
+
+class DenseNet(Network):
+    """DenseNet: a 3×3 stem, dense blocks (`group1`, …) with transitions between them, a final BN and ReLU.
+
+    Every layer of a dense block shares its basis; ranks do not grow.
+
+    Raises:
+      UserError: (when it is built) the ranks exceed the space of the filters.
+    """
+
+    blocks: tuple[int, ...] = (6, 12, 24, 16)
+    """Layers in each dense block."""
+    growth: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank("every dense block", self.sharing.shared_rank + self.sharing.unique_rank, 3, INNER * self.growth)
+
+    def shared_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """See `Network`."""
+        shape = (3, 3, INNER * self.growth, self.sharing.shared_rank)
+        return {f"group{g + 1}": {name: shape for _, name in self.sharing.layers} for g in range(len(self.blocks))}
+
+    def sharing_blocks(self) -> dict[str, tuple[str, ...]]:
+        """See `Network`."""
+        return {f"group{g + 1}": tuple(f"block{b + 1}" for b in range(layers)) for g, layers in enumerate(self.blocks)}
+
+    def basis_layers(self) -> tuple[str, ...]:
+        """See `Network`."""
+        return ("second",)
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool) -> Array:
+        """Classifies `images [N, H, W, C]`; returns float32 logits `[N, num_classes]`. See `ResNet`."""
+        bases = self.bases()
+        x = BasisConv(2 * self.growth, dtype=self.dtype, name="stem")(images, train=train)
+        for g, layers in enumerate(self.blocks):
+            group = f"group{g + 1}"
+            if g:
+                x = self._transition(x, g, train)
+            shared = self.shared_by_layer(bases, group).get("second")
+            x = DenseBlock(layers, self.growth, self.sharing.unique_rank, self.dtype, name=group)(
+                x, shared, train=train)
+        x = nn.relu(batch_norm(train, self.dtype, "final_norm")(x))
+        return linear_head(self.num_classes, x.shape[-1])(global_average(x))
+
+    def _transition(self, x: Array, index: int, train: bool) -> Array:
+        """Halves channels, height and width: BN, 1×1, average pooling; published without a ReLU."""
+        x = batch_norm(train, self.dtype, f"transition{index}_norm")(x)
+        x = BasisConv(x.shape[-1] // 2, 1, dtype=self.dtype, name=f"transition{index}")(x, train=train)
+        return nn.avg_pool(x, (2, 2), (2, 2))

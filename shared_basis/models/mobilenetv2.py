@@ -1,0 +1,105 @@
+"""MobileNetV2 whose 1×1 expansions, and projections, may be shared within a stage."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from shared_basis.basis import Array, BasisConv, Dtype, batch_norm
+from shared_basis.models.network import Group, Network, Sharing, global_average, linear_head
+from shared_basis.models.resnet import shortcut
+
+STAGES = ((1, 16, 1, 1), (2, 24, 2, 6), (3, 32, 2, 6), (4, 64, 2, 6), (3, 96, 1, 6), (3, 160, 2, 6), (1, 320, 1, 6))
+"""Blocks, output channels, stride of the first block, and expansion of each stage."""
+SHARING_STAGES = (3, 4, 5, 6)
+"""The stages, counted from 1, whose blocks after the first share."""
+STEM, NECK = 32, 1280
+"""Channels of the stem, and of the last 1×1 convolution."""
+
+
+class InvertedResidual(nn.Module):
+    """1×1 expansion (`first`), 3×3 depthwise (`second`), 1×1 projection (`third`), without a ReLU after the last."""
+
+    features: int
+    strides: int
+    expansion: int
+    project: bool
+    """A 1×1 shortcut where a block of stride 1 changes the width; without it such a block has no shortcut."""
+    sharing: Sharing = Sharing()
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, shared: Mapping[str, Array], *, train: bool) -> Array:
+        """Maps `[N, H, W, C]` to `[N, H / strides, W / strides, features]`."""
+        inner = self.expansion * x.shape[-1]
+        y = x
+        for layer, features, size in (("first", inner, 1), ("second", inner, 3), ("third", self.features, 1)):
+            depthwise = layer == "second"
+            y = BasisConv(features, size, self.strides if depthwise else 1, groups=inner if depthwise else 1,
+                          whole_filters=self.sharing.whole_filters, dtype=self.dtype, name=layer)(
+                              y, shared.get(layer), train=train)
+            y = batch_norm(train, self.dtype, f"{layer}_norm")(y)
+            if layer != "third":
+                y = nn.relu(y)
+        if self.strides == 1 and (self.project or x.shape[-1] == self.features):
+            y = y + shortcut(x, self.features, 1, True, self.dtype, train)
+        return y
+
+
+class MobileNetV2(Network):
+    """MobileNetV2; the shared basis is the 1×1 expansion, with `-shared++` the 1×1 projection too.
+
+    For small images the stem is 1×1 with padding 1, stage 6 has stride 1, and projections are shortcuts. For large ones
+    the stem is 3×3 of stride 2, and dropout precedes the classifier.
+    """
+
+    stem: str = "cifar"
+    dropout: float = 0.2
+    """Rate before the classifier, with the 'imagenet' stem."""
+
+    def shared_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """See `Network`."""
+        def shape(layer: str, width: int, expansion: int) -> tuple[int, ...]:
+            return (1, 1, width, expansion * width) if layer == "first" else (1, 1, expansion * width, width)
+        return {f"stage{s}": {name: shape(layer, STAGES[s - 1][1], STAGES[s - 1][3])
+                              for layer, name in self.sharing.layers} for s in SHARING_STAGES}
+
+    def sharing_blocks(self) -> dict[str, tuple[str, ...]]:
+        """See `Network`."""
+        return {f"stage{s}": tuple(f"block{b}" for b in range(2, STAGES[s - 1][0] + 1)) for s in SHARING_STAGES}
+
+    def basis_layers(self) -> tuple[str, ...]:
+        """See `Network`."""
+        return ()
+
+    @nn.nowrap  # so that the block belongs to the group that asks for it
+    def block(self, s: int, first: bool, name: str) -> nn.Module:
+        """Returns a block of stage `s` (counted from 1): its plain first one, or one that shares."""
+        _, features, strides, expansion = STAGES[s - 1]
+        if self.stem == "cifar" and s == 6:
+            strides = 1
+        return InvertedResidual(features, strides if first else 1, expansion, self.stem == "cifar",
+                                Sharing() if first else self.sharing, self.dtype, name=name)
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool) -> Array:
+        """Classifies `images [N, H, W, C]`; returns float32 logits `[N, num_classes]`. See `ResNet`.
+
+        With the 'imagenet' stem, training draws from the random stream 'dropout'.
+        """
+        bases = self.bases()
+        size, strides = (1, 1) if self.stem == "cifar" else (3, 2)
+        x = BasisConv(STEM, size, strides, padding=1, use_bias=True, dtype=self.dtype, name="stem")(images, train=train)
+        x = nn.relu6(batch_norm(train, self.dtype, "stem_norm")(x))
+        for s, (blocks, *_) in enumerate(STAGES, 1):
+            stage = f"stage{s}"
+            make = functools.partial(self.block, s)
+            x = Group(make, blocks, name=stage)(x, self.shared_by_layer(bases, stage), train=train)
+        x = BasisConv(NECK, 1, use_bias=True, dtype=self.dtype, name="neck")(x, train=train)
+        x = global_average(nn.relu6(batch_norm(train, self.dtype, "neck_norm")(x)))
+        if self.stem == "imagenet":
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return linear_head(self.num_classes, x.shape[-1])(x)

@@ -1,0 +1,66 @@
+"""ResNeXt (32 groups of width 4): bottleneck blocks whose grouped 3×3 layers may share filter bases.
+
+With a basis, the coefficients of the 3×3 layer take the place of the last 1×1 layer, and ReLU stands between.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+
+from shared_basis.errors import UserError
+from shared_basis.models.network import Sharing
+from shared_basis.models.resnet import BottleneckBlock, ResNet
+
+GROUPS = 32
+GROUP_WIDTH = 4
+"""Channels of each group in the first stage; ranks are counted in units of it."""
+
+
+class ResNeXt(ResNet):
+    """ResNeXt-50 32×4d and its kind, for small images.
+
+    The shared basis of every group of blocks is a grouped convolution with s / 4 channel groups; the unique elements
+    of group g have u · 2^g / 4.
+
+    Raises:
+      UserError: (when it is built) a rank is not a multiple of 4, or does not divide the channels into groups.
+    """
+
+    blocks: tuple[int, ...] = (3, 4, 6, 3)
+    widths: tuple[int, ...] = (128, 256, 512, 1024)
+
+    def __post_init__(self) -> None:
+        for name, rank in (("shared", self.sharing.shared_rank), ("unique", self.sharing.unique_rank)):
+            if rank % GROUP_WIDTH or (rank and self.widths[0] % (rank // GROUP_WIDTH)):
+                raise UserError(f"{name} rank {rank}: ResNeXt's filters come in channel groups of {GROUP_WIDTH}, so a "
+                                f"rank must be {GROUP_WIDTH} times a divisor of {self.widths[0]}: 4, 8, 16, 32, 64, ….")
+        super().__post_init__()
+
+    def shared_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """See `Network`: `[3, 3, C / groups, s · 2^g]`."""
+        return {f"group{g + 1}": {name: (3, 3, width // self.shared_groups, self.sharing.shared_rank << g)
+                                  for _, name in self.sharing.layers} for g, width in enumerate(self.widths)}
+
+    def basis_layers(self) -> tuple[str, ...]:
+        """See `Network`."""
+        return ("second",)
+
+    @property
+    def shared_groups(self) -> int:
+        """Channel groups of every shared basis."""
+        return self.sharing.shared_rank // GROUP_WIDTH or 1
+
+    @property
+    def stem_width(self) -> int:
+        """Channels of the stem."""
+        return self.widths[0] // 2
+
+    @nn.nowrap  # so that the block belongs to the group that asks for it
+    def block(self, g: int, first: bool, name: str) -> nn.Module:
+        """See `ResNet`."""
+        width = self.widths[g]
+        sharing = Sharing() if first else self.sharing
+        unique_groups = (sharing.unique_rank << g) // GROUP_WIDTH or 1
+        return BottleneckBlock(
+            width, 2 if first and g else 1, sharing, sharing.unique_rank << g, outputs=2 * width, dtype=self.dtype,
+            groups=unique_groups if sharing.factorised else GROUPS, shared_groups=self.shared_groups, name=name)

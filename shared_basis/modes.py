@@ -1,0 +1,40 @@
+"""The modes of the command line, as functions of plain arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shared_basis import data, evaluate, importing, summary, train
+from shared_basis.config import Config
+from shared_basis.screen import Screen
+from shared_basis.workdir import Workdir
+
+
+def run(mode: str, config: Config, workdir: str, *, workdir_given: bool, checkpoint: str,
+        overrides: Mapping[str, Any], screen: Screen) -> tuple[dict[str, Any], str]:
+    """Runs the mode train, evaluate, summary or import; returns its result, and the same for a person.
+
+    Args:
+      config: the recipe. A run in `workdir` has its own: `evaluate` takes that, and `summary` if `workdir_given`.
+      checkpoint: which one to evaluate, or the file to import.
+      overrides: the fields that the user set, by dotted path.
+
+    Raises:
+      UserError, KeyboardInterrupt: as the mode.
+    """
+    if mode == "evaluate":
+        result = evaluate.evaluate(workdir, checkpoint, overrides)
+        return result, evaluate.render(result)
+    if mode == "summary":
+        if workdir_given:
+            config = Workdir(workdir).load()[0]
+        spec = data.describe(config.data)
+        result = summary.compare_with_plain(config.model, len(spec.classes), spec.image_shape)
+        return result, summary.render(result)
+    if mode == "import":
+        result = importing.import_weights(config, workdir, checkpoint)
+        return result, importing.render(result)
+    with screen:
+        result = train.train(config, workdir, screen)
+    return result, train.render(result)

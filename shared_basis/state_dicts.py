@@ -1,0 +1,158 @@
+"""Reading PyTorch state dicts, without PyTorch and without executing anything in the file."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from shared_basis.errors import UserError
+
+_SAFETENSORS_TYPES: dict[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
+_STORAGE_TYPES: dict[str, Any] = {
+    "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
+    "LongStorage": np.int64, "IntStorage": np.int32, "ByteStorage": np.uint8}
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+
+
+def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
+    """Returns the tensors of a `.safetensors` or `.pth` file by name; nothing in the file is executed.
+
+    A `.pth` file may hold the state dict itself or a dict with it under `net_state_dict`, `state_dict` or `model`.
+
+    Raises:
+      UserError: the file is absent, unreadable, damaged, or of another kind.
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
+        raise UserError(f"{path}: a state dict is read from .safetensors or .pth files.")
+    try:
+        tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _state_dict(_read_torch(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    except Exception as error:  # a damaged file can fail anywhere in its decoding
+        raise UserError(f"{path}: not a readable state dict: {error}.") from error
+    return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    # The format: length of the header (8 bytes), header (JSON: dtype, shape and byte range of each tensor), bytes.
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            array = np.frombuffer(data[begin:end], _SAFETENSORS_TYPES[entry["dtype"]])
+            tensors[name] = array.reshape(entry["shape"])
+    return tensors
+
+
+def _state_dict(content: Any) -> dict[str, np.ndarray]:
+    """Returns the state dict in what a `.pth` file held."""
+    for key in ("net_state_dict", "state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(value, np.ndarray) for value in content.values()):
+        raise ValueError("it holds no dict of tensors, nor one under net_state_dict, state_dict or model")
+    return dict(content)
+
+
+class _Storage:
+    """The flat memory that tensors of a `.pth` file view; filled after the pickle is read (legacy format)."""
+
+    def __init__(self, dtype: Any, size: int) -> None:
+        self.array = np.empty(size, dtype)
+
+
+def _tensor(storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> np.ndarray:
+    """Stands in for PyTorch's tensor constructor: a view of `storage`, checked to lie inside it."""
+    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if offset < 0 or min(strides, default=0) < 0 or (0 not in shape and last >= storage.array.size):
+        raise ValueError("a tensor reaches beyond its storage")
+    item = storage.array.itemsize
+    return np.lib.stride_tricks.as_strided(storage.array[offset:], shape, [item * stride for stride in strides],
+                                           writeable=False)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds dicts, tensors and numbers; refuses every other class or function, so that no code is executed."""
+
+    def __init__(self, file: BinaryIO, load_storage: Any) -> None:
+        super().__init__(file, encoding="utf-8")
+        self._load_storage = load_storage
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, *_: tensor
+        if module == "torch" and name in _STORAGE_TYPES:
+            return _STORAGE_TYPES[name]
+        raise ValueError(f"it asks for {module}.{name}, which a state dict does not need")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, _, size, *view = pid
+        if kind != "storage" or dtype not in _STORAGE_TYPES.values() or any(part is not None for part in view):
+            raise ValueError("it holds a storage of an unknown kind")
+        return self._load_storage(dtype, str(key), int(size))
+
+
+def _read_torch(path: Path) -> Any:
+    """Returns the content of a file written by `torch.save`, its tensors as NumPy arrays."""
+    if zipfile.is_zipfile(path):
+        return _read_torch_zip(path)
+    with path.open("rb") as file:
+        storages: dict[str, _Storage] = {}
+        size_limit = path.stat().st_size
+
+        def declare(dtype: Any, key: str, size: int) -> _Storage:
+            if size * np.dtype(dtype).itemsize > size_limit:
+                raise ValueError("a tensor is larger than the file")
+            return storages.setdefault(key, _Storage(dtype, size))
+
+        def read() -> Any:
+            return _Unpickler(file, declare).load()
+
+        if read() != _LEGACY_MAGIC or read() != _LEGACY_PROTOCOL:
+            raise ValueError("it was not written by torch.save")
+        if not read().get("little_endian", True) or sys.byteorder != "little":
+            raise ValueError("it is not in this machine's byte order")
+        content = read()
+        for key in read():  # the storages follow in this order, each after its number of elements
+            array = storages[str(key)].array
+            if int.from_bytes(file.read(8), "little") != array.size:
+                raise ValueError(f"storage {key} has not the declared size")
+            if file.readinto(array.data) != array.nbytes:  # type: ignore[attr-defined]
+                raise ValueError("it is truncated")
+        return content
+
+
+def _read_torch_zip(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        root = pickled.removesuffix("data.pkl")
+        storages: dict[str, _Storage] = {}
+
+        def load(dtype: Any, key: str, size: int) -> _Storage:
+            if key not in storages:
+                if archive.getinfo(f"{root}data/{key}").file_size != size * np.dtype(dtype).itemsize:
+                    raise ValueError(f"storage {key} has not the declared size")
+                storages[key] = _Storage(dtype, 0)
+                storages[key].array = np.frombuffer(archive.read(f"{root}data/{key}"), dtype)
+            return storages[key]
+
+        with archive.open(pickled) as file:
+            return _Unpickler(file, load).load()  # type: ignore[arg-type]

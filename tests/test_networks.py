@@ -1,0 +1,214 @@
+"""Every network of the registry: shapes, published counts, gradients, and who owns and uses what is shared."""
+
+import collections
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from shared_basis import create_model
+from shared_basis.basis import BasisConv
+from shared_basis.errors import UserError
+from shared_basis.models import FAMILIES
+from shared_basis.params import LABELS, abstract_variables, count_macs, count_parameters, label_parameters
+
+# Measured on the official implementation: name, stem, classes, image size, parameters, multiply-accumulates.
+COUNTS = """
+resnet18 cifar 100 32 11220132 555468800
+resnet34 cifar 100 32 21328292 1159448576
+resnet34-s8u1 cifar 100 32 5865428 395036672
+resnet34-s16u1 cifar 100 32 6485844 520865792
+resnet34-s32u1 cifar 100 32 7726676 772524032
+resnet34-s32u0 cifar 100 32 7442340 756795392
+resnet34-s0u32 cifar 100 32 14059428 756795392
+densenet121 cifar 100 32 7048548 888442880
+densenet121-s64u4 cifar 100 32 5606708 1368920064
+resnext50_32x4d cifar 100 32 23177124 1344151552
+resnext50_32x4d-s64u4 cifar 100 32 19333380 1179000832
+resnext50_32x4d-s16u4 cifar 100 32 16601220 1028005888
+resnext50_32x4d-s32u4 cifar 100 32 17511940 1078337536
+mobilenetv2 cifar 100 32 2428004 67356736
+mobilenetv2-shared cifar 100 32 2163812 67356736
+mobilenetv2-shared++ cifar 100 32 1899620 67356736
+resnet18 imagenet 1000 224 11689512 1814073344
+resnet34 imagenet 1000 224 21797672 3663761408
+resnet50 imagenet 1000 224 25557032 4089184256
+resnet101 imagenet 1000 224 44549160 7801405440
+resnet34-s32u1 imagenet 1000 224 8196056 2478804992
+resnet34-s48u1 imagenet 1000 224 9436888 3249508352
+resnet34-s32u1-double imagenet 1000 224 9762776 2478804992
+resnet34-s48u1-double imagenet 1000 224 11786968 3249508352
+resnet50-shared++ imagenet 1000 224 18262056 4089184256
+resnet50-shared imagenet 1000 224 20506664 4089184256
+resnet101-shared++ imagenet 1000 224 22770728 7801405440
+resnet101-shared imagenet 1000 224 29471784 7801405440
+mobilenetv2 imagenet 1000 224 3507272 313619328
+mobilenetv2-shared imagenet 1000 224 3243080 313619328
+mobilenetv2-shared++ imagenet 1000 224 2978888 313619328
+"""
+
+EXAMPLES = {"s<S>u<U>": "s16u4", "s<S>u<U>-double": "s16u4-double", "shared": "shared", "shared++": "shared++",
+            "tied": "tied", "template<k>": "template3"}
+NAMES = [(name, stem) for base, family in FAMILIES.items() for stem in family.stems
+         for name in (base, *(f"{base}-{EXAMPLES[form]}" for form in family.forms))]
+
+
+@pytest.mark.parametrize("row", COUNTS.split("\n")[1:-1])
+def test_parameters_and_macs_are_the_published_ones(row):
+    name, stem, classes, size, parameters, macs = row.split()
+    image_shape = (int(size), int(size), 3)
+    model = create_model(name, num_classes=int(classes), stem=stem)
+    variables = abstract_variables(model, image_shape)
+    assert sum(count_parameters(variables["params"]).values()) == int(parameters)
+    assert sum(count_macs(model, variables, image_shape).values()) == int(macs)
+
+
+@pytest.mark.parametrize(("name", "stem"), NAMES)
+def test_every_network_maps_images_to_logits_and_owns_each_basis_once(name, stem):
+    model = create_model(name, num_classes=7, stem=stem)
+    size = 64 if stem == "imagenet" else 32
+    variables = abstract_variables(model, (size, size, 3))
+    logits, _ = jax.eval_shape(
+        lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)}),
+        variables, jnp.zeros((2, size, size, 3)))
+    assert logits.shape == (2, 7)
+    assert logits.dtype == jnp.float32
+    shared = {group: named for group, named in model.shared_shapes().items() if named}
+    assert jax.tree.map(lambda leaf: leaf.shape, variables["params"].get("bases", {})) == shared
+    assert bool(shared) == ("-" in name and "-s0" not in name)
+    assert set(jax.tree.leaves(label_parameters(variables["params"]))) <= set(LABELS)
+
+
+def test_counts_of_the_tied_baseline_by_hand():
+    # In each group of ResNet-32 the 4 blocks after the first share 2 layers of 9·C² where plain ones have 8.
+    saved = sum(9 * width**2 * (8 - 2) for width in (16, 32, 64))
+    assert _parameters("resnet32-tied") == 464_154 - saved
+
+
+def test_counts_of_the_template_baseline_by_hand():
+    # 3 templates of 9·C² a group in place of 8 kernels, and 3 coefficients for each of the 8 layers.
+    saved = sum(9 * width**2 * (8 - 3) - 8 * 3 for width in (16, 32, 64))
+    assert _parameters("resnet32-template3") == 464_154 - saved
+
+
+def _parameters(name):
+    return sum(count_parameters(abstract_variables(create_model(name), (32, 32, 3))["params"]).values())
+
+
+# One of each structure, made shallow and narrow, with two blocks or more that share in some group.
+SMALL = {"blocks": (2, 3), "widths": (8, 16)}
+STRUCTURES = [("resnet20-s4u1", "cifar", SMALL), ("resnet20-s4u1-double", "cifar", SMALL),
+              ("resnet20-tied", "cifar", SMALL), ("resnet20-template3", "cifar", SMALL),
+              ("resnet34-s4u1", "imagenet", SMALL), ("resnet50-shared++", "imagenet", SMALL),
+              ("densenet121-s16u4", "cifar", {"blocks": (2, 2, 2, 3), "growth": 4}),
+              ("resnext50_32x4d-s16u4", "cifar", {"blocks": (2, 3), "widths": (32, 64)}),
+              ("mobilenetv2-shared++", "imagenet", {}), ("mobilenetv2-shared", "cifar", {})]
+
+
+@pytest.mark.parametrize(("name", "stem", "smaller"), STRUCTURES)
+def test_gradient_of_what_is_shared_is_the_sum_over_the_layers_that_use_it(name, stem, smaller):
+    model = create_model(name, num_classes=5, stem=stem).clone(**smaller)
+    size = 64 if stem == "imagenet" else 16
+    images = jax.random.normal(jax.random.key(1), (4, size, size, 3))
+    variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
+    users = _users(model, variables, images)
+    copies = {path: jnp.zeros(shape) for path, shape in users.items()}
+
+    def loss(params, copies):
+        """The loss of a network in which every layer has a copy of its own: the shared array plus zeros."""
+        def separate(call, args, kwargs, context):
+            path = "/".join(context.module.path)
+            if context.method_name == "__call__" and path in copies:
+                args = (args[0], args[1] + copies[path])
+            return call(*args, **kwargs)
+        with nn.intercept_methods(separate):
+            logits, _ = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"],
+                                    rngs={"dropout": jax.random.key(2)})
+        return jnp.sum(logits * jnp.sin(jnp.arange(logits.size)).reshape(logits.shape))
+
+    gradient, of_copies = jax.jit(jax.grad(loss, (0, 1)))(variables["params"], copies)
+    sums = collections.defaultdict(float)
+    for path, value in of_copies.items():
+        group, block, layer = path.split("/")
+        assert block in model.sharing_blocks()[group]
+        assert float(jnp.linalg.norm(value)) > 0
+        sums[group, dict(model.sharing.layers)[layer]] += value
+    assert len(users) == sum(len(blocks) for blocks in model.sharing_blocks().values()) * len(model.sharing.layers)
+    assert set(sums) == {(group, basis) for group, named in gradient["bases"].items() for basis in named}
+    for (group, basis), value in sums.items():
+        assert jnp.allclose(gradient["bases"][group][basis], value, rtol=1e-3, atol=1e-4 * float(jnp.abs(value).max()))
+    _assert_every_parameter_has_a_gradient(gradient)
+
+
+def _users(model, variables, images):
+    """Returns by path the shape of the shared array that each layer is handed."""
+    users = {}
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, BasisConv) and context.method_name == "__call__" and args[1:] and (
+                args[1] is not None):
+            users["/".join(context.module.path)] = args[1].shape
+        return call(*args, **kwargs)
+
+    def run(v, x):
+        with nn.intercept_methods(note):
+            return model.apply(v, x, train=False)
+    jax.eval_shape(run, variables, images)
+    return users
+
+
+def _assert_every_parameter_has_a_gradient(gradient):
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        names = [key.key for key in path]
+        # A bias before batch normalisation, with at most linear maps between, has no effect; so only the head's counts.
+        if names[-1] != "bias" or names[0] == "head":
+            assert float(jnp.linalg.norm(leaf)) > 1e-7 * largest, "/".join(names)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(UserError, match=r"unknown network 'mobilnetv2-shared'\. The nearest: mobilenetv2"):
+        create_model("mobilnetv2-shared")
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("resnet50-s16u1", "resnet50 admits shared, shared\\+\\+"),
+    ("resnet34-shared", "resnet34 admits s<S>u<U>"),
+    ("densenet121-s16u1-double", "densenet121 admits s<S>u<U>"),
+    ("resnet34-template0", "no sharing 'template0'"),
+    ("resnext50_32x4d-s6u4", "shared rank 6"),
+    ("resnext50_32x4d-s64u3", "unique rank 3"),
+    ("densenet121-s1200u1", "at most 1152"),
+    ("resnet34-s600u1", "group 1"),
+])
+def test_a_sharing_that_the_network_does_not_admit_is_refused(name, message):
+    with pytest.raises(UserError, match=message):
+        create_model(name)
+
+
+def test_stems():
+    assert create_model("resnet50").stem == "imagenet"
+    assert create_model("resnet34").stem == "cifar"
+    with pytest.raises(UserError, match="has no stem 'imagenet'; it has 'cifar'"):
+        create_model("resnet56", stem="imagenet")
+
+
+def test_dropout_acts_in_training_alone():
+    model = create_model("mobilenetv2", stem="imagenet")
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
+
+    @jax.jit
+    def train(key):
+        return model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key})[0]
+    assert not jnp.allclose(train(jax.random.key(1)), train(jax.random.key(2)))
+    assert jnp.array_equal(train(jax.random.key(1)), train(jax.random.key(1)))
+    assert model.apply(variables, images, train=False).shape == (2, 10)
+
+
+def test_penalty_takes_the_mean_over_each_kind_of_array_apart():
+    kinds = {elements.family for elements in create_model("resnet50-shared++").element_sets()}
+    assert kinds == {"second", "third"}
+    assert {elements.family for elements in create_model("resnet34-s8u1-double").element_sets()} == {""}
+    assert create_model("resnet34-tied").element_sets() == ()
