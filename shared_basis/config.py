@@ -149,8 +149,9 @@ class OptimizerConfig:
             _require_choice("optimizer.decay", label, PARAMETER_LABELS)
         _require_choice("optimizer.schedule", self.schedule, ("piecewise", "cosine"))
         if self.schedule == "cosine":
-            _require(not self.boundaries and not self.factors, "optimizer.boundaries", self.boundaries,
-                     "empty, like optimizer.factors, when optimizer.schedule='cosine'")
+            for field in ("boundaries", "factors"):
+                value = getattr(self, field)
+                _require(not value, f"optimizer.{field}", value, "empty when optimizer.schedule='cosine'")
         _require(len(self.boundaries) == len(self.factors), "optimizer.factors", self.factors,
                  f"as many as optimizer.boundaries={self.boundaries}")
         rising = (self.warmup_epochs, *self.boundaries)
@@ -270,7 +271,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _unknown(path: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+    last = {name.rpartition(".")[2]: name for name in known}  # a whole path would match by its section alone
+    near = [last[name] for name in difflib.get_close_matches(path.rpartition(".")[2], last, n=1, cutoff=0.5)]
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"unknown configuration field {path!r}.{hint} The fields are: {', '.join(known)}."
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import sys
 import zipfile
@@ -80,6 +81,8 @@ def _tensor(storage: _Storage, offset: int, shape: tuple[int, ...], strides: tup
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if offset < 0 or min(strides, default=0) < 0 or (0 not in shape and last >= storage.array.size):
         raise ValueError("a tensor reaches beyond its storage")
+    if math.prod(shape) > storage.array.size:
+        raise ValueError("a tensor repeats its storage")
     item = storage.array.itemsize
     return np.lib.stride_tricks.as_strided(storage.array[offset:], shape, [item * stride for stride in strides],
                                            writeable=False)
@@ -144,6 +147,8 @@ def _read_torch_zip(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive:
         (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         root = pickled.removesuffix("data.pkl")
+        if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+            raise ValueError("it is not in this machine's byte order")
         storages: dict[str, _Storage] = {}
 
         def load(dtype: Any, key: str, size: int) -> _Storage:
