@@ -149,7 +149,7 @@ def _names_in_block(group: str, block: str, model: Network) -> Mapping[str, str]
 
 def _block_names(group: str, block: str, model: Network) -> list[str]:
     """Returns the names that a block may have."""
-    number, index = int(group.lstrip("groupstae")), int(block.removeprefix("block")) - 1
+    number, index = int(group[-1]), int(block.removeprefix("block")) - 1
     if isinstance(model, DenseNet):
         names = [f"features.dense_block_layer_{number - 1}", f"features.dense_block{number - 1}"]  # the plain last
         return [f"{name}.bottle_neck_layer_{index}" for name in names]
@@ -165,11 +165,13 @@ def _shared_slots(group: str, name: str, model: Network) -> list[Slot]:
     arrays = sorted(model.shared_shapes()[group])
     number = 1 + list(model.shared_shapes()).index(group)
     position = arrays.index(name) + 1
-    owner = (f"shared_basis_{number}",) if len(arrays) == 1 else (f"shared_basis_{number}_{position}",)
-    aliases = [f"shared_basis_{position}", f"shared_basis{position}"] + ["shared_basis"] * (len(arrays) == 1)
-    users = [prefix for block in model.sharing_blocks()[group] for prefix in [_block_names(group, block, model)]]
-    return [tuple(f"{base}.weight" for base in owner)] + [
-        tuple(f"{prefix}.{alias}.weight" for prefix in prefixes for alias in aliases) for prefixes in users]
+    if len(arrays) == 1:
+        owner, aliases = f"shared_basis_{number}", ("shared_basis", "shared_basis1", "shared_basis_1")
+    else:
+        owner, aliases = f"shared_basis_{number}_{position}", (f"shared_basis_{position}", f"shared_basis{position}")
+    users = [_block_names(group, block, model) for block in model.sharing_blocks()[group]]
+    return [(f"{owner}.weight",), *(
+        tuple(f"{name}.{alias}.weight" for name in names for alias in aliases) for names in users)]
 
 
 def _prepare(tensors: Tensors, model: Network) -> dict[str, np.ndarray]:
