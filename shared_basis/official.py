@@ -165,10 +165,11 @@ def _shared_slots(group: str, name: str, model: Network) -> list[Slot]:
     arrays = sorted(model.shared_shapes()[group])
     number = 1 + list(model.shared_shapes()).index(group)
     position = arrays.index(name) + 1
+    owner, aliases = f"shared_basis_{number}", [f"shared_basis_{position}", f"shared_basis{position}"]
     if len(arrays) == 1:
-        owner, aliases = f"shared_basis_{number}", ("shared_basis", "shared_basis1", "shared_basis_1")
+        aliases.append("shared_basis")
     else:
-        owner, aliases = f"shared_basis_{number}_{position}", (f"shared_basis_{position}", f"shared_basis{position}")
+        owner += f"_{position}"
     users = [_block_names(group, block, model) for block in model.sharing_blocks()[group]]
     return [(f"{owner}.weight",), *(
         tuple(f"{name}.{alias}.weight" for name in names for alias in aliases) for names in users)]
