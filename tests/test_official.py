@@ -3,7 +3,6 @@
 import io
 import os
 import pickle
-import re
 import struct
 import sys
 import types
@@ -11,6 +10,7 @@ import zipfile
 from collections import OrderedDict
 from unittest import mock
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,21 +26,23 @@ from shared_basis.state_dicts import read_state_dict
 
 # What the networks compute
 
-NETWORKS = {"cifar10_resnet20": "resnet20", "cifar10_resnet32_single_s8u1": "resnet32-s8u1",
-            "cifar10_resnet32_double_s16u1": "resnet32-s16u1-double"}
-"""Reference files by name, and what the network is called here."""
+NETWORKS = {"cifar10_resnet20": ("resnet20", 10), "cifar10_resnet32_single_s8u1": ("resnet32-s8u1", 10),
+            "cifar10_resnet32_double_s16u1": ("resnet32-s16u1-double", 10),
+            "cifar100_mobilenetv2_shareddouble": ("mobilenetv2-shared++", 100)}
+"""Reference files by name, and what the network is called here, with its classes."""
 
 
 class Network:
     """A reference network: its variables here, what it computes there, and one compiled pass."""
 
     def __init__(self, directory, name):
-        self.model = model = create_model(NETWORKS[name])
+        network, classes = NETWORKS[name]
+        self.model = model = create_model(network, num_classes=classes, stem="cifar")
         self.variables = load_official(directory / f"{name}.safetensors", model)
         with np.load(directory / f"{name}.npz") as arrays:
             self.expected = dict(arrays)
         self.images = self.expected["images_nchw"].transpose(0, 2, 3, 1)
-        sets = model.element_sets("shared+unique")
+        sets = model.element_sets("shared+unique") if self.expected["penalty"] else ()
 
         def run(variables, images, labels):
             def loss(params):
@@ -76,7 +78,7 @@ def test_logits_cross_entropy_and_penalty_are_the_official_ones(network):
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5 * np.max(np.abs(expected)), err_msg=name)
 
 
-def test_the_norm_of_every_gradient_is_the_official_one(network):
+def test_the_norm_of_every_gradient_is_the_official_one(network, request):
     """On the exact images or on copies with relative noise of 1e-7, which is what rounding does anyway.
 
     The gradient jumps where a ReLU's input crosses 0. A few of these networks' half a million inputs lie within
@@ -85,22 +87,77 @@ def test_the_norm_of_every_gradient_is_the_official_one(network):
     float32. Noise tosses these coins again: all fall as in the official run in one of two to six draws. Nothing but
     the coins depends on the noise, so that a fault of the gradient shows in every draw.
     """
+    if "mobilenetv2" in request.node.name:
+        pytest.skip("its ties lie further from 0 than noise of 1e-7 reaches: see the test below")
     expected = dict(zip(network.expected["grad_norm_keys"].tolist(), network.expected["grad_norms"], strict=True))
-    # A bias of a basis norm has a true gradient of 0: the norm behind the coefficients subtracts the mean.
-    cancelled = {name for name in expected if re.search(r"basis_bn\d\.bias", name)}
+    # A bias with only linear maps before the next norm, which subtracts the mean, has a true gradient of 0.
+    cancelled = {name for name in expected if name.endswith("bias") and expected[name] < 1e-5}
     rng = np.random.default_rng(0)
     worst = []
     for draw in range(80):
         noise = 1e-7 * rng.normal(size=network.images.shape) * (draw > 0)
         _, norms = network.run((network.images * (1 + noise)).astype(np.float32))
         assert set(norms) == set(expected)
-        assert max((norms[name] for name in cancelled), default=0) < 1e-5
+        assert max((norms[name] for name in cancelled), default=0) < 1e-4
         errors = {name: abs(norms[name] / expected[name] - 1) for name in expected if name not in cancelled}
         worst.append(max(errors.values()))
         assert worst[-1] < 1e-2, max(errors, key=errors.get)
         if worst[-1] < 1e-4:
             return
     pytest.fail(f"no draw agrees with all norms; the best is off by {min(worst):.1e}")
+
+
+@pytest.mark.slow
+def test_the_gradients_of_mobilenetv2_are_official_but_for_two_relu_ties(reference, monkeypatch):
+    """MobileNetV2's three million ReLU inputs leave several within the official run's own rounding of 0.
+
+    Here the ties are settled openly: of the inputs nearest to 0 (within 5e-6 standard deviations), those are put on
+    the other side, one after another, that bring more norms to the official ones. At most three may be needed.
+    """
+    name = "cifar100_mobilenetv2_shareddouble"
+    model = create_model("mobilenetv2-shared++", num_classes=100, stem="cifar")
+    variables = load_official(reference / f"{name}.safetensors", model)
+    with np.load(reference / f"{name}.npz") as arrays:
+        expected = dict(arrays)
+    images, inputs = expected["images_nchw"].transpose(0, 2, 3, 1), []
+
+    def apply(params, flips):
+        """Runs the network with ReLUs that count an input as positive if it is, unless it is flipped."""
+        inputs.clear()
+
+        def relu(x):
+            inputs.append(x)
+            return x * (x > 0) if flips is None else x * ((x > 0) ^ flips[len(inputs) - 1])
+        monkeypatch.setattr(nn, "relu", relu)
+        logits, _ = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, expected["labels"]).mean(), list(inputs)
+
+    before = jax.jit(lambda params: apply(params, None)[1])(variables["params"])
+    gradient = jax.jit(jax.grad(lambda params, flips: apply(params, flips)[0]))
+    official = dict(zip(expected["grad_norm_keys"].tolist(), expected["grad_norms"], strict=True))
+
+    def mismatches(flips):
+        """Returns how many norms are off by more than 1e-4, those apart whose true gradient is 0."""
+        norms = {slots(("params", *(key.key for key in path)), model)[0][0]: np.linalg.norm(leaf) for path, leaf
+                 in jax.tree_util.tree_leaves_with_path(gradient(variables["params"], flips))}
+        assert set(norms) == set(official)
+        return sum(abs(norms[key] / value - 1) > 1e-4 for key, value in official.items() if value > 1e-5)
+
+    near = [(i, int(j)) for i, x in enumerate(before) for j in np.flatnonzero(np.abs(x) < 5e-6 * np.std(x))]
+    assert 0 < len(near) < 40
+    flips = [np.zeros(x.shape, bool) for x in before]
+    left = mismatches(flips)
+    for _ in range(3):
+        if not left:
+            break
+        trials = []
+        for i, j in near:
+            flips[i].flat[j] ^= True
+            trials.append((mismatches(flips), i, j))
+            flips[i].flat[j] ^= True
+        left, i, j = min(trials)
+        flips[i].flat[j] ^= True
+    assert left == 0
 
 
 @pytest.mark.parametrize(("file", "name", "pairs"), [
