@@ -7,7 +7,7 @@ each slot listing the names that it may have.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from shared_basis.errors import UserError
 from shared_basis.models.densenet import DenseNet
-from shared_basis.models.mobilenetv2 import STAGES, STEM, MobileNetV2
+from shared_basis.models.mobilenetv2 import NECK, STAGES, STEM, MobileNetV2
 from shared_basis.models.network import Network
 from shared_basis.models.resnext import ResNeXt
 from shared_basis.params import abstract_variables
@@ -49,14 +49,20 @@ def load_official(path: str | Path, model: Network) -> dict[str, Any]:
 
 def convert_official(tensors: Tensors, model: Network) -> dict[str, Any]:
     """Returns the variables of `model` from a published state dict; see `load_official`."""
-    named = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}  # as DataParallel saves it
-    left = _prepare(named, model)
+    prefix = "module." if all(name.startswith("module.") for name in tensors) else ""  # as DataParallel saves it
+    left, renamed = _prepare({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, model)
+
+    def said(name: str) -> str:
+        """Returns the name in the file, quoted."""
+        module, _, leaf = name.rpartition(".")
+        return repr(f"{renamed.get(module, module)}.{leaf}")
 
     def take(slot: Slot, path: str) -> tuple[str, np.ndarray]:
         for name in slot:
             if name in left:
                 return name, left.pop(name)
-        raise UserError(f"tensor {' or '.join(map(repr, slot))} (for {path}) is missing.")
+        names = dict.fromkeys(map(said, slot))
+        raise UserError(f"tensor {' or '.join(names)} (for {path}) is missing.")
 
     def fill(entry: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         path = tuple(key.key for key in entry)
@@ -64,20 +70,24 @@ def convert_official(tensors: Tensors, model: Network) -> dict[str, Any]:
         name, tensor = take(owner, "/".join(path))
         for slot in aliases:
             alias, copy = take(slot, "/".join(path))
-            if not np.array_equal(copy, tensor):
-                raise UserError(f"tensor {alias!r} differs from {name!r}, whose alias it is.")
+            if not np.array_equal(copy, tensor, equal_nan=True):
+                raise UserError(f"tensor {said(alias)} differs from {said(name)}, whose alias it is.")
         if path[-1] == "var":  # counts batches beside each pair of running statistics; nothing needs it
             left.pop(name.removesuffix("running_var") + "num_batches_tracked", None)
         array = to_jax_layout(tensor, leaf.ndim)
         if array.shape != leaf.shape:
-            raise UserError(f"tensor {name!r} has shape {list(tensor.shape)}, in this layout {list(array.shape)}; "
+            raise UserError(f"tensor {said(name)} has shape {list(tensor.shape)}, in this layout {list(array.shape)}; "
                             f"{'/'.join(path)} needs {list(leaf.shape)}.")
         return array.astype(leaf.dtype)
 
     variables = jax.tree_util.tree_map_with_path(fill, dict(abstract_variables(model, (32, 32, 3))))
     if left:
-        raise UserError(f"the network has no place for the tensors {', '.join(sorted(left))}.")
+        raise _no_place(said(name).strip("'") for name in left)
     return variables
+
+
+def _no_place(names: Iterable[str]) -> UserError:
+    return UserError(f"the network has no place for the tensors {', '.join(sorted(names))}.")
 
 
 def to_jax_layout(tensor: np.ndarray, ndim: int) -> np.ndarray:
@@ -175,13 +185,13 @@ def _shared_slots(group: str, name: str, model: Network) -> list[Slot]:
         tuple(f"{name}.{alias}.weight" for name in names for alias in aliases) for names in users)]
 
 
-def _prepare(tensors: Tensors, model: Network) -> dict[str, np.ndarray]:
-    """Returns `tensors` in the layout of `slots`, where a file has another one that is known."""
-    if isinstance(model, MobileNetV2) and "features.0.0.weight" in tensors:
+def _prepare(tensors: Tensors, model: Network) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Returns `tensors` in the layout of `slots`, and by module the name that it has in the file if it is another."""
+    if isinstance(model, MobileNetV2) and any(name.startswith("features.") for name in tensors):
         return _from_torchvision_mobilenet(tensors, model)
     if isinstance(model, DenseNet) and model.shared_shapes()["group4"]:
-        return _with_fourth_basis(tensors)
-    return dict(tensors)
+        return _with_fourth_basis(tensors), {}
+    return dict(tensors), {}
 
 
 def _with_fourth_basis(tensors: Tensors) -> dict[str, np.ndarray]:
@@ -190,14 +200,14 @@ def _with_fourth_basis(tensors: Tensors) -> dict[str, np.ndarray]:
     The official fourth basis is in the file and unused. A file whose fourth block uses it already is left as it is.
     """
     used = tensors.get("features.dense_block_layer_3.bottle_neck_layer_0.shared_basis.weight")
-    third = tensors.get("shared_basis_3.weight")
-    if used is not None and third is not None and np.array_equal(used, third):
-        return {**tensors, "shared_basis_4.weight": third}
-    return dict(tensors)
+    third, fourth = tensors.get("shared_basis_3.weight"), tensors.get("shared_basis_4.weight")
+    if used is None or third is None or fourth is None or fourth.shape != third.shape:
+        return dict(tensors)  # what is wrong with it will be told
+    return {**tensors, "shared_basis_4.weight": third} if np.array_equal(used, third) else dict(tensors)
 
 
-def _from_torchvision_mobilenet(tensors: Tensors, model: MobileNetV2) -> dict[str, np.ndarray]:
-    """Returns torchvision's MobileNetV2 under the official names.
+def _from_torchvision_mobilenet(tensors: Tensors, model: MobileNetV2) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Returns torchvision's MobileNetV2 under the official names, and torchvision's name of each module.
 
     torchvision has no 1×1 layer in the first stage and no biases before batch normalisation: identities and zeros.
     """
@@ -216,9 +226,12 @@ def _from_torchvision_mobilenet(tensors: Tensors, model: MobileNetV2) -> dict[st
     renamed = {}
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
-        renamed[f"{modules.get(module, module)}.{leaf}"] = tensor
+        if module not in modules or name in ("features.0.0.bias", "features.18.0.bias"):
+            raise _no_place([name])
+        renamed[f"{modules[module]}.{leaf}"] = tensor
+    names = {ours: theirs for theirs, ours in modules.items()}
     ones, zeros = np.ones(STEM, np.float32), np.zeros(STEM, np.float32)
-    return {**renamed, "pre.0.bias": zeros, "conv1.0.bias": np.zeros(1280, np.float32),
+    return {**renamed, "pre.0.bias": zeros, "conv1.0.bias": np.zeros(NECK, np.float32),
             "stage1.conv1.weight": np.eye(STEM, dtype=np.float32)[:, :, None, None],
             "stage1.bn1.weight": ones, "stage1.bn1.bias": zeros, "stage1.bn1.running_mean": zeros,
-            "stage1.bn1.running_var": ones * (1 - 1e-5)}  # with ε added, exactly 1
+            "stage1.bn1.running_var": ones * (1 - 1e-5)}, names  # the variance is 1 with ε added
