@@ -20,7 +20,7 @@ from shared_basis.errors import UserError
 
 FLAGS = flags.FLAGS
 _DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "digits_resnet.py")
-_CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT, "Recipe, as FILE.py[:network].")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as FILE.py[:network]; default: digits_resnet.py.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "summary", "import"], "What to do.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/<config>-<network>.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "evaluate: latest, best, or a step; import: the file.")
@@ -33,12 +33,13 @@ def parse(argv: list[str]) -> None:
         name = argument.lstrip("-").split("=")[0]
         if name.startswith("config."):
             check_field(name.removeprefix("config."))
-    try:
-        rest = FLAGS(argv)
+    files = [argument for argument in argv[1:] if argument.startswith(("--config=", "-config="))]
+    others = [argument for argument in argv[1:] if argument not in files]
+    try:  # the file comes first: the fields of the others are its own
+        rest = FLAGS([argv[0], *(files or [f"--config={_DEFAULT}"]), *others])
         _CONFIG.value.to_dict()  # a configuration file that is missing shows only on use
     except Exception as error:  # a configuration file is code and may raise anything
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        files = [argument for argument in argv[1:] if argument.startswith(("--config=", "-config="))]
         raise UserError(" ".join(dict.fromkeys((lines[0], lines[-1], *files[-1:])))) from error
     if rest[1:]:
         raise UserError(f"unexpected argument {rest[1]!r}; flags look like --mode=train, see --help.")
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     app.define_help_flags()
     try:
         parse(argv)
-        from shared_basis import modes, screen  # here, so that --help and mistakes in flags answer at once
+        from shared_basis import modes, screen  # here, so that mistakes in flags do not wait for them
 
         config = from_config_dict(_CONFIG.value)
         workdir = os.path.expanduser(_WORKDIR.value or os.path.join("runs", config.name))

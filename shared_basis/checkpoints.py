@@ -42,6 +42,8 @@ class Checkpoints:
         ])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep, best_fn=metric, create=not read_only, read_only=read_only)
+        if directory.exists() and not directory.is_dir():
+            raise UserError(f"{directory} is not a directory; checkpoints cannot be kept there.")
         try:
             self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
         except json.JSONDecodeError as error:  # Orbax reads the metrics of all steps at once

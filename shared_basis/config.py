@@ -101,7 +101,8 @@ class DataConfig:
             value = getattr(self, field)
             _require(len(value) in (1, 3), f"data.{field}", value, "one value, or one for each of three channels")
             _require(all(math.isfinite(v) for v in value), f"data.{field}", value, "finite")
-        _require(all(v > 0 for v in self.std), "data.std", self.std, "positive")
+        _require(all(v >= 1e-6 for v in self.std), "data.std", self.std, "positive, at least 1e-6")
+        _require(self.pad <= 1024, "data.pad", self.pad, "at most 1024 pixels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +117,8 @@ class OrthogonalityConfig:
     """'mean' over the pairs that count (published), or their 'sum', whose pull does not fall as ranks grow."""
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.weight) and self.weight >= 0, "orthogonality.weight", self.weight,
-                 "0 or a positive number")
+        _require(0 <= self.weight <= 1e30, "orthogonality.weight", self.weight,
+                 "0 or a positive number, at most 1e30")
         _require_choice("orthogonality.elements", self.elements, ("shared", "shared+unique"))
         _require_choice("orthogonality.reduction", self.reduction, ("mean", "sum"))
 
@@ -143,7 +144,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for field, low in (("learning_rate", 0.0), ("weight_decay", 0.0), ("warmup_epochs", 0.0)):
             value = getattr(self, field)
-            _require(math.isfinite(value) and value >= low, f"optimizer.{field}", value, "0 or a positive number")
+            _require(low <= value <= 1e30, f"optimizer.{field}", value, "0 or a positive number, at most 1e30")
         _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "at least 0 and below 1")
         for label in self.decay:
             _require_choice("optimizer.decay", label, PARAMETER_LABELS)
@@ -174,7 +175,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            _require(value >= 1, f"train.{field.name}", value, "a positive whole number")
+            _require(1 <= value < 2**31, f"train.{field.name}", value, "a positive whole number below 2^31")
 
 
 @dataclasses.dataclass(frozen=True)

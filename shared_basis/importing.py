@@ -31,6 +31,8 @@ def import_weights(config: Config, workdir: str | Path, file: str) -> dict[str, 
     Raises:
       UserError: the file does not hold this network (see `load_official`), or the workdir holds checkpoints already.
     """
+    if file == "latest":
+        raise UserError("--mode=import needs --checkpoint=FILE, a .pth or .safetensors file.")
     spec = data.describe(config.data)
     model = build_model(config, spec)
     variables = load_official(file, model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -54,6 +55,7 @@ class StopSignals:
     def _receive(self, signum: int, _: FrameType | None) -> None:
         self.received = signum
         self._restore()
+        os.write(2, b"\nstopping after this step; once more stops at once\n")  # a handler must not use print
 
     def _restore(self) -> None:
         while self._previous:
@@ -113,6 +115,7 @@ def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]
                 screen.line("this run is finished")
             else:
                 started = time.monotonic()
+                screen.line("compiling …")
                 state, program = build(config, dataset, model, mesh, checkpoints)
                 screen.line(f"ready in {duration(time.monotonic() - started)}")
                 note_resume(run, state, program, config, screen)
@@ -184,7 +187,7 @@ def loop(config: Config, state: TrainState, program: Program, run: Workdir, chec
         if not left and (epoch % config.train.evaluate_every == 0 or epoch == epochs):
             show_step(screen, clock, running, step + 1, config, per_epoch)
             line = measure(state, program, config, clock)
-            if not (math.isfinite(line["train_loss"]) and math.isfinite(line["test_loss"])):
+            if not all(math.isfinite(value) for value in line.values()):
                 raise UserError(diverged(line, checkpoints))
             run.append_metrics(line)
             screen.line(render_metrics(line, epochs))
@@ -280,14 +283,13 @@ def diverged(line: dict[str, Any], checkpoints: Checkpoints) -> str:
     steps = checkpoints.steps
     kept = f"the checkpoint of step {count(steps[-1])} is the last good one" if steps else "there is no checkpoint yet"
     return (f"training diverged by step {count(line['step'])}: loss {line['train_loss']}, on the test images "
-            f"{line['test_loss']}, at learning rate "
-            f"{line['learning_rate']:g}; {kept}. Lower --config.optimizer.learning_rate or add "
-            "--config.optimizer.warmup_epochs in a new workdir.")
+            f"{line['test_loss']}, penalty {line.get('penalty', 0)}, at learning rate {line['learning_rate']:g}; "
+            f"{kept}. Lower --config.optimizer.learning_rate or add --config.optimizer.warmup_epochs in a new workdir.")
 
 
 def result(run: Workdir) -> dict[str, Any]:
     """Returns the last line of metrics.jsonl, and the best test accuracy with its epoch."""
-    lines = run.metrics()
+    lines = [line for line in run.metrics() if isinstance(line.get("test_accuracy"), float)]
     if not lines:
         raise UserError(f"{run.path / 'metrics.jsonl'} is missing or empty; the checkpoints are there: score them with "
                         f"--mode=evaluate --workdir={run.path}.")

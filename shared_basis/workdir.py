@@ -7,11 +7,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ class Workdir:
         """
         try:
             record = json.loads((self.path / "run.json").read_text())
+            if not all(isinstance(record["data"][key], list) for key in ("classes", "image_shape")):
+                raise TypeError("its data facts are not lists")
             return {key: record[key] for key in ("config", "data", "versions")}
         except FileNotFoundError:
             return None
@@ -86,6 +89,10 @@ class Workdir:
         Raises:
           UserError: it holds a run of another configuration or on other data, or cannot be written.
         """
+        if self.read_record() is None and self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+            raise UserError(f"workdir {self.path} holds checkpoints and no run.json; copy "
+                            f"{self.checkpoints}/<step>/run/metadata to {self.path / 'run.json'}, or choose another "
+                            "--workdir.")
         if self.read_record() is not None:
             config, saved = self.load()
             self._require_same("configuration", differences(from_config_dict(record["config"]), config))
@@ -122,22 +129,35 @@ class Workdir:
         lines: list[dict[str, Any]] = []
         for line in text.splitlines():
             try:
-                lines.append({"step": 0, **json.loads(line)})
-            except (ValueError, TypeError):
+                entry = json.loads(line)
+            except ValueError:
                 break
+            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+                break
+            lines.append(entry)
         return lines
 
     def rewind_metrics(self, step: int) -> None:
         """Drops the metrics after `step`: a run that resumes there computes them again."""
         kept = [line for line in self.metrics() if line["step"] <= step]
-        temporary = self.path / "metrics.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, self.path / "metrics.jsonl")
+        with self._writing("metrics.jsonl"):
+            temporary = self.path / "metrics.jsonl.tmp"
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(temporary, self.path / "metrics.jsonl")
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Adds one JSON object to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+        with self._writing("metrics.jsonl"), (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Turns a failure to write into a message."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.path / name} cannot be written: {error.strerror}; the checkpoints are in "
+                            f"{self.checkpoints}.") from error
 
 
 def _short(value: Any) -> Any:

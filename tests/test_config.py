@@ -126,7 +126,7 @@ def test_every_part_is_valid_by_default_and_frozen(part):
 
 
 def test_values_are_checked_when_a_part_is_built_by_hand():
-    with pytest.raises(UserError, match=re.escape("train.epochs=0: must be a positive whole number.")):
+    with pytest.raises(UserError, match=re.escape("train.epochs=0: must be a positive whole number below 2^31.")):
         TrainConfig(epochs=0)
 
 

@@ -148,7 +148,8 @@ def test_signals_stop_a_run_that_the_same_command_continues(tmp_path: Path) -> N
             process.send_signal(signum)
             _, errors = process.communicate(timeout=120)
         assert process.returncode == code
-        message = re.fullmatch(r"stopped by (\w+) and saved at step ([\d,]+) of 5,000; the same command goes on from "
+        message = re.fullmatch(r"\nstopping after this step; once more stops at once\nstopped by (\w+) and saved at "
+                               r"step ([\d,]+) of 5,000; the same command goes on from "
                                r"there\n", errors)
         assert message, errors
         assert message[1] == signum.name
@@ -314,3 +315,7 @@ def test_a_damaged_checkpoint_is_told_in_one_line(main: CommandLine, trained: An
     done = main(*SMALL[:1], "--mode=evaluate", cwd=tmp_path)
     assert_mistake(done, "checkpoint 10", "cannot be restored")
     assert len(done.stderr) < 600
+
+
+def test_a_misspelt_field_is_told_with_the_default_recipe_too(main: CommandLine, tmp_path: Path) -> None:
+    assert_mistake(main("--config.train.epoch=3", cwd=tmp_path), "train.epoch", "Did you mean 'train.epochs'?")

@@ -141,3 +141,11 @@ def test_a_last_line_that_was_cut_off_is_dropped(run: Workdir) -> None:
     run.rewind_metrics(10)
     run.append_metrics({"step": 10})
     assert path.read_text() == '{"step": 5}\n{"step": 10}\n'
+
+
+def test_checkpoints_without_a_record_are_not_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    record = make_record(Config(), {"classes": ["a", "b"], "image_shape": [8, 8, 1]})
+    with user_error("holds checkpoints and no run.json", "/run/metadata"):
+        Workdir(tmp_path).claim(record)
+    assert not (tmp_path / "run.json").exists()

@@ -106,7 +106,8 @@ def _list_directories(directory: Path) -> list[str]:
 
 def _list_images(directory: Path) -> list[str]:
     """Returns the paths of the images in a class directory, at least one."""
-    paths = [entry.path for entry in _scan(directory) if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir()]
+    paths = [entry.path for entry in _scan(directory) if entry.name.lower().endswith(SUFFIXES) and
+             (entry.is_file() or entry.is_symlink())]  # not a pipe, which would wait; a dangling link is told of later
     if not paths:
         raise UserError(f"class directory {directory} holds no image ({', '.join(SUFFIXES)}); "
                         "put images there, or remove the class from train/ and test/.")

@@ -81,8 +81,8 @@ def create_model(name: str, *, num_classes: int = 10, stem: str | None = None, d
       UserError: the name is unknown (with the nearest known ones), the network has no such sharing or stem, or a rank
         exceeds the space of the filters.
     """
-    base, _, form = name.partition("-")
-    if base not in FAMILIES:
+    base, dash, form = name.partition("-")
+    if base not in FAMILIES or (dash and not form):
         near = difflib.get_close_matches(base, FAMILIES, n=3, cutoff=0.5)
         hint = f" The nearest: {', '.join(near)}." if near else ""
         raise UserError(f"unknown network {name!r}.{hint} Networks: {', '.join(FAMILIES)}. Names: {GRAMMAR}.")
@@ -108,7 +108,7 @@ def _parse_sharing(name: str, form: str, family: Family) -> Sharing:
     """Returns what the part `form` of the network's `name` asks for."""
     if not form:
         return Sharing()
-    basis = re.fullmatch(r"s(\d{1,6})u(\d{1,6})(-double)?", form)
+    basis = re.fullmatch(r"s(0|[1-9]\d{0,5})u(0|[1-9]\d{0,5})(-double)?", form)
     template = re.fullmatch(r"template([1-9]\d{0,3})", form)
     kind = (f"s<S>u<U>{basis[3] or ''}" if basis else "template<k>" if template else form)
     if kind not in family.forms:

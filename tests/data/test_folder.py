@@ -351,3 +351,12 @@ def test_real_jpeg_images(tmp_path):
         assert (split.images.std(axis=(1, 2, 3)) > 10).all()
         across = np.abs(np.diff(split.images.astype(float), axis=1)).mean()
         assert across < 25  # neighbouring pixels of photographs are alike; wrong strides would make noise of them
+
+
+def test_a_pipe_is_passed_over(tmp_path):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / split / name / "b.png")
+    os.mkfifo(tmp_path / "train" / "cat" / "a.png")  # opening it would wait for a writer
+    assert len(data.load(DataConfig(name="folder", directory=str(tmp_path))).train.labels) == 2
