@@ -89,10 +89,6 @@ class Workdir:
         Raises:
           UserError: it holds a run of another configuration or on other data, or cannot be written.
         """
-        if self.read_record() is None and self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
-            raise UserError(f"workdir {self.path} holds checkpoints and no run.json; copy "
-                            f"{self.checkpoints}/<step>/run/metadata to {self.path / 'run.json'}, or choose another "
-                            "--workdir.")
         if self.read_record() is not None:
             config, saved = self.load()
             self._require_same("configuration", differences(from_config_dict(record["config"]), config))
@@ -101,6 +97,10 @@ class Workdir:
                                         if record["data"][key] != saved["data"][key]})
             return
         try:
+            if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+                raise UserError(f"workdir {self.path} holds checkpoints and no run.json; copy "
+                                f"{self.checkpoints}/<step>/run/metadata to {self.path / 'run.json'}, or choose "
+                                "another --workdir.")
             self.path.mkdir(parents=True, exist_ok=True)
             temporary = self.path / "run.json.tmp"
             temporary.write_text(json.dumps(record, indent=2) + "\n")
