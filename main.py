@@ -4,6 +4,7 @@
     python main.py --config=configs/cifar_resnet.py:resnet56       another recipe and network
     python main.py --mode=evaluate --workdir=DIR                   scores a trained run
     python main.py --mode=summary --config=…                       parameters and multiply-accumulates
+    python main.py --mode=prepare --config=…                       downloads and prepares a data set
     python main.py --mode=import --checkpoint=FILE.pth --config=…  published weights into a workdir
 """
 
@@ -21,7 +22,7 @@ from shared_basis.errors import UserError
 FLAGS = flags.FLAGS
 _DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "digits_resnet.py")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as FILE.py[:network]; default: digits_resnet.py.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "summary", "import"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "summary", "prepare", "import"], "What to do.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/<config>-<network>.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "evaluate: latest, best, or a step; import: the file.")
 _JSON = flags.DEFINE_bool("json", False, "Print the result as one JSON object; other lines go to standard error.")

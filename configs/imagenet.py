@@ -35,8 +35,8 @@ def get_config(variant: str = "resnet34-s32u1") -> ConfigDict:
     return to_config_dict(Config(
         name=f"imagenet-{variant}",
         model=ModelConfig(name=variant, stem="imagenet"),
-        data=DataConfig(name="imagenet2012", image_size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
-                        flip=True),
+        data=DataConfig(name="imagenet2012", image_size=224, crop="random_resized", mean=(0.485, 0.456, 0.406),
+                        std=(0.229, 0.224, 0.225), flip=True),
         orthogonality=OrthogonalityConfig(weight=10.0, elements="shared", reduction="mean"),
         optimizer=OptimizerConfig(learning_rate=0.1, momentum=0.9, weight_decay=decay, schedule="piecewise",
                                   boundaries=boundaries, factors=factors),

@@ -29,12 +29,12 @@ def _require(condition: bool, field: str, value: Any, allowed: str) -> None:
         raise UserError(f"{field}={value!r}: must be {allowed}.")
 
 
-def _require_choice(field: str, value: str, choices: Sequence[str]) -> None:
-    """Raises `UserError` with the nearest choice unless `value` is one of `choices`."""
+def _require_choice(field: str, value: str, choices: Sequence[str], *others: str) -> None:
+    """Raises `UserError` with the nearest choice unless `value` is one of `choices`; `others` are mentioned too."""
     if value not in choices:
         near = difflib.get_close_matches(value, choices, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"{field}={value!r}: must be one of {', '.join(choices)}.{hint}")
+        raise UserError(f"{field}={value!r}: must be one of {', '.join((*choices, *others))}.{hint}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,9 @@ class ModelConfig:
 
 
 DATA_NAMES = ("digits", "folder", "cifar10", "cifar100", "fashion_mnist", "imagenet2012")
-"""The data sets that `data.name` accepts."""
+"""The data sets that `data.name` accepts, beside those that begin with `TFDS_PREFIX`."""
+
+TFDS_PREFIX = "tfds:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +63,39 @@ class DataConfig:
     """The images, and what is done to them before the network sees them."""
 
     name: str = "digits"
-    """'digits' (embedded), 'folder' (a directory of images), 'cifar10', 'cifar100', 'fashion_mnist' (by TFDS), or
-    'imagenet2012'."""
+    """'digits' (embedded), 'folder' (a directory of images), 'cifar10', 'cifar100', 'fashion_mnist' or 'imagenet2012'
+    (by TFDS), or 'tfds:<name>[/<config>]', anything that TFDS finds prepared as ArrayRecord."""
     directory: str = ""
-    """folder: holds train/<class>/* and test/<class>/*. TFDS names: its data directory; empty is TFDS's default."""
+    """folder: holds train/<class>/* and test/<class>/* (or val/), or <class>/* alone. TFDS names: its data directory;
+    empty is TFDS's default."""
     manual_directory: str = ""
     """TFDS names: holds source files downloaded by hand, for preparing the data set without a network."""
+    train_split: str = ""
+    """TFDS names: the split to train on, e.g. 'train[:90%]'; empty is 'train'."""
+    test_split: str = ""
+    """TFDS names: the split to test on; empty is 'test', or 'validation' where there is no labelled 'test'."""
+    validation_split: str = ""
+    """TFDS names: a split to choose the best checkpoint on; empty is none."""
+    validation: float = 0.0
+    """The part of the training images that is held out, to choose the best checkpoint on. At 0, and where the data set
+    has no validation images of its own, it is chosen on the test images, as published."""
+    test: float = 0.2
+    """folder, without train/ and test/: the part of each class that is held out to test on."""
+    split_seed: int = 0
+    """Seeds what `validation` and `test` draw; apart from `seed`, so that runs of several seeds can be compared."""
     image_size: int = 0
-    """folder: height and width in pixels that images are brought to (resize, centre crop); 0 keeps their size.
-    imagenet2012: of the random resized crop in training, and of the centre crop, after a resize to 8/7, in testing."""
+    """Height and width in pixels that images are brought to, by `crop`; 0 keeps their size."""
+    crop: str = "center"
+    """'center': the shorter side is scaled to image_size and the centre cut out. 'random_resized' (ImageNet): training
+    images are random parts, of 8 to 100 % of the area, scaled to image_size; test images are scaled to 8/7 of it, and
+    the centre is cut out."""
+    on_broken: str = "fail"
+    """'fail' at an image that cannot be decoded, or 'skip' it, with a warning."""
+    placement: str = "auto"
+    """Where images wait for their turn: on the 'device', decoded; or on disk, from which they 'stream'. 'auto' decides
+    by their size."""
+    workers: int = -1
+    """Processes that read and decode streamed images; 0 uses threads of the main process; −1 decides by the cores."""
     train_examples: int = 0
     """Train on this many images, a fixed random subset that does not depend on the seed; 0 is all of them."""
     test_examples: int = 0
@@ -84,19 +110,34 @@ class DataConfig:
     """Training only: mirror left and right with probability one half."""
 
     def __post_init__(self) -> None:
-        _require_choice("data.name", self.name, DATA_NAMES)
-        for field in ("image_size", "train_examples", "test_examples", "pad"):
+        if not self.name.startswith(TFDS_PREFIX):
+            _require_choice("data.name", self.name, DATA_NAMES, f"{TFDS_PREFIX}<name>")
+        _require(self.name != TFDS_PREFIX, "data.name", self.name, "followed by a name, as in 'tfds:cifar10'")
+        for field in ("image_size", "train_examples", "test_examples", "pad", "split_seed"):
             value = getattr(self, field)
-            _require(value >= 0, f"data.{field}", value, "0 or a positive whole number")
+            _require(0 <= value < 2**31, f"data.{field}", value, "0 or a positive whole number")
         _require(self.image_size <= 1024, "data.image_size", self.image_size, "at most 1024 pixels")
         if self.name == "folder":
             _require(bool(self.directory), "data.directory", self.directory,
-                     "the directory that holds train/<class>/* and test/<class>/* when data.name='folder'")
-        elif self.name == "imagenet2012":
-            _require(self.image_size > 0, "data.image_size", self.image_size, "positive for imagenet2012; usual is 224")
-        elif self.image_size:
-            raise UserError(f"data.image_size={self.image_size}: only data.name='folder' and 'imagenet2012' are "
-                            f"resized, and this is data.name={self.name!r}; leave it at 0.")
+                     "the directory of images when data.name='folder'")
+        if self.name in ("folder", "digits"):
+            for field in ("train_split", "test_split", "validation_split"):
+                _require(not getattr(self, field), f"data.{field}", getattr(self, field),
+                         f"empty when data.name={self.name!r}; it names splits of TFDS")
+        _require(0 <= self.validation < 1, "data.validation", self.validation, "at least 0 and below 1")
+        _require(not (self.validation and self.validation_split), "data.validation", self.validation,
+                 f"0 when data.validation_split={self.validation_split!r}")
+        _require(0 < self.test <= 1, "data.test", self.test, "above 0 and at most 1")
+        _require_choice("data.crop", self.crop, ("center", "random_resized"))
+        _require_choice("data.on_broken", self.on_broken, ("fail", "skip"))
+        _require_choice("data.placement", self.placement, ("auto", "device", "stream"))
+        _require(-1 <= self.workers <= 512, "data.workers", self.workers, "-1, or 0 to 512")
+        if self.crop == "random_resized":
+            _require(self.image_size > 0, "data.image_size", self.image_size,
+                     "positive when data.crop='random_resized'; usual is 224")
+            _require(self.placement != "device", "data.placement", self.placement,
+                     "auto or stream when data.crop='random_resized', which cuts a new part out of the original image "
+                     "each time")
         for field in ("mean", "std"):
             value = getattr(self, field)
             _require(len(value) in (1, 3), f"data.{field}", value, "one value, or one for each of three channels")
@@ -203,8 +244,8 @@ class Config:
                  self.optimizer.warmup_epochs, f"below train.epochs={self.train.epochs}")
 
 
-LOCATION_FIELDS = ("data.directory", "data.manual_directory")
-"""Fields that say where files lie and not what is computed: a run may resume with other values of them."""
+LOCATION_FIELDS = ("data.directory", "data.manual_directory", "data.placement", "data.workers")
+"""Fields that say where images lie and not what is computed: a run may resume with other values of them."""
 
 
 def to_dict(config: Config) -> dict[str, Any]:

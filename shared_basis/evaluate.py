@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from shared_basis import data
-from shared_basis.checkpoints import Checkpoints
+from shared_basis import data, feeds
+from shared_basis.checkpoints import Checkpoints, chosen_on
 from shared_basis.config import Config, DataConfig, replace
 from shared_basis.devices import make_mesh, replicated
 from shared_basis.errors import UserError
+from shared_basis.feeds import Inputs
 from shared_basis.models import Network, create_model
 from shared_basis.params import abstract_variables
 from shared_basis.steps import Metrics, eval_step
@@ -42,52 +43,44 @@ def build_model(config: Config, spec: data.Spec) -> Network:
                         dtype=jnp.dtype(config.model.dtype))
 
 
-def make_evaluator(model: nn.Module, config: DataConfig, split: data.Split, batch_size: int,
+def make_evaluator(model: nn.Module, config: DataConfig, batches: Callable[[], Iterable[Inputs]],
                    mesh: Mesh) -> Callable[[Variables], dict[str, float]]:
-    """Returns a function that scores variables (`params`, `batch_stats`) on all images of `split`.
+    """Returns a function that scores variables (`params`, `batch_stats`) on all images of `batches`.
 
-    The images are placed on the devices once, in batches of about `batch_size` divided among them; the last batch is
-    filled with images that do not count. The function returns `loss` (mean cross entropy), `accuracy`, `accuracy_top5`
-    (both in [0, 1]) and `count`.
+    It returns `loss` (mean cross entropy), `accuracy`, `accuracy_top5` (both in [0, 1]) and `count`, over the images
+    whose label is not −1 (see `shared_basis.feeds.Images.batches`).
     """
-    examples = len(split.labels)
-    size = -(-min(batch_size, examples) // mesh.size) * mesh.size
-    batches = -(-examples // size)
-    missing = batches * size - examples
-
-    def place(array: np.ndarray, fill: int) -> jax.Array:
-        padding = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
-        padded = np.pad(array, padding, constant_values=fill).reshape(batches, size, *array.shape[1:])
-        return jax.device_put(padded, NamedSharding(mesh, PartitionSpec(None, "data")))
-
-    images, labels = place(split.images, 0), place(split.labels, -1)
-
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
-    def step(variables: Variables, images: jax.Array, labels: jax.Array, batch: int) -> Metrics:
-        return eval_step(variables, images[batch], labels[batch], model=model, data=config)
+    def step(variables: Variables, images: jax.Array, labels: jax.Array) -> Metrics:
+        return eval_step(variables, images, labels, model=model, data=config)
 
     def evaluator(variables: Variables) -> dict[str, float]:
         # Fetched one by one: several collectives in flight can deadlock virtual CPU devices. Added in float64 on the
         # host, so that counts stay exact and the batch size does not show in the loss.
-        sums = [jax.device_get(step(variables, images, labels, batch)) for batch in range(batches)]
+        sums = [jax.device_get(step(variables, images, labels)) for images, labels in batches()]
         total = {name: float(sum(np.float64(batch[name]) for batch in sums)) for name in sums[0]}
         count = total["count"]
+        if not count:
+            raise UserError("none of the images to be scored can be decoded.")
         return {"loss": total["loss"] / count, "accuracy": total["correct"] / count,
                 "accuracy_top5": total["correct_top5"] / count, "count": count}
 
     return evaluator
 
 
-def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None,
+             tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Scores a checkpoint of `workdir` on the test images.
 
     Args:
       which: 'latest', 'best' or the number of a step.
       overrides: fields of the run's configuration to replace by dotted path: those of `data`, where the images lie
         elsewhere now, and `train.eval_batch_size`.
+      tell: is given what a person should know of the images, line by line.
 
     Returns:
-      `workdir`, `step`, `model`, `test_loss`, `test_accuracy`, `test_accuracy_top5` and `test_examples`.
+      `workdir`, `step`, `model`, `test_loss`, `test_accuracy`, `test_accuracy_top5`, `test_examples`, and `chosen_on`:
+      the images that 'best' was chosen on, 'validation' or 'test' (the published protocol), and None otherwise.
 
     Raises:
       UserError: no such run or checkpoint, other overrides, or other data than the run was trained for.
@@ -101,25 +94,27 @@ def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str,
     config = replace(config, overrides or {})
     checkpoints = Checkpoints(run.checkpoints, read_only=True)
     step = checkpoints.find(which)
-    spec = data.describe(config.data)
-    for field, now in (("classes", list(spec.classes)), ("image_shape", list(spec.image_shape))):
-        if now != record["data"][field]:
-            raise UserError(f"the images of data.name={config.data.name!r} have other {field.replace('_', ' ')} than "
-                            f"those that the run in {run.path} was trained on.")
-    model = build_model(config, spec)
+    known = data.Spec(tuple(record["data"]["image_shape"]), tuple(record["data"]["classes"]))
+    source = data.open_source(config.data, ("test",), known)
+    model = build_model(config, source.spec)
     mesh = make_mesh()
-    shapes = abstract_variables(model, spec.image_shape)
+    shapes = abstract_variables(model, source.spec.image_shape)
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), dict(shapes))
     variables = checkpoints.restore_variables(step, target)
-    scores = make_evaluator(model, config.data, data.load_split(config.data, "test"), config.train.eval_batch_size,
+    images = feeds.load(source, config.data, mesh, tell)
+    scores = make_evaluator(model, config.data, images.batches("test", config.train.eval_batch_size, mesh),
                             mesh)(variables)
     return {"workdir": str(run.path), "step": step, "model": config.model.name, "test_loss": scores["loss"],
             "test_accuracy": scores["accuracy"], "test_accuracy_top5": scores["accuracy_top5"],
-            "test_examples": int(scores["count"])}
+            "test_examples": int(scores["count"]),
+            "chosen_on": chosen_on(checkpoints.metrics(step) or {}) if which == "best" else None}
 
 
 def render(result: Mapping[str, Any]) -> str:
     """Returns `evaluate`'s result as a line for a person."""
-    return (f"{result['model']} at step {result['step']:,} of {result['workdir']}: test accuracy "
+    chosen = {None: "", "validation": " (best validation epoch)",
+              "test": " (best test epoch, the published protocol, which is chosen on these very images)"}[
+                  result["chosen_on"]]
+    return (f"{result['model']} at step {result['step']:,} of {result['workdir']}{chosen}: test accuracy "
             f"{100 * result['test_accuracy']:.2f} %, top-5 {100 * result['test_accuracy_top5']:.2f} %, loss "
             f"{result['test_loss']:.4f}, on {result['test_examples']:,} images")

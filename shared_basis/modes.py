@@ -13,7 +13,7 @@ from shared_basis.workdir import Workdir
 
 def run(mode: str, config: Config, workdir: str, *, workdir_given: bool, checkpoint: str,
         overrides: Mapping[str, Any], screen: Screen) -> tuple[dict[str, Any], str]:
-    """Runs the mode train, evaluate, summary or import; returns its result, and the same for a person.
+    """Runs the mode train, evaluate, summary, prepare or import; returns its result, and the same for a person.
 
     Args:
       config: the recipe. A run in `workdir` has its own: `evaluate` takes that, and `summary` if `workdir_given`.
@@ -24,7 +24,7 @@ def run(mode: str, config: Config, workdir: str, *, workdir_given: bool, checkpo
       UserError, KeyboardInterrupt: as the mode.
     """
     if mode == "evaluate":
-        result = evaluate.evaluate(workdir, checkpoint, overrides)
+        result = evaluate.evaluate(workdir, checkpoint, overrides, screen.line)
         return result, evaluate.render(result)
     if mode == "summary":
         if workdir_given:
@@ -32,6 +32,9 @@ def run(mode: str, config: Config, workdir: str, *, workdir_given: bool, checkpo
         spec = data.describe(config.data)
         result = summary.compare_with_plain(config.model, len(spec.classes), spec.image_shape)
         return result, summary.render(result)
+    if mode == "prepare":
+        text = data.prepare(config.data)
+        return {"name": config.data.name, "prepared": text}, text
     if mode == "import":
         result = importing.import_weights(config, workdir, checkpoint)
         return result, importing.render(result)

@@ -19,7 +19,7 @@ Metrics = dict[str, Array]
 
 
 class TrainState(struct.PyTreeNode):
-    """All that training carries from step to step. Order and augmentation follow from the seed and `step`."""
+    """All that training carries from step to step. Batch and augmentation follow from the seed and `step`."""
 
     step: Array
     """Updates made so far, int32."""
@@ -44,13 +44,27 @@ def start_from(variables: Tree, optimizer: optax.GradientTransformation) -> Trai
     return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params), totals)
 
 
-def epoch_order(seed: int, epoch: int | Array, examples: int) -> Array:
-    """Returns the order `[examples]` in which `epoch` visits the training images: a pure function of its arguments."""
-    return jax.random.permutation(_stream(seed, 0, epoch), examples)
+def select_batch(step: Array, images: Array, labels: Array, order: Array, *, batch_size: int,
+                 batch_sharding: NamedSharding) -> tuple[Array, Array]:
+    """Takes the batch of `step` from images that lie on the devices.
+
+    Args:
+      step: updates made before this one.
+      images: all training images, uint8 `[N, H, W, C]`.
+      labels: their classes, int32 `[N]`.
+      order: `shared_basis.data.epoch_order` of the epoch that `step` lies in, `[N]`.
+      batch_sharding: how a batch lies on the devices.
+
+    Returns:
+      Images uint8 `[B, H, W, C]` and labels int32 `[B]`. Images left over at the end of an epoch's order are not used.
+    """
+    first = step % (order.shape[0] // batch_size) * batch_size
+    chosen = jax.lax.with_sharding_constraint(jax.lax.dynamic_slice(order, (first,), (batch_size,)), batch_sharding)
+    return images[chosen], labels[chosen]
 
 
 def _stream(seed: int, stream: int, index: int | Array) -> Array:
-    """Returns the key of `index` in an independent stream of the seed (0: order, 1: augmentation, 2: dropout)."""
+    """Returns the key of `index` in an independent stream of the seed (1: augmentation, 2: dropout)."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), index)
 
 
@@ -75,40 +89,37 @@ def augment(images: Array, key: Array, config: DataConfig) -> Array:
     return images
 
 
-def train_step(state: TrainState, images: Array, labels: Array, order: Array, *, model: nn.Module,
-               optimizer: optax.GradientTransformation, data: DataConfig, seed: int, batch_size: int,
+def train_step(state: TrainState, images: Array, labels: Array, *, model: nn.Module,
+               optimizer: optax.GradientTransformation, data: DataConfig, seed: int, steps_per_epoch: int,
                batch_sharding: NamedSharding) -> tuple[TrainState, Metrics]:
-    """Makes one update, on the batch that `seed` and `state.step` determine.
+    """Makes one update; its augmentation is determined by `seed` and `state.step`.
 
     Args:
       state: the state to go on from.
-      images: all training images, uint8 `[N, H, W, C]`.
-      labels: their classes, int32 `[N]`.
-      order: `epoch_order` of the epoch that `state.step` lies in, `[N]`.
-      batch_sharding: how a batch lies on the devices; batch statistics are those of the whole batch.
+      images: the batch, uint8 `[B, H, W, C]`.
+      labels: its classes, int32 `[B]`.
+      batch_sharding: how the batch lies on the devices; batch statistics are those of the whole batch.
 
     Returns:
       The new state and, for reading while the state moves on, its `totals`.
     """
-    step_in_epoch = state.step % (order.shape[0] // batch_size)
-    first = step_in_epoch * batch_size
-    chosen = jax.lax.with_sharding_constraint(jax.lax.dynamic_slice(order, (first,), (batch_size,)), batch_sharding)
-    inputs = normalize(augment(images[chosen], _stream(seed, 1, state.step), data), data)
+    batch_size = len(labels)
+    inputs = normalize(augment(images, _stream(seed, 1, state.step), data), data)
     inputs = jax.lax.with_sharding_constraint(inputs, batch_sharding)
-    targets = labels[chosen]
 
     def loss(params: Tree) -> tuple[Array, tuple[Array, Tree]]:
         logits, updated = model.apply({"params": params, "batch_stats": state.batch_stats}, inputs, train=True,
                                       mutable=["batch_stats"], rngs={"dropout": _stream(seed, 2, state.step)})
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return cross_entropy.mean(), (logits, updated["batch_stats"])
 
     (mean_loss, (logits, batch_stats)), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    batch = {"loss": mean_loss * batch_size, "correct": jnp.sum(jnp.argmax(logits, -1) == targets, dtype=jnp.float32),
+    batch = {"loss": mean_loss * batch_size, "correct": jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.float32),
              "count": jnp.asarray(batch_size, jnp.float32)}
-    totals = jax.tree.map(lambda total, new: jnp.where(step_in_epoch == 0, new, total + new), state.totals, batch)
+    first = state.step % steps_per_epoch == 0
+    totals = jax.tree.map(lambda total, new: jnp.where(first, new, total + new), state.totals, batch)
     return TrainState(state.step + 1, params, batch_stats, opt_state, totals), totals
 
 

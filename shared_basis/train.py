@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,8 +17,8 @@ from typing import Any
 import jax
 import optax
 
-from shared_basis import data
-from shared_basis.checkpoints import Checkpoints
+from shared_basis import data, feeds
+from shared_basis.checkpoints import Checkpoints, chosen_on
 from shared_basis.config import Config
 from shared_basis.devices import check_batch_size, divided, make_mesh, replicated
 from shared_basis.errors import UserError
@@ -25,7 +26,7 @@ from shared_basis.evaluate import build_model, make_evaluator
 from shared_basis.optimizer import learning_rate_schedule, make_optimizer
 from shared_basis.orthogonality import orthogonality_diagnostics
 from shared_basis.screen import Screen, count, duration
-from shared_basis.steps import Metrics, TrainState, create_train_state, epoch_order, train_step
+from shared_basis.steps import Metrics, TrainState, create_train_state, train_step
 from shared_basis.summary import compare_with_plain, render_saving
 from shared_basis.workdir import Workdir, make_record, versions
 
@@ -70,44 +71,46 @@ class Program:
     """The compiled functions of a run, with the shapes that they were compiled for."""
 
     step: Callable[..., tuple[TrainState, Metrics]]
-    order: Callable[[int], jax.Array]
-    evaluate: Callable[[Any], dict[str, float]]
+    batches: Callable[[int], Generator[feeds.Inputs, None, None]]
+    """What `step` reads beside the state, from a step on."""
+    evaluate: Mapping[str, Callable[[Any], dict[str, float]]]
+    """By split: 'test', and 'validation' if there is one."""
     diagnose: Callable[[Any], dict[str, jax.Array]]
     schedule: optax.Schedule
     steps_per_epoch: int
-    images: jax.Array
-    labels: jax.Array
 
 
 def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]:
     """Trains, or goes on training, the run of `config` in `workdir`.
 
     Returns:
-      `compare_with_plain`'s counts and the last line of metrics.jsonl, with `best_test_accuracy` and its epoch.
+      `compare_with_plain`'s counts, the last line of metrics.jsonl, and of the best epoch `best_epoch`,
+      `best_test_accuracy` and `chosen_on`: 'validation', or 'test', the published protocol.
 
     Raises:
       UserError: the configuration does not fit the data or the devices, or the workdir holds another run.
       Interrupted: a signal came; the run is saved and the same call goes on.
     """
-    spec = data.describe(config.data)
-    model = build_model(config, spec)
     mesh = make_mesh()
     check_batch_size(config.train.batch_size, mesh)
-    comparison = compare_with_plain(config.model, len(spec.classes), spec.image_shape)
     run = Workdir(workdir)
     run.read_record()  # an unreadable workdir is told before the images are read
-    dataset = data.load(config.data)
-    examples = len(dataset.train.labels)
+    source = data.open_source(config.data)
+    model = build_model(config, source.spec)
+    comparison = compare_with_plain(config.model, len(source.spec.classes), source.spec.image_shape)
+    images = feeds.load(source, config.data, mesh, screen.line)
+    examples = images.count("train")
     if examples < config.train.batch_size:
         raise UserError(f"train.batch_size={config.train.batch_size}: there are only {examples} training images.")
     record = make_record(config, {
-        "classes": list(spec.classes), "image_shape": list(spec.image_shape),
-        "train_examples": examples, "test_examples": len(dataset.test.labels)})
+        "classes": list(source.spec.classes), "image_shape": list(source.spec.image_shape),
+        **{f"{name}_examples": images.count(name) for name in images.splits}})
     run.claim(record)
     screen.line(f"{config.model.name}: {render_saving(comparison)}")
-    screen.line(f"data {config.data.name}: {count(examples)} training and {count(len(dataset.test.labels))} test "
-                f"images of {'×'.join(map(str, spec.image_shape))}, {len(spec.classes)} classes; "
-                f"{mesh.size} × {jax.devices()[0].device_kind}; workdir {run.path}")
+    parts = " and ".join(f"{count(images.count(name))} {'training' if name == 'train' else name}"
+                         for name in images.splits)
+    screen.line(f"data {config.data.name}: {parts} images of {'×'.join(map(str, source.spec.image_shape))}, "
+                f"{len(source.spec.classes)} classes; {mesh.size} × {jax.devices()[0].device_kind}; workdir {run.path}")
     with StopSignals() as signals:
         checkpoints = Checkpoints(run.checkpoints)
         try:
@@ -116,7 +119,7 @@ def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]
             else:
                 started = time.monotonic()
                 screen.line("compiling …")
-                state, program = build(config, dataset, model, mesh, checkpoints)
+                state, program = build(config, images, model, mesh, checkpoints)
                 screen.line(f"ready in {duration(time.monotonic() - started)}")
                 note_resume(run, state, program, config, screen)
                 loop(config, state, program, run, checkpoints, record, screen, signals)
@@ -125,31 +128,31 @@ def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]
     return {**comparison, **result(run)}
 
 
-def build(config: Config, dataset: data.Dataset, model: Any, mesh: Any,
+def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
           checkpoints: Checkpoints) -> tuple[TrainState, Program]:
     """Places the data, compiles the step, and returns the program with the latest saved state, or a new one."""
+    steps_per_epoch = images.count("train") // config.train.batch_size
     element_sets = model.element_sets(config.orthogonality.elements)
-    examples = len(dataset.train.labels)
-    steps_per_epoch = examples // config.train.batch_size
     schedule = learning_rate_schedule(config.optimizer, config.train.epochs, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, config.orthogonality, element_sets, schedule)
     everywhere = replicated(mesh)
-    create = functools.partial(create_train_state, model, optimizer, config.seed, dataset.spec.image_shape)
+    create = functools.partial(create_train_state, model, optimizer, config.seed, images.spec.image_shape)
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
                           jax.eval_shape(create))
-    images = jax.device_put(dataset.train.images, everywhere)
-    labels = jax.device_put(dataset.train.labels, everywhere)
-    order = jax.jit(functools.partial(epoch_order, config.seed, examples=examples), out_shardings=everywhere)
-    step = jax.jit(
-        functools.partial(train_step, model=model, optimizer=optimizer, data=config.data, seed=config.seed,
-                          batch_size=config.train.batch_size, batch_sharding=divided(mesh)),
-        donate_argnums=0, out_shardings=everywhere)
+    feed = images.feed(config, mesh)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
+    def step(state: TrainState, *inputs: jax.Array) -> tuple[TrainState, Metrics]:
+        return train_step(state, *feed.select(state.step, *inputs), model=model, optimizer=optimizer, data=config.data,
+                          seed=config.seed, steps_per_epoch=steps_per_epoch, batch_sharding=divided(mesh))
+
     program = Program(
-        step=step.lower(target, images, labels, order(0)).compile(),
-        order=order,
-        evaluate=make_evaluator(model, config.data, dataset.test, config.train.eval_batch_size, mesh),
+        step=step.lower(target, *feed.abstract).compile(),
+        batches=feed.batches,
+        evaluate={name: make_evaluator(model, config.data, images.batches(name, config.train.eval_batch_size, mesh),
+                                       mesh) for name in images.splits if name != "train"},
         diagnose=jax.jit(lambda params: orthogonality_diagnostics(params, element_sets) if element_sets else {}),
-        schedule=schedule, steps_per_epoch=steps_per_epoch, images=images, labels=labels)
+        schedule=schedule, steps_per_epoch=steps_per_epoch)
     if checkpoints.steps:
         return checkpoints.restore(checkpoints.find("latest"), target), program
     return jax.jit(create, out_shardings=everywhere)(), program
@@ -175,27 +178,27 @@ def loop(config: Config, state: TrainState, program: Program, run: Workdir, chec
     """Trains from `state` to the last epoch, evaluating and saving as configured."""
     per_epoch, epochs = program.steps_per_epoch, config.train.epochs
     clock = Clock()
-    order, running = program.order(0), None
-    for step in range(int(state.step), epochs * per_epoch):
-        if running is None or not step % per_epoch:
-            order = program.order(step // per_epoch)
-        state, totals = program.step(state, program.images, program.labels, order)
-        if running is not None:  # waits for the step before this one, so that the devices always have one ahead
-            show_step(screen, clock, running, step, config, per_epoch)
-        running = totals
-        epoch, left = divmod(step + 1, per_epoch)
-        if not left and (epoch % config.train.evaluate_every == 0 or epoch == epochs):
-            show_step(screen, clock, running, step + 1, config, per_epoch)
-            line = measure(state, program, config, clock)
-            if not all(math.isfinite(value) for value in line.values()):
-                raise UserError(diverged(line, checkpoints))
-            run.append_metrics(line)
-            screen.line(render_metrics(line, epochs))
-            checkpoints.save(step + 1, state, record, line)
-            clock.skip()
-            running = None
-        if signals.received is not None:
-            stop(signals.received, step + 1, epochs * per_epoch, state, record, checkpoints, screen)
+    first = int(state.step)
+    running = None
+    with contextlib.closing(program.batches(first)) as batches:
+        for step, inputs in zip(range(first, epochs * per_epoch), batches, strict=False):
+            state, totals = program.step(state, *inputs)
+            if running is not None:  # waits for the step before this one, so that the devices always have one ahead
+                show_step(screen, clock, running, step, config, per_epoch)
+            running = totals
+            epoch, left = divmod(step + 1, per_epoch)
+            if not left and (epoch % config.train.evaluate_every == 0 or epoch == epochs):
+                show_step(screen, clock, running, step + 1, config, per_epoch)
+                line = measure(state, program, clock, config.train.batch_size)
+                if not all(math.isfinite(value) for value in line.values()):
+                    raise UserError(diverged(line, checkpoints))
+                run.append_metrics(line)
+                screen.line(render_metrics(line, epochs))
+                checkpoints.save(step + 1, state, record, line)
+                clock.skip()
+                running = None
+            if signals.received is not None:
+                stop(signals.received, step + 1, epochs * per_epoch, state, record, checkpoints, screen)
     screen.end_progress()
     checkpoints.wait()
 
@@ -254,26 +257,32 @@ def show_step(screen: Screen, clock: Clock, totals: dict[str, jax.Array], step: 
         f"{count(clock.speed(config.train.batch_size))} images/s  {duration(clock.left(total - step))} left"))
 
 
-def measure(state: TrainState, program: Program, config: Config, clock: Clock) -> dict[str, Any]:
+def measure(state: TrainState, program: Program, clock: Clock, batch_size: int) -> dict[str, Any]:
     """Returns the line of metrics.jsonl at `state`, the end of an epoch."""
     step = int(state.step)
     totals = {name: float(value) for name, value in state.totals.items()}
-    test = program.evaluate({"params": state.params, "batch_stats": state.batch_stats})
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    scores: dict[str, float] = {}
+    for name, evaluate in program.evaluate.items():
+        result = evaluate(variables)
+        scores |= {f"{name}_{key}": result[key] for key in ("loss", "accuracy", "accuracy_top5")}
     return {
         "step": step, "epoch": step // program.steps_per_epoch,
         "learning_rate": float(program.schedule(step - 1)),
         "train_loss": totals["loss"] / totals["count"], "train_accuracy": totals["correct"] / totals["count"],
-        "test_loss": test["loss"], "test_accuracy": test["accuracy"], "test_accuracy_top5": test["accuracy_top5"],
+        **scores,
         **{name: float(value) for name, value in program.diagnose(state.params).items()},
-        "images_per_second": clock.speed(config.train.batch_size),
+        "images_per_second": clock.speed(batch_size),
     }
 
 
 def render_metrics(line: dict[str, Any], epochs: int) -> str:
     """Returns a line of metrics.jsonl as one line for a person."""
     penalty = f"  penalty {line['penalty']:.1e}" if "penalty" in line else ""
+    validation = (f"  validation accuracy {100 * line['validation_accuracy']:.2f} %" if "validation_accuracy" in line
+                  else "")
     return (f"epoch {line['epoch']}/{epochs}  loss {line['train_loss']:.4f}  accuracy "
-            f"{100 * line['train_accuracy']:.2f} %  test loss {line['test_loss']:.4f}  test accuracy "
+            f"{100 * line['train_accuracy']:.2f} %{validation}  test loss {line['test_loss']:.4f}  test accuracy "
             f"{100 * line['test_accuracy']:.2f} %{penalty}  {count(line['images_per_second'])} images/s")
 
 
@@ -288,17 +297,20 @@ def diverged(line: dict[str, Any], checkpoints: Checkpoints) -> str:
 
 
 def result(run: Workdir) -> dict[str, Any]:
-    """Returns the last line of metrics.jsonl, and the best test accuracy with its epoch."""
+    """Returns the last line of metrics.jsonl, and of the best epoch its number, test accuracy and what chose it."""
     lines = [line for line in run.metrics() if isinstance(line.get("test_accuracy"), float)]
     if not lines:
         raise UserError(f"{run.path / 'metrics.jsonl'} is missing or empty; the checkpoints are there: score them with "
                         f"--mode=evaluate --workdir={run.path}.")
-    best = max(lines, key=lambda line: line["test_accuracy"])
-    return {**lines[-1], "best_test_accuracy": best["test_accuracy"], "best_test_epoch": best["epoch"]}
+    chosen = chosen_on(lines[-1])
+    best = max(reversed(lines), key=lambda line: line[f"{chosen}_accuracy"])  # of equal ones the last, as Orbax
+    return {**lines[-1], "chosen_on": chosen, "best_epoch": best["epoch"], "best_test_accuracy": best["test_accuracy"]}
 
 
 def render(outcome: dict[str, Any]) -> str:
     """Returns `train`'s result as lines for a person."""
-    return (f"{outcome['model']}: test accuracy {100 * outcome['test_accuracy']:.2f} % after {outcome['epoch']} epochs "
-            f"(best test epoch: {100 * outcome['best_test_accuracy']:.2f} % at {outcome['best_test_epoch']})\n"
+    protocol = ("best validation epoch" if outcome["chosen_on"] == "validation" else
+                "best test epoch, the published protocol, which is chosen on the test images")
+    return (f"{outcome['model']}: {100 * outcome['test_accuracy']:.2f} % test accuracy after {outcome['epoch']} epochs"
+            f", {100 * outcome['best_test_accuracy']:.2f} % after {outcome['best_epoch']} ({protocol})\n"
             f"{render_saving(outcome)}")

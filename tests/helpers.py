@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, Mesh
 from PIL import Image
@@ -27,6 +30,7 @@ from shared_basis.evaluate import build_model
 from shared_basis.models.network import Sharing
 from shared_basis.models.resnet import ResNet
 from shared_basis.params import abstract_variables
+from shared_basis.screen import Screen
 from shared_basis.workdir import Workdir, make_record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,6 +123,36 @@ def save_run(path: Path, config: Config, accuracies: Mapping[int, float]) -> Pat
         checkpoints.save(step, {**variables, "step": jnp.asarray(step)}, record, {"test_accuracy": accuracy})
     checkpoints.close()
     return path
+
+
+class Watcher(Screen):
+    """Keeps what is shown, and sends a signal to this process when the steps `at` are shown."""
+
+    def __init__(self, at: Sequence[int] = (), signum: int = signal.SIGTERM) -> None:
+        self.text = io.StringIO()
+        super().__init__(self.text)
+        self._at, self._signum = at, signum
+        self.steps: list[int] = []
+        self.totals: set[int] = set()
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        self.steps.append(done)
+        self.totals.add(total)
+        if done in self._at:
+            signal.raise_signal(self._signum)
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """Returns metrics.jsonl without what time it took."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert all(line.pop("images_per_second") >= 0 for line in lines)
+    return lines
+
+
+def read_arrays(workdir: Path, step: int) -> Any:
+    """Returns all arrays of a checkpoint, as plain Orbax reads them."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(workdir / "checkpoints" / str(step) / "state")
 
 
 def user_environment() -> dict[str, str]:

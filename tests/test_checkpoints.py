@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from helpers import Linear, assert_trees_equal, mesh_of, user_error
 
-from shared_basis.checkpoints import Checkpoints
+from shared_basis.checkpoints import Checkpoints, chosen_on
 from shared_basis.devices import replicated
 from shared_basis.steps import TrainState, create_train_state
 
@@ -98,6 +98,23 @@ def test_the_latest_two_and_the_best_are_kept(tmp_path: Path, accuracies: dict[i
     assert checkpoints.steps == kept
     assert checkpoints.find("best") == best
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()) == kept
+
+
+@pytest.mark.parametrize(("metrics", "chosen"), [
+    ({"test_accuracy": 0.9, "validation_accuracy": 0.1}, "validation"), ({"test_accuracy": 0.9}, "test"),
+    ({"train_accuracy": 0.9}, None), ({}, None)])
+def test_validation_images_choose_the_best_and_test_images_where_there_are_none(metrics: dict[str, float],
+                                                                                 chosen: str | None) -> None:
+    assert chosen_on(metrics) == chosen
+
+
+def test_the_best_by_validation_is_kept_whatever_its_test_accuracy(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step, validation, test in ((10, 0.3, 0.9), (20, 0.9, 0.1), (30, 0.4, 0.8), (40, 0.5, 0.7)):
+        checkpoints.save(step, make_state(step), RECORD, {"validation_accuracy": validation, "test_accuracy": test})
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    assert (checkpoints.steps, checkpoints.find("best")) == ([20, 30, 40], 20)
 
 
 def test_the_best_survives_a_run_that_is_opened_again_and_again(tmp_path: Path) -> None:

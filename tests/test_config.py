@@ -27,8 +27,9 @@ from shared_basis.params import LABELS
 OTHER = Config(
     name="other", seed=7,
     model=ModelConfig(name="resnet14", dtype="bfloat16"),
-    data=DataConfig(name="folder", directory="/images", image_size=32, train_examples=10, mean=(0.1, 0.2, 0.3),
-                    std=(1.0, 2.0, 3.0), pad=4, flip=True),
+    data=DataConfig(name="folder", directory="/images", validation=0.1, test=0.3, split_seed=5, image_size=32,
+                    crop="random_resized", on_broken="skip", placement="stream", workers=2, train_examples=10,
+                    mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), pad=4, flip=True),
     orthogonality=OrthogonalityConfig(weight=0.0, elements="shared+unique", reduction="sum"),
     optimizer=OptimizerConfig(learning_rate=0.2, nesterov=True, decay=("kernel", "basis"), boundaries=(1.5, 2.0),
                               factors=(0.1, 0.5), warmup_epochs=0.5),
@@ -66,12 +67,36 @@ NAN, INF = float("nan"), float("inf")
     ("seed", 2**31, "seed=2147483648: must be at least 0 and below 2^31"),
     ("model.stem", "cifarr", "model.stem='cifarr': must be one of cifar, imagenet. Did you mean 'cifar'?"),
     ("model.dtype", "float16", "model.dtype='float16': must be one of float32, bfloat16. Did you mean 'bfloat16'?"),
-    ("data.name", "cifar", "fashion_mnist, imagenet2012. Did you mean 'cifar10'?"),
+    ("data.name", "cifar", "fashion_mnist, imagenet2012, tfds:<name>. Did you mean 'cifar10'?"),
     ("data.name", "zzz", "data.name='zzz': must be one of digits, folder, cifar10, cifar100, fashion_mnist,"),
-    ("data.name", "folder", "data.directory='': must be the directory that holds train/<class>/* and test/<class>/*"),
+    ("data.name", "tfds:", "data.name='tfds:': must be followed by a name, as in 'tfds:cifar10'"),
+    ("data.name", "folder", "data.directory='': must be the directory of images when data.name='folder'"),
+    ("data.train_split", "train[:90%]", "data.train_split='train[:90%]': must be empty when data.name='digits'"),
+    ("data.test_split", "test", "data.test_split='test': must be empty when data.name='digits'; it names splits of "
+                                "TFDS"),
+    ("data", {"name": "folder", "directory": "/images", "validation_split": "validation"},
+     "data.validation_split='validation': must be empty when data.name='folder'"),
+    ("data.validation", -0.1, "data.validation=-0.1: must be at least 0 and below 1"),
+    ("data.validation", 1.0, "data.validation=1.0: must be at least 0 and below 1"),
+    ("data.validation", NAN, "data.validation=nan: must be at least 0 and below 1"),
+    ("data", {"name": "cifar10", "validation": 0.1, "validation_split": "test[:10%]"},
+     "data.validation=0.1: must be 0 when data.validation_split='test[:10%]'"),
+    ("data.test", 0.0, "data.test=0.0: must be above 0 and at most 1"),
+    ("data.test", 1.1, "data.test=1.1: must be above 0 and at most 1"),
+    ("data.test", NAN, "data.test=nan: must be above 0 and at most 1"),
+    ("data.split_seed", -1, f"data.split_seed=-1: must be {WHOLE}"),
+    ("data.crop", "centre", "data.crop='centre': must be one of center, random_resized. Did you mean 'center'?"),
+    ("data.crop", "random_resized",
+     "data.image_size=0: must be positive when data.crop='random_resized'; usual is 224"),
+    ("data", {"crop": "random_resized", "image_size": 224, "placement": "device"},
+     "data.placement='device': must be auto or stream when data.crop='random_resized'"),
+    ("data.on_broken", "skipp", "data.on_broken='skipp': must be one of fail, skip. Did you mean 'skip'?"),
+    ("data.placement", "devices",
+     "data.placement='devices': must be one of auto, device, stream. Did you mean 'device'?"),
+    ("data.workers", -2, "data.workers=-2: must be -1, or 0 to 512"),
+    ("data.workers", 513, "data.workers=513: must be -1, or 0 to 512"),
     ("data.image_size", -1, f"data.image_size=-1: must be {WHOLE}"),
     ("data.image_size", 1025, "data.image_size=1025: must be at most 1024 pixels"),
-    ("data.image_size", 32, "resized, and this is data.name='digits'; leave it at 0"),
     ("data.train_examples", -2, f"data.train_examples=-2: must be {WHOLE}"),
     ("data.test_examples", -3, f"data.test_examples=-3: must be {WHOLE}"),
     ("data.pad", -4, f"data.pad=-4: must be {WHOLE}"),
@@ -123,6 +148,15 @@ def test_every_part_is_valid_by_default_and_frozen(part):
     field = dataclasses.fields(part)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(part(), field, None)
+
+
+@pytest.mark.parametrize("fields", [
+    {"name": "tfds:mnist"}, {"name": "tfds:emnist/letters", "train_split": "train[:90%]", "test_split": "train[90%:]"},
+    {"image_size": 32}, {"image_size": 32, "crop": "random_resized", "placement": "stream"},
+    {"validation": 0.999}, {"test": 1.0}, {"workers": 0}, {"workers": 512}, {"split_seed": 2**31 - 1}], ids=str)
+def test_values_at_the_limits_are_taken(fields):
+    data = from_config_dict({"data": fields}).data
+    assert {name: getattr(data, name) for name in fields} == fields
 
 
 def test_values_are_checked_when_a_part_is_built_by_hand():
@@ -219,6 +253,11 @@ def test_differences_name_the_fields_and_leave_out_locations():
     there = Config(data=DataConfig(name="cifar10", directory="/c", manual_directory="/d", pad=2), seed=2)
     assert differences(here, there) == {"seed": (1, 2), "data.pad": (4, 2)}
     assert differences(here, Config(data=dataclasses.replace(here.data, directory="/e"), seed=1)) == {}
+    elsewhere = dataclasses.replace(here.data, directory="/e", manual_directory="/f", placement="stream", workers=3)
+    assert differences(here, Config(data=elsewhere, seed=1)) == {}
+    for field, value in (("crop", "random_resized"), ("on_broken", "skip"), ("validation", 0.1), ("split_seed", 1)):
+        other = dataclasses.replace(here.data, image_size=32, **{field: value})
+        assert f"data.{field}" in differences(here, Config(data=other, seed=1))
 
 
 def test_labels_that_can_decay_are_those_that_parameters_have():

@@ -61,14 +61,19 @@ def test_the_docstring_of_the_recipe_holds_the_published_error(row):
     assert from_config_dict(module.get_config(row.name)).model.name == row.name
 
 
+ALL_IMAGES = {"directory": "", "manual_directory": "", "train_split": "", "test_split": "", "validation_split": "",
+              "validation": 0.0, "test": 0.2, "split_seed": 0, "on_broken": "fail", "placement": "auto", "workers": -1,
+              "train_examples": 0, "test_examples": 0}
+"""The published networks were trained on all training images, and the best chosen on the test images."""
+
+
 def test_cifar_resnet_is_the_published_recipe():
     assert to_dict(from_config_dict(load(CONFIGS / "cifar_resnet.py").get_config("resnet32-s8u1"))) == {
         "name": "cifar_resnet-resnet32-s8u1",
         "seed": 0,
         "model": {"name": "resnet32-s8u1", "stem": "cifar", "dtype": "float32"},
-        "data": {"name": "cifar10", "directory": "", "manual_directory": "", "image_size": 0,
-                 "train_examples": 0, "test_examples": 0, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
-                 "pad": 4, "flip": True},
+        "data": {**ALL_IMAGES, "name": "cifar10", "image_size": 0, "crop": "center", "mean": [0.485, 0.456, 0.406],
+                 "std": [0.229, 0.224, 0.225], "pad": 4, "flip": True},
         "orthogonality": {"weight": 10.0, "elements": "shared+unique", "reduction": "mean"},
         "optimizer": {"learning_rate": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4,
                       "decay": ["basis", "coefficients", "kernel", "norm", "bias"], "schedule": "piecewise",
@@ -97,9 +102,9 @@ def test_the_recipes_are_the_published_ones(recipe, variant, published):
     assert {**config["optimizer"], **{key: config["train"][key] for key in ("epochs", "batch_size")}} == {
         **STEPS, **published}
     assert config["orthogonality"] == {"weight": 10.0, "elements": "shared", "reduction": "mean"}
-    cifar = {"name": "cifar100", "mean": [0.507, 0.487, 0.441], "std": [0.267, 0.256, 0.276], "pad": 4, "image_size": 0}
+    cifar = {"name": "cifar100", "mean": [0.507, 0.487, 0.441], "std": [0.267, 0.256, 0.276], "pad": 4, "image_size": 0,
+             "crop": "center"}
     imagenet = {"name": "imagenet2012", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "pad": 0,
-                "image_size": 224}
-    assert config["data"] == {**(cifar if recipe == "cifar100" else imagenet), "flip": True, "directory": "",
-                              "manual_directory": "", "train_examples": 0, "test_examples": 0}
+                "image_size": 224, "crop": "random_resized"}
+    assert config["data"] == {**ALL_IMAGES, **(cifar if recipe == "cifar100" else imagenet), "flip": True}
     assert config["model"]["stem"] == ("cifar" if recipe == "cifar100" else "imagenet")

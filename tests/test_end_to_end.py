@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -54,7 +55,8 @@ def test_training_leaves_a_run_in_the_default_workdir(trained: Any) -> None:
     *_, metrics, result, counts = done.stdout.splitlines()
     assert metrics.startswith("epoch 2/2")
     assert accuracy in metrics
-    assert result.startswith(f"resnet14-s4u1-double: test accuracy {accuracy} after 2 epochs")
+    assert result.startswith(f"resnet14-s4u1-double: {accuracy} test accuracy after 2 epochs")
+    assert "best test epoch, the published protocol" in result
     assert re.match(r"109,190 parameters \(36\.6 % fewer .* resnet14\), 1,054,336 MACs \(35\.4 % fewer", counts)
     assert "\x1b" not in done.stdout
 
@@ -69,14 +71,18 @@ def test_the_same_command_again_changes_nothing(main: CommandLine, trained: Any)
     assert (directory / "runs" / "digits_resnet-resnet14-s4u1-double" / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("checkpoint", ["latest", "best", "10"])
-def test_evaluation_needs_the_workdir_alone(main: CommandLine, trained: Any, tmp_path: Path, checkpoint: str) -> None:
+@pytest.mark.parametrize(("checkpoint", "chosen"), [
+    ("latest", ""), ("10", ""), ("best", " (best test epoch: chosen on these very images, as published)")])
+def test_evaluation_needs_the_workdir_alone(main: CommandLine, trained: Any, tmp_path: Path, checkpoint: str,
+                                            chosen: str) -> None:
     workdir = trained[0] / "runs" / "digits_resnet-resnet14-s4u1-double"
     done = main("--mode=evaluate", f"--workdir={workdir}", f"--checkpoint={checkpoint}", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     accuracy = f"{100 * last_metrics(workdir)['test_accuracy']:.2f} %"
-    assert done.stdout.startswith(f"resnet14-s4u1-double at step 10 of {workdir}: test accuracy {accuracy}, top-5 ")
-    assert done.stdout.endswith("on 355 images\n")
+    where, result = done.stdout.splitlines()
+    assert where.startswith("images are resident on the device (decoded, the images take 22.2 KiB")
+    assert result.startswith(f"resnet14-s4u1-double at step 10 of {workdir}{chosen}: test accuracy {accuracy}, top-5 ")
+    assert result.endswith("on 355 images")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -134,18 +140,20 @@ def test_a_folder_of_images_trains_and_evaluates(main: CommandLine, tmp_path: Pa
     assert_mistake(main(RECIPE, "--mode=evaluate", "--workdir=run", cwd=tmp_path), str(images), "cannot be found")
 
 
-def test_signals_stop_a_run_that_the_same_command_continues(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", [(), ("--config.data.placement=stream", "--config.data.workers=1")],
+                         ids=["resident", "streamed"])
+def test_signals_stop_a_run_that_the_same_command_continues(tmp_path: Path, fields: tuple[str, ...]) -> None:
     command = [sys.executable, str(MAIN), *SMALL[:1], *SMALL[2:], "--config.train.epochs=1000",
-               "--config.train.evaluate_every=500", "--workdir=run"]
+               "--config.train.evaluate_every=500", "--workdir=run", *fields]
     saved = None
     for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         with subprocess.Popen(command, cwd=tmp_path, env=user_environment(), text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE) as process:
+                              stderr=subprocess.PIPE, start_new_session=True) as process:
             lines = []
             while not lines or not lines[-1].startswith("ready in" if saved is None else "resumes at step"):
                 lines.append(process.stdout.readline())
                 assert lines[-1], process.stderr.read()
-            process.send_signal(signum)
+            os.killpg(process.pid, signum)  # as a terminal does, which tells every process
             _, errors = process.communicate(timeout=120)
         assert process.returncode == code
         message = re.fullmatch(r"\nstopping after this step; once more stops at once\nstopped by (\w+) and saved at "
@@ -213,7 +221,8 @@ MISTAKES = {
     "more images than there are": ((*SMALL, "--config.data.train_examples=2000"), ("=2000", "1442")),
     "mean of three channels": ((RECIPE, "--config.data.mean=(0.1,0.2,0.3)"),
                                ("data.mean=(0.1, 0.2, 0.3)", "1 channel;")),
-    "resized digits": ((RECIPE, "--config.data.image_size=16"), ("data.image_size=16", "folder")),
+    "crops of no size": ((RECIPE, "--config.data.crop=random_resized"), ("data.image_size=0", "usual is 224")),
+    "validation on nothing": ((RECIPE, "--config.data.validation=0.0001"), ("=0.0001", "0 of 1442 training images")),
     "data that is not prepared": (
         (f"--config={ROOT / 'configs' / 'cifar_resnet.py'}", "--config.data.directory=absent",
          "--config.data.manual_directory=nowhere"), ("nowhere", "cifar10")),
@@ -275,21 +284,21 @@ def empty_class(images: Path) -> None:
 
 @pytest.mark.parametrize(("damage", "fields", "parts"), [
     (shutil.rmtree, (), ("images", "cannot be found", "train/<class>")),
-    (lambda images: shutil.rmtree(images / "test"), (), ("test", "cannot be found")),
-    (lambda images: shutil.rmtree(images / "train" / "dog"), (), ("'dog'",)),
+    (lambda images: shutil.rmtree(images / "test"), (), ("images", "'train'", "test/<class>/*")),
+    (lambda images: shutil.rmtree(images / "train" / "dog"), (), ("'dog'", "test", "train")),
     (empty_class, (), ("holds no image", "dog")),
     (break_image, (), ("1.png", "not an image")),
-    (truncate_image, (), ("0.png", "replace or remove")),
+    (truncate_image, (), ("0.png", "Replace or remove", "--config.data.on_broken=skip")),
     (enlarge_image, (), ("1.png", "9×8", "--config.data.image_size")),
     (lambda images: None, ("--config.data.image_size=-4",), ("data.image_size=-4",)),
     (lambda images: None, ("--config.data.image_size=4000",), ("data.image_size=4000", "1024")),
     (lambda images: None, ("--config.data.image_size=big",), ("big", "image_size")),
-    (lambda images: None, ("--config.data.directory=",), ("data.directory", "train/<class>"))],
+    (lambda images: None, ("--config.data.directory=",), ("data.directory=''", "the directory of images"))],
     ids=["no folder", "no test folder", "class in one split", "empty class", "broken image", "truncated image",
          "other size", "negative size", "huge size", "size in words", "no name"])
 def test_a_mistake_in_a_folder_is_told(main: CommandLine, tmp_path: Path, damage: Any, fields: tuple[str, ...],
                                        parts: tuple[str, ...]) -> None:
-    damage(write_folder(tmp_path / "images", classes=("cat", "dog"), count=2))
+    damage(write_folder(tmp_path / "images", classes=("cat", "dog", "owl"), count=2))
     done = main(f"{RECIPE}:resnet14", "--config.data.name=folder", "--config.data.directory=images",
                 "--config.train.batch_size=2", *fields, cwd=tmp_path)
     assert_mistake(done, *parts)

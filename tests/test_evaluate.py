@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import Linear, cross_entropies, make_images, mesh_of, save_run, tiny_network, user_error, write_folder
+from jax.sharding import Mesh
 
-from shared_basis import data, evaluate
+from shared_basis import data, evaluate, feeds
 from shared_basis.config import Config, DataConfig, ModelConfig
 from shared_basis.evaluate import build_model, make_evaluator
 
@@ -24,6 +26,13 @@ def random_variables(model: Any, image_shape: tuple[int, int, int]) -> Any:
     return {"params": variables["params"],
             "batch_stats": jax.tree.map(lambda x: rng.uniform(0.5, 1.5, x.shape).astype(x.dtype),
                                         variables["batch_stats"])}
+
+
+def evaluator(model: Any, config: DataConfig, split: data.Split, batch_size: int,
+              mesh: Mesh) -> Callable[[Any], dict[str, float]]:
+    """Returns the evaluator of images in memory."""
+    images = feeds.Images(data.Spec(split.images.shape[1:], tuple("0123456789")), {"test": split}, config)
+    return make_evaluator(model, config, images.batches("test", batch_size, mesh), mesh)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +52,7 @@ def test_every_image_is_scored_once(scored: Any, examples: int, batch_size: int,
     model, variables, split, logits = scored
     split, logits = data.Split(split.images[:examples], split.labels[:examples]), logits[:examples]
     config = DataConfig(mean=(0.25,), std=(0.5,), pad=2, flip=True)  # the last two are for training alone
-    scores = make_evaluator(model, config, split, batch_size, mesh_of(devices))(variables)
+    scores = evaluator(model, config, split, batch_size, mesh_of(devices))(variables)
     ranks = (-logits).argsort(-1)
     assert scores == pytest.approx({
         "loss": cross_entropies(logits, split.labels).mean(), "count": examples,
@@ -55,12 +64,29 @@ def test_a_mean_over_many_images_does_not_depend_on_the_batch_size() -> None:
     images, labels = make_images(3000, size=2)
     model = Linear()
     variables = random_variables(model, (2, 2, 1))
-    scores = [make_evaluator(model, DataConfig(), data.Split(images, labels), size, mesh_of(4))(variables)
+    scores = [evaluator(model, DataConfig(), data.Split(images, labels), size, mesh_of(4))(variables)
               for size in (7, 1024, 3000)]
     for other in scores[1:]:
         assert other == pytest.approx(scores[0], rel=1e-6)
         assert {k: other[k] for k in ("accuracy", "accuracy_top5", "count")} == {
             k: scores[0][k] for k in ("accuracy", "accuracy_top5", "count")}
+
+
+def test_batches_are_asked_for_anew_each_time_and_what_does_not_count_is_left_out(scored: Any) -> None:
+    model, variables, split, logits = scored
+    fresh = iter([[(split.images[:4], split.labels[:4])], [(split.images[:4], np.array([-1, *split.labels[1:4]]))]])
+    score = make_evaluator(model, DataConfig(mean=(0.25,), std=(0.5,)), lambda: next(fresh), mesh_of(1))
+    for first in (0, 1):
+        scores = score(variables)
+        assert scores["count"] == 4 - first
+        assert scores["loss"] == pytest.approx(cross_entropies(logits[first:4], split.labels[first:4]).mean(), rel=1e-5)
+
+
+def test_images_none_of_which_counts_are_told(scored: Any) -> None:
+    model, variables, split, _ = scored
+    nothing = data.Split(split.images, np.full_like(split.labels, -1))
+    with user_error("none of the images", "can be decoded"):
+        evaluator(model, DataConfig(), nothing, 5, mesh_of(1))(variables)
 
 
 @pytest.mark.parametrize("field", ["mean", "std"])
@@ -101,6 +127,21 @@ def test_a_run_is_scored_by_its_workdir_alone(run: Path) -> None:
     assert f"{100 * latest['test_accuracy']:.2f} %" in text
 
 
+def test_only_the_best_checkpoint_is_called_best_with_the_images_that_chose_it(run: Path) -> None:
+    best = evaluate.evaluate(run, "best")
+    assert best["chosen_on"] == "test"
+    assert "best test epoch" in evaluate.render(best)
+    assert "published" in evaluate.render(best)
+    for which in ("latest", "10", "20"):  # 10 is the best, and was not asked for as such
+        other = evaluate.evaluate(run, which)
+        assert other["chosen_on"] is None
+        assert "best" not in evaluate.render(other)
+        assert "published" not in evaluate.render(other)
+    validated = evaluate.render({**best, "chosen_on": "validation"})
+    assert "best validation epoch" in validated
+    assert "published" not in validated
+
+
 def test_the_images_and_the_batch_size_may_change(run: Path, tmp_path: Path) -> None:
     elsewhere = write_folder(tmp_path / "images", classes=("cat", "dog"), count=3)
     moved = evaluate.evaluate(run, "10", {"data.directory": str(elsewhere), "train.eval_batch_size": 4})
@@ -115,9 +156,9 @@ def test_other_fields_may_not_change(run: Path, field: str) -> None:
 
 def test_other_data_is_refused(run: Path, tmp_path: Path) -> None:
     others = write_folder(tmp_path / "others", classes=("cat", "cow"), count=2)
-    with user_error("other classes", str(run)):
+    with user_error("other classes", "'cow'", "cat, dog", str(others)):
         evaluate.evaluate(run, overrides={"data.directory": str(others)})
-    with user_error("other image shape", str(run)):
+    with user_error("other image shape", "the run was trained on"):
         evaluate.evaluate(run, overrides={"data.image_size": 16})
     with user_error("other classes", "digits"):
         evaluate.evaluate(run, overrides={"data.name": "digits"})

@@ -15,10 +15,19 @@ import pytest
 from helpers import Linear, assert_trees_equal, cross_entropies, make_images, mesh_of, tiny_network
 
 from shared_basis.config import DataConfig, OptimizerConfig, OrthogonalityConfig
+from shared_basis.data import epoch_order
 from shared_basis.devices import divided, replicated
 from shared_basis.optimizer import make_optimizer
 from shared_basis.orthogonality import orthogonality_diagnostics, orthogonality_penalty
-from shared_basis.steps import TrainState, augment, create_train_state, epoch_order, eval_step, normalize, train_step
+from shared_basis.steps import (
+    TrainState,
+    augment,
+    create_train_state,
+    eval_step,
+    normalize,
+    select_batch,
+    train_step,
+)
 
 PIXELS = DataConfig(mean=(0.0,), std=(1 / 255,))
 """Leaves pixel values as they are."""
@@ -67,14 +76,18 @@ def test_augment_changes_nothing_unless_asked() -> None:
     np.testing.assert_array_equal(augment(images, jax.random.key(0), DataConfig(pad=0, flip=False)), images)
 
 
-# Order
+# Batches
 
-def test_an_epoch_visits_every_image_in_an_order_of_its_own() -> None:
-    orders = {(seed, epoch): np.asarray(epoch_order(seed, epoch, 100)) for seed in (0, 1) for epoch in (0, 1, 2)}
-    for order in orders.values():
-        assert sorted(order) == list(range(100))
-    assert len({order.tobytes() for order in orders.values()}) == len(orders)
-    np.testing.assert_array_equal(epoch_order(1, 2, 100), orders[1, 2])
+def test_batches_are_the_order_cut_up_and_what_is_left_over_is_not_used() -> None:
+    images, labels = make_images(11, size=2)
+    order = np.random.default_rng(1).permutation(11).astype(np.int32)
+    select = jax.jit(functools.partial(select_batch, batch_size=4, batch_sharding=divided(mesh_of(4))))
+    for step in range(5):  # of two steps an epoch
+        first = step % 2 * 4
+        pixels, classes = select(jnp.asarray(step, jnp.int32), images, labels, order)
+        np.testing.assert_array_equal(pixels, images[order[first:first + 4]])
+        np.testing.assert_array_equal(classes, labels[order[first:first + 4]])
+        assert (pixels.dtype, classes.dtype) == (np.uint8, np.int32)
 
 
 # Training
@@ -86,17 +99,19 @@ class Trainer:
                  data: DataConfig = PIXELS, optimizer: optax.GradientTransformation | None = None, seed: int = 0,
                  devices: int = 1) -> None:
         mesh = mesh_of(devices)
-        self.seed, self.batch_size = seed, batch_size
+        self.seed, self.per_epoch = seed, len(images) // batch_size
         self.images, self.labels = jax.device_put((images, labels), replicated(mesh))
-        self._step = jax.jit(functools.partial(
+        select = functools.partial(select_batch, batch_size=batch_size, batch_sharding=divided(mesh))
+        update = functools.partial(
             train_step, model=model, optimizer=optimizer or optax.sgd(0.1), data=data, seed=seed,
-            batch_size=batch_size, batch_sharding=divided(mesh)), out_shardings=replicated(mesh))
+            steps_per_epoch=self.per_epoch, batch_sharding=divided(mesh))
+        self._step = jax.jit(lambda state, *inputs: update(state, *select(state.step, *inputs)),
+                             out_shardings=replicated(mesh))
         create = functools.partial(create_train_state, model, optimizer or optax.sgd(0.1), seed, images.shape[1:])
         self.first = jax.jit(create, out_shardings=replicated(mesh))()
 
-    def order(self, step: int) -> jax.Array:
-        epoch = step // (len(self.images) // self.batch_size)
-        return epoch_order(self.seed, epoch, len(self.images))
+    def order(self, step: int) -> np.ndarray:
+        return epoch_order(self.seed, step // self.per_epoch, len(self.images))
 
     def step(self, state: TrainState) -> TrainState:
         state, totals = self._step(state, self.images, self.labels, self.order(int(state.step)))
@@ -123,11 +138,11 @@ def test_an_epoch_of_steps_trains_on_every_image_once_apart_from_the_remainder()
     states = trainer.run(6)
     for epoch in (0, 1):
         images = [int(image.max()) - 1 for state in states[1 + 3 * epoch:4 + 3 * epoch] for image in seen(state)]
-        assert images == np.asarray(epoch_order(0, epoch, 11))[:9].tolist()
+        assert images == epoch_order(0, epoch, 11)[:9].tolist()
         assert len(set(images)) == 9
 
 
-def test_the_batch_is_a_function_of_seed_and_step_alone() -> None:
+def test_batch_and_augmentation_are_functions_of_seed_and_step_alone() -> None:
     config = DataConfig(mean=(0.0,), std=(1 / 255,), pad=2, flip=True)
     trainer, other = recorder(config), recorder(config, seed=1)
     states = trainer.run(5)
@@ -146,7 +161,7 @@ def test_totals_add_up_over_an_epoch_and_begin_anew_with_the_next() -> None:
     states = trainer.run(6)
     expected = {"loss": 0.0, "correct": 0.0, "count": 0.0}
     for step, (before, after) in enumerate(itertools.pairwise(states)):
-        chosen = np.asarray(trainer.order(step))[step % 3 * 3:][:3]
+        chosen = trainer.order(step)[step % 3 * 3:][:3]
         head = before.params["head"]
         logits = (images[chosen].reshape(3, -1) / 255 - 0.5) / 0.5 @ np.asarray(head["kernel"]) + head["bias"]
         batch = {"loss": cross_entropies(logits, labels[chosen]).sum(), "count": 3.0,
@@ -168,7 +183,7 @@ def test_two_updates_equal_ones_built_by_hand() -> None:
     decays = jax.tree_util.tree_map_with_path(
         lambda path, _: path[0].key == "bases" or path[-1].key in ("kernel", "unique"), params)
     for step in (0, 1):
-        chosen = np.asarray(epoch_order(0, 0, 16))[8 * step:8 * step + 8]
+        chosen = epoch_order(0, 0, 16)[8 * step:8 * step + 8]
         inputs = (images[chosen] / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
 
         def loss(params: Any, inputs: Any = inputs, chosen: Any = chosen, stats: Any = stats) -> tuple[jax.Array, Any]:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import gc
-import io
 import json
 import math
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from helpers import MAIN, assert_trees_equal, tiny_network, user_environment, user_error
+from helpers import (
+    MAIN,
+    Watcher,
+    assert_trees_equal,
+    read_arrays,
+    read_metrics,
+    tiny_network,
+    user_environment,
+    user_error,
+)
 
-from shared_basis import data
+from shared_basis import data, feeds
+from shared_basis import evaluate as evaluate_module
 from shared_basis import train as train_module
 from shared_basis.checkpoints import Checkpoints
 from shared_basis.config import (
@@ -34,9 +42,7 @@ from shared_basis.config import (
 )
 from shared_basis.devices import make_mesh, replicated
 from shared_basis.errors import UserError
-from shared_basis.screen import Screen
-from shared_basis.steps import epoch_order
-from shared_basis.train import Interrupted, StopSignals, train
+from shared_basis.train import Interrupted, StopSignals, render, train
 
 PER_EPOCH = 5
 CONFIG = Config(
@@ -51,24 +57,9 @@ CONFIG = Config(
 def small_network() -> Iterator[None]:
     """Trains a network that compiles fast, whatever the name: the loop does not look into it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "build_model", lambda config, spec: tiny_network(len(spec.classes)))
+        for module in (train_module, evaluate_module):
+            patch.setattr(module, "build_model", lambda config, spec: tiny_network(len(spec.classes)))
         yield
-
-
-class Watcher(Screen):
-    """Keeps what is shown, and sends a signal to this process when the steps `at` are shown."""
-
-    def __init__(self, at: Sequence[int] = (), signum: int = signal.SIGTERM) -> None:
-        self.text = io.StringIO()
-        super().__init__(self.text)
-        self._at, self._signum = at, signum
-        self.steps: list[int] = []
-
-    def progress(self, done: int, total: int, text: str) -> None:
-        assert total == CONFIG.train.epochs * PER_EPOCH
-        self.steps.append(done)
-        if done in self._at:
-            signal.raise_signal(self._signum)
 
 
 def run(workdir: Path, config: Config = CONFIG, **watch: Any) -> tuple[dict[str, Any], Watcher]:
@@ -81,19 +72,6 @@ def stop(workdir: Path, at: int, signum: int = signal.SIGTERM) -> Interrupted:
     with pytest.raises(Interrupted) as caught:
         run(workdir, at=[at], signum=signum)
     return caught.value
-
-
-def metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Returns metrics.jsonl without what time it took."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert all(line.pop("images_per_second") >= 0 for line in lines)
-    return lines
-
-
-def arrays(workdir: Path, step: int) -> Any:
-    """Returns all arrays of a checkpoint, as plain Orbax reads them."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(workdir / "checkpoints" / str(step) / "state")
 
 
 def files(workdir: Path) -> dict[str, bytes]:
@@ -109,22 +87,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 def test_a_run_leaves_metrics_checkpoints_and_its_result(finished: Any) -> None:
     workdir, result, screen = finished
-    lines = metrics(workdir)
+    lines = read_metrics(workdir)
     assert [(line["step"], line["epoch"]) for line in lines] == [(10, 2), (20, 4)]
     assert Checkpoints(workdir / "checkpoints", read_only=True).steps == [10, 20]
     assert lines[-1].items() <= result.items()
     best = max(lines, key=lambda line: line["test_accuracy"])
-    assert (result["best_test_accuracy"], result["best_test_epoch"]) == (best["test_accuracy"], best["epoch"])
+    assert (result["best_test_accuracy"], result["best_epoch"]) == (best["test_accuracy"], best["epoch"])
+    assert result["chosen_on"] == "test"
     assert json.loads(json.dumps(result)) == result
     assert screen.steps == list(range(1, 21))
+    assert screen.totals == {20}
+    assert "images are resident on the device (decoded, the images take 4.6 KiB (×5 here)" in screen.text.getvalue()
+    assert "44 training and 30 test images of 8×8×1" in screen.text.getvalue()
     assert "epoch 2/4" in screen.text.getvalue()
     assert "epoch 4/4" in screen.text.getvalue()
 
 
 def test_metrics_are_those_of_the_saved_state(finished: Any) -> None:
     workdir, _, _ = finished
-    for line in metrics(workdir):
-        state = arrays(workdir, line["step"])
+    for line in read_metrics(workdir):
+        state = read_arrays(workdir, line["step"])
         assert state["step"] == line["step"]
         assert state["totals"]["count"] == PER_EPOCH * 8
         assert line["train_loss"] == float(state["totals"]["loss"]) / (PER_EPOCH * 8)
@@ -135,18 +117,19 @@ def test_metrics_are_those_of_the_saved_state(finished: Any) -> None:
         assert line["norm_max"] == pytest.approx(np.concatenate(norms).max(), rel=1e-5)
     # Half an epoch of warm-up is 2 steps, and the cosine falls over the other 18; step 20 used the rate of 19 updates.
     rate = 0.05 * (1 + math.cos(math.pi * 17 / 18)) / 2
-    assert metrics(workdir)[-1]["learning_rate"] == pytest.approx(rate, rel=1e-5)
+    assert read_metrics(workdir)[-1]["learning_rate"] == pytest.approx(rate, rel=1e-5)
 
 
 def test_each_epoch_trains_in_the_order_of_its_own(finished: Any, tmp_path: Path) -> None:
-    dataset, mesh = data.load(CONFIG.data), make_mesh()
-    checkpoints = Checkpoints(tmp_path)
-    state, program = train_module.build(CONFIG, dataset, tiny_network(), mesh, checkpoints)
+    mesh, checkpoints = make_mesh(), Checkpoints(tmp_path)
+    images = feeds.load(data.open_source(CONFIG.data), CONFIG.data, mesh, lambda line: None)
+    state, program = train_module.build(CONFIG, images, tiny_network(), mesh, checkpoints)
+    pixels, labels, _ = next(program.batches(0))
     for step in range(2 * PER_EPOCH):
-        order = jax.device_put(epoch_order(CONFIG.seed, step // PER_EPOCH, 44), replicated(mesh))
-        state, _ = program.step(state, program.images, program.labels, order)
+        order = jax.device_put(data.epoch_order(CONFIG.seed, step // PER_EPOCH, 44), replicated(mesh))
+        state, _ = program.step(state, pixels, labels, order)
     checkpoints.close()
-    assert_trees_equal(arrays(finished[0], 10)["params"], state.params)
+    assert_trees_equal(read_arrays(finished[0], 10)["params"], state.params)
 
 
 @pytest.mark.parametrize("stops", [
@@ -167,8 +150,8 @@ def test_an_interrupted_run_equals_one_that_was_not(finished: Any, tmp_path: Pat
     assert screen.steps == list(range(saved + 1, 21))
 
     workdir, expected, _ = finished
-    assert metrics(tmp_path / "run") == metrics(workdir)
-    assert_trees_equal(arrays(tmp_path / "run", 20), arrays(workdir, 20))
+    assert read_metrics(tmp_path / "run") == read_metrics(workdir)
+    assert_trees_equal(read_arrays(tmp_path / "run", 20), read_arrays(workdir, 20))
     assert {**result, "images_per_second": 0} == {**expected, "images_per_second": 0}
 
 
@@ -178,8 +161,8 @@ def test_a_run_killed_between_metrics_and_checkpoint_writes_the_line_once(finish
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
     _, screen = run(tmp_path / "run")
     assert screen.steps == list(range(11, 21))
-    assert metrics(tmp_path / "run") == metrics(workdir)
-    assert_trees_equal(arrays(tmp_path / "run", 20), arrays(workdir, 20))
+    assert read_metrics(tmp_path / "run") == read_metrics(workdir)
+    assert_trees_equal(read_arrays(tmp_path / "run", 20), read_arrays(workdir, 20))
 
 
 def test_a_finished_run_does_not_change(finished: Any) -> None:
@@ -194,10 +177,10 @@ def test_a_finished_run_does_not_change(finished: Any) -> None:
 def test_two_equal_runs_are_equal_and_the_seed_tells_others(finished: Any, tmp_path: Path) -> None:
     workdir, _, _ = finished
     run(tmp_path / "equal")
-    assert_trees_equal(arrays(tmp_path / "equal", 20), arrays(workdir, 20))
-    assert metrics(tmp_path / "equal") == metrics(workdir)
+    assert_trees_equal(read_arrays(tmp_path / "equal", 20), read_arrays(workdir, 20))
+    assert read_metrics(tmp_path / "equal") == read_metrics(workdir)
     run(tmp_path / "other", replace(CONFIG, {"seed": 1}))
-    assert metrics(tmp_path / "other")[-1]["train_loss"] != metrics(workdir)[-1]["train_loss"]
+    assert read_metrics(tmp_path / "other")[-1]["train_loss"] != read_metrics(workdir)[-1]["train_loss"]
 
 
 def test_the_workdir_of_another_run_is_refused_and_left_alone(finished: Any) -> None:
@@ -227,15 +210,13 @@ def test_a_second_signal_acts_as_usual() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [8, 44])  # five steps an epoch, or one, whose loss is that before its update
-def test_divergence_ends_the_run_and_saves_nothing(tmp_path: Path, batch_size: int,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Watcher, "progress", lambda *_: None)
+def test_divergence_ends_the_run_and_saves_nothing(tmp_path: Path, batch_size: int) -> None:
     config = replace(CONFIG, {"optimizer.learning_rate": 1e30, "optimizer.warmup_epochs": 0.0,
                               "train.batch_size": batch_size, "train.evaluate_every": 1})
     with user_error("diverged", "e+", "--config.optimizer.learning_rate", "no checkpoint yet"):
         run(tmp_path / "run", config)
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps == []
-    assert metrics(tmp_path / "run") == []
+    assert read_metrics(tmp_path / "run") == []
 
 
 def test_divergence_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
@@ -244,8 +225,8 @@ def test_divergence_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     with user_error("diverged by step 20", "step 10 is the last good one"):
         run(tmp_path / "run", config)
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps == [10]
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [10]
-    assert all(np.isfinite(leaf).all() for leaf in _leaves(arrays(tmp_path / "run", 10)))
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [10]
+    assert all(np.isfinite(leaf).all() for leaf in _leaves(read_arrays(tmp_path / "run", 10)))
 
 
 def _leaves(tree: Any) -> list[np.ndarray]:
@@ -284,6 +265,83 @@ def test_a_finished_run_without_its_metrics_is_told(finished: Any, tmp_path: Pat
     (tmp_path / "run" / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
         run(tmp_path / "run")
+
+
+# Which epoch is the best, and on whose word
+
+VALIDATED = replace(CONFIG, {"data.validation": 0.1, "train.evaluate_every": 1})
+"""144 of 1,442 training images are held out; evaluation at steps 5, 10, 15 and 20."""
+
+
+def fake_accuracies(monkeypatch: pytest.MonkeyPatch, validation: list[float], test: list[float]) -> None:
+    """Has evaluations of 144 and of 30 images give these accuracies, one after another."""
+    make_evaluator = train_module.make_evaluator
+    accuracies = {144: iter(validation), 30: iter(test)}
+
+    def make_fake(*arguments: Any) -> Callable[[Any], dict[str, float]]:
+        evaluate = make_evaluator(*arguments)
+
+        def fake(variables: Any) -> dict[str, float]:
+            scores = evaluate(variables)
+            return {**scores, "accuracy": next(accuracies[int(scores["count"])])}
+        return fake
+    monkeypatch.setattr(train_module, "make_evaluator", make_fake)
+
+
+def test_validation_images_choose_the_best_checkpoint_and_test_images_do_not(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_accuracies(monkeypatch, validation=[0.2, 0.9, 0.3, 0.4], test=[0.8, 0.1, 0.5, 0.3])
+    result, screen = run(tmp_path, VALIDATED)
+    assert (result["chosen_on"], result["best_epoch"], result["best_test_accuracy"]) == ("validation", 2, 0.1)
+    assert (result["epoch"], result["validation_accuracy"], result["test_accuracy"]) == (4, 0.4, 0.3)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
+    assert (checkpoints.steps, checkpoints.find("best")) == ([10, 15, 20], 10)
+    assert "44 training and 30 test and 144 validation images" in screen.text.getvalue()
+    assert "validation accuracy 90.00 %  test loss" in screen.text.getvalue()
+    assert "30.00 % test accuracy after 4 epochs, 10.00 % after 2 (best validation epoch)" in render(result)
+    assert "published" not in render(result)
+
+    best = evaluate_module.evaluate(tmp_path, "best")
+    assert (best["step"], best["chosen_on"]) == (10, "validation")
+    assert "best validation epoch" in evaluate_module.render(best)
+    assert evaluate_module.evaluate(tmp_path)["chosen_on"] is None
+
+
+def test_without_validation_images_the_test_images_choose_and_this_is_said(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_accuracies(monkeypatch, validation=[], test=[0.2, 0.8, 0.3, 0.1])
+    result, _ = run(tmp_path, replace(CONFIG, {"train.evaluate_every": 1}))
+    assert (result["chosen_on"], result["best_epoch"], result["best_test_accuracy"]) == ("test", 2, 0.8)
+    assert not any(name.startswith("validation") for name in result)
+    assert "10.00 % test accuracy after 4 epochs, 80.00 % after 2 (best test epoch, the published protocol" in (
+        render(result))
+    best = evaluate_module.evaluate(tmp_path, "best")
+    assert (best["step"], best["chosen_on"]) == (10, "test")
+    assert "best test epoch" in evaluate_module.render(best)
+
+
+@pytest.mark.parametrize(("validation", "test"), [([0.5, 0.7, 0.7, 0.6], [0.1, 0.2, 0.3, 0.4]),
+                                                  ([], [0.5, 0.7, 0.7, 0.6])], ids=["validation", "test"])
+def test_the_best_epoch_is_that_of_the_best_checkpoint_also_where_two_are_equal(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, validation: list[float], test: list[float]) -> None:
+    fake_accuracies(monkeypatch, validation, test)
+    result, _ = run(tmp_path, VALIDATED if validation else replace(VALIDATED, {"data.validation": 0.0}))
+    best = Checkpoints(tmp_path / "checkpoints", read_only=True)
+    assert result["best_epoch"] * PER_EPOCH == best.find("best")
+    assert result["best_test_accuracy"] == best.metrics(best.find("best"))["test_accuracy"]
+
+
+def test_validation_figures_are_those_of_the_images_held_out(tmp_path: Path) -> None:
+    run(tmp_path, replace(VALIDATED, {"train.epochs": 1}))
+    line, = read_metrics(tmp_path)
+    state, dataset = read_arrays(tmp_path, PER_EPOCH), data.load(VALIDATED.data)
+    apply = jax.jit(lambda images: tiny_network().apply(
+        {"params": state["params"], "batch_stats": state["batch_stats"]}, (images / np.float32(255) - 0.5) / 0.5,
+        train=False))
+    for name, split in (("validation", dataset.validation), ("test", dataset.test)):
+        accuracy = np.mean(np.argmax(apply(split.images), -1) == split.labels)
+        assert line[f"{name}_accuracy"] == pytest.approx(accuracy)
+        assert {f"{name}_loss", f"{name}_accuracy_top5"} <= line.keys()
 
 
 @pytest.mark.slow

@@ -58,7 +58,8 @@ def test_another_configuration_is_refused_and_its_fields_are_named(run: Workdir)
 
 
 def test_the_images_may_lie_elsewhere(run: Workdir) -> None:
-    run.claim(record(replace(CONFIG, {"data.directory": "/moved", "data.manual_directory": "/elsewhere"})))
+    run.claim(record(replace(CONFIG, {"data.directory": "/moved", "data.manual_directory": "/elsewhere",
+                                      "data.placement": "stream", "data.workers": 3})))
     assert run.load()[0] == CONFIG  # the record of the run stays as it began
 
 

@@ -1,39 +1,77 @@
-"""Named data sets as arrays in memory: `describe` tells shapes and classes, `load` and `load_split` read images.
+"""Named data sets: `describe` tells shapes and classes, `open_source` gives encoded images, `load` pixels in memory.
 
-    digits                            scikit-learn's 8×8 digits; nothing to download
-    folder                            a directory with train/<class>/* and test/<class>/*
-    cifar10, cifar100, fashion_mnist  TensorFlow Datasets, without TensorFlow
-    imagenet2012                      described only, so far
+    digits                                          scikit-learn's 8×8 digits; nothing to download
+    folder                                          a directory of image files
+    cifar10, cifar100, fashion_mnist, imagenet2012  TensorFlow Datasets (TFDS), without TensorFlow
+    tfds:<name>[/<config>]                          anything that TFDS finds prepared as ArrayRecord
+
+`shared_basis.data.stream` reads batches with worker processes; `shared_basis.feeds` brings images to the devices.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from types import ModuleType
 
 from shared_basis.config import DataConfig
-from shared_basis.data import digits, folder, imagenet, tfds_sets
-from shared_basis.data.splits import SPLITS, Dataset, Spec, Split
+from shared_basis.data import arrays, digits, folder, tfds_sets
+from shared_basis.data.splits import SPLITS, Dataset, Source, Spec, Split, epoch_order, select
+from shared_basis.errors import UserError
 
-__all__ = ["SPLITS", "Dataset", "Spec", "Split", "describe", "load", "load_split"]
+__all__ = ["SPLITS", "Dataset", "Source", "Spec", "Split", "describe", "epoch_order", "load", "load_split",
+           "open_source", "prepare"]
 
 
 def describe(config: DataConfig) -> Spec:
     """Returns the shape of the images and the names of the classes; reads one image at most.
 
     Raises:
-      UserError: a folder of images is not laid out as it must be.
+      UserError: a folder of images is not laid out as it must be, or a data set that only its metadata describes is not
+        prepared.
     """
-    return _source(config).describe(config)
+    return _room(config).describe(config)
+
+
+def prepare(config: DataConfig) -> str:
+    """Makes the data set ready for training, if that takes more than opening it, and returns what is there.
+
+    Raises:
+      UserError: source files are missing, damaged or not the published ones, or it cannot be written.
+    """
+    return _room(config).prepare(config)
+
+
+def open_source(config: DataConfig, names: Sequence[str] = SPLITS, known: Spec | None = None) -> Source:
+    """Opens the splits `names` of a data set, and the validation images if 'train' is among them and there are any.
+
+    Args:
+      known: the spec of the run that is evaluated, which the data must fit.
+
+    Raises:
+      UserError: the data cannot be found, opened or prepared, is not that of `known`, or has fewer images than
+        `config` asks for.
+    """
+    for name in names:
+        if name not in SPLITS:
+            raise ValueError(f"names={names!r}: must be of {', '.join(SPLITS)}.")
+    source = _room(config).open_source(config, names, known)
+    for field in ("classes", "image_shape") if known else ():
+        if getattr(source.spec, field) != getattr(known, field):
+            raise UserError(f"the images of data.name={config.name!r} have other {field.replace('_', ' ')} than those "
+                            "that the run was trained on.")
+    return Source(source.spec, select(config, source.splits))
 
 
 def load(config: DataConfig) -> Dataset:
-    """Loads the training and the test images.
+    """Loads all images into memory, broken ones apart where they may be skipped.
 
     Raises:
-      UserError: the data cannot be found, read or prepared, or fewer images exist than `config` asks for.
+      UserError: as `open_source`, an image is broken and may not be skipped, or images differ in size.
     """
-    splits = _source(config).load(config, SPLITS)
-    return Dataset(spec=describe(config), train=splits["train"], test=splits["test"])
+    source = open_source(config)
+    splits = {name: arrays.load_split(part, source.spec, config, _warn).good() for name, part in source.splits.items()}
+    return Dataset(source.spec, **splits)
 
 
 def load_split(config: DataConfig, name: str) -> Split:
@@ -42,11 +80,14 @@ def load_split(config: DataConfig, name: str) -> Split:
     Raises:
       UserError: as `load`.
     """
-    if name not in SPLITS:
-        raise ValueError(f"name={name!r}: must be one of {', '.join(SPLITS)}.")
-    return _source(config).load(config, (name,))[name]
+    source = open_source(config, (name,))
+    return arrays.load_split(source.splits[name], source.spec, config, _warn).good()
 
 
-def _source(config: DataConfig) -> ModuleType:
-    """Returns the module that holds `describe` and `load` for `config.name`."""
-    return {"digits": digits, "folder": folder, "imagenet2012": imagenet}.get(config.name, tfds_sets)
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _room(config: DataConfig) -> ModuleType:
+    """Returns the module that holds `describe` and `open_source` for `config.name`."""
+    return {"digits": digits, "folder": folder}.get(config.name, tfds_sets)

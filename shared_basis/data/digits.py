@@ -7,33 +7,35 @@ from collections.abc import Sequence
 import numpy as np
 
 from shared_basis.config import DataConfig
-from shared_basis.data.splits import Spec, Split, choose
+from shared_basis.data.splits import ArrayExamples, Source, Spec
 
 TEST_EVERY = 5
 """Of every class, each fifth image is a test image; the rest are for training."""
 
+CLASSES = tuple("0123456789")
+
 
 def describe(config: DataConfig) -> Spec:
-    """Returns the spec, which is fixed."""
-    del config
-    return Spec(image_shape=(8, 8, 1), classes=tuple("0123456789"))
+    """Returns the spec; only the size of the images can be chosen."""
+    return Spec((config.image_size or 8, config.image_size or 8, 1), CLASSES)
 
 
-def load(config: DataConfig, names: Sequence[str]) -> dict[str, Split]:
-    """Loads the splits `names`; the original grey values 0..16 become 0..255, rounded.
-
-    Raises:
-      UserError: more images are wanted than exist.
-    """
+def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = None) -> Source:
+    """Opens the splits `names`; the original grey values 0..16 become 0..255, rounded."""
     from sklearn.datasets import load_digits  # importing scikit-learn takes a second that other data sets don't need
 
+    del known
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    labels = digits.target.astype(np.int32)
-    members = _split(labels)
-    chosen = choose(config, {name: len(members[name]) for name in names})
-    rows = {name: members[name][indices] for name, indices in chosen.items()}
-    return {name: Split(images[index], labels[index]) for name, index in rows.items()}
+    whole = ArrayExamples(images, digits.target.astype(np.int32))
+    members = _split(whole.labels)
+    return Source(describe(config), {name: whole.take(members[name]) for name in names})
+
+
+def prepare(config: DataConfig) -> str:
+    """Returns that there is nothing to do."""
+    del config
+    return "the digits come with scikit-learn: nothing to prepare"
 
 
 def _split(labels: np.ndarray) -> dict[str, np.ndarray]:

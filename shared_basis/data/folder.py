@@ -1,94 +1,189 @@
-"""A directory of images, `train/<class>/*` and `test/<class>/*`, decoded into arrays."""
+"""A directory of image files: which files there are, of which class, in which split.
+
+    DIR/train/<class>/*  DIR/test/<class>/*    or val, valid, validation in place of test; with test and val, val is
+                                               the validation part, which the best checkpoint is chosen on
+    DIR/<class>/*                              one tree, of which `data.test` becomes the test part
+
+Below a class directory, images may lie in further directories. Where there are images and no directories at all, the
+class of an image is its file name up to the number at its end: cat.0.jpg, cat.1.jpg, dog.0.jpg, ...
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import warnings
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shared_basis.config import DataConfig
-from shared_basis.data.splits import SPLITS, Spec, Split, choose
+from shared_basis.data import stream
+from shared_basis.data.images import BrokenImage, size_of
+from shared_basis.data.splits import Encoded, Source, Spec
 from shared_basis.errors import UserError
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 """Files with other suffixes, and hidden files, are passed over."""
 
-FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
-"""Pillow's decoders for these suffixes. Its many others stay closed to files that merely carry such a suffix."""
+VALIDATION_NAMES = ("val", "valid", "validation")
 
-_LAYOUT = "data.directory must hold train/<class>/* and test/<class>/*"
+CHECKED_AT_ONCE = 64
+"""Images of a batch when a folder is checked."""
+
+_LAYOUT = ("it must hold train/<class>/* and test/<class>/* (or val/), or <class>/* alone, or files named "
+           f"<class><number> with the suffix {', '.join(SUFFIXES)}")
+_NUMBER = re.compile(r"[\s._()-]*\d+[\s._()-]*$")
 
 
-class _Files(NamedTuple):
-    """The image files of one split, sorted by class and then by name, and their labels int32 [N]."""
+@dataclasses.dataclass(frozen=True)
+class FileExamples:
+    """Image files and their labels, int32 [N]. Paths are kept as one string: millions of them travel to workers."""
 
-    paths: list[str]
+    root: str
+    names: bytes
+    """The paths below `root`, one after another."""
+    ends: np.ndarray
+    """int64 [M]: where each path of `names` ends."""
+    files: np.ndarray
+    """int32 [N]: which paths these examples are."""
     labels: np.ndarray
 
-    def take(self, indices: np.ndarray) -> _Files:
-        return _Files([self.paths[index] for index in indices], self.labels[indices])
+    @classmethod
+    def of(cls, root: str, paths: Sequence[str], labels: np.ndarray) -> FileExamples:
+        """Returns the examples of `paths` below `root`."""
+        encoded = [os.fsencode(path) for path in paths]
+        ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        return cls(root, b"".join(encoded), ends, np.arange(len(paths), dtype=np.int32), labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray) -> FileExamples:
+        """Returns the examples `indices` alone."""
+        return dataclasses.replace(self, files=self.files[indices], labels=self.labels[indices])
+
+    def read(self, indices: Sequence[int]) -> list[tuple[Encoded, int]]:
+        """Returns paths and labels."""
+        return [(self.name(index), int(self.labels[index])) for index in indices]
+
+    def name(self, index: int) -> str:
+        """Returns the path."""
+        file = self.files[index]
+        begin = self.ends[file - 1] if file else 0
+        return os.path.join(self.root, os.fsdecode(self.names[begin:self.ends[file]]))
 
 
 def describe(config: DataConfig) -> Spec:
-    """Returns the names of the class directories, and the shape that the first training image comes to.
+    """Returns the names of the classes, and the shape that the first training image comes to.
 
     Raises:
       UserError: the directory is not laid out as it must be, or that image is broken.
     """
-    root = _root(config)
-    classes = _classes(root)
-    height, width = (config.image_size,) * 2 if config.image_size else _shape(_first_image(root, classes))
-    return Spec(image_shape=(height, width, 3), classes=classes)
+    return open_source(config, ("train", "test")).spec
 
 
-def load(config: DataConfig, names: Sequence[str]) -> dict[str, Split]:
-    """Decodes the images of the splits `names` that `config` asks for; only these files are opened.
+def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = None) -> Source:
+    """Lists the images of the splits `names`, and of a validation split if there is one and train is asked for.
 
-    The order is that of class names and then file names, by code point, the same on every machine. Images become RGB:
-    grey is repeated, transparency is laid over white, 16 bits are scaled to 8, an EXIF orientation is applied. With
-    `config.image_size` the shorter side is scaled to it (bilinear, antialiased) and the centre is cut out.
+    The order is that of class names and then paths, by code point, the same on every machine.
+
+    Args:
+      known: the spec of a run that is evaluated on this directory. Labels are then those of its classes, some of which
+        may be absent here, and only the splits `names` need exist.
 
     Raises:
-      UserError: the directory is not laid out as it must be, fewer images exist than asked for, the images do not fit
-        into memory, one is broken, or their sizes differ and `config.image_size` is 0.
+      UserError: the directory is not laid out as it must be, or holds other classes than `known`.
     """
     root = _root(config)
-    classes = _classes(root)
-    files = {name: _list_split(root / name, classes) for name in names}
-    chosen = choose(config, {name: len(files[name].paths) for name in names})
-    files = {name: files[name].take(chosen[name]) for name in names}
-    reference = _first_image(root, classes)
-    height, width = (config.image_size,) * 2 if config.image_size else _shape(reference)
-    _check_memory(sum(len(part.paths) for part in files.values()), height, width)
-    return {name: Split(_decode_all(part.paths, height, width, config.image_size, reference), part.labels)
-            for name, part in files.items()}
+    directories = _split_directories(root, names if known else ("train", "test"))
+    least = 1 if known else 2  # classes
+    if directories:
+        trees = {split: _list_tree(root, directory, least) for split, directory in directories.items()}
+    else:
+        trees = {"": _list_tree(root, root, least)}
+    classes = known.classes if known else _common_classes(trees, directories or {"": root})
+    parts = {split: _examples(root, tree, classes, config) for split, tree in trees.items()}
+    first = parts["train" if "train" in parts else next(iter(parts))]
+    if not directories:
+        parts = _divide(config, parts[""], classes)
+    wanted = {*names, "validation"} if "train" in names else set(names)
+    shape = known.image_shape if known and not config.image_size else (*_first_size(config, first), 3)
+    return Source(Spec(shape, classes), {split: part for split, part in parts.items() if split in wanted})
+
+
+def prepare(config: DataConfig) -> str:
+    """Decodes every image once and returns what the directory holds; nothing has to be written.
+
+    Raises:
+      UserError: as `open_source`, or images are broken, each of which a warning has named, and may not be skipped.
+    """
+    lenient = dataclasses.replace(config, on_broken="skip", crop="center")
+    source = open_source(lenient, ("train", "test"))
+    broken = 0
+    for part in source.splits.values():
+        batches = stream.TestBatches(part, source.spec, lenient, batch_size=CHECKED_AT_ONCE)
+        broken += sum(len(batch.skipped) for batch in stream.read(batches, stream.workers_of(config)))
+    if broken and config.on_broken == "fail":
+        raise UserError(f"{broken} image{'s' * (broken > 1)} in {config.directory} cannot be decoded, named above; "
+                        "replace or remove, or set --config.data.on_broken=skip.")
+    counts = ", ".join(f"{len(part):,} {name}" for name, part in source.splits.items())
+    return (f"{config.directory}: {counts} images of {len(source.spec.classes)} classes, "
+            f"{f'{broken} of them broken' if broken else 'all of which can be decoded'}")
 
 
 def _root(config: DataConfig) -> Path:
-    """Returns the directory, after checking that it and its train/ and test/ exist."""
-    root = Path(config.directory).expanduser()
-    for directory in (root, *(root / name for name in SPLITS)):
-        if not os.path.isdir(directory):  # unlike Path.is_dir, False where permissions are missing
-            problem = "is not a directory" if os.path.exists(directory) else "cannot be found"
-            raise UserError(f"data.directory={config.directory!r}: {directory} {problem}; {_LAYOUT}.")
+    root = Path(os.path.expanduser(config.directory))
+    if not os.path.isdir(root):  # unlike Path.is_dir, False where permissions are missing
+        problem = "is not a directory" if os.path.exists(root) else "cannot be found"
+        raise UserError(f"data.directory={config.directory!r}: {root} {problem}; {_LAYOUT}.")
     return root
 
 
-def _classes(root: Path) -> tuple[str, ...]:
-    """Returns the sorted names of the class directories, after checking that train/ and test/ hold the same."""
-    train, test = (set(_list_directories(root / name)) for name in SPLITS)
-    for here, there, missing in (("test", "train", test - train), ("train", "test", train - test)):
-        if missing:
-            raise UserError(f"class {min(missing)!r} is in {root / here} and not in {root / there}; "
-                            "both must hold the same class directories.")
-    if len(train) < 2:
-        raise UserError(f"{root / 'train'} holds {len(train)} class directories; at least 2 are needed. {_LAYOUT}.")
-    return tuple(sorted(train))
+def _split_directories(root: Path, needed: Sequence[str]) -> dict[str, Path]:
+    """Returns the directories of the splits, or nothing where one tree holds all images."""
+    def found(*names: str) -> Path | None:
+        return next((root / name for name in names if os.path.isdir(root / name)), None)
+
+    own_test, validation = found("test"), found(*VALIDATION_NAMES)
+    directories = {"train": found("train"), "test": own_test or validation,
+                   "validation": validation if own_test else None}
+    if any(directories[split] is None for split in needed):
+        for path in directories.values():
+            if path is not None and any(map(_is_directory, _scan(path))):  # one that holds images is a class
+                lacking = "test/ or val/" if path.name == "train" else "train/"
+                raise UserError(f"{root} holds {path.name}/ and no {lacking}; add it, or name {path} itself to have it "
+                                "divided into a train and a test part.")
+        return {}
+    return {split: directory for split, directory in directories.items() if directory is not None and
+            (split in needed or (split == "validation" and "train" in needed))}
+
+
+def _list_tree(root: Path, directory: Path, least: int) -> dict[str, list[str]]:
+    """Returns the paths below `root` of the images in `directory`, sorted, by class, sorted; `least` classes."""
+    entries = _scan(directory)
+    folders = [entry for entry in entries if _is_directory(entry)]
+    if folders:
+        tree = {folder.name: sorted(_walk(Path(folder.path))) for folder in folders}
+        for name, paths in tree.items():
+            if not paths:
+                raise UserError(f"class directory {directory / name} holds no image ({', '.join(SUFFIXES)}); put "
+                                "images there, or remove the class from all splits.")
+    else:
+        tree = {}
+        for path in _images(entries):
+            name = _NUMBER.sub("", Path(path).stem)
+            if not name or name == Path(path).stem:
+                raise UserError(f"{directory} holds no class directories, and the file name {Path(path).name!r} is not "
+                                f"a class followed by a number, as cat.12.jpg is; {_LAYOUT}.")
+            tree.setdefault(name, []).append(path)
+    if len(tree) < least:
+        names = "".join(f", {name!r}" for name in tree)
+        raise UserError(f"{directory} holds {len(tree)} class director{'y' if len(tree) == 1 else 'ies'}{names}; at "
+                        f"least {least} class{'es are' if least > 1 else ' is'} needed. "
+                        f"{_LAYOUT[0].upper()}{_LAYOUT[1:]}.")
+    return {name: [os.path.relpath(path, root) for path in tree[name]] for name in sorted(tree)}
 
 
 def _scan(directory: Path) -> list[os.DirEntry[str]]:
@@ -100,102 +195,85 @@ def _scan(directory: Path) -> list[os.DirEntry[str]]:
         raise UserError(f"cannot read the directory {directory}: {error.strerror}; mend its permissions.") from error
 
 
-def _list_directories(directory: Path) -> list[str]:
-    return [entry.name for entry in _scan(directory) if entry.is_dir()]
+def _images(entries: Sequence[os.DirEntry[str]]) -> Iterator[str]:
+    """Yields the paths of the image files among `entries`."""
+    for entry in entries:
+        if entry.name.lower().endswith(SUFFIXES) and (_is_file(entry) or (
+                entry.is_symlink() and not os.path.exists(entry.path))):
+            yield entry.path  # not a pipe, which would wait; a dangling link is told of when it is read
 
 
-def _list_images(directory: Path) -> list[str]:
-    """Returns the paths of the images in a class directory, at least one."""
-    paths = [entry.path for entry in _scan(directory) if entry.name.lower().endswith(SUFFIXES) and
-             (entry.is_file() or entry.is_symlink())]  # not a pipe, which would wait; a dangling link is told of later
-    if not paths:
-        raise UserError(f"class directory {directory} holds no image ({', '.join(SUFFIXES)}); "
-                        "put images there, or remove the class from train/ and test/.")
-    return paths
-
-
-def _first_image(root: Path, classes: Sequence[str]) -> str:
-    """Returns the training image whose size all others must have."""
-    return _list_images(root / "train" / classes[0])[0]
-
-
-def _list_split(directory: Path, classes: Sequence[str]) -> _Files:
-    paths = [_list_images(directory / name) for name in classes]
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(part) for part in paths])
-    return _Files([path for part in paths for path in part], labels)
-
-
-def _check_memory(count: int, height: int, width: int) -> None:
-    """Raises `UserError` unless `count` RGB images fit into the memory that is free."""
-    needed, available = count * height * width * 3, _available_memory()
-    if available is not None and needed > available:
-        raise UserError(f"{count} images of {height}×{width} pixels need {needed / 2**30:.1f} GiB of memory and "
-                        f"{available / 2**30:.1f} GiB are available; set a smaller --config.data.image_size, or fewer "
-                        "--config.data.train_examples and --config.data.test_examples.")
-
-
-def _available_memory() -> int | None:
-    """Returns bytes of memory that can be had without swapping; the total where only that is known; or None."""
-    try:  # sysconf's count of free pages leaves out the file cache, which the kernel gives back when asked
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        pass
+def _is_file(entry: os.DirEntry[str]) -> bool:
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return None
+        return entry.is_file()
+    except OSError:  # a link to itself
+        return False
 
 
-def _shape(path: str) -> tuple[int, int]:
-    """Returns the height and width of one image."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        height, width, _ = _decode(path, 0).shape
-    return height, width
-
-
-def _decode_all(paths: Sequence[str], height: int, width: int, size: int, reference: str) -> np.ndarray:
-    """Returns the images uint8 [N, height, width, 3]; `reference` is the file that set height and width."""
-    images = np.empty((len(paths), height, width, 3), np.uint8)
-    with warnings.catch_warnings():  # one thread: 65 µs an image of 32×32; threads contend and take twice as long
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for index, path in enumerate(paths):
-            image = _decode(path, size)
-            if image.shape != images.shape[1:]:
-                raise UserError(f"images differ in size: {path} has {image.shape[0]}×{image.shape[1]} pixels (height×"
-                                f"width) and {reference} has {height}×{width}; set --config.data.image_size to bring "
-                                "all images to one size.")
-            images[index] = image
-    return images
-
-
-def _decode(path: str, size: int) -> np.ndarray:
-    """Returns one image uint8 [H, W, 3], of its own size if `size` is 0 and [size, size, 3] otherwise."""
+def _is_directory(entry: os.DirEntry[str]) -> bool:
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if size:
-                image.draft(image.mode, (2 * size, 2 * size))  # a JPEG much too large decodes faster at a fraction
-            ImageOps.exif_transpose(image, in_place=True)
-            rgb = _to_rgb(image)
-            return np.asarray(ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR) if size else rgb)
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path} is not an image of the kinds {', '.join(FORMATS)}; replace or remove it.") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{path} has more than {Image.MAX_IMAGE_PIXELS} pixels; scale it down or remove it.") from error
-    except Exception as error:  # Pillow's decoders raise many types for broken data
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        raise UserError(f"cannot decode the image {path}: {reason}; replace or remove it.") from error
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Returns `image` in RGB: transparent pixels on white, 16 bits of grey scaled to 8."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255
-        grey = (np.asarray(image).astype(np.uint32) + 128) // 257
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if image.mode.endswith(("A", "a")) or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+def _walk(directory: Path) -> Iterator[str]:
+    """Yields the paths of the images in `directory` and below it; links to directories are not followed."""
+    entries = _scan(directory)
+    yield from _images(entries)
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(Path(entry.path))
+
+
+def _common_classes(trees: Mapping[str, Mapping[str, object]], directories: Mapping[str, Path]) -> tuple[str, ...]:
+    """Returns the classes, after checking that all splits hold the same."""
+    for split in trees:
+        for here, there in ((split, "train"), ("train", split)):
+            if split not in ("", "train") and (extra := trees[here].keys() - trees[there].keys()):
+                raise UserError(f"class {min(extra)!r} is in {directories[here]} and not in {directories[there]}; all "
+                                "splits must hold the same classes.")
+    return tuple(next(iter(trees.values())))
+
+
+def _examples(root: Path, tree: Mapping[str, Sequence[str]], classes: Sequence[str],
+              config: DataConfig) -> FileExamples:
+    """Returns the examples of `tree`, whose classes are among `classes`."""
+    labels = {name: label for label, name in enumerate(classes)}
+    for name in tree:
+        if name not in labels:
+            raise UserError(f"data.directory={config.directory!r} holds other classes than the run was trained on: "
+                            f"{name!r} is not one of {', '.join(classes[:10])}{', …' * (len(classes) > 10)}.")
+    counts = [len(paths) for paths in tree.values()]
+    return FileExamples.of(str(root), [path for paths in tree.values() for path in paths],
+                           np.repeat(np.array([labels[name] for name in tree], np.int32), counts))
+
+
+def _divide(config: DataConfig, tree: FileExamples, classes: Sequence[str]) -> dict[str, FileExamples]:
+    """Returns one tree's train and test part: of each class `config.test`, drawn with `config.split_seed`."""
+    test = np.zeros(len(tree), bool)
+    for label in np.unique(tree.labels):
+        members = np.flatnonzero(tree.labels == label)
+        order = np.random.default_rng((config.split_seed, int(label))).permutation(members)
+        held = max(1, round(len(members) * config.test))
+        if config.test < 1:
+            held = min(held, len(members) - 1)
+        if not held:
+            raise UserError(f"data.directory={config.directory!r}: class {classes[label]!r} has one image, and one "
+                            "must be held out to test on; add images, or evaluate on all with --config.data.test=1.0.")
+        test[order[:held]] = True
+    return {"train": tree.take(np.flatnonzero(~test)), "test": tree.take(np.flatnonzero(test))}
+
+
+def _first_size(config: DataConfig, examples: FileExamples) -> tuple[int, int]:
+    """Returns the height and width that images come to: the configured ones, or those of the first image."""
+    if config.image_size:
+        return config.image_size, config.image_size
+    for index in range(len(examples)):
+        try:
+            return size_of(examples.name(index))
+        except BrokenImage as error:
+            if config.on_broken == "fail":
+                raise UserError(f"{examples.name(index)} {error}; replace or remove it, or set "
+                                "--config.data.on_broken=skip.") from error
+    raise UserError(f"data.directory={config.directory!r}: no image there can be decoded.")

@@ -2,7 +2,8 @@
 
 Each subclasses the stock builder and keeps its name, version, features and order, so what it writes is ordinary
 ArrayRecord data that the stock builder reads. Only the steps that call TensorFlow are replaced: unpacking, and
-encoding, which TFDS leaves to Pillow when it is given Pillow images.
+encoding, which TFDS leaves to Pillow when it is given Pillow images. Records equal those of the stock builders, but
+for the 23 images of ImageNet that both encode anew as RGB JPEG (22 are CMYK, one is PNG).
 
 Importing this module imports `tensorflow_datasets`.
 """
@@ -10,25 +11,31 @@ Importing this module imports `tensorflow_datasets`.
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.core.download import checksums
+from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as imagenet
 from tensorflow_datasets.image_classification import cifar, mnist
 
-Example = tuple[int, dict[str, Any]]
+Example = tuple[int | str, dict[str, Any]]
 
 
 class Cifar10(cifar.Cifar10, skip_registration=True):  # type: ignore[call-arg]
     """CIFAR-10 from its binary archive."""
 
-    def source_urls(self) -> tuple[str, ...]:
-        """Returns the addresses of the source files."""
-        return (self._cifar_info.url,)
+    BY_HAND = False
+
+    def sources(self) -> dict[str, Any]:
+        """Returns what TFDS knows of the source files (file name, size, checksum), by address."""
+        return {self._cifar_info.url: checksums.get_all_url_infos()[self._cifar_info.url]}
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Example]]:
         info = self._cifar_info
@@ -57,15 +64,17 @@ class Cifar100(cifar.Cifar100, Cifar10, skip_registration=True):  # type: ignore
 class FashionMNIST(mnist.FashionMNIST, skip_registration=True):  # type: ignore[call-arg]
     """Fashion-MNIST from its four gzipped IDX files."""
 
+    BY_HAND = False
     FILES = (("train", "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
              ("test", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"))
 
-    def source_urls(self) -> tuple[str, ...]:
-        """Returns the addresses of the source files."""
-        return tuple(self.URL + file for _, *files in self.FILES for file in files)
+    def sources(self) -> dict[str, Any]:
+        """Returns what TFDS knows of the source files (file name, size, checksum), by address."""
+        known = checksums.get_all_url_infos()
+        return {self.URL + file: known[self.URL + file] for _, *files in self.FILES for file in files}
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Example]]:
-        paths = dl_manager.download({url: url for url in self.source_urls()})
+        paths = dl_manager.download({url: url for url in self.sources()})
         return {name: self._generate_examples(paths[self.URL + images], paths[self.URL + labels])
                 for name, images, labels in self.FILES}
 
@@ -75,14 +84,79 @@ class FashionMNIST(mnist.FashionMNIST, skip_registration=True):  # type: ignore[
             yield index, {"image": Image.fromarray(pixels), "label": label}
 
 
-BUILDERS = {"cifar10": Cifar10, "cifar100": Cifar100, "fashion_mnist": FashionMNIST}
+class Imagenet2012(imagenet.Builder, skip_registration=True):  # type: ignore[call-arg]
+    """ImageNet (ILSVRC 2012) from its two archives, which have to be downloaded by hand, after registration."""
+
+    name = "imagenet2012"
+    pkg_dir_path = imagenet.Builder._get_pkg_dir_path()  # of the description and the names of the classes
+    BY_HAND = True
+    ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
+
+    def sources(self) -> dict[str, Any]:
+        """Returns what TFDS knows of the source files (file name, size, checksum), by address."""
+        known = {os.path.basename(url): (url, info) for url, info in imagenet.Builder.url_infos.items()}
+        return {url: checksums.UrlInfo(info.size, info.checksum, name)
+                for name, (url, info) in known.items() if name in self.ARCHIVES}
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Example]]:
+        train, validation = (Path(dl_manager.manual_dir) / name for name in self.ARCHIVES)
+        return {"train": self._generate_train(train), "validation": self._generate_validation(validation)}
+
+    def _generate_train(self, path: Path) -> Iterator[Example]:
+        """Yields the examples of an archive that holds one archive for each class, named <class>.tar."""
+        with tarfile.open(path) as classes:
+            for member in classes:
+                with tarfile.open(fileobj=_file(classes, member)) as archive:
+                    for image in archive:
+                        yield self._example(archive, image, member.name.removesuffix(".tar"))
+
+    def _generate_validation(self, path: Path) -> Iterator[Example]:
+        """Yields the examples of an archive of images; TFDS holds the labels, by the order of their names."""
+        listed = Path(tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")).read_text().split()
+        with tarfile.open(path) as archive:
+            labels = dict(zip(sorted(archive.getnames()), listed, strict=False))
+            for image in archive:
+                yield self._example(archive, image, labels[image.name])
+
+    def _example(self, archive: tarfile.TarFile, member: tarfile.TarInfo, label: str) -> Example:
+        body = _file(archive, member).read()
+        if member.name in imagenet.CMYK_IMAGES or member.name in imagenet.PNG_IMAGES:
+            encoded = io.BytesIO()
+            Image.open(io.BytesIO(body)).convert("RGB").save(encoded, "JPEG", quality=100)
+            body = encoded.getvalue()
+        return member.name, {"file_name": member.name, "image": io.BytesIO(body), "label": label}
+
+
+BUILDERS = {"cifar10": Cifar10, "cifar100": Cifar100, "fashion_mnist": FashionMNIST, "imagenet2012": Imagenet2012}
+
+PUBLISHED_TIMES = {
+    "train-images-idx3-ubyte.gz": 1504176606, "train-labels-idx1-ubyte.gz": 1504176606,
+    "t10k-images-idx3-ubyte.gz": 1504176627, "t10k-labels-idx1-ubyte.gz": 1504176627,
+}
+"""Seconds since 1970 in the gzip headers of the published Fashion-MNIST."""
+
+
+def with_published_header(path: Path) -> bytes:
+    """Returns a gzip file of Fashion-MNIST with the file name and time that the published one has in its header."""
+    body = path.read_bytes()
+    if len(body) < 10:
+        return body
+    named = body[:3] + bytes([body[3] | 8]) + PUBLISHED_TIMES[path.name].to_bytes(4, "little") + body[8:10]
+    return named + path.stem.encode() + b"\0" + body[10:]
+
+
+def _file(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
+    """Returns the contents of a member, which must be a file."""
+    file = archive.extractfile(member)
+    if file is None:
+        raise ValueError(f"{member.name!r} in {archive.name!r} is not a file")
+    return file
 
 
 def _read_members(archive: os.PathLike[str], members: list[str]) -> bytes:
     """Returns the contents of files in a tar archive, one after another."""
     with tarfile.open(archive) as tar:
-        files = [tar.extractfile(member) for member in members]
-        return b"".join(file.read() for file in files if file)
+        return b"".join(_file(tar, tar.getmember(member)).read() for member in members)
 
 
 def _read_idx(path: os.PathLike[str]) -> np.ndarray:

@@ -1,31 +1,26 @@
-"""CIFAR-10, CIFAR-100 (fine labels) and Fashion-MNIST by TensorFlow Datasets (TFDS), without TensorFlow.
+"""Data sets by TensorFlow Datasets (TFDS), read without TensorFlow from its ArrayRecord format.
 
-They are read where TFDS finds them prepared, and prepared there first if need be: from files in
-`data.manual_directory`, or by download. TFDS verifies the checksums of either.
+    cifar10, cifar100, fashion_mnist, imagenet2012  prepared by this package: see `shared_basis.data.tfds_prepare`
+    tfds:<name>[/<config>][:<version>]              whatever TFDS finds prepared in its data directory
 
-`tensorflow_datasets` is slow to import, so it is imported only to load images.
+`tensorflow_datasets` is slow to import, so it is imported only to load images, or to describe a set that is not known.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+import importlib.util
+import itertools
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shared_basis.config import DataConfig
-from shared_basis.data.splits import Spec, Split, choose
+from shared_basis.config import TFDS_PREFIX, DataConfig
+from shared_basis.data.splits import Encoded, Examples, Source, Spec
 from shared_basis.errors import UserError
-
-BLOCK = 1000
-"""Images that are read at once: faster than one by one, and short of holding all of them twice."""
-
-PROBE_SECONDS = 5
-"""How long a server may take to answer before a download counts as impossible. TFDS itself tries for minutes."""
 
 _CIFAR100 = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
@@ -44,129 +39,249 @@ SPECS = {
     "fashion_mnist": Spec((28, 28, 1), ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt",
                                         "Sneaker", "Bag", "Ankle boot")),
 }
-"""Fixed here, since TFDS knows CIFAR's class names only once it has the data; `load` compares them with the data."""
+"""Fixed here, since TFDS knows CIFAR's class names only once it has the data; opening it compares them."""
+
+UNLABELLED = {"imagenet2012": ("test",)}
+"""Splits that exist and have no labels, so that they cannot be the test split."""
+
+
+def tfds_name(config: DataConfig) -> str:
+    """Returns the name that TFDS knows the data set by."""
+    return config.name.removeprefix(TFDS_PREFIX)
+
+
+def data_directory(config: DataConfig) -> str:
+    """Returns the directory in which TFDS keeps prepared data sets."""
+    if config.directory:
+        return os.path.expanduser(config.directory)
+    from tensorflow_datasets.core import constants
+
+    return os.path.expanduser(constants.DATA_DIR)
 
 
 def describe(config: DataConfig) -> Spec:
-    """Returns the spec, which is fixed."""
-    return SPECS[config.name]
-
-
-def load(config: DataConfig, names: Sequence[str]) -> dict[str, Split]:
-    """Reads the splits `names`, in the order of TFDS; prepares the data set first where it is not.
+    """Returns the spec; a set not known here must be prepared, as its metadata is read.
 
     Raises:
-      UserError: the data is neither prepared nor can be, prepared data is damaged, or fewer images exist than asked
-        for.
+      UserError: it is not prepared, it is no set of images and classes, or its images differ in size and
+        `config.image_size` is 0.
     """
-    builder = _builder(config)
-    if not builder.data_path.exists():
-        _prepare(builder, config)
-    elif not builder.is_prepared():
-        raise _damaged(builder, "it holds no metadata")
-    try:
-        sources = _open(builder, config.name, names)
-        counts = {name: len(sources[name]) for name in names}
-    except NotImplementedError as error:  # TFDS says so in several lines that send the user elsewhere
-        raise UserError(f"the data in {builder.data_dir} is in a format that only TensorFlow reads; set another "
-                        "--config.data.directory to have it prepared there as ArrayRecord.") from error
-    except Exception as error:  # whatever damage does to the metadata
-        raise _damaged(builder, _one_line(error)) from error
-    chosen = choose(config, counts)
-    try:
-        return {name: _read(sources[name], chosen[name], SPECS[config.name]) for name in names}
-    except Exception as error:  # ArrayRecord and the image decoders raise many types for broken data
-        raise _damaged(builder, _one_line(error)) from error
+    name = tfds_name(config)
+    if name in SPECS:
+        return _sized(config, SPECS[name])
+    if name == "imagenet2012":
+        return _sized(config, Spec((0, 0, 3), _imagenet_classes()))
+    from shared_basis.data.tfds_prepare import find_builder
+
+    builder = find_builder(config)
+    if builder is None:
+        raise _unprepared(config)
+    return _spec_of(config, builder)
 
 
-def _builder(config: DataConfig) -> Any:
-    from shared_basis.data.tfds_builders import BUILDERS
+def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = None) -> Source:
+    """Opens the splits `names`, in the order of TFDS; prepares the data set first where it is not, if that can be done.
 
-    directory = os.path.expanduser(config.directory) or None
-    try:
-        return BUILDERS[config.name](data_dir=directory)
-    except Exception as error:  # it reads the metadata of prepared data, which may be damaged
-        raise UserError(f"cannot read the {config.name} that is prepared in {directory or 'the TFDS data directory'}: "
-                        f"{_one_line(error)}; delete it there to have it prepared again.") from error
+    Raises:
+      UserError: the data is neither prepared nor can be, prepared data is damaged, or a split does not exist.
+    """
+    from shared_basis.data.tfds_prepare import find_builder
+
+    del known
+    if find_builder(config) is None:
+        prepare(config)
+    builder = find_builder(config)
+    if builder is None:
+        raise _unprepared(config)
+    spec = _spec_of(config, builder)
+    if tfds_name(config) in SPECS and spec.classes != SPECS[tfds_name(config)].classes:
+        raise damaged(builder, f"its classes are {', '.join(spec.classes)}")
+    image, label = _keys(config, builder)
+    splits = _split_strings(config, builder, names)
+    examples: dict[str, Examples] = {}
+    for part, split in splits.items():
+        examples[part] = RecordExamples(str(builder.data_dir), split, image, label,
+                                        np.arange(_count(config, builder, part, split)))
+    _check_disjoint(builder, splits)
+    for part, opened in examples.items():
+        opened.read([0])  # a format that only TensorFlow reads is told of now
+        for piece in builder.info.splits[splits[part]].file_instructions:
+            if not os.path.exists(piece.filename):
+                raise damaged(builder, f"{os.path.basename(piece.filename)} is missing")
+    return Source(spec, examples)
 
 
-def _open(builder: Any, name: str, names: Sequence[str]) -> dict[str, Any]:
-    """Returns TFDS data sources by split."""
-    classes = tuple(builder.info.features["label"].names)
-    if classes != SPECS[name].classes:
-        raise ValueError(f"its classes are {', '.join(classes)}")
-    return {split: builder.as_data_source(split) for split in names}
+def prepare(config: DataConfig) -> str:
+    """Prepares the data set unless it is prepared, and returns where it lies.
+
+    Raises:
+      UserError: source files are missing or are not the published ones, or the data cannot be written.
+    """
+    from shared_basis.data import tfds_prepare  # imports TFDS
+
+    return tfds_prepare.prepare(config)
 
 
-def _read(source: Any, indices: np.ndarray, spec: Spec) -> Split:
-    """Returns the examples `indices` of a data source."""
-    images = np.empty((len(indices), *spec.image_shape), np.uint8)
-    labels = np.empty(len(indices), np.int32)
-    for start in range(0, len(indices), BLOCK):
-        examples = source.__getitems__(indices[start:start + BLOCK].tolist())
-        for row, example in enumerate(examples, start):
-            images[row], labels[row] = example["image"], example["label"]
-    return Split(images, labels)
+@dataclasses.dataclass(frozen=True)
+class RecordExamples:
+    """Examples of a prepared TFDS data set; the files are opened on first use, in each process anew."""
+
+    directory: str
+    split: str
+    image: str
+    label: str
+    indices: np.ndarray
+    """int64 [N]: which examples of the split these are."""
+    _opened: list[Any] = dataclasses.field(default_factory=list, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def take(self, indices: np.ndarray) -> RecordExamples:
+        """Returns the examples `indices` alone."""
+        return dataclasses.replace(self, indices=self.indices[indices])
+
+    def read(self, indices: Sequence[int]) -> list[tuple[Encoded, int]]:
+        """Returns images as encoded by TFDS, and labels.
+
+        Raises:
+          UserError: the files are damaged.
+        """
+        try:
+            records = self._source().__getitems__(self.indices[list(indices)].tolist())
+            return [(record[self.image], int(record[self.label])) for record in records]
+        except NotImplementedError as error:  # TFDS says so in several lines that send the user elsewhere
+            raise UserError(f"the data in {self.directory} is in a format that only TensorFlow reads; set another "
+                            "--config.data.directory to have it prepared there as ArrayRecord.") from error
+        except Exception as error:  # ArrayRecord raises many types for broken data
+            raise damaged(self.directory, one_line(error)) from error
+
+    def name(self, index: int) -> str:
+        """Returns the number of the example in its split."""
+        return f"example {self.indices[index]} of {self.split!r} in {self.directory}"
+
+    def _source(self) -> Any:
+        if not self._opened:
+            import tensorflow_datasets as tfds
+
+            builder = tfds.builder_from_directory(self.directory)
+            decoders = {self.image: tfds.decode.SkipDecoding()}
+            self._opened.append(builder.as_data_source(self.split, decoders=decoders))
+        return self._opened[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
 
-def _damaged(builder: Any, reason: str) -> UserError:
-    return UserError(f"cannot read the prepared data in {builder.data_dir}: {reason}; delete that directory to have it "
+def damaged(where: Any, reason: str) -> UserError:
+    """Returns the error for prepared data, a builder or its directory, that cannot be read."""
+    directory = getattr(where, "data_dir", where)
+    return UserError(f"cannot read the prepared data in {directory}: {reason}; delete that directory to have it "
                      "prepared again, or set another --config.data.directory.")
 
 
-def _prepare(builder: Any, config: DataConfig) -> None:
-    """Writes the data set as ArrayRecord into the TFDS data directory; a failure leaves no directory of that name."""
-    import requests
+def one_line(error: Exception) -> str:
+    """Returns kind and message of `error`, shortened: storage layers print their whole state."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+def _unprepared(config: DataConfig) -> UserError:
+    return UserError(f"data.name={config.name!r}: not prepared in {data_directory(config)}. Prepare it there with "
+                     "--mode=prepare, or name the directory where it is with --config.data.directory=DIR.")
+
+
+def _imagenet_classes() -> tuple[str, ...]:
+    """Returns the 1,000 WordNet ids in the order of TFDS."""
+    package = importlib.util.find_spec("tensorflow_datasets")  # finds the files and spares the slow import
+    if package is None or package.origin is None:
+        raise UserError("imagenet2012 needs the package tensorflow-datasets, which holds the names of its classes.")
+    labels = Path(package.origin).parent / "datasets" / "imagenet2012" / "labels.txt"
+    return tuple(labels.read_text().split())
+
+
+def _sized(config: DataConfig, spec: Spec) -> Spec:
+    """Returns `spec` with the configured size of images."""
+    height, width, channels = spec.image_shape
+    if config.image_size:
+        height = width = config.image_size
+    if not height or not width:
+        raise UserError(f"data.image_size=0: the images of data.name={config.name!r} differ in size; set it, usually "
+                        "to 224 with --config.data.crop=random_resized.")
+    return Spec((height, width, channels), spec.classes)
+
+
+def _keys(config: DataConfig, builder: Any) -> tuple[str, str]:
+    """Returns the names of the image and of the label: the supervised keys, or the only ones of their kinds."""
     import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
-    from tensorflow_datasets.core.download.util import DownloadError
 
-    manual = os.path.expanduser(config.manual_directory) or None
-    if manual and not os.path.isdir(manual):
-        raise UserError(f"data.manual_directory={config.manual_directory!r}: no such directory; it must hold the "
-                        f"source files of {config.name}.")
-    _check_sources(builder, config, manual)
-    print(f"Preparing {config.name} in {builder.data_dir}", file=sys.stderr, flush=True)
-    options = tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
+    features = dict(builder.info.features.items())
+    kinds = (tfds.features.Image, tfds.features.ClassLabel)
+    keys = builder.info.supervised_keys
+    if keys and len(keys) == 2 and all(isinstance(features.get(key), kind) for key, kind in zip(keys, kinds,
+                                                                                              strict=True)):
+        return keys[0], keys[1]
+    found = [[key for key, feature in features.items() if type(feature) is kind] for kind in kinds]
+    if [len(part) for part in found] != [1, 1]:
+        listed = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in sorted(features.items()))
+        raise UserError(f"data.name={config.name!r}: it does not have one image and one class label; it has {listed}.")
+    return found[0][0], found[1][0]
+
+
+def _spec_of(config: DataConfig, builder: Any) -> Spec:
+    image, label = _keys(config, builder)
+    kind = np.dtype(builder.info.features[image].np_dtype)
+    if kind not in (np.uint8, np.uint16):
+        raise UserError(f"data.name={config.name!r}: its images are of type {kind}; those of pictures are "
+                        "uint8 and uint16.")
+    height, width, channels = builder.info.features[image].shape
+    names = builder.info.features[label].names or [str(index) for index in
+                                                   range(builder.info.features[label].num_classes)]
+    if channels == 4:
+        channels = 3  # transparency is laid over white
+    return _sized(config, Spec((height or 0, width or 0, channels or 3), tuple(names)))
+
+
+def _split_strings(config: DataConfig, builder: Any, names: Sequence[str]) -> dict[str, str]:
+    """Returns the TFDS split of each of our splits."""
+    existing = [name for name in builder.info.splits if name not in UNLABELLED.get(builder.name, ())]
+    splits = {"train": config.train_split or "train", "test": config.test_split or (
+        next((name for name in ("test", "validation") if name in existing), ""))}
+    if not splits["test"] and "test" in names:
+        raise UserError(f"data.name={config.name!r} has no test or validation split; it has {_listed(builder)}. Give "
+                        "parts, e.g. --config.data.train_split='train[:90%]' --config.data.test_split='train[90%:]'.")
+    if config.validation_split and "train" in names:
+        splits["validation"] = config.validation_split
+    return {part: split for part, split in splits.items() if part in names or part == "validation"}
+
+
+def _listed(builder: Any) -> str:
+    return ", ".join(f"{name} ({info.num_examples:,})" for name, info in builder.info.splits.items()) or "no splits"
+
+
+def _count(config: DataConfig, builder: Any, part: str, split: str) -> int:
+    """Returns the number of examples of `split`."""
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # TFDS prints; standard output is for results
-            builder.download_and_prepare(download_config=options, file_format="array_record")
-    except NonMatchingChecksumError as error:
-        raise UserError(f"{str(error).splitlines()[0].rstrip(':')}; it is not the published file: delete it and get it "
-                        "again.") from error
-    except (OSError, DownloadError, requests.RequestException) as error:
-        raise UserError(f"cannot prepare {config.name} in {builder.data_dir}: {_one_line(error)}.") from error
+        count = builder.info.splits[split].num_examples
+    except Exception as error:  # TFDS raises several types for what it cannot parse
+        raise UserError(f"data.{part}_split={split!r}: no such split of data.name={config.name!r}; it has "
+                        f"{_listed(builder)}, and parts of them as 'train[:90%]'.") from error
+    if not count:
+        raise UserError(f"data.{part}_split={split!r}: holds no examples; {config.name!r} has {_listed(builder)}.")
+    return count
 
 
-def _check_sources(builder: Any, config: DataConfig, manual: str | None) -> None:
-    """Raises `UserError` if a source file is neither in `manual`, nor downloaded before, nor can be downloaded."""
-    from tensorflow_datasets.core.download import checksums, resource
-
-    known = checksums.get_all_url_infos()
-    downloads = Path(builder.data_dir_root) / "downloads" / config.name
-    missing = {url: known[url] for url in builder.source_urls()
-               if not (manual and os.path.exists(os.path.join(manual, known[url].filename)))
-               and not (downloads / resource.get_dl_fname(url, known[url].checksum)).exists()}
-    problem = next(filter(None, map(_probe, missing)), None)
-    if problem:
-        files = ", ".join(f"{info.filename} ({int(info.size)} bytes)" for info in missing.values())
-        origin = os.path.dirname(next(iter(missing)))
-        raise UserError(
-            f"{config.name} is not prepared in {builder.data_dir_root}, and a download fails ({problem}). Missing: "
-            f"{files} from {origin}/. Put them into a directory and set --config.data.manual_directory=DIR, or train "
-            "on a directory of image files: --config.data.name=folder --config.data.directory=DIR.")
-
-
-def _probe(url: str) -> str:
-    """Returns why `url` cannot be downloaded, or an empty string if its server begins to send it."""
-    import requests
-
-    try:
-        with requests.get(url, stream=True, timeout=PROBE_SECONDS) as response:
-            return "" if response.ok else f"{response.status_code} {response.reason}"
-    except requests.RequestException as error:
-        return type(error).__name__
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+def _check_disjoint(builder: Any, splits: dict[str, str]) -> None:
+    """Raises `UserError` if an example is in two of the splits."""
+    ranges = []
+    for part, split in splits.items():
+        for piece in builder.info.splits[split].file_instructions:
+            end = piece.skip + (piece.examples_in_shard if piece.take < 0 else piece.take)
+            ranges.append((piece.filename, piece.skip, end, part, split))
+    ranges.sort()
+    for (file, _, end, part, split), (other_file, start, _, other_part, other) in itertools.pairwise(ranges):
+        if file == other_file and start < end:
+            raise UserError(f"data.{part}_split={split!r} and data.{other_part}_split={other!r} have examples in "
+                            "common; an image must be in one of them alone.")

@@ -1,9 +1,11 @@
-"""What the tests of `shared_basis.data` share: no network, and how they expect a user's mistake to be told."""
+"""What the tests of `shared_basis.data` share: no network, how they expect mistakes to be told, fake sources."""
 
 from __future__ import annotations
 
+import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,3 +37,29 @@ def mistake() -> Callable[[DataConfig], str]:
         assert "\n" not in message
         return message
     return load
+
+
+@pytest.fixture
+def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Mapping[str, bytes]], DataConfig]:
+    """Returns a function that writes source files, makes their checksums the expected ones, and returns a config."""
+    import tfds_fakes  # imports TFDS, which other tests do without
+
+    def write(name: str, files: Mapping[str, bytes]) -> DataConfig:
+        manual = tmp_path / "manual"
+        manual.mkdir(exist_ok=True)
+        for file, body in files.items():
+            (manual / file).write_bytes(body)
+        tfds_fakes.publish(name, files, monkeypatch.setattr)
+        return DataConfig(name=name, directory=str(tmp_path / "tfds"), manual_directory=str(manual))
+    return write
+
+
+@pytest.fixture
+def prepared(put: Callable[[str, Mapping[str, bytes]], DataConfig]) -> tuple[DataConfig, Path]:
+    """A prepared fake cifar10: its config, without the sources, and the directory of its files."""
+    import tfds_fakes
+
+    config = put("cifar10", tfds_fakes.cifar10_files())
+    data.prepare(config)
+    shutil.rmtree(config.manual_directory)
+    return DataConfig(name="cifar10", directory=config.directory), Path(config.directory) / "cifar10" / "3.0.2"

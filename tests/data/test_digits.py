@@ -1,4 +1,4 @@
-"""The embedded digits and the choice of subsets."""
+"""The embedded digits, and which images of a data set a run uses: subsets and held-out validation images."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from shared_basis import data
 from shared_basis.config import DataConfig
+from shared_basis.errors import UserError
 
 
 def test_shapes_and_types_are_those_described():
@@ -21,6 +23,7 @@ def test_shapes_and_types_are_those_described():
         assert split.images.flags.c_contiguous
         assert split.labels.shape == (count,)
         assert split.labels.dtype == np.int32
+    assert dataset.validation is None
 
 
 def test_grey_values_are_scaled_and_rounded():
@@ -40,13 +43,30 @@ def test_every_fifth_image_of_a_class_is_a_test_image():
             np.testing.assert_array_equal(np.round(got * (16 / 255)), expected)
 
 
+@pytest.mark.parametrize("size", [4, 20])
+def test_images_are_brought_to_the_configured_size(size):
+    config = DataConfig(image_size=size, test_examples=7)
+    original = data.load_split(DataConfig(test_examples=7), "test")
+    scaled = data.load_split(config, "test")
+    assert data.describe(config).image_shape == scaled.images.shape[1:] == (size, size, 1)
+    np.testing.assert_array_equal(scaled.labels, original.labels)
+    for image, pixels in zip(original.images, scaled.images, strict=True):
+        expected = Image.fromarray(image[..., 0]).resize((size, size), Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(pixels[..., 0], expected)
+
+
+def test_there_is_nothing_to_prepare():
+    assert "nothing to prepare" in data.prepare(DataConfig())
+
+
 def test_one_split_alone_equals_the_whole():
     whole = data.load(DataConfig())
     for name in data.SPLITS:
+        assert data.open_source(DataConfig(), (name,)).splits.keys() == {name}
         alone, expected = data.load_split(DataConfig(), name), getattr(whole, name)
         np.testing.assert_array_equal(alone.images, expected.images)
         np.testing.assert_array_equal(alone.labels, expected.labels)
-    with pytest.raises(ValueError, match="'validation': must be one of train, test"):
+    with pytest.raises(ValueError, match=r"'validation'.*must be of train, test"):
         data.load_split(DataConfig(), "validation")
 
 
@@ -68,3 +88,30 @@ def test_a_subset_has_to_exist(mistake):
         message = mistake(dataclasses.replace(DataConfig(), **{field: count + 1}))
         assert f"data.{field}={count + 1}" in message
         assert f"only {count} " in message
+
+
+def test_validation_images_are_a_random_part_of_the_training_images():
+    whole, held = data.load(DataConfig()), data.load(DataConfig(validation=0.1))
+    members = np.zeros(1442, bool)
+    members[np.random.default_rng(0).permutation(1442)[:144]] = True
+    assert held.validation is not None
+    for split, rows in ((held.validation, members), (held.train, ~members)):
+        np.testing.assert_array_equal(split.images, whole.train.images[rows])
+        np.testing.assert_array_equal(split.labels, whole.train.labels[rows])
+    np.testing.assert_array_equal(held.test.images, whole.test.images)
+
+
+def test_the_training_subset_is_chosen_of_what_the_validation_images_leave(mistake):
+    held = data.load(DataConfig(validation=0.5))
+    limited = data.load(DataConfig(validation=0.5, train_examples=721))
+    np.testing.assert_array_equal(limited.train.images, held.train.images)
+    np.testing.assert_array_equal(limited.validation.images, held.validation.images)
+    assert "only 721 train images exist" in mistake(DataConfig(validation=0.5, train_examples=722))
+
+
+@pytest.mark.parametrize("change", [{"classes": tuple("012345678X")}, {"image_shape": (9, 9, 1)}])
+def test_the_images_must_be_those_of_the_run_that_is_evaluated(change):
+    known = data.describe(DataConfig())
+    assert data.open_source(DataConfig(), ("test",), known).spec == known
+    with pytest.raises(UserError, match=f"other {next(iter(change)).replace('_', ' ')} than those that the run"):
+        data.open_source(DataConfig(), ("test",), dataclasses.replace(known, **change))

@@ -1,11 +1,16 @@
-"""Directories of images: order, decoding, resizing, and the messages for what can be wrong with them."""
+"""Directories of images: their layouts, classes, splits and order, and the messages for what can be wrong with them."""
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import shutil
+import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +19,8 @@ from PIL import Image
 from shared_basis import data
 from shared_basis.config import DataConfig
 from shared_basis.data import folder as folder_module
-from shared_basis.data.splits import choose
+from shared_basis.data.splits import select
+from shared_basis.errors import UserError
 
 CIFAR10_JPEG = Path(__file__).parents[3] / "shared" / "data" / "cifar10-jpeg.tar.xz"
 
@@ -24,25 +30,69 @@ def pixels(seed: int, height: int = 4, width: int = 5) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
+def write(root: Path, *files: str) -> Path:
+    """Writes images of 4×5 pixels, `pixels(0)`, `pixels(1)`, ... to `files` below `root`, and returns `root`."""
+    for seed, file in enumerate(files):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(seed)).save(root / file)
+    return root
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two classes, in both of three training images and one test image of 4×5 pixels, `pixels(0)` to `pixels(7)`."""
-    files = [*(f"train/{name}/{index}.png" for name in ("cat", "dog") for index in range(3)),
-             "test/cat/0.png", "test/dog/0.png"]
-    for seed, file in enumerate(files):
-        path = tmp_path / "images" / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels(seed)).save(path)
-    return tmp_path / "images"
+    return write(tmp_path / "images", *(f"train/{name}/{index}.png" for name in ("cat", "dog") for index in range(3)),
+                 "test/cat/0.png", "test/dog/0.png")
 
 
-def config(directory: Path, **fields: int) -> DataConfig:
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """One tree: 10 ants, 20 cats and 5 dogs."""
+    return write(tmp_path / "tree", *(f"{name}/{index:02}.png" for name, count in (("ant", 10), ("cat", 20), ("dog", 5))
+                                      for index in range(count)))
+
+
+@pytest.fixture
+def scan_backwards(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Returns a function that turns the order around in which the file system lists names."""
+    scan = os.scandir
+
+    class Backwards:
+        def __init__(self, path):
+            self.path = path
+
+        def __enter__(self):
+            return sorted(scan(self.path), key=lambda entry: entry.name, reverse=True)
+
+        def __exit__(self, *_):
+            return None
+    return lambda: monkeypatch.setattr(folder_module.os, "scandir", Backwards)
+
+
+def config(directory: Path, **fields: Any) -> DataConfig:
     return DataConfig(name="folder", directory=str(directory), **fields)
 
 
-def first_image(directory: Path, **fields: int) -> np.ndarray:
+def first_image(directory: Path, **fields: Any) -> np.ndarray:
     return data.load_split(config(directory, **fields), "train").images[0]
 
+
+def listed(source: data.Source, directory: Path) -> dict[str, list[str]]:
+    """Returns the paths below `directory` of the images of each split."""
+    return {split: [os.path.relpath(part.name(index), directory) for index in range(len(part))]
+            for split, part in source.splits.items()}
+
+
+def files_of(directory: Path, **fields: Any) -> dict[str, list[str]]:
+    return listed(data.open_source(config(directory, **fields)), directory)
+
+
+def labelled(split: data.Split) -> dict[bytes, int]:
+    """Returns the label of each image, by its pixels."""
+    return {image.tobytes(): int(label) for image, label in zip(split.images, split.labels, strict=True)}
+
+
+# Order and files
 
 def test_loads_images_and_labels(folder):
     dataset = data.load(config(folder))
@@ -51,6 +101,7 @@ def test_loads_images_and_labels(folder):
     np.testing.assert_array_equal(dataset.train.labels, [0, 0, 0, 1, 1, 1])
     np.testing.assert_array_equal(dataset.test.images, [pixels(6), pixels(7)])
     np.testing.assert_array_equal(dataset.test.labels, [0, 1])
+    assert dataset.validation is None
     assert dataset.train.images.flags.c_contiguous
     assert dataset.train.labels.dtype == np.int32
     np.testing.assert_array_equal(data.load_split(config(folder), "test").images, dataset.test.images)
@@ -61,22 +112,21 @@ def test_a_home_directory_is_expanded(folder, monkeypatch):
     assert data.describe(config(Path("~/images"))).classes == ("cat", "dog")
 
 
-def test_order_is_by_code_point_whatever_the_file_system_gives(folder, monkeypatch):
+def test_the_home_directory_of_an_unknown_user_is_told(mistake):
+    assert "~nobody-of-this-name/images" in mistake(config(Path("~nobody-of-this-name/images")))
+
+
+def test_a_directory_may_be_relative(folder, monkeypatch):
+    monkeypatch.chdir(folder / "train")
+    assert listed(data.open_source(config(Path("../../images"))), folder) == files_of(folder)
+    assert len(data.load(config(Path(".."))).train.labels) == 6
+
+
+def test_order_is_by_code_point_whatever_the_file_system_gives(folder, scan_backwards):
     names = ("a.png", "10.png", "B.png", "2.png")
     for seed, name in enumerate(names, 20):
         Image.fromarray(pixels(seed)).save(folder / "train" / "cat" / name)
-    scan = os.scandir
-
-    class Reversed:
-        def __init__(self, path):
-            self.path = path
-
-        def __enter__(self):
-            return sorted(scan(self.path), key=lambda entry: entry.name, reverse=True)
-
-        def __exit__(self, *_):
-            return None
-    monkeypatch.setattr(folder_module.os, "scandir", Reversed)
+    scan_backwards()
     split = data.load_split(config(folder), "train")
     expected = [pixels(seed) for seed in (0, 1, 21, 23, 22, 20, 3, 4, 5)]  # 0, 1, 10, 2, B, a; then the dogs
     np.testing.assert_array_equal(split.images, expected)
@@ -100,126 +150,311 @@ def test_hidden_files_and_other_suffixes_are_passed_over_and_suffixes_may_be_upp
     assert len(images) == 9
 
 
-GREY = pixels(11)[..., 0]
+def test_a_pipe_is_passed_over(folder):
+    os.mkfifo(folder / "train" / "cat" / "a.png")  # opening it would wait for a writer
+    assert len(data.load(config(folder)).train.labels) == 6
 
 
-@pytest.mark.parametrize(("image", "expected"), [
-    (Image.fromarray(GREY), GREY[..., None]),
-    (Image.fromarray(GREY > 99), np.where(GREY > 99, 255, 0)[..., None]),
-    (Image.fromarray(GREY.astype(np.uint16) * 257), GREY[..., None]),
-    (Image.fromarray(np.full((4, 5), 257 * 7 + 129, np.uint16)), np.full((4, 5, 1), 8)),
-    (Image.fromarray(np.full((4, 5), 257 * 7 + 128, np.uint16)), np.full((4, 5, 1), 7)),
-    (Image.fromarray(np.dstack([pixels(12), np.full((4, 5), 255, np.uint8)])), pixels(12)),
-    (Image.fromarray(np.dstack([pixels(12), np.zeros((4, 5), np.uint8)])), np.full((4, 5, 1), 255)),
-    (Image.fromarray(np.dstack([GREY, np.zeros((4, 5), np.uint8)])), np.full((4, 5, 1), 255)),
-    (Image.fromarray(np.full((4, 5, 3), (255, 0, 255), np.uint8)).quantize(4), np.full((4, 5, 3), (255, 0, 255))),
-], ids=["grey", "bits", "16 bits", "16 bits up", "16 bits down", "opaque", "transparent", "transparent grey",
-        "palette"])
-def test_images_become_rgb(folder, image, expected):
-    image.save(folder / "train" / "cat" / "0.png")
-    np.testing.assert_array_equal(first_image(folder), np.broadcast_to(expected, (4, 5, 3)))
+def test_a_link_to_a_pipe_is_passed_over(folder):
+    os.mkfifo(folder / "pipe")
+    (folder / "train" / "cat" / "z.png").symlink_to(folder / "pipe")
+    assert files_of(folder)["train"][:3] == [f"train/cat/{index}.png" for index in range(3)]
+    assert "train/cat/z.png" not in files_of(folder)["train"]
 
 
-def test_a_transparent_colour_becomes_white(folder):
-    palette = Image.new("P", (5, 4), 1)
-    palette.putpalette([0, 0, 0, 9, 8, 7])
-    palette.putpixel((0, 0), 0)
-    palette.save(folder / "train" / "cat" / "0.png", transparency=0)
-    image = first_image(folder)
-    assert image[0, 0].tolist() == [255, 255, 255]
-    assert image[1, 1].tolist() == [9, 8, 7]
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_file_names_need_not_be_utf_8(tmp_path, capfd):
+    root = os.fsencode(write(tmp_path, "train/cat/0.png", "train/dog/0.png", "test/cat/0.png", "test/dog/0.png"))
+    os.rename(root + b"/train/cat/0.png", root + b"/train/cat/caf\xe9.png")
+    for split in (b"/train", b"/test"):
+        os.rename(root + split + b"/dog", root + split + b"/\xff\xfe")
+    with open(root + b"/train/cat/\xe8.png", "wb"):
+        pass
+    skipping = config(tmp_path, on_broken="skip")
+    dataset = data.load(skipping)
+    np.testing.assert_array_equal(dataset.train.images, [pixels(0), pixels(1)])
+    assert dataset.spec.classes == ("cat", os.fsdecode(b"\xff\xfe"))
+    assert "warning: skipped: " in capfd.readouterr().err
+    examples = pickle.loads(pickle.dumps(data.open_source(skipping).splits["train"]))  # to a worker and back
+    assert os.fsencode(examples.name(0)) == root + b"/train/cat/caf\xe9.png"
+    assert "1 of them broken" in data.prepare(skipping)
 
 
-def test_exif_orientation_is_applied(folder):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned clockwise by a quarter
-    Image.fromarray(np.rot90(pixels(13)).copy()).save(folder / "train" / "cat" / "0.png", exif=exif)
-    np.testing.assert_array_equal(first_image(folder), pixels(13))
+def test_examples_are_taken_and_sent_to_workers_with_their_paths_and_labels(folder):
+    examples = data.open_source(config(folder)).splits["train"]
+    taken = pickle.loads(pickle.dumps(examples.take(np.array([4, 0, 5])).take(np.array([2, 0]))))
+    assert taken.read([0, 1]) == [(str(folder / "train/dog/2.png"), 1), (str(folder / "train/dog/1.png"), 1)]
+    assert [len(examples), len(taken), taken.name(1)] == [6, 2, str(folder / "train/dog/1.png")]
 
 
-@pytest.mark.parametrize(("height", "width"), [(8, 16), (16, 8), (16, 40), (2, 4)])
-def test_resizing_scales_the_shorter_side_and_cuts_out_the_centre(folder, height, width):
-    image = Image.fromarray(pixels(14, height, width))
-    image.save(folder / "train" / "cat" / "0.png")
-    short = min(height, width)
-    whole = np.asarray(image.resize((4 * width // short, 4 * height // short), Image.Resampling.BILINEAR))
-    top, left = (whole.shape[0] - 4) // 2, (whole.shape[1] - 4) // 2
-    assert data.describe(config(folder, image_size=4)).image_shape == (4, 4, 3)
-    expected = whole[top:top + 4, left:left + 4]
-    np.testing.assert_allclose(first_image(folder, image_size=4).astype(int), expected, atol=1)  # rounding
+def test_images_may_lie_deeper(tmp_path):
+    write(tmp_path, "train/cat/b/2019/x.png", "train/cat/a.png", "train/cat/a/z.png", "train/cat/c.png",
+          "train/dog/one/two/three/0.png", "test/cat/deep/0.png", "test/dog/0.png")
+    (tmp_path / "train" / "cat" / "empty").mkdir()
+    (tmp_path / "train" / "cat" / ".thumbnails").mkdir()
+    shutil.copy(tmp_path / "train/cat/a.png", tmp_path / "train/cat/.thumbnails/a.png")
+    assert files_of(tmp_path) == {
+        "train": ["train/cat/a.png", "train/cat/a/z.png", "train/cat/b/2019/x.png", "train/cat/c.png",
+                  "train/dog/one/two/three/0.png"],
+        "test": ["test/cat/deep/0.png", "test/dog/0.png"]}
+    assert data.load(config(tmp_path)).train.labels.tolist() == [0, 0, 0, 0, 1]
 
 
-def test_resizing_averages_what_it_drops(folder):
-    stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[:, ::2] = 255
-    Image.fromarray(stripes).save(folder / "train" / "cat" / "0.png")
-    inner = first_image(folder, image_size=8)[:, 1:-1].astype(int)
-    assert abs(inner - 127).max() <= 2
+def test_images_beside_class_directories_are_passed_over(tmp_path):
+    write(tmp_path, "cover.png", "1.png", "cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png")
+    parts = files_of(tmp_path)
+    assert sorted(parts["train"] + parts["test"]) == ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
 
 
-def test_resizing_brings_small_and_large_jpeg_files_to_one_size(folder):
-    large = np.zeros((400, 1200, 3), np.uint8)
-    large[:, :600] = 220
-    Image.fromarray(large).save(folder / "train" / "cat" / "0.jpg")
-    (folder / "train" / "cat" / "0.png").unlink()
-    split = data.load_split(config(folder, image_size=16), "train")
-    assert split.images.shape == (6, 16, 16, 3)
-    assert split.images[0, :, :7].min() > 210
-    assert split.images[0, :, 9:].max() < 10
+def test_links_to_class_directories_and_files_are_followed(folder, tmp_path):
+    write(tmp_path / "elsewhere", "birds/0.png", "birds/1.png")
+    for split in data.SPLITS:
+        (folder / split / "emu").symlink_to(tmp_path / "elsewhere" / "birds")
+    (folder / "train" / "cat" / "3.png").symlink_to(tmp_path / "elsewhere" / "birds" / "1.png")
+    (tmp_path / "link").symlink_to(folder)
+    dataset = data.load(config(tmp_path / "link"))
+    assert dataset.spec.classes == ("cat", "dog", "emu")
+    assert dataset.train.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2]
+    np.testing.assert_array_equal(dataset.train.images[3], pixels(1))
+    assert dataset.test.labels.tolist() == [0, 1, 2, 2]
 
 
-def test_a_large_jpeg_file_keeps_its_detail(folder):
-    path = folder / "train" / "cat" / "0.jpg"
-    Image.fromarray(pixels(15, 64, 64)).save(path, quality=95)
-    (folder / "train" / "cat" / "0.png").unlink()
-    expected = Image.open(path).resize((32, 32), Image.Resampling.BILINEAR)
-    np.testing.assert_allclose(first_image(folder, image_size=32).astype(int), np.asarray(expected), atol=1)
+def test_links_to_directories_below_are_not_followed(folder, tmp_path):
+    before = files_of(folder)
+    write(tmp_path / "elsewhere", "0.png")
+    cats = folder / "train" / "cat"
+    (cats / "below").symlink_to(tmp_path / "elsewhere")
+    (cats / "below.png").symlink_to(tmp_path / "elsewhere")
+    (cats / "deep").mkdir()
+    (cats / "deep" / "around").symlink_to(cats)
+    assert files_of(folder) == before
 
 
-def test_only_the_chosen_images_are_opened(folder):
-    for name in ("cat", "dog"):
-        for index in range(3, 20):
-            Image.fromarray(pixels(index)).save(folder / "train" / name / f"{index:02}.png")
-    limited = config(folder, train_examples=5)
-    whole = data.load_split(config(folder), "train")
-    chosen = choose(limited, {"train": 40})["train"]
-    assert len(chosen) == 5
-    paths = sorted((folder / "train").glob("*/*"))
-    for index in set(range(1, 40)) - set(chosen):  # the first image sets the size
-        paths[index].write_bytes(b"broken")
-    split = data.load_split(limited, "train")
-    np.testing.assert_array_equal(split.images, whole.images[chosen])
-    np.testing.assert_array_equal(split.labels, whole.labels[chosen])
+def test_a_link_to_itself_is_told(folder, mistake):
+    path = folder / "train" / "cat" / "loop.png"
+    path.symlink_to(path)
+    assert f"{path} cannot be decoded" in mistake(config(folder))
 
 
-def test_more_images_than_exist(folder, mistake):
-    assert "only 6 train images exist" in mistake(config(folder, train_examples=7))
-    assert "only 2 test images exist" in mistake(config(folder, test_examples=3))
+def test_directories_that_are_links_to_nowhere_or_themselves_are_passed_over(folder):
+    (folder / "train" / "nowhere").symlink_to(folder / "nowhere")
+    assert data.describe(config(folder)).classes == ("cat", "dog")
+    (folder / "train" / "loop").symlink_to(folder / "train" / "loop")
+    assert data.describe(config(folder)).classes == ("cat", "dog")
 
 
-@pytest.mark.parametrize("read", [data.describe, data.load])
-def test_missing_directories_are_named(folder, mistake, read):
-    message = mistake(config(folder / "nowhere"), read)
-    assert str(folder / "nowhere") in message
-    assert "train/<class>/*" in message
-    message = mistake(config(folder / "train" / "cat" / "0.png"), read)
-    assert "is not a directory" in message
-    for name in ("test", "train"):
-        shutil.rmtree(folder / name)
-        assert f"{folder / name} cannot be found" in mistake(config(folder), read)
+# Splits
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_validation_images_are_the_test_images_where_there_are_no_others(folder, name):
+    before = data.load(config(folder))
+    (folder / "test").rename(folder / name)
+    after = data.load(config(folder))
+    assert after.spec == before.spec
+    assert after.validation is None
+    np.testing.assert_array_equal(after.test.images, before.test.images)
+    np.testing.assert_array_equal(data.load_split(config(folder), "test").images, before.test.images)
 
 
-@pytest.mark.parametrize(("changed", "other"), [("train", "test"), ("test", "train")])
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_with_test_images_validation_images_are_a_split_of_their_own(folder, name):
+    before = data.load(config(folder))
+    for seed, label in ((30, "cat"), (31, "dog")):
+        path = folder / name / label / "0.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(pixels(seed)).save(path)
+    dataset = data.load(config(folder))
+    np.testing.assert_array_equal(dataset.validation.images, [pixels(30), pixels(31)])
+    np.testing.assert_array_equal(dataset.validation.labels, [0, 1])
+    for split in data.SPLITS:
+        np.testing.assert_array_equal(getattr(dataset, split).images, getattr(before, split).images)
+    assert data.open_source(config(folder), ("test",)).splits.keys() == {"test"}
+    assert data.open_source(config(folder), ("train",)).splits.keys() == {"train", "validation"}
+    assert "6 train, 2 test, 2 validation images" in data.prepare(config(folder))
+    path.write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"1 image in .* cannot be decoded"):
+        data.prepare(config(folder))
+
+
+def test_a_single_tree_is_split_class_by_class(tree):
+    parts = files_of(tree)
+    everything = sorted(os.path.relpath(path, tree) for path in tree.glob("*/*"))
+    assert sorted(parts["train"] + parts["test"]) == everything
+    assert not set(parts["train"]) & set(parts["test"])
+    for split, counts in (("train", [8, 16, 4]), ("test", [2, 4, 1])):
+        assert parts[split] == sorted(parts[split])
+        assert [sum(path.startswith(name) for path in parts[split]) for name in ("ant", "cat", "dog")] == counts
+        labels = data.load_split(config(tree), split).labels
+        np.testing.assert_array_equal(labels, np.repeat([0, 1, 2], counts))
+    # Where this changes, runs of older versions are tested on images that they were trained on.
+    assert parts["test"] == ["ant/04.png", "ant/06.png", "cat/00.png", "cat/10.png", "cat/13.png", "cat/15.png",
+                             "dog/04.png"]
+
+
+@pytest.mark.parametrize(("test", "counts"), [(0.01, [1, 1, 1]), (0.1, [1, 2, 1]), (0.5, [5, 10, 2]),
+                                              (1.0, [10, 20, 5])])
+def test_the_test_part_of_a_single_tree_has_the_configured_size(tree, test, counts):
+    source = data.open_source(config(tree, test=test))
+    labels = [label for _, label in source.splits["test"].read(range(len(source.splits["test"])))]
+    assert np.bincount(labels).tolist() == counts  # at least one, and halves rounded to even
+    assert len(source.splits["train"]) == 35 - sum(counts)
+
+
+def test_a_single_tree_is_split_by_the_seed_of_the_split_alone(tree, scan_backwards):
+    parts = files_of(tree)
+    assert files_of(tree, image_size=9, crop="random_resized") == parts
+    assert files_of(tree, split_seed=1)["test"] != parts["test"]
+    assert len({tuple(files_of(tree, split_seed=seed)["test"]) for seed in range(10)}) == 10
+    scan_backwards()
+    assert files_of(tree) == parts
+
+
+def test_the_splits_of_a_single_tree_are_parts_of_each_other_as_the_test_part_grows(tree):
+    smaller, larger = (set(files_of(tree, test=test)["test"]) for test in (0.2, 0.4))
+    assert smaller < larger
+
+
+def test_one_split_of_a_single_tree_is_what_both_together_have(tree):
+    parts = files_of(tree)
+    for split in data.SPLITS:
+        assert listed(data.open_source(config(tree), (split,)), tree) == {split: parts[split]}
+
+
+def test_every_class_of_a_single_tree_keeps_a_training_image(tmp_path, mistake):
+    write(tmp_path, "ant/0.png", "ant/1.png", "cat/0.png", "cat/1.png")
+    assert len(files_of(tmp_path, test=0.8)["train"]) == 2
+    write(tmp_path, "dog/0.png")
+    assert "dog" in mistake(config(tmp_path))
+
+
+# Flat directories
+
+def test_without_directories_the_class_is_the_file_name_up_to_its_number(tmp_path):
+    write(tmp_path, "train/cat.0.jpg", "train/cat.10.jpg", "train/cat.2.jpg", "train/dog.1.jpg", "test/cat.3.jpg",
+          "test/dog.0.jpg", "test/dog.4.jpg")
+    assert files_of(tmp_path) == {
+        "train": ["train/cat.0.jpg", "train/cat.10.jpg", "train/cat.2.jpg", "train/dog.1.jpg"],
+        "test": ["test/cat.3.jpg", "test/dog.0.jpg", "test/dog.4.jpg"]}
+    dataset = data.load(config(tmp_path))
+    assert dataset.spec.classes == ("cat", "dog")
+    assert dataset.train.labels.tolist() == [0, 0, 0, 1]
+    assert dataset.test.labels.tolist() == [0, 1, 1]
+
+
+def test_a_flat_single_tree_is_split_class_by_class(tmp_path):
+    write(tmp_path, *(f"{name}_{index}.png" for name in ("dog", "cat") for index in range(10)))
+    (tmp_path / "list.txt").write_text("not an image")
+    parts = files_of(tmp_path)
+    assert [len(parts["train"]), len(parts["test"])] == [16, 4]
+    assert [path[:3] for path in parts["test"]] == ["cat", "cat", "dog", "dog"]
+    assert len(set(parts["train"] + parts["test"])) == 20
+    drawn = [files_of(tmp_path, split_seed=seed)["test"] for seed in range(5)]
+    numbers = [[path[4:] for path in paths] for paths in drawn]
+    assert [part[:2] for part in numbers] != [part[2:] for part in numbers]  # each class is drawn by itself
+
+
+def test_classes_of_a_flat_directory_are_sorted_whatever_follows_them(tmp_path):
+    write(tmp_path, "train/a_1.png", "train/aB1.png", "test/a_1.png", "test/aB1.png")  # aB1 comes before a_1
+    assert files_of(tmp_path)["train"] == ["train/a_1.png", "train/aB1.png"]
+    assert data.describe(config(tmp_path)).classes == ("a", "aB")
+
+
+@pytest.mark.parametrize(("file", "name"), [
+    ("cat.0.png", "cat"), ("cat (12).png", "cat"), ("Abyssinian_100.png", "Abyssinian"), ("cat-7.png", "cat"),
+    ("cat12.png", "cat"), ("great_pyrenees_3.png", "great_pyrenees"), ("n02085620_7.PNG", "n02085620"),
+    ("cat 1.5.png", "cat 1"), ("cat_1_.png", "cat"), ("Großer Hund 3.png", "Großer Hund"), ("猫 3.png", "猫")])
+def test_a_class_and_a_number_make_a_file_name(tmp_path, file, name):
+    write(tmp_path, file, "zebra.1.png")
+    assert set(data.describe(config(tmp_path, test=1.0)).classes) == {name, "zebra"}
+
+
+@pytest.mark.parametrize("file", ["cat.png", "cat_1_a.png", "0001.png", "(3).png", "_1.png"])
+def test_a_file_name_that_is_not_a_class_and_a_number_is_named(tmp_path, mistake, file):
+    write(tmp_path, "cat.0.png", "dog.0.png", file)
+    message = mistake(config(tmp_path))
+    assert repr(file) in message
+    assert f"{tmp_path} holds no class directories" in message
+    assert "cat.12.jpg" in message
+
+
+# Classes
+
+KNOWN = data.Spec((4, 5, 3), ("ant", "cat", "dog"))
+
+
+def evaluated(directory: Path, known: data.Spec = KNOWN, **fields: Any) -> data.Source:
+    """Opens `directory` as a run of the classes `known` does that is evaluated there."""
+    return data.open_source(config(directory, **fields), ("test",), known)
+
+
+def test_evaluation_needs_the_test_images_alone_and_labels_them_by_the_classes_of_the_run(folder):
+    shutil.rmtree(folder / "train")
+    source = evaluated(folder)
+    assert source.spec == KNOWN
+    assert listed(source, folder) == {"test": ["test/cat/0.png", "test/dog/0.png"]}
+    assert [label for _, label in source.splits["test"].read([0, 1])] == [1, 2]
+    (folder / "test").rename(folder / "valid")
+    assert [label for _, label in evaluated(folder).splits["test"].read([0, 1])] == [1, 2]
+    reordered = data.Spec((4, 5, 3), ("dog", "cat"))
+    assert [label for _, label in evaluated(folder, reordered).splits["test"].read([0, 1])] == [1, 0]
+
+
+def test_evaluation_may_lack_all_classes_but_one(folder):
+    shutil.rmtree(folder / "test" / "cat")
+    assert [label for _, label in evaluated(folder).splits["test"].read([0])] == [2]
+
+
+def test_evaluation_on_a_single_tree_or_a_flat_one_takes_its_test_part(tree, tmp_path):
+    trained = data.open_source(config(tree))
+    assert listed(evaluated(tree), tree)["test"] == listed(trained, tree)["test"]
+    assert len(evaluated(tree, test=1.0).splits["test"]) == 35
+    shutil.rmtree(tree / "ant")  # what is absent does not show in the others
+    assert listed(evaluated(tree), tree)["test"] == listed(trained, tree)["test"][2:]
+    flat = write(tmp_path / "flat", "dog.0.png", "dog.1.png", "cat.0.png")
+    assert [label for _, label in evaluated(flat, test=1.0).splits["test"].read(range(3))] == [1, 2, 2]
+
+
+def test_evaluation_refuses_classes_that_the_run_does_not_know(folder, mistake):
+    shutil.copytree(folder / "test" / "cat", folder / "test" / "emu")
+    message = mistake(config(folder), lambda _: evaluated(folder))
+    assert "'emu' is not one of ant, cat, dog." in message
+    assert str(folder) in message
+    many = data.Spec((4, 5, 3), tuple(f"n{index:04}" for index in range(1000)))
+    assert mistake(config(folder), lambda _: evaluated(folder, many)).endswith("n0008, n0009, ….")
+
+
+def test_evaluation_takes_the_size_of_the_run(folder, mistake):
+    for file in (folder / "test").glob("*/*"):
+        Image.fromarray(pixels(0, 6, 6)).save(file)
+    source = evaluated(folder, data.Spec((6, 6, 3), KNOWN.classes))
+    assert source.spec.image_shape == (6, 6, 3)
+    assert evaluated(folder, data.Spec((9, 9, 3), KNOWN.classes), image_size=9).spec.image_shape == (9, 9, 3)
+    message = mistake(config(folder), lambda _: evaluated(folder, image_size=9))
+    assert "other image shape than those that the run was trained on" in message
+
+
+@pytest.mark.parametrize(("changed", "other"), [("train", "test"), ("test", "train"), ("train", "val"),
+                                                ("val", "train")])
 def test_a_class_that_is_in_one_split_only_is_named(folder, mistake, changed, other):
+    if "val" in (changed, other):
+        shutil.copytree(folder / "test", folder / "val")
     shutil.copytree(folder / changed / "cat", folder / changed / "emu")
+    if "test" not in (changed, other) and changed == "train":
+        shutil.copytree(folder / "train" / "emu", folder / "test" / "emu")
     message = mistake(config(folder))
     assert f"class 'emu' is in {folder / changed} and not in {folder / other}" in message
 
 
-def test_one_class_is_too_few(folder, mistake):
+def test_one_class_is_too_few(folder, tmp_path, mistake):
     for name in data.SPLITS:
         shutil.rmtree(folder / name / "dog")
-    assert "holds 1 class directories; at least 2" in mistake(config(folder))
+    message = mistake(config(folder))
+    assert f"{folder / 'train'} holds 1 class directory, 'cat'; at least 2" in message
+    assert "train/<class>/*" in message
+    flat = write(tmp_path / "flat", "cat.0.png", "cat.1.png")
+    assert "'cat'; at least 2 classes are needed" in mistake(config(flat))
+    (tmp_path / "empty").mkdir()
+    assert "at least 2 classes are needed" in mistake(config(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize("name", data.SPLITS)
@@ -230,6 +465,177 @@ def test_a_class_without_images_is_named(folder, mistake, name):
     assert f"{folder / name / 'dog'} holds no image" in message
     assert ".jpg" in message
 
+
+@pytest.mark.parametrize("read", [data.describe, data.load])
+def test_missing_directories_are_named(folder, mistake, read):
+    message = mistake(config(folder / "nowhere"), read)
+    assert f"{folder / 'nowhere'} cannot be found" in message
+    assert "train/<class>/*" in message
+    message = mistake(config(folder / "train" / "cat" / "0.png"), read)
+    assert "is not a directory" in message
+
+
+@pytest.mark.parametrize(("missing", "left"), [("test", "train"), ("train", "test")])
+def test_one_split_without_the_other_is_not_a_class(folder, mistake, missing, left):
+    shutil.rmtree(folder / missing)
+    message = mistake(config(folder))
+    assert f"{folder} holds {left}/ and no {missing}/" in message
+    assert f"or name {folder / left} itself" in message
+
+
+def test_a_misspelt_split_is_not_a_class(folder, mistake):
+    (folder / "test").rename(folder / "tset")
+    assert f"{folder} holds train/ and no test/ or val/" in mistake(config(folder))
+
+
+def test_a_class_may_be_named_train(tmp_path):
+    write(tmp_path, *(f"{name}/{index}.png" for name in ("bus", "car", "train") for index in range(3)))
+    assert data.describe(config(tmp_path)).classes == ("bus", "car", "train")
+
+
+# From files to pixels
+
+def encode(kind: str, image: Image.Image, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_images_of_all_kinds_become_rgb_side_by_side(folder):  # one by one: test_images.py
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by a quarter
+    colour, grey = Image.fromarray(pixels(11)), Image.fromarray(pixels(11)[..., 0])
+    clear = Image.fromarray(np.dstack([pixels(12), np.zeros((4, 5), np.uint8)]))
+    red = Image.new("RGB", (5, 4), (255, 55, 0))
+    cats = {
+        "0.png": (encode("PNG", colour), pixels(11)),
+        "1.png": (encode("PNG", grey), pixels(11)[..., :1]),
+        "2.png": (encode("PNG", clear), 255),
+        "3.png": (encode("PNG", Image.fromarray(pixels(11)[..., 0].astype(np.uint16) * 257)), pixels(11)[..., :1]),
+        "4.png": (encode("PNG", red.quantize(4)), (255, 55, 0)),
+        "5.webp": (encode("WEBP", clear, lossless=True), 255),
+        "6.webp": (encode("WEBP", Image.fromarray(np.rot90(pixels(13)).copy()), lossless=True, exif=exif), pixels(13)),
+        "7.bmp": (encode("BMP", grey), pixels(11)[..., :1]),
+        "8.jpg": (encode("JPEG", Image.new("L", (5, 4), 77)), 77),
+        "9.jpg": (encode("JPEG", Image.new("CMYK", (5, 4), (0, 200, 255, 0)), quality=100), (255, 55, 0)),
+    }
+    for name, (body, _) in cats.items():
+        (folder / "train" / "cat" / name).write_bytes(body)
+    images = data.load_split(config(folder), "train").images[:len(cats)]
+    for image, (name, (_, expected)) in zip(images, cats.items(), strict=True):
+        np.testing.assert_allclose(image.astype(int), np.broadcast_to(expected, (4, 5, 3)), atol=1, err_msg=name)
+
+
+def test_images_are_scaled_and_their_centre_cut_out(folder):
+    image = Image.fromarray(pixels(14, 8, 16))
+    image.save(folder / "train" / "cat" / "0.png")
+    expected = np.asarray(image.resize((8, 4), Image.Resampling.BILINEAR))[:, 2:6]
+    assert data.describe(config(folder, image_size=4)).image_shape == (4, 4, 3)
+    np.testing.assert_allclose(first_image(folder, image_size=4).astype(int), expected, atol=1)  # rounding
+
+
+def test_images_in_memory_that_are_cropped_at_random_in_training_are_cut_as_test_images(folder):
+    image = Image.fromarray(pixels(14, 64, 96))
+    image.save(folder / "train" / "cat" / "0.png")
+    scaled = np.asarray(image.resize((48, 32), Image.Resampling.BILINEAR))
+    expected = scaled[2:30, 10:38]  # 28 of 32 pixels
+    first = first_image(folder, image_size=28, crop="random_resized")
+    np.testing.assert_allclose(first.astype(int), expected, atol=1)
+
+
+def test_small_and_large_jpeg_files_are_brought_to_one_size(folder):
+    large = np.zeros((400, 1200, 3), np.uint8)
+    large[:, :600] = 220
+    Image.fromarray(large).save(folder / "train" / "cat" / "0.jpg")
+    (folder / "train" / "cat" / "0.png").unlink()
+    split = data.load_split(config(folder, image_size=16), "train")
+    assert split.images.shape == (6, 16, 16, 3)
+    assert split.images[0, :, :7].min() > 210
+    assert split.images[0, :, 9:].max() < 10
+
+
+def test_only_the_chosen_images_are_opened(folder):
+    for name in ("cat", "dog"):
+        for index in range(3, 20):
+            Image.fromarray(pixels(index)).save(folder / "train" / name / f"{index:02}.png")
+    limited = config(folder, train_examples=5)
+    whole = data.load_split(config(folder), "train")
+    rows = np.sort(np.random.default_rng(0).permutation(40)[:5])
+    paths = sorted((folder / "train").glob("*/*"))
+    assert len(select(limited, data.open_source(config(folder)).splits)["train"]) == 5
+    for index in set(range(1, 40)) - set(rows):  # the first image sets the size
+        paths[index].write_bytes(b"broken")
+    split = data.load_split(limited, "train")
+    np.testing.assert_array_equal(split.images, whole.images[rows])
+    np.testing.assert_array_equal(split.labels, whole.labels[rows])
+
+
+def test_more_images_than_exist(folder, mistake):
+    assert "only 6 train images exist" in mistake(config(folder, train_examples=7))
+    assert "only 2 test images exist" in mistake(config(folder, test_examples=3))
+
+
+def test_different_sizes_are_refused_with_the_way_out(folder, mistake):
+    path = folder / "train" / "dog" / "1.png"
+    Image.fromarray(pixels(0, 7, 6)).save(path)
+    for read in (data.load, data.prepare):
+        message = mistake(config(folder), read)
+        assert f"{path} has 7×6 pixels" in message
+        assert "the first training image has 4×5" in message
+        assert "--config.data.image_size" in message
+    assert data.load(config(folder, image_size=4)).train.images.shape == (6, 4, 4, 3)
+
+
+def test_the_size_of_the_training_images_holds_for_the_test_images_too(folder, mistake):
+    for file in (folder / "test").glob("*/*"):
+        Image.fromarray(pixels(0, 6, 6)).save(file)
+    message = mistake(config(folder), lambda value: data.load_split(value, "test"))
+    assert f"{folder / 'test' / 'cat' / '0.png'} has 6×6" in message
+
+
+# Held-out validation images
+
+@pytest.mark.parametrize("layout", ["folder", "tree"])
+def test_a_part_of_the_training_images_is_held_out(request, layout):
+    root = request.getfixturevalue(layout)
+    whole, held = files_of(root), files_of(root, validation=0.25)
+    assert len(held["validation"]) == round(len(whole["train"]) * 0.25)
+    assert sorted(held["train"] + held["validation"]) == whole["train"]
+    assert held["train"] == sorted(held["train"])
+    assert held["validation"] == sorted(held["validation"])
+    assert held["test"] == whole["test"]
+    dataset = data.load(config(root, validation=0.25))
+    everything = labelled(data.load(config(root)).train)
+    assert everything == {**labelled(dataset.validation), **labelled(dataset.train)}
+
+
+def test_what_is_held_out_depends_on_the_seed_of_the_split_alone(folder):
+    write(folder / "train" / "cat", *(f"more{index}.png" for index in range(40)))
+    held = files_of(folder, validation=0.2)["validation"]
+    for fields in ({"train_examples": 3}, {"test_examples": 1}, {"image_size": 8, "crop": "random_resized"}):
+        parts = files_of(folder, validation=0.2, **fields)
+        assert parts["validation"] == held
+        assert not set(parts["train"]) & set(held)
+    assert files_of(folder, validation=0.2, split_seed=1)["validation"] != held
+    assert len(files_of(folder, validation=0.2, train_examples=3)["train"]) == 3
+
+
+def test_nothing_is_held_out_where_there_are_validation_images_already(folder, mistake):
+    shutil.copytree(folder / "test", folder / "val")
+    message = mistake(config(folder, validation=0.5))
+    assert "data.validation=0.5" in message
+    assert "validation images of its own" in message
+    assert len(data.load_split(config(folder, validation=0.5), "test").labels) == 2
+    shutil.rmtree(folder / "test")
+    assert len(data.load(config(folder, validation=0.5)).validation.labels) == 3  # val/ is the test part now
+
+
+@pytest.mark.parametrize(("part", "count"), [(0.05, 0), (0.95, 6)])
+def test_a_part_that_is_nothing_or_everything_is_refused(folder, mistake, part, count):
+    assert f"data.validation={part}: that is {count} of 6 training images" in mistake(config(folder, validation=part))
+
+
+# Broken images
 
 def _truncated(path: Path) -> None:
     Image.fromarray(pixels(0, 40, 40)).save(path, format="JPEG")
@@ -248,22 +654,78 @@ def _broken_png(path: Path) -> None:
     (lambda path: path.write_text("some text"), "is not an image"),
     (lambda path: Image.fromarray(pixels(0)).save(path, format="GIF"), "is not an image"),
     (_truncated, "truncated"),
-    (_broken_png, "cannot decode"),
+    (_broken_png, "cannot be decoded"),
     (lambda path: path.symlink_to("nowhere.jpg"), "No such file"),
 ], ids=["empty", "text", "other format", "truncated", "damaged", "dangling link"])
 @pytest.mark.parametrize("image_size", [0, 8])
-def test_a_broken_image_is_named(folder, mistake, spoil, reason, image_size):
+def test_a_broken_image_is_named_or_skipped_with_a_warning(folder, mistake, capsys, spoil, reason, image_size):
+    before = data.load(config(folder, image_size=image_size))
     path = folder / "test" / "dog" / "1.jpg"
     spoil(path)
     message = mistake(config(folder, image_size=image_size))
     assert str(path) in message
     assert reason in message
+    assert "--config.data.on_broken=skip" in message
+    assert capsys.readouterr().err == ""
+    after = data.load(config(folder, image_size=image_size, on_broken="skip"))
+    np.testing.assert_array_equal(after.test.images, before.test.images)
+    np.testing.assert_array_equal(after.test.labels, before.test.labels)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: skipped: {path} ")
+    assert reason in warning
 
 
-def test_a_broken_first_image_is_named_when_described(folder, mistake):
+def test_a_broken_first_image_is_named_or_skipped(folder, mistake, capsys):
     path = folder / "train" / "cat" / "0.png"
     path.write_bytes(b"")
-    assert str(path) in mistake(config(folder), data.describe)
+    for read in (data.describe, data.load):
+        message = mistake(config(folder), read)
+        assert str(path) in message
+        assert "--config.data.on_broken=skip" in message
+    assert data.describe(config(folder, image_size=8)).image_shape == (8, 8, 3)
+    skipping = config(folder, on_broken="skip")
+    assert data.describe(skipping).image_shape == (4, 5, 3)
+    assert capsys.readouterr().err == ""
+    dataset = data.load(skipping)
+    np.testing.assert_array_equal(dataset.train.images, [pixels(seed) for seed in range(1, 6)])
+    assert dataset.train.labels.tolist() == [0, 0, 1, 1, 1]
+    assert capsys.readouterr().err.count(str(path)) == 1
+
+
+def test_images_all_of_which_are_broken_are_told(folder, mistake):
+    for path in folder.glob("*/*/*"):
+        path.write_bytes(b"")
+    assert "no image there can be decoded" in mistake(config(folder, on_broken="skip"), data.describe)
+
+
+@pytest.mark.parametrize("image_size", [0, 8])
+def test_preparing_finds_all_broken_images(folder, mistake, capsys, image_size):
+    sound = data.prepare(config(folder, image_size=image_size))
+    assert sound == f"{folder}: 6 train, 2 test images of 2 classes, all of which can be decoded"
+    broken = [folder / "train" / "cat" / "1.png", folder / "train" / "dog" / "2.png", folder / "test" / "dog" / "0.png"]
+    for path in broken:
+        path.write_bytes(b"")
+    message = mistake(config(folder, image_size=image_size), data.prepare)
+    assert f"3 images in {folder} cannot be decoded" in message
+    assert "--config.data.on_broken=skip" in message
+    warnings = capsys.readouterr().err.splitlines()
+    assert sorted(warning.split()[2] for warning in warnings) == sorted(map(str, broken))
+    text = data.prepare(config(folder, image_size=image_size, on_broken="skip", crop="center"))
+    assert "6 train, 2 test images of 2 classes, 3 of them broken" in text
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+def test_preparing_goes_on_behind_a_broken_first_image(folder, mistake, capsys):
+    broken = [folder / "train" / "cat" / "0.png", folder / "test" / "dog" / "0.png"]
+    for path in broken:
+        path.write_bytes(b"")
+    told = mistake(config(folder), data.prepare) + capsys.readouterr().err
+    assert all(str(path) in told for path in broken)
+
+
+def test_preparing_checks_every_image_whatever_subset_is_configured(folder, mistake):
+    (folder / "train" / "dog" / "1.png").write_bytes(b"")
+    assert "1 image in" in mistake(config(folder, train_examples=1, validation=0.5), data.prepare)
 
 
 @pytest.mark.parametrize("read", [data.describe, data.load])
@@ -283,22 +745,6 @@ def test_too_many_pixels_after_the_first_image(folder, mistake, monkeypatch):
     assert str(path) in mistake(config(folder, image_size=4))
 
 
-def test_different_sizes_are_refused_with_the_way_out(folder, mistake):
-    path = folder / "train" / "dog" / "1.png"
-    Image.fromarray(pixels(0, 7, 6)).save(path)
-    message = mistake(config(folder))
-    assert f"{path} has 7×6 pixels" in message
-    assert f"{folder / 'train' / 'cat' / '0.png'} has 4×5" in message
-    assert "--config.data.image_size" in message
-
-
-def test_the_size_of_the_training_images_holds_for_the_test_images_too(folder, mistake):
-    for file in (folder / "test").glob("*/*"):
-        Image.fromarray(pixels(0, 6, 6)).save(file)
-    message = mistake(config(folder), lambda value: data.load_split(value, "test"))
-    assert f"{folder / 'test' / 'cat' / '0.png'} has 6×6" in message
-
-
 def test_unreadable_directories_and_files_are_named(folder, mistake, monkeypatch):
     def denied(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
@@ -307,33 +753,10 @@ def test_unreadable_directories_and_files_are_named(folder, mistake, monkeypatch
         message = mistake(config(folder))
     assert str(folder / "train") in message
     assert "Permission denied" in message
-    monkeypatch.setattr(Image, "open", denied)
+    monkeypatch.setattr(Path, "read_bytes", denied)
     message = mistake(config(folder))
     assert str(folder / "train" / "cat" / "0.png") in message
     assert "Permission denied" in message
-
-
-def test_images_beyond_the_memory_are_refused_before_decoding(folder, mistake, monkeypatch):
-    monkeypatch.setattr(folder_module, "_available_memory", lambda: 8 * 60)  # 8 images of 4×5×3 bytes
-    assert len(data.load(config(folder)).train.labels) == 6
-    monkeypatch.setattr(folder_module, "_available_memory", lambda: 8 * 60 - 1)
-    (folder / "test" / "dog" / "0.png").write_bytes(b"broken")
-    message = mistake(config(folder))
-    assert "8 images of 4×5 pixels" in message
-    assert "train_examples" in message
-    assert "image_size" in message
-    assert len(data.load_split(config(folder), "train").labels) == 6
-
-
-def test_available_memory_is_plausible(monkeypatch):
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    available = folder_module._available_memory()
-    assert available is not None
-    assert 2**20 < available <= total
-    monkeypatch.setattr(Path, "read_text", lambda _: "MemTotal: 1 kB\n")
-    assert folder_module._available_memory() == total
-    monkeypatch.delattr(folder_module.os, "sysconf")
-    assert folder_module._available_memory() is None
 
 
 @pytest.mark.skipif(not CIFAR10_JPEG.exists(), reason=f"no real images: {CIFAR10_JPEG} is absent")
@@ -351,12 +774,3 @@ def test_real_jpeg_images(tmp_path):
         assert (split.images.std(axis=(1, 2, 3)) > 10).all()
         across = np.abs(np.diff(split.images.astype(float), axis=1)).mean()
         assert across < 25  # neighbouring pixels of photographs are alike; wrong strides would make noise of them
-
-
-def test_a_pipe_is_passed_over(tmp_path):
-    for split in ("train", "test"):
-        for name in ("cat", "dog"):
-            (tmp_path / split / name).mkdir(parents=True)
-            Image.new("RGB", (4, 4)).save(tmp_path / split / name / "b.png")
-    os.mkfifo(tmp_path / "train" / "cat" / "a.png")  # opening it would wait for a writer
-    assert len(data.load(DataConfig(name="folder", directory=str(tmp_path))).train.labels) == 2

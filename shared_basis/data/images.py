@@ -1,0 +1,229 @@
+"""Images from their encoded form to pixels: decoding, conversion, cropping and scaling, one image at a time.
+
+Pillow decodes and scales. Its JPEG decoder is libjpeg-turbo with the accurate inverse transform and smooth upsampling;
+simplejpeg and OpenCV wrap the same one, give the same pixels, and are no faster on the way to 224×224
+(benchmarks/README.md). All scaling is Pillow's bilinear filter, whose support grows with the reduction (antialiased),
+as in the published recipes. JPEG files at least four times as large as needed are decoded at 1/2, 1/4 or 1/8 of their
+size, so that twice what is needed is left for the filter.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from shared_basis.data.splits import Encoded
+from shared_basis.errors import UserError
+
+FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+"""The decoders of Pillow that may run. Its many others stay closed to files that merely carry a familiar suffix."""
+
+TEST_PART = 7 / 8
+"""The part of the shorter side that a test image of the published ImageNet recipe keeps: 224 pixels of 256."""
+
+_ORIENTATION = 0x0112
+"""The EXIF tag that says how a photograph is to be turned, by a value of `_TURNS`."""
+
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}
+
+_SPARE = 2
+"""What a reduced decoding leaves, in multiples of the size that is needed."""
+
+Box = tuple[float, float, float, float]
+"""Left, upper, right, lower, in pixels."""
+
+# For all threads and once: catching it around each call is not safe with threads.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+class BrokenImage(UserError):
+    """An image cannot be decoded."""
+
+
+def whole(height: int, width: int) -> Box:
+    """Returns the box that is the whole image."""
+    return 0, 0, width, height
+
+
+def central(part: float, aspect: float) -> Callable[[int, int], Box]:
+    """Returns a function of height and width: the largest central box of `aspect` (width/height), scaled by `part`.
+
+    Scaling this box to a size is to scale the image until its shorter side is size/part, and to cut out the centre.
+    """
+    def box(height: int, width: int) -> Box:
+        rows = min(height, width / aspect) * part
+        columns = rows * aspect
+        return (width - columns) / 2, (height - rows) / 2, (width + columns) / 2, (height + rows) / 2
+    return box
+
+
+def random_resized(generator: np.random.Generator) -> Callable[[int, int], Box]:
+    """Returns a function of height and width: a random box, as the published ImageNet recipes cut it out for training.
+
+    Its area is 8 to 100 % of the image, uniformly, its aspect 3/4 to 4/3, uniformly in the logarithm; after ten boxes
+    that do not fit, it is the largest central one with an aspect in that range.
+    """
+    def box(height: int, width: int) -> Box:
+        for _ in range(10):
+            area = generator.uniform(0.08, 1) * height * width
+            aspect = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
+            rows, columns = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+            if 0 < rows <= height and 0 < columns <= width:
+                top = int(generator.integers(height - rows + 1))
+                left = int(generator.integers(width - columns + 1))
+                return left, top, left + columns, top + rows
+        return central(1, min(max(width / height, 3 / 4), 4 / 3))(height, width)
+    return box
+
+
+def size_of(encoded: Encoded) -> tuple[int, int]:
+    """Returns height and width as shown.
+
+    Raises:
+      BrokenImage: as `decode`.
+    """
+    if isinstance(encoded, np.ndarray):
+        return encoded.shape[0], encoded.shape[1]
+    with _Opened(encoded) as opened:
+        return opened.height, opened.width
+
+
+def decode(encoded: Encoded, channels: int, size: tuple[int, int] | None = None,
+           choose: Callable[[int, int], Box] = whole) -> np.ndarray:
+    """Returns the pixels uint8 [H, W, channels] of an image.
+
+    Colours become RGB (`channels` 3) or grey (1): transparency is laid over white, 16 bits are scaled to 8, an EXIF
+    orientation is applied.
+
+    Args:
+      channels: 1 or 3.
+      size: height and width to scale to; None keeps the image's own.
+      choose: what to scale, a function of the image's height and width.
+
+    Raises:
+      BrokenImage: it is damaged, or not of a kind in `FORMATS`, or larger than `PIL.Image.MAX_IMAGE_PIXELS`. The
+        message does not name the image.
+    """
+    if isinstance(encoded, np.ndarray):
+        if size is None and encoded.shape[2] == channels:
+            return encoded
+        image = Image.fromarray(encoded if encoded.shape[2] == 3 else encoded[..., 0])
+        return _finish(image, channels, size, choose(image.height, image.width))
+    with _Opened(encoded) as opened:
+        box = choose(opened.height, opened.width)
+        reduction = opened.reduce(_reduction(box, size))
+        left, upper, right, lower = (side / reduction for side in box)  # the last pixels may stand for a part alone
+        image = opened.load()
+        return _finish(image, channels, size, (left, upper, min(right, image.width), min(lower, image.height)))
+
+
+def _finish(image: Image.Image, channels: int, size: tuple[int, int] | None, box: Box) -> np.ndarray:
+    converted = _to_grey(image) if channels == 1 else _to_rgb(image)
+    if size is not None:
+        converted = converted.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box)
+    pixels = np.asarray(converted)
+    return pixels[..., None] if channels == 1 else pixels
+
+
+def _reduction(box: Box, size: tuple[int, int] | None) -> int:
+    """Returns by how much a JPEG may be decoded smaller."""
+    if size is None:
+        return 1
+    spare = min((box[3] - box[1]) / size[0], (box[2] - box[0]) / size[1]) / _SPARE
+    return next((factor for factor in (8, 4, 2) if spare >= factor), 1)
+
+
+class _Opened:
+    """An image whose header has been read; turns what Pillow raises into `BrokenImage`, also while it is decoded."""
+
+    def __init__(self, encoded: bytes | str) -> None:
+        self._encoded = encoded
+
+    def __enter__(self) -> _Opened:
+        try:
+            self._body = self._encoded if isinstance(self._encoded, bytes) else Path(self._encoded).read_bytes()
+            self._image = Image.open(io.BytesIO(self._body), formats=FORMATS)
+            if self._image.width * self._image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError
+            if self._image.format == "PNG":
+                self._image.load()  # its orientation may follow the pixels
+        except Exception as error:
+            raise _broken(error) from error
+        self._turn = _turn(self._image)
+        sideways = self._turn is not None and self._turn not in (
+            Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM)
+        self.height, self.width = self._image.size if sideways else self._image.size[::-1]
+        return self
+
+    def reduce(self, factor: int) -> int:
+        """Lets a JPEG file be decoded at 1/`factor` of its size, and returns the factor by which it will be."""
+        if factor > 1:
+            width, height = self._image.size
+            self._image.draft(self._image.mode, (width // factor, height // factor))
+            return factor if self._image.size != (width, height) else 1
+        return 1
+
+    def load(self) -> Image.Image:
+        """Returns the image, decoded and as shown."""
+        self._image.load()
+        return self._image.transpose(self._turn) if self._turn is not None else self._image
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._image.close()
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            raise _broken(error) from error
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Returns how `image` is to be turned by its EXIF data; None for not at all, or where they cannot be read."""
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # Pillow raises many types for broken data
+        return None
+
+
+def _broken(error: Exception) -> BrokenImage:
+    """Returns what is wrong with an image in words; Pillow's decoders raise many types for broken data."""
+    if isinstance(error, UnidentifiedImageError):
+        return BrokenImage(f"is not an image of the kinds {', '.join(FORMATS)}")
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return BrokenImage(f"has more than {Image.MAX_IMAGE_PIXELS} pixels; scale it down")
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    return BrokenImage(f"cannot be decoded: {reason}")
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    if "transparency" in image.info or not (image.mode in ("L", "1") or image.mode.startswith("I")):
+        return _to_rgb(image).convert("L")
+    return _eight_bits(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Returns `image` in RGB: transparent pixels on white, 16 bits of grey scaled to 8."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        return _eight_bits(image).convert("RGB")
+    if image.mode.endswith(("A", "a")) or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Returns a grey image in mode L; Pillow's own conversion of 16 bits clips at 255."""
+    if not image.mode.startswith("I"):
+        return image.convert("L")
+    deep = np.asarray(image).astype(np.uint32)
+    grey = (deep + 128) // 257
+    if "transparency" in image.info:
+        grey[deep == image.info["transparency"]] = 255
+    return Image.fromarray(grey.astype(np.uint8))

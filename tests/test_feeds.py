@@ -1,0 +1,320 @@
+"""The ways of images to the devices: resident or streamed, a run computes the same, and the choice is told."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    Watcher,
+    assert_trees_equal,
+    mesh_of,
+    read_arrays,
+    read_metrics,
+    tiny_network,
+    user_error,
+    write_folder,
+)
+
+from shared_basis import data, feeds
+from shared_basis import train as train_module
+from shared_basis.config import Config, DataConfig, OptimizerConfig, OrthogonalityConfig, TrainConfig, replace
+from shared_basis.data import arrays, stream
+from shared_basis.data.splits import ArrayExamples
+from shared_basis.devices import make_mesh
+
+PER_EPOCH = 5
+CONFIG = Config(
+    data=DataConfig(train_examples=44, test_examples=30, validation=0.01, pad=1, flip=True, workers=0),
+    orthogonality=OrthogonalityConfig(elements="shared+unique"),
+    optimizer=OptimizerConfig(learning_rate=0.05, schedule="cosine"),
+    train=TrainConfig(epochs=3, batch_size=8, eval_batch_size=12, evaluate_every=2))
+"""44 images are five steps an epoch, with four left over; evaluation at steps 10 and 15, of 14 and of 30 images."""
+
+
+def silent(line: str) -> None:
+    """Takes what a person should know of the images."""
+
+
+def load(placement: str) -> tuple[feeds.Images, Config]:
+    """Returns the images of `CONFIG` so placed, and the configuration."""
+    config = replace(CONFIG, {"data.placement": placement})
+    return feeds.load(data.open_source(config.data), config.data, make_mesh(), silent), config
+
+
+# The same batches
+
+@pytest.mark.parametrize("start", [0, 3, 5, 12])  # from within an epoch and from its beginning, and beyond its end
+def test_streamed_and_resident_feeds_give_the_same_batches(start: int) -> None:
+    source, mesh = data.open_source(CONFIG.data), make_mesh()
+    train = source.splits["train"]
+    pixels, labels = (np.array(part) for part in zip(*train.read(range(44)), strict=True))
+    batches = {}
+    for placement in ("device", "stream"):
+        images, config = load(placement)
+        feed = images.feed(config, mesh)
+        select = jax.jit(feed.select)
+        batches[placement] = []
+        for step, inputs in zip(range(start, 15), feed.batches(start), strict=False):
+            for array, abstract in zip(inputs, feed.abstract, strict=True):
+                assert (array.shape, array.dtype) == (abstract.shape, abstract.dtype)
+                assert array.sharding.is_equivalent_to(abstract.sharding, array.ndim)
+            batches[placement].append([np.asarray(part) for part in select(step, *inputs)])
+    assert len(batches["stream"]) == 15 - start
+    assert_trees_equal(batches["stream"], batches["device"])
+    for step, (images, classes) in enumerate(batches["stream"], start):
+        first = step % PER_EPOCH * 8
+        chosen = data.epoch_order(CONFIG.seed, step // PER_EPOCH, 44)[first:first + 8]
+        np.testing.assert_array_equal(images, pixels[chosen])
+        np.testing.assert_array_equal(classes, labels[chosen])
+
+
+@pytest.mark.parametrize(("batch_size", "devices", "size"), [
+    (7, 4, 8), (30, 4, 32), (1000, 4, 32), (1, 1, 1), (11, 2, 12)])
+def test_streamed_and_resident_images_are_evaluated_in_the_same_batches(batch_size: int, devices: int,
+                                                                        size: int) -> None:
+    mesh = mesh_of(devices)
+    resident, streamed = (load(placement)[0].batches("test", batch_size, mesh) for placement in ("device", "stream"))
+    expected = jax.device_get(list(resident()))
+    for _ in range(2):  # each evaluation reads them anew
+        assert_trees_equal(jax.device_get(list(streamed())), expected)
+    assert {images.shape for images, _ in expected} == {(size, 8, 8, 1)}
+    labels = np.concatenate([labels for _, labels in expected])
+    np.testing.assert_array_equal(labels[:30], [label for _, label in data.open_source(CONFIG.data).splits["test"].read(
+        range(30))])
+    np.testing.assert_array_equal(labels[30:], -1)
+    assert len(expected) == -(-30 // size)
+
+
+# The same run
+
+@pytest.fixture(autouse=True, scope="module")
+def small_network() -> Iterator[None]:
+    """Trains a network that compiles fast, whatever the name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "build_model", lambda config, spec: tiny_network(len(spec.classes)))
+        yield
+
+
+def run(workdir: Path, fields: dict[str, Any], stop: int | None = None) -> dict[str, Any]:
+    """Trains until the end, or until a signal comes while the step before `stop` is shown; returns the result."""
+    screen = Watcher(at=[] if stop is None else [stop - 1])
+    config = replace(CONFIG, fields)
+    if stop is None:
+        result = train_module.train(config, workdir, screen)
+        assert (screen.steps[-1], screen.totals) == (15, {15})
+        return {**result, "images_per_second": 0}
+    with pytest.raises(train_module.Interrupted, match=f"saved at step {stop} of 15"):
+        train_module.train(config, workdir, screen)
+    return {}
+
+
+def assert_runs_equal(workdir: Path, other: Path) -> None:
+    """Asserts that two runs have computed the same, bit for bit."""
+    assert read_metrics(workdir) == read_metrics(other)
+    for step in (10, 15):
+        if (workdir / "checkpoints" / str(step)).exists():
+            assert_trees_equal(read_arrays(workdir, step), read_arrays(other, step))
+
+
+@pytest.fixture(scope="module")
+def resident(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Returns the workdir and the result of a run with resident images; for reading only."""
+    workdir = tmp_path_factory.mktemp("runs") / "resident"
+    return workdir, run(workdir, {"data.placement": "device"})
+
+
+def test_a_streamed_run_equals_a_resident_one(resident: Any, tmp_path: Path) -> None:
+    result = run(tmp_path / "run", {"data.placement": "stream"})
+    workdir, expected = resident
+    assert_runs_equal(tmp_path / "run", workdir)
+    assert result == expected
+    assert {"validation_loss", "test_loss"} <= read_metrics(workdir)[0].keys()
+
+
+STREAMED, RESIDENT = {"data.placement": "stream"}, {"data.placement": "device"}
+
+
+@pytest.mark.parametrize("parts", [
+    [(STREAMED | {"data.workers": 1}, 3), (STREAMED | {"data.workers": 2}, 7), (RESIDENT, None)],
+    [(RESIDENT, 4), (STREAMED, None)],
+], ids=["a worker, then two, then resident", "resident, then threads"])
+def test_an_interrupted_run_may_go_on_with_other_workers_and_elsewhere(resident: Any, tmp_path: Path,
+                                                                       parts: list[Any]) -> None:
+    for fields, stop in parts:
+        result = run(tmp_path / "run", fields, stop)
+        assert multiprocessing.active_children() == []
+    workdir, expected = resident
+    assert_runs_equal(tmp_path / "run", workdir)
+    assert result == expected
+
+
+def test_an_interrupted_run_with_random_crops_equals_one_that_was_not(resident: Any, tmp_path: Path) -> None:
+    fields = {"data.crop": "random_resized", "data.image_size": 8}
+    expected = run(tmp_path / "whole", fields)
+    run(tmp_path / "run", fields, stop=7)
+    assert run(tmp_path / "run", fields) == expected
+    assert_runs_equal(tmp_path / "run", tmp_path / "whole")
+    assert read_metrics(tmp_path / "run")[0]["train_loss"] != read_metrics(resident[0])[0]["train_loss"]
+
+
+# What is loaded
+
+def broken_folder(tmp_path: Path, count: int) -> tuple[DataConfig, list[Path]]:
+    """Writes three cats and three dogs for each split; returns `count` test images, which are text."""
+    broken = sorted((write_folder(tmp_path, ("cat", "dog"), 3) / "test").glob("*/*"))[:count]
+    for path in broken:
+        path.write_text("not an image")
+    return DataConfig(name="folder", directory=str(tmp_path), placement="device", on_broken="skip"), broken
+
+
+def test_broken_training_images_are_substituted_alike_wherever_images_wait(tmp_path: Path) -> None:
+    broken = sorted((write_folder(tmp_path, ("cat", "dog"), 8) / "train").glob("*/*"))[3:6]
+    for path in broken:
+        path.write_text("not an image")
+    fields = {"data.name": "folder", "data.directory": str(tmp_path), "data.on_broken": "skip", "train.batch_size": 4,
+              "train.epochs": 3}
+    mesh, seen = mesh_of(1), {}
+    for placement in ("device", "stream"):
+        config = replace(Config(), {**fields, "data.placement": placement, "data.workers": 0})
+        images = feeds.load(data.open_source(config.data), config.data, mesh, silent)
+        assert images.count("train") == 16
+        feed = images.feed(config, mesh)
+        with contextlib.closing(feed.batches(0)) as batches:
+            seen[placement] = [feed.select(jnp.asarray(step), *inputs) for step, inputs in zip(range(12), batches,
+                                                                                           strict=False)]
+    for one, other in zip(seen["device"], seen["stream"], strict=True):
+        for part, other_part in zip(one, other, strict=True):
+            np.testing.assert_array_equal(part, other_part)
+    assert all((labels >= 0).all() for _, labels in seen["device"])
+
+
+def test_resident_images_that_are_broken_are_left_out_and_told(tmp_path: Path) -> None:
+    config, broken = broken_folder(tmp_path, 2)
+    lines: list[str] = []
+    images = feeds.load(data.open_source(config), config, make_mesh(), lines.append)
+    assert (images.count("train"), images.count("test")) == (6, 6)
+    assert lines[0].startswith("images are resident on the device (as configured; decoded, the images take 2.2 KiB")
+    assert [line.split(" is not")[0] for line in lines[1:]] == [f"warning: skipped: {path}" for path in broken]
+    labels = np.concatenate([labels for _, labels in images.batches("test", 4, mesh_of(1))()])
+    assert labels.tolist() == [-1, -1, 0, 1, 1, 1, -1, -1]  # the last two fill the batch
+
+
+def test_resident_images_that_are_broken_stop_a_run_unless_they_may_be_skipped(tmp_path: Path) -> None:
+    config, broken = broken_folder(tmp_path, 1)
+    strict = dataclasses.replace(config, on_broken="fail")
+    with user_error(f"{broken[0]} is not an image", "--config.data.on_broken=skip"):
+        feeds.load(data.open_source(strict), strict, make_mesh(), silent)
+
+
+def test_a_split_all_of_whose_images_are_broken_is_told(tmp_path: Path) -> None:
+    config, _ = broken_folder(tmp_path, 6)
+    with user_error("none of the test images can be decoded", "data.name='folder'"):
+        feeds.load(data.open_source(config), config, make_mesh(), silent)
+
+
+# The choice
+
+GIB = 2**30
+
+
+class Many:
+    """So many examples, which nobody reads."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+
+SOURCE: Any = data.Source(data.Spec((512, 512, 1), ("a", "b")), {"train": Many(3072), "test": Many(1024)})
+"""Decoded, these images take 1 GiB."""
+
+
+def mesh(platform: str, memory: int | None, devices: int = 4) -> Any:
+    """Returns what `choose` looks at of a mesh whose devices have so much memory."""
+    device = types.SimpleNamespace(platform=platform, memory_stats=lambda: memory and {"bytes_limit": memory})
+    return types.SimpleNamespace(local_mesh=types.SimpleNamespace(devices=np.array([device] * devices), size=devices))
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, host: int | None, here: Any, **fields: Any) -> tuple[bool, str]:
+    monkeypatch.setattr(arrays, "available_memory", lambda: host)
+    return feeds.choose(SOURCE, DataConfig(**{"workers": 0, **fields}), here)
+
+
+@pytest.mark.parametrize(("host", "device", "streamed", "why"), [
+    (2 * GIB, 4 * GIB, False, "2.0 GiB of memory are free, the device has 4.0 GiB"),
+    (2 * GIB - 1, 4 * GIB, True, "2.0 GiB of memory are free, the device has 4.0 GiB"),
+    (2 * GIB, 4 * GIB - 1, True, "2.0 GiB of memory are free, the device has 4.0 GiB"),
+    (None, 16 * GIB, False, "the device has 16.0 GiB"), (None, 2 * GIB, True, "the device has 2.0 GiB"),
+    (64 * GIB, None, False, "64.0 GiB of memory are free"), (GIB, None, True, "1.0 GiB of memory are free"),
+    (None, None, False, "the memory is not known")])
+def test_images_are_resident_if_they_take_half_of_the_memory_and_a_quarter_of_the_devices_at_most(
+        monkeypatch: pytest.MonkeyPatch, host: int | None, device: int | None, streamed: bool, why: str) -> None:
+    chosen, line = choose(monkeypatch, host, mesh("gpu", device))
+    assert chosen == streamed
+    assert line.startswith("images are streamed by " if streamed else "images are resident on the device (")
+    assert line.endswith(f"(decoded, the images take 1.0 GiB; {why})")
+    assert "\n" not in line
+
+
+def test_devices_that_are_the_host_hold_copies_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not choose(monkeypatch, 10 * GIB, mesh("cpu", None))[0]
+    streamed, line = choose(monkeypatch, 10 * GIB - 1, mesh("cpu", None))
+    assert streamed
+    assert "take 1.0 GiB (×5 here); 10.0 GiB of memory are free" in line
+    assert not choose(monkeypatch, 10 * GIB - 1, mesh("cpu", None, devices=1))[0]
+
+
+def test_a_configured_placement_is_taken_if_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    streamed, line = choose(monkeypatch, 64 * GIB, mesh("gpu", 64 * GIB), placement="stream")
+    assert streamed
+    assert "(as configured; decoded, the images take 1.0 GiB; 64.0 GiB" in line
+    streamed, line = choose(monkeypatch, GIB, mesh("gpu", GIB), placement="device")
+    assert not streamed
+    assert "(as configured; decoded, the images take 1.0 GiB; 1.0 GiB" in line
+
+
+@pytest.mark.parametrize(("host", "device"), [(GIB - 1, 64 * GIB), (64 * GIB, GIB - 1)])
+def test_images_that_cannot_be_resident_are_told_with_the_ways_out(monkeypatch: pytest.MonkeyPatch, host: int,
+                                                                   device: int) -> None:
+    with user_error("data.placement='device'", "take 1.0 GiB", "64.0 GiB", "--config.data.placement=stream",
+                    "--config.data.image_size", "--config.data.train_examples"):
+        choose(monkeypatch, host, mesh("gpu", device), placement="device")
+    assert choose(monkeypatch, host, mesh("gpu", device))[0]
+
+
+@pytest.mark.parametrize("placement", ["auto", "stream"])
+def test_images_that_are_cut_at_random_are_streamed_whatever_their_size(monkeypatch: pytest.MonkeyPatch,
+                                                                        placement: str) -> None:
+    streamed, line = choose(monkeypatch, 64 * GIB, mesh("gpu", 64 * GIB), placement=placement, crop="random_resized",
+                            image_size=512)
+    assert streamed
+    assert "random crops" in line
+
+
+@pytest.mark.parametrize(("workers", "words"), [(0, "by 3 threads,"), (1, "by 1 process,"), (2, "by 2 processes,")])
+def test_it_is_told_who_reads_and_what_decodes(monkeypatch: pytest.MonkeyPatch, workers: int, words: str) -> None:
+    monkeypatch.setattr(stream, "cores", lambda: 3)
+    _, line = choose(monkeypatch, GIB, mesh("gpu", GIB), workers=workers)
+    assert f"images are streamed {words} decoded by Pillow (" in line
+
+
+def test_the_choice_is_made_for_the_images_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(CONFIG.data, placement="auto")
+    source = data.open_source(config)  # 88 images of 64 bytes
+    for free, kind in ((2 * 5 * 88 * 64, data.Split), (2 * 5 * 88 * 64 - 1, ArrayExamples)):
+        monkeypatch.setattr(arrays, "available_memory", lambda free=free: free)
+        images = feeds.load(source, config, make_mesh(), silent)
+        assert {type(part) for part in images.splits.values()} == {kind}
+        assert {name: images.count(name) for name in images.splits} == {"train": 44, "test": 30, "validation": 14}
