@@ -72,7 +72,8 @@ def test_the_same_command_again_changes_nothing(main: CommandLine, trained: Any)
 
 
 @pytest.mark.parametrize(("checkpoint", "chosen"), [
-    ("latest", ""), ("10", ""), ("best", " (best test epoch: chosen on these very images, as published)")])
+    ("latest", ""), ("10", ""),
+    ("best", " (best test epoch, the published protocol, which is chosen on these very images)")])
 def test_evaluation_needs_the_workdir_alone(main: CommandLine, trained: Any, tmp_path: Path, checkpoint: str,
                                             chosen: str) -> None:
     workdir = trained[0] / "runs" / "digits_resnet-resnet14-s4u1-double"
@@ -284,7 +285,8 @@ def empty_class(images: Path) -> None:
 
 @pytest.mark.parametrize(("damage", "fields", "parts"), [
     (shutil.rmtree, (), ("images", "cannot be found", "train/<class>")),
-    (lambda images: shutil.rmtree(images / "test"), (), ("images", "'train'", "test/<class>/*")),
+    (lambda images: shutil.rmtree(images / "test"), (),
+     ("images holds train/ and no test/ or val/", "images/train itself")),
     (lambda images: shutil.rmtree(images / "train" / "dog"), (), ("'dog'", "test", "train")),
     (empty_class, (), ("holds no image", "dog")),
     (break_image, (), ("1.png", "not an image")),

@@ -46,7 +46,7 @@ def read_images(examples: Examples, indices: Sequence[int], spec: Spec, config: 
     labels = np.full(len(indices), -1, np.int32)
     broken = {}
     for row, (encoded, label) in enumerate(examples.read(indices)):
-        name = examples.name(indices[row])
+        name = examples.name(indices[row]).encode(errors="backslashreplace").decode()  # not every file name is UTF-8
         if not 0 <= label < len(spec.classes):
             raise UserError(f"{name} has the label {label}, and there are {len(spec.classes)} classes: this split has "
                             "no labels to train on or to be tested on.")

@@ -1,7 +1,8 @@
 """A directory of image files: which files there are, of which class, in which split.
 
     DIR/train/<class>/*  DIR/test/<class>/*    or val, valid, validation in place of test; with test and val, val is
-                                               the validation part, which the best checkpoint is chosen on
+                                               the validation part, which the best checkpoint is chosen on (training
+                                               and testing are understood too, in small or capital letters)
     DIR/<class>/*                              one tree, of which `data.test` becomes the test part
 
 Below a class directory, images may lie in further directories. Where there are images and no directories at all, the
@@ -143,16 +144,18 @@ def _root(config: DataConfig) -> Path:
 
 def _split_directories(root: Path, needed: Sequence[str]) -> dict[str, Path]:
     """Returns the directories of the splits, or nothing where one tree holds all images."""
-    def found(*names: str) -> Path | None:
-        return next((root / name for name in names if os.path.isdir(root / name)), None)
+    entries = {entry.name.lower(): Path(entry.path) for entry in _scan(root) if _is_directory(entry)}
 
-    own_test, validation = found("test"), found(*VALIDATION_NAMES)
-    directories = {"train": found("train"), "test": own_test or validation,
+    def found(*names: str) -> Path | None:
+        return next((entries[name] for name in names if name in entries), None)
+
+    own_test, validation = found("test", "testing"), found(*VALIDATION_NAMES)
+    directories = {"train": found("train", "training"), "test": own_test or validation,
                    "validation": validation if own_test else None}
     if any(directories[split] is None for split in needed):
         for path in directories.values():
             if path is not None and any(map(_is_directory, _scan(path))):  # one that holds images is a class
-                lacking = "test/ or val/" if path.name == "train" else "train/"
+                lacking = "test/ or val/" if path == directories["train"] else "train/"
                 raise UserError(f"{root} holds {path.name}/ and no {lacking}; add it, or name {path} itself to have it "
                                 "divided into a train and a test part.")
         return {}
@@ -180,10 +183,11 @@ def _list_tree(root: Path, directory: Path, least: int) -> dict[str, list[str]]:
             tree.setdefault(name, []).append(path)
     if len(tree) < least:
         names = "".join(f", {name!r}" for name in tree)
-        raise UserError(f"{directory} holds {len(tree)} class director{'y' if len(tree) == 1 else 'ies'}{names}; at "
+        raise UserError(f"{directory} holds {len(tree)} class{'es' if len(tree) != 1 else ''}{names}; at "
                         f"least {least} class{'es are' if least > 1 else ' is'} needed. "
                         f"{_LAYOUT[0].upper()}{_LAYOUT[1:]}.")
-    return {name: [os.path.relpath(path, root) for path in tree[name]] for name in sorted(tree)}
+    start = len(os.path.join(root, ""))
+    return {name: [path[start:] for path in tree[name]] for name in sorted(tree)}
 
 
 def _scan(directory: Path) -> list[os.DirEntry[str]]:

@@ -60,7 +60,7 @@ def central(part: float, aspect: float) -> Callable[[int, int], Box]:
     """
     def box(height: int, width: int) -> Box:
         rows = min(height, width / aspect) * part
-        columns = rows * aspect
+        columns = min(rows * aspect, width)  # not a rounding error more
         return (width - columns) / 2, (height - rows) / 2, (width + columns) / 2, (height + rows) / 2
     return box
 

@@ -449,7 +449,7 @@ def test_one_class_is_too_few(folder, tmp_path, mistake):
     for name in data.SPLITS:
         shutil.rmtree(folder / name / "dog")
     message = mistake(config(folder))
-    assert f"{folder / 'train'} holds 1 class directory, 'cat'; at least 2" in message
+    assert f"{folder / 'train'} holds 1 class, 'cat'; at least 2" in message
     assert "train/<class>/*" in message
     flat = write(tmp_path / "flat", "cat.0.png", "cat.1.png")
     assert "'cat'; at least 2 classes are needed" in mistake(config(flat))
@@ -486,6 +486,16 @@ def test_one_split_without_the_other_is_not_a_class(folder, mistake, missing, le
 def test_a_misspelt_split_is_not_a_class(folder, mistake):
     (folder / "test").rename(folder / "tset")
     assert f"{folder} holds train/ and no test/ or val/" in mistake(config(folder))
+
+
+@pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("training", "testing"), ("TRAIN", "Val")])
+def test_splits_may_have_other_usual_names(folder, train, test):
+    before = data.load(config(folder))
+    (folder / "train").rename(folder / train)
+    (folder / "test").rename(folder / test)
+    after = data.load(config(folder))
+    np.testing.assert_array_equal(after.train.images, before.train.images)
+    np.testing.assert_array_equal(after.test.images, before.test.images)
 
 
 def test_a_class_may_be_named_train(tmp_path):
@@ -751,7 +761,7 @@ def test_unreadable_directories_and_files_are_named(folder, mistake, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(folder_module.os, "scandir", denied)
         message = mistake(config(folder))
-    assert str(folder / "train") in message
+    assert str(folder) in message
     assert "Permission denied" in message
     monkeypatch.setattr(Path, "read_bytes", denied)
     message = mistake(config(folder))

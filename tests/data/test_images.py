@@ -181,8 +181,6 @@ def test_flawed_exif_data_does_not_condemn_the_pixels(kind, exif):
     ids=["a width of letters", "an infinite offset"])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_an_orientation_beside_flawed_entries_is_applied(kind, entry):
-    # BUG: ImageOps.exif_transpose writes all entries anew and stumbles over flawed ones ("required argument is not an
-    # integer"); transposing by a table of the eight orientations would not
     turned = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + entry + turned + bytes(4)
     body = encode(kind, np.rot90(waves(20, 30)).copy(), exif=exif)
@@ -520,17 +518,31 @@ def test_of_extreme_aspects_the_centre_is_kept(height, width, expected):
         np.testing.assert_allclose(box, expected)
 
 
-def test_after_ten_boxes_that_do_not_fit_an_image_of_usual_aspect_is_kept_whole():
-    class Largest:
-        drawn = 0
+class Largest:
+    """A generator that draws the highest values: all of the area in an aspect of 4/3."""
 
-        def uniform(self, low: float, high: float) -> float:
-            self.drawn += 1
-            return high
+    def __init__(self) -> None:
+        self.drawn = 0
+
+    def uniform(self, low: float, high: float) -> float:
+        self.drawn += 1
+        return high
+
+
+def test_after_ten_boxes_that_do_not_fit_an_image_of_usual_aspect_is_kept_whole():
     generator = Largest()
-    box = random_resized(generator)(90, 100)  # all of the area in an aspect of 4/3 would be 110 pixels wide
+    box = random_resized(generator)(90, 100)  # 100 of 110 pixels
     np.testing.assert_allclose(box, (0, 0, 100, 90))
     assert generator.drawn == 20
+
+
+def test_rounding_leads_no_box_out_of_the_image():
+    # BUG: left = -7e-15, and Pillow says "box offset can't be negative"
+    for height, width in ((83, 94), (97, 107), (105, 116), (89, 92)):
+        pixels = noise(1, height, width)
+        for encoded in (pixels, encode("PNG", pixels)):
+            for choose in (random_resized(Largest()), central(1, width / height)):
+                assert decode(encoded, 3, (8, 8), choose).shape == (8, 8, 3)
 
 
 def test_random_boxes_are_a_function_of_the_generator():
