@@ -107,10 +107,10 @@ def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]
         **{f"{name}_examples": images.count(name) for name in images.splits}})
     run.claim(record)
     screen.line(f"{config.model.name}: {render_saving(comparison)}")
-    parts = " and ".join(f"{count(images.count(name))} {'training' if name == 'train' else name}"
-                         for name in images.splits)
-    screen.line(f"data {config.data.name}: {parts} images of {'×'.join(map(str, source.spec.image_shape))}, "
-                f"{len(source.spec.classes)} classes; {mesh.size} × {jax.devices()[0].device_kind}; workdir {run.path}")
+    *parts, last = (f"{count(images.count(name))} {'training' if name == 'train' else name}" for name in images.splits)
+    screen.line(f"data {config.data.name}: {', '.join(parts)} and {last} images of "
+                f"{'×'.join(map(str, source.spec.image_shape))}, {len(source.spec.classes)} classes; "
+                f"{mesh.size} × {jax.devices()[0].device_kind}; workdir {run.path}")
     with StopSignals() as signals:
         checkpoints = Checkpoints(run.checkpoints)
         try:

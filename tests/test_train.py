@@ -296,7 +296,7 @@ def test_validation_images_choose_the_best_checkpoint_and_test_images_do_not(
     assert (result["epoch"], result["validation_accuracy"], result["test_accuracy"]) == (4, 0.4, 0.3)
     checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
     assert (checkpoints.steps, checkpoints.find("best")) == ([10, 15, 20], 10)
-    assert "44 training and 30 test and 144 validation images" in screen.text.getvalue()
+    assert "44 training, 30 test and 144 validation images" in screen.text.getvalue()
     assert "validation accuracy 90.00 %  test loss" in screen.text.getvalue()
     assert "30.00 % test accuracy after 4 epochs, 10.00 % after 2 (best validation epoch)" in render(result)
     assert "published" not in render(result)
