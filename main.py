@@ -16,7 +16,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from shared_basis.config import check_field, from_config_dict
+from shared_basis.config import Config, check_field, from_config_dict
 from shared_basis.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -35,9 +35,8 @@ def parse(argv: list[str]) -> None:
         if name.startswith("config."):
             check_field(name.removeprefix("config."))
     files = [argument for argument in argv[1:] if argument.startswith(("--config=", "-config="))]
-    others = [argument for argument in argv[1:] if argument not in files]
     try:  # the file comes first: the fields of the others are its own
-        rest = FLAGS([argv[0], *(files or [f"--config={_DEFAULT}"]), *others])
+        rest = FLAGS([argv[0], *(files or [f"--config={_DEFAULT}"]), *(arg for arg in argv[1:] if arg not in files)])
         _CONFIG.value.to_dict()  # a configuration file that is missing shows only on use
     except Exception as error:  # a configuration file is code and may raise anything
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -53,9 +52,9 @@ def main(argv: list[str]) -> int:
     try:
         parse(argv)
         from shared_basis import modes, screen  # here, so that mistakes in flags do not wait for them
-
-        config = from_config_dict(_CONFIG.value)
-        workdir = os.path.expanduser(_WORKDIR.value or os.path.join("runs", config.name))
+        # Evaluation has the run's configuration; what is set here need suit that one alone.
+        config = Config() if _MODE.value == "evaluate" else from_config_dict(_CONFIG.value)
+        workdir = os.path.expanduser(_WORKDIR.value or os.path.join("runs", _CONFIG.value.name))
         result, text = modes.run(
             _MODE.value, config, workdir, workdir_given=bool(_WORKDIR.value), checkpoint=_CHECKPOINT.value,
             overrides=config_flags.get_override_values(FLAGS["config"]),

@@ -115,7 +115,7 @@ class DataConfig:
         _require(self.name != TFDS_PREFIX, "data.name", self.name, "followed by a name, as in 'tfds:cifar10'")
         for field in ("image_size", "train_examples", "test_examples", "pad", "split_seed"):
             value = getattr(self, field)
-            _require(0 <= value < 2**31, f"data.{field}", value, "0 or a positive whole number")
+            _require(0 <= value < 2**31, f"data.{field}", value, "0 or a positive whole number below 2^31")
         _require(self.image_size <= 1024, "data.image_size", self.image_size, "at most 1024 pixels")
         if self.name == "folder":
             _require(bool(self.directory), "data.directory", self.directory,

@@ -98,10 +98,10 @@ def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]
     source = data.open_source(config.data)
     model = build_model(config, source.spec)
     comparison = compare_with_plain(config.model, len(source.spec.classes), source.spec.image_shape)
-    images = feeds.load(source, config.data, mesh, screen.line)
-    examples = images.count("train")
+    examples = len(source.splits["train"])
     if examples < config.train.batch_size:
         raise UserError(f"train.batch_size={config.train.batch_size}: there are only {examples} training images.")
+    images = feeds.load(source, config.data, mesh, screen.line)
     record = make_record(config, {
         "classes": list(source.spec.classes), "image_shape": list(source.spec.image_shape),
         **{f"{name}_examples": images.count(name) for name in images.splits}})

@@ -134,6 +134,8 @@ def test_a_folder_of_images_trains_and_evaluates(main: CommandLine, tmp_path: Pa
     done = main(f"{RECIPE}:resnet14", *fields, "--workdir=run", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "12 training and 12 test images of 8×8×3, 3 classes" in done.stdout
+    again = main(RECIPE, "--mode=evaluate", "--workdir=run", "--config.data.name=folder", "--json", cwd=tmp_path)
+    assert again.returncode == 0, "what is set need suit the run alone, not the default recipe"
     images.rename(tmp_path / "moved")
     moved = main(RECIPE, "--mode=evaluate", "--workdir=run", f"--config.data.directory={tmp_path / 'moved'}", "--json",
                  cwd=tmp_path)

@@ -11,6 +11,7 @@ about (2 + AHEAD) · workers · batch bytes in all, whatever the size of the dat
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import gc
 import itertools
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Sequence
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, shared_memory
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -41,7 +42,10 @@ MOST_WORKERS = 16
 """Without being asked for more. Sixteen cores decode some 8,000 ImageNet images a second."""
 
 UNLINKING_SECONDS = 0.1
-"""Grain frees shared memory in a thread of its own; Python would warn of what is left when it exits too early."""
+"""How long Grain is given to free shared memory, which it does in a thread of its own."""
+
+SEGMENTS_IN_USE = 200
+"""Segments of shared memory, two for each batch, after which one that still exists was forgotten."""
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
@@ -211,6 +215,7 @@ def read(batches: Batches, workers: int, start: int = 0) -> Generator[Batch, Non
     if start >= len(batches):
         return
     iterator = _iterate(batches, min(workers, len(batches) - start), start)
+    segments: collections.deque[str] = collections.deque()
     try:
         for batch in itertools.chain([_first(iterator)], iterator):
             if batch.error:
@@ -219,9 +224,11 @@ def read(batches: Batches, workers: int, start: int = 0) -> Generator[Batch, Non
                 if problem not in batches.told:
                     batches.told.add(problem)
                     print(f"warning: skipped: {problem}", file=sys.stderr, flush=True)
+            segments.extend(part.shm.name for part in batch[:2] if getattr(part, "shm", None))
             # Copies, as JAX lets go of what it was given at a time of its own, and the workers' shared memory must not
             # outlive this iterator.
             yield batch._replace(images=np.array(batch.images), labels=np.array(batch.labels))
+            _unlink(segments, keep=SEGMENTS_IN_USE)
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):
             raise
@@ -231,8 +238,9 @@ def read(batches: Batches, workers: int, start: int = 0) -> Generator[Batch, Non
         iterator.close()
         batch = iterator = None
         gc.collect()  # cycles hold shared memory
-        if workers:
+        if segments:
             time.sleep(UNLINKING_SECONDS)
+            _unlink(segments, keep=0)
 
 
 def _iterate(batches: Batches, workers: int, start: int) -> Any:
@@ -249,6 +257,20 @@ def _iterate(batches: Batches, workers: int, start: int) -> Any:
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_follow_main_process)
     return iter(dataset)
+
+
+def _unlink(segments: collections.deque[str], keep: int) -> None:
+    """Frees all but the last `keep` of the `segments` of shared memory, should Grain not have done so.
+
+    Once in a while (seen: one in a hundred batches) its thread fails with EBADF, and the memory would be lost.
+    """
+    while len(segments) > keep:
+        try:
+            segment = shared_memory.SharedMemory(segments.popleft())
+        except FileNotFoundError:  # as it should be
+            continue
+        segment.close()
+        segment.unlink()
 
 
 def _first(iterator: Any) -> Batch:

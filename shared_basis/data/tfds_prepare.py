@@ -122,6 +122,8 @@ def _manual(config: DataConfig) -> str | None:
     if manual and not os.path.isdir(manual):
         raise UserError(f"data.manual_directory={config.manual_directory!r}: no such directory; it must hold the "
                         f"source files of {config.name}.")
+    if manual and not os.access(manual, os.R_OK | os.X_OK):
+        raise UserError(f"data.manual_directory={config.manual_directory!r}: cannot be read; mend its permissions.")
     return manual
 
 
@@ -133,7 +135,7 @@ def _check_sources(builder: Any, config: DataConfig, sources: Mapping[str, Any])
     downloads = Path(builder.data_dir_root) / "downloads" / builder.name
     missing = {url: info for url, info in sources.items()
                if not (manual and os.path.exists(os.path.join(manual, info.filename)))
-               and not (downloads / resource.get_dl_fname(url, info.checksum)).exists()}
+               and not os.path.exists(downloads / resource.get_dl_fname(url, info.checksum))}
     problem = "it has to be downloaded by hand, after registration" if builder.BY_HAND else (
         next((f"a download fails ({why})" for why in map(_probe, missing) if why), None))
     if missing and problem:
@@ -211,6 +213,8 @@ def _write(builder: Any, config: DataConfig, sources: Mapping[str, Any]) -> None
     except NonMatchingChecksumError as error:
         raise UserError(f"{str(error).splitlines()[0].rstrip(':')}; it is not the published file: delete it and get it "
                         "again.") from error
+    except UserError:
+        raise
     except (OSError, DownloadError, requests.RequestException) as error:
         raise UserError(f"cannot prepare {config.name} in {builder.data_dir}: {one_line(error)}.") from error
     except MemoryError:

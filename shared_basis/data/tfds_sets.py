@@ -268,7 +268,7 @@ def _count(config: DataConfig, builder: Any, part: str, split: str) -> int:
     except Exception as error:  # TFDS raises several types for what it cannot parse
         raise UserError(f"data.{part}_split={split!r}: no such split of data.name={config.name!r}; it has "
                         f"{_listed(builder)}, and parts of them as 'train[:90%]'.") from error
-    if not count:
+    if count <= 0:
         raise UserError(f"data.{part}_split={split!r}: holds no examples; {config.name!r} has {_listed(builder)}.")
     return count
 

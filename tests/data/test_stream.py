@@ -5,6 +5,7 @@ A worker process takes a second or more to start: what can be tested with thread
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +335,20 @@ def test_an_early_end_leaves_no_process_and_no_shared_memory(examples: FileExamp
         time.sleep(0.1)
     assert not left & shared_memory()
     assert_batches_equal(kept, [training(examples)[number] for number in range(4)])  # they lie elsewhere
+
+
+def test_shared_memory_that_was_forgotten_is_freed() -> None:
+    made = [SharedMemory(create=True, size=8) for _ in range(4)]
+    names = collections.deque(segment.name for segment in made)
+    for segment in made:
+        segment.close()
+    made[0].unlink()  # as it should be
+    stream._unlink(names, keep=1)
+    assert list(names) == [made[3].name]
+    for segment in made[:3]:
+        with pytest.raises(FileNotFoundError):
+            SharedMemory(segment.name)
+    made[3].unlink()
 
 
 _READER = """

@@ -410,6 +410,8 @@ def test_a_split_that_is_none_is_refused_with_those_that_are(stored, mistake, fi
 def test_a_split_without_examples_is_refused(stored, mistake):
     message = mistake(pets_config(stored, train_split="train[:1%]"))
     assert "data.train_split='train[:1%]': holds no examples" in message
+    backwards = mistake(dataclasses.replace(pets_config(stored), train_split="train[50%:20%]"))
+    assert "data.train_split='train[50%:20%]': holds no examples" in backwards
     assert "train (20), test (4)" in message
 
 
