@@ -1,7 +1,7 @@
 """Images from their encoded form to pixels: decoding, conversion, cropping and scaling, one image at a time.
 
 Pillow decodes and scales. Its JPEG decoder is libjpeg-turbo with the accurate inverse transform and smooth upsampling;
-simplejpeg and OpenCV wrap the same one, give the same pixels, and are no faster on the way to 224×224
+simplejpeg and OpenCV wrap the same one, give the same pixels, and gain nothing worth having on the way to 224×224
 (benchmarks/README.md). All scaling is Pillow's bilinear filter, whose support grows with the reduction (antialiased),
 as in the published recipes. JPEG files at least four times as large as needed are decoded at 1/2, 1/4 or 1/8 of their
 size, so that twice what is needed is left for the filter.
