@@ -45,19 +45,22 @@ def read_images(examples: Examples, indices: Sequence[int], spec: Spec, config: 
     images = np.zeros((len(indices), *shape), np.uint8)
     labels = np.full(len(indices), -1, np.int32)
     broken = {}
+
+    def name(row: int) -> str:  # for messages; not every file name is UTF-8
+        return examples.name(indices[row]).encode(errors="backslashreplace").decode()
+
     for row, (encoded, label) in enumerate(examples.read(indices)):
-        name = examples.name(indices[row]).encode(errors="backslashreplace").decode()  # not every file name is UTF-8
         if not 0 <= label < len(spec.classes):
-            raise UserError(f"{name} has the label {label}, and there are {len(spec.classes)} classes: this split has "
-                            "no labels to train on or to be tested on.")
+            raise UserError(f"{name(row)} has the label {label}, and there are {len(spec.classes)} classes: this split "
+                            "has no labels to train on or to be tested on.")
         try:
             pixels = decode(encoded, shape[2], size, regions[row % len(regions)])
         except BrokenImage as error:
-            broken[row] = f"{name} {error}"
+            broken[row] = f"{name(row)} {error}"
             continue
         if pixels.shape != shape:
-            raise UserError(f"images differ in size: {name} has {pixels.shape[0]}×{pixels.shape[1]} pixels (height×"
-                            f"width) and the first training image has {shape[0]}×{shape[1]}; set "
+            raise UserError(f"images differ in size: {name(row)} has {pixels.shape[0]}×{pixels.shape[1]} pixels (height"
+                            f"×width) and the first training image has {shape[0]}×{shape[1]}; set "
                             "--config.data.image_size to bring all images to one size.")
         images[row], labels[row] = pixels, label
     return images, labels, broken

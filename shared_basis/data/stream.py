@@ -36,10 +36,11 @@ AHEAD = 1
 """Finished batches that each worker keeps ready."""
 
 ENOUGH_THREADS_UP_TO = 4
-"""Cores: decoding and scaling leave Python's lock, so that on few cores threads are faster (benchmarks/README.md)."""
+"""Cores: decoding and scaling leave Python's lock, so that on two cores threads read as fast as processes do, without
+their memory and their start (benchmarks/README.md); where that ends has not been measured."""
 
 MOST_WORKERS = 16
-"""Without being asked for more. Sixteen cores decode some 8,000 ImageNet images a second."""
+"""Without being asked for more."""
 
 UNLINKING_SECONDS = 0.1
 """How long Grain is given to free shared memory, which it does in a thread of its own."""
@@ -262,7 +263,7 @@ def _iterate(batches: Batches, workers: int, start: int) -> Any:
 def _unlink(segments: collections.deque[str], keep: int) -> None:
     """Frees all but the last `keep` of the `segments` of shared memory, should Grain not have done so.
 
-    Once in a while (seen: one in a hundred batches) its thread fails with EBADF, and the memory would be lost.
+    Once in a while its thread fails with EBADF (seen in two of three short runs), and the memory would be lost.
     """
     while len(segments) > keep:
         try:
