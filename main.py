@@ -8,7 +8,6 @@
     python main.py --mode=import --checkpoint=FILE.pth --config=…  published weights into a workdir
 """
 
-import io
 import json
 import os
 import sys
@@ -17,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from shared_basis.config import Config, check_field, from_config_dict
-from shared_basis.errors import UserError
+from shared_basis.errors import UserError, end_with
 
 FLAGS = flags.FLAGS
 _DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "digits_resnet.py")
@@ -26,6 +25,11 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "summary", "pre
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/<config>-<network>.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "evaluate: latest, best, or a step; import: the file.")
 _JSON = flags.DEFINE_bool("json", False, "Print the result as one JSON object; other lines go to standard error.")
+_DEBUG_NANS = flags.DEFINE_bool("debug_nans", False, "Stop at the operation that gives the first NaN; slow.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes, which TPU pods and SLURM tell.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing tells it.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, likewise.")
+_PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0, likewise.")
 
 
 def parse(argv: list[str]) -> None:
@@ -35,6 +39,9 @@ def parse(argv: list[str]) -> None:
         if name.startswith("config."):
             check_field(name.removeprefix("config."))
     files = [argument for argument in argv[1:] if argument.startswith(("--config=", "-config="))]
+    for file in (path.partition("=")[2].partition(":")[0] for path in files):
+        if not os.path.isfile(file):
+            raise UserError(f"--config={file}: no such file; recipes are configs/*.py, as FILE.py[:network].")
     try:  # the file comes first: the fields of the others are its own
         rest = FLAGS([argv[0], *(files or [f"--config={_DEFAULT}"]), *(arg for arg in argv[1:] if arg not in files)])
         _CONFIG.value.to_dict()  # a configuration file that is missing shows only on use
@@ -45,36 +52,27 @@ def parse(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {rest[1]!r}; flags look like --mode=train, see --help.")
 
 
-def main(argv: list[str]) -> int:
-    """Returns the exit code: 0, 2 for the user's mistake, 128 + the signal's number when stopped by one."""
-    logging.set_verbosity(logging.FATAL)  # what fails is told below, in one line
-    app.define_help_flags()
-    try:
-        parse(argv)
-        from shared_basis import modes, screen  # here, so that mistakes in flags do not wait for them
+def run() -> None:
+    """Does what the flags say, and prints the result."""
+    from shared_basis import devices, modes, screen  # here, so that mistakes in flags do not wait for them
+    with devices.started(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DEBUG_NANS.value):
         # Evaluation has the run's configuration; what is set here need suit that one alone.
         config = Config() if _MODE.value == "evaluate" else from_config_dict(_CONFIG.value)
-        workdir = os.path.expanduser(_WORKDIR.value or os.path.join("runs", _CONFIG.value.name))
         result, text = modes.run(
-            _MODE.value, config, workdir, workdir_given=bool(_WORKDIR.value), checkpoint=_CHECKPOINT.value,
+            _MODE.value, config, os.path.expanduser(_WORKDIR.value or os.path.join("runs", _CONFIG.value.name)),
+            workdir_given=bool(_WORKDIR.value), checkpoint=_CHECKPOINT.value,
             overrides=config_flags.get_override_values(FLAGS["config"]),
-            screen=screen.Screen(sys.stderr if _JSON.value else sys.stdout))
-    except UserError as error:
-        # Threads of a restore that failed may still print tracebacks: not between these words.
-        stderr, sys.stderr = sys.stderr, io.StringIO()
-        stderr.write(f"error: {error}\n")
-        stderr.flush()
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "stopped", file=sys.stderr)
-        return getattr(interrupt, "exit_code", 130)
-    print(json.dumps(result) if _JSON.value else text)
-    return 0
+            screen=screen.Screen(sys.stderr if _JSON.value and devices.leads() else sys.stdout))
+        print(json.dumps(result) if _JSON.value else text)
+
+
+def main() -> None:
+    """Runs the command line."""
+    logging.set_verbosity(logging.FATAL)  # what fails is told in one line
+    app.define_help_flags()
+    parse(sys.argv)
+    run()
 
 
 if __name__ == "__main__":
-    code = main(sys.argv)
-    if code == 2:  # at once: the same threads print while the interpreter shuts down
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+    end_with(main)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from shared_basis.devices import agreed, leads
 from shared_basis.errors import UserError
 
 Tree = Any
+
 
 def chosen_on(metrics: Mapping[str, Any]) -> str | None:
     """Returns the images whose accuracy chooses the best checkpoint.
@@ -34,10 +37,19 @@ def chosen_on(metrics: Mapping[str, Any]) -> str | None:
 
 
 class Checkpoints:
-    """The checkpoints in `directory`: saved asynchronously, the latest two and the best one kept."""
+    """The checkpoints in `directory`: saved asynchronously, the latest two and the best one kept.
 
-    def __init__(self, directory: Path, *, read_only: bool = False) -> None:
-        """Opens `directory`; creates it unless `read_only`."""
+    Where there are several processes, each calls every method that writes or restores, in the same order.
+    """
+
+    def __init__(self, directory: Path, *, read_only: bool = False, aside: Path | None = None,
+                 tell: Callable[[str], None] = lambda text: None) -> None:
+        """Opens `directory`; creates it unless `read_only`.
+
+        Args:
+          aside: where damaged checkpoints are moved, and `tell` is told; with None they are errors.
+        """
+        self._aside, self._tell = aside, tell
         def metric(metrics: Mapping[str, float]) -> float:
             return metrics[f"{chosen_on(metrics)}_accuracy"]
 
@@ -49,11 +61,14 @@ class Checkpoints:
             preservation_policy=keep, best_fn=metric, create=not read_only, read_only=read_only)
         if directory.exists() and not directory.is_dir():
             raise UserError(f"{directory} is not a directory; checkpoints cannot be kept there.")
+        damaged = _damaged_metrics(directory)  # Orbax reads those of all steps at once
+        if damaged and aside is None:
+            raise UserError(f"the metrics of a checkpoint in {directory} are damaged: {damaged[0]}; delete that file, "
+                            "the state beside it is not affected.")
+        for path in damaged:
+            self._set_aside(path.parent.parent, f"{path} is damaged.")
         try:
             self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
-        except json.JSONDecodeError as error:  # Orbax reads the metrics of all steps at once
-            raise UserError(f"the metrics of a checkpoint in {directory} are damaged: {_damaged_metrics(directory)}; "
-                            "delete that file, the state beside it is not affected.") from error
         except OSError as error:
             raise UserError(f"checkpoints in {directory} cannot be opened: {error.strerror or error}.") from error
 
@@ -61,6 +76,12 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps that have a complete checkpoint, rising."""
         return sorted(self._manager.all_steps())
+
+    def describe(self) -> str:
+        """Returns which checkpoints there are, for a message."""
+        steps = self.steps
+        return (f"checkpoint{'s' * (len(steps) > 1)} {', '.join(map(str, steps))} in {self._manager.directory}" if steps
+                else "no checkpoint yet")
 
     def find(self, which: str) -> int:
         """Returns the step meant by `which`: 'latest', 'best' or a number.
@@ -101,10 +122,71 @@ class Checkpoints:
         """
         try:
             with _hushed():
+                self._compare(step, target, whole=True)
                 restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
         except Exception as error:  # Orbax and its storage raise many kinds
             raise self._damaged(step, error) from error
         return restored["state"]
+
+    def restore_latest(self, target: Tree) -> Tree:
+        """Returns the state of the latest checkpoint that can be restored; damaged ones after it are set aside.
+
+        Raises:
+          UserError: there is none, and nothing was moved; or it cannot be moved.
+        """
+        failures: dict[int, UserError] = {}
+        state = None
+        for step in reversed(self.steps):
+            try:
+                with agreed():
+                    state = self.restore(step, target)
+                break
+            except UserError as error:
+                failures[step] = error
+        if state is None:
+            raise next(iter(failures.values()))
+        if failures and self._aside is None:
+            raise next(iter(failures.values()))
+        for damaged, failure in failures.items():
+            self._set_aside(self._path(damaged), str(failure))
+        if failures:
+            self._manager.reload()
+        return state
+
+    def _path(self, step: int) -> Path:
+        return Path(self._manager.directory) / str(step)
+
+    def _set_aside(self, path: Path, why: str) -> None:
+        """Moves a checkpoint out of the way, so that its step can be saved anew."""
+        assert self._aside is not None
+        with agreed():
+            if leads():
+                try:
+                    self._aside.mkdir(exist_ok=True)
+                    new = next(new for number in itertools.count(1)
+                               if not (new := self._aside / f"{path.name}.{number}").exists())
+                    path.rename(new)
+                except OSError as error:
+                    raise UserError(f"the damaged checkpoint {path} cannot be moved to {self._aside} "
+                                    f"({error.strerror}); move it away.") from error
+                self._tell(f"warning: {why} Checkpoint {path.name} is set aside as {new}.")
+
+    def _compare(self, step: int, target: Tree, *, whole: bool) -> None:
+        """Raises `ValueError` unless the checkpoint holds arrays of the shapes and dtypes of `target`, by name.
+
+        Orbax itself would convert them: a run would go on in another precision.
+        """
+        stored = ocp.tree.to_flat_dict(ocp.PyTreeCheckpointHandler().metadata(self._path(step) / "state").tree)
+        wanted = ocp.tree.to_flat_dict(target)
+        for path in [*wanted, *(stored if whole else ())]:
+            name = "/".join(path)
+            if path not in stored or path not in wanted:
+                raise ValueError(f"{name} is {'missing' if path in wanted else 'not of this network'}")
+            for what in ("shape", "dtype"):
+                there, here = getattr(stored[path], what), getattr(wanted[path], what)
+                if there != here:
+                    advice = "; is JAX_ENABLE_X64 set otherwise than it was?" if what == "dtype" else ""
+                    raise ValueError(f"the {what} of {name} is {there} there and {here} here{advice}")
 
     def restore_variables(self, step: int, target: Tree) -> Tree:
         """Returns `params` and `batch_stats` of `step` like `target`, leaving the optimizer's state unread.
@@ -113,12 +195,13 @@ class Checkpoints:
           UserError: as `restore`.
         """
         handlers = ocp.PyTreeCheckpointHandler()
-        path = Path(self._manager.directory) / str(step) / "state"
+        path = self._path(step) / "state"
         arguments = ocp.args.PyTreeRestore(
             target, restore_args=jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding), target),
             partial_restore=True)
         try:
             with _hushed(), ocp.Checkpointer(handlers) as checkpointer:
+                self._compare(step, target, whole=False)
                 return checkpointer.restore(path, arguments)
         except Exception as error:
             raise self._damaged(step, error) from error
@@ -144,8 +227,7 @@ class Checkpoints:
             raise self._unsaved(error) from error
 
     def _unsaved(self, error: Exception) -> UserError:
-        return UserError(f"a checkpoint cannot be saved in {self._manager.directory} ({_one_line(error)}); complete "
-                         f"ones there: {', '.join(map(str, self.steps)) or 'none'}.")
+        return UserError(f"a checkpoint cannot be saved ({_one_line(error)}); complete: {self.describe()}.")
 
     def close(self) -> None:
         """Waits for saves to finish and lets go of the directory."""
@@ -157,14 +239,19 @@ def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def _damaged_metrics(directory: Path) -> Path | None:
-    """Returns the first file of metrics that is not JSON."""
+def _damaged_metrics(directory: Path) -> list[Path]:
+    """Returns the files of metrics that do not hold the accuracy that chooses the best checkpoint."""
+    damaged = []
     for path in sorted(directory.glob("*/metrics/metrics")):
         try:
-            json.loads(path.read_text())
-        except ValueError:
-            return path
-    return None
+            metrics = json.loads(path.read_bytes())
+            if not isinstance(metrics[f"{chosen_on(metrics)}_accuracy"], float):
+                damaged.append(path)
+        except (ValueError, LookupError, TypeError, RecursionError):
+            damaged.append(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    return damaged
 
 
 @contextlib.contextmanager

@@ -181,8 +181,13 @@ class OptimizerConfig:
     factors: tuple[float, ...] = ()
     warmup_epochs: float = 0.0
     """Linear rise of the learning rate from 0, counted in epochs (fractions allowed)."""
+    accumulate: int = 1
+    """Parts that a batch is divided into, whose gradients are computed one after another and averaged: N parts take
+    about 1/N of the memory for activations (on GPU and TPU). Everything else stays, learning rate and steps too, but
+    batch normalisation and dropout see the parts: on networks with batch normalisation it is not the same training."""
 
     def __post_init__(self) -> None:
+        _require(1 <= self.accumulate < 2**31, "optimizer.accumulate", self.accumulate, "a positive whole number")
         for field, low in (("learning_rate", 0.0), ("weight_decay", 0.0), ("warmup_epochs", 0.0)):
             value = getattr(self, field)
             _require(low <= value <= 1e30, f"optimizer.{field}", value, "0 or a positive number, at most 1e30")

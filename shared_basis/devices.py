@@ -1,16 +1,165 @@
-"""The device mesh: parameters on every device, batches divided among them."""
+"""Devices and processes: the mesh, what lies where on it, and what processes settle among themselves.
+
+Parameters lie on every device, batches are divided among all devices of all processes. One process, the first, writes.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from shared_basis.errors import UserError
 
+JOINING_SECONDS = 300
+"""How long processes wait for one another at the start; those of one job do not start at once."""
+
+PARTING_SECONDS = 2
+"""What the first process leaves to the others, where all fail together: JAX ends them harshly once it is gone."""
+
+HEARTBEAT_SECONDS = 60
+"""After this time without a sign of life a process counts as lost, and JAX ends the others."""
+
+
+@contextlib.contextmanager
+def started(distributed: bool, coordinator: str | None, processes: int | None, process: int | None,
+            debug_nans: bool) -> Iterator[None]:
+    """Starts JAX: within this context this process is one of several, if `distributed` or any of the next three is set.
+
+    Only the first of them prints to standard output; errors of the others begin with their number.
+
+    Args:
+      debug_nans: has JAX look for the operation that gives the first NaN.
+
+    Raises:
+      UserError: as `join`, or there are no devices.
+    """
+    if debug_nans:
+        jax.config.update("jax_debug_nans", True)
+    if distributed or not coordinator is processes is process is None:
+        join(coordinator, processes, process)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # no such platform, or an accelerator that is in use
+        reason = (str(error).splitlines() or [f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')!r}"])[0]
+        raise UserError(f"JAX cannot use the devices: {reason}; see that no other process has them, or leave "
+                        "JAX_PLATFORMS unset.") from error
+    if not leads():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the rest of the process
+    try:
+        yield
+    except UserError as error:
+        if jax.process_count() == 1:
+            raise
+        if leads():
+            time.sleep(PARTING_SECONDS)
+        raise UserError(f"process {jax.process_index()}: {error}") from error
+
+
+def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Makes this process one of several that train together.
+
+    Args:
+      coordinator: HOST:PORT of process 0. With None, and also for the others, JAX finds them out: on TPU pods, under
+        SLURM, Open MPI and Kubernetes.
+      processes: the number of processes.
+      process: the number of this one, from 0 on.
+
+    Raises:
+      UserError: nothing is found out, or the arguments do not fit. Where the others do not come in time, the process
+        ends with a message and exit code 2, as nothing can be saved.
+    """
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+            raise UserError(f"--coordinator={coordinator}: must be HOST:PORT of process 0, e.g. 10.0.0.1:8476.")
+    if processes is not None and processes < 1:
+        raise UserError(f"--processes={processes}: must be 1 or more.")
+    if process is not None and (process < 0 or processes is None or process >= processes):
+        raise UserError(f"--process={process}: must be 0 to {'--processes' if processes is None else processes} − 1.")
+    if process == 0 and coordinator is not None:
+        _check_port(coordinator)
+    where = f"at {coordinator}" if coordinator else "as the cluster says"
+    timer = threading.Timer(JOINING_SECONDS, _give_up, (where, processes))  # JAX itself ends with a stack trace
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                                   initialization_timeout=2 * JOINING_SECONDS)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--distributed: the processes cannot be found out ({reason}). TPU pods, SLURM, Open MPI and "
+                        "Kubernetes are recognised; elsewhere give --coordinator=HOST:PORT --processes=N --process=I.",
+                        ) from error
+    finally:
+        timer.cancel()
+
+
+def _check_port(coordinator: str) -> None:
+    """Raises `UserError` if this process, the first, cannot listen on the coordinator's port."""
+    port = int(coordinator.rpartition(":")[2])
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+    except OSError as error:
+        raise UserError(f"--coordinator={coordinator}: process 0 cannot listen on port {port} ({error.strerror}); "
+                        "choose another one, for all processes.") from error
+
+
+def _give_up(where: str, processes: int | None) -> None:
+    number = f"the {processes} processes" if processes else "the processes of this job"
+    sys.stderr.write(f"error: {number} did not find one another {where} within {JOINING_SECONDS} seconds: start all of "
+                     "them, each with its own --process, and let them reach that address.\n")
+    sys.stderr.flush()
+    os._exit(2)
+
+
+def leads() -> bool:
+    """Returns whether this process is the one that prints and writes."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """Ends in all processes, or in none: where one raises `UserError` in this context, the others do so after it.
+
+    All processes must enter it together; otherwise those that go on would wait for the one that has failed.
+    """
+    failure = None
+    try:
+        yield
+    except UserError as error:
+        failure = error
+    failed = np.flatnonzero(everyone(failure is not None))
+    if failure is not None:
+        raise failure
+    if len(failed):
+        raise UserError(f"process {failed[0]} cannot go on; it says why.")
+
+
+def everyone(value: Any) -> np.ndarray:
+    """Returns a number that each process gives, for all of them, `[processes]`."""
+    return np.atleast_1d(multihost_utils.process_allgather(np.asarray(value)))
+
 
 def make_mesh() -> Mesh:
-    """Returns a mesh of one axis, 'data', over all devices."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    """Returns a mesh of one axis, 'data', over all devices of all processes.
+
+    The devices of a process follow one another, so that its part of a batch is one piece; on TPU their numbers do not.
+    """
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -23,10 +172,19 @@ def divided(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises `UserError`, with the nearest sizes, unless `batch_size` divides evenly among the devices."""
-    if batch_size % mesh.size:
-        below = batch_size // mesh.size * mesh.size
-        sizes = " or ".join(str(size) for size in (below, below + mesh.size) if size)
-        raise UserError(f"train.batch_size={batch_size}: must be a multiple of the {mesh.size} devices; the nearest: "
-                        f"{sizes}.")
+def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Returns `array`, which every process has whole, as one that lies on the devices as `sharding` says."""
+    if jax.process_count() == 1:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])  # sends nothing around
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Raises `UserError`, with the nearest sizes, unless every part of a batch divides evenly among the devices."""
+    divisor = mesh.size * accumulate
+    if batch_size % divisor:
+        below = batch_size // divisor * divisor
+        sizes = " or ".join(str(size) for size in (below, below + divisor) if size)
+        parts = f" times optimizer.accumulate={accumulate}" if accumulate > 1 else ""
+        raise UserError(f"train.batch_size={batch_size}: must be a multiple of the {mesh.size} devices{parts}; the "
+                        f"nearest: {sizes}.")

@@ -1,4 +1,13 @@
-"""The one exception that carries a message for the user."""
+"""The one exception that carries a message for the user, and what becomes of it on the command line."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -6,3 +15,29 @@ class UserError(ValueError):
 
     The message says what was wrong, what is allowed and what to do.
     """
+
+
+def end_with(command: Callable[[], None]) -> NoReturn:
+    """Runs `command` and ends the process.
+
+    The exit code is 0, 2 for the user's mistake, which is printed in one line, or 128 + the signal's number when
+    stopped by one (130 for Ctrl-C, 143 for SIGTERM; training catches them, to save).
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM):  # until then they end the process at once, and say nothing
+        signal.signal(signum, signal.SIG_DFL)
+    code = 0
+    try:
+        command()
+    except UserError as error:
+        # Threads of a restore that failed may still print tracebacks: not between these words, nor at the end.
+        stderr, sys.stderr = sys.stderr, io.StringIO()
+        stderr.write(f"error: {error}\n")
+        stderr.flush()
+        sys.stdout.flush()
+        os._exit(2)
+    except KeyboardInterrupt as interrupt:
+        print(*interrupt.args or ["stopped"], file=sys.stderr)
+        code = getattr(interrupt, "exit_code", 130)
+    except SystemExit:  # --help, for which absl has exit code 1
+        pass
+    sys.exit(code)

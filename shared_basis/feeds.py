@@ -11,11 +11,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from shared_basis import memory
 from shared_basis.config import Config, DataConfig
 from shared_basis.data import Source, Spec, Split, arrays, epoch_order, stream
 from shared_basis.data.splits import Examples
-from shared_basis.devices import divided, replicated
+from shared_basis.devices import divided, everyone, place, replicated
 from shared_basis.errors import UserError
+from shared_basis.screen import size_text
 from shared_basis.steps import select_batch
 
 Inputs = tuple[jax.Array, ...]
@@ -52,6 +54,14 @@ class Images:
         part = self.splits[name]
         return len(part.labels) if isinstance(part, Split) else len(part)
 
+    def bytes_on_device(self, feed: Feed, mesh: Mesh) -> int:
+        """Returns what the images take on each device: resident ones of all splits, or two batches of a stream."""
+        if any(not isinstance(part, Split) for part in self.splits.values()):
+            return 2 * memory.bytes_on_device(feed.abstract)
+        scored = sum(part.images.nbytes + part.labels.nbytes for name, part in self.splits.items()
+                     if name != "train" and isinstance(part, Split))
+        return memory.bytes_on_device(feed.abstract) + scored // mesh.size
+
     def feed(self, config: Config, mesh: Mesh) -> Feed:
         """Returns the training images as batches of `config.train.batch_size`."""
         part = self.splits["train"]
@@ -70,8 +80,8 @@ class Images:
             batches = stream.TestBatches(part, self.spec, self.config, batch_size=size, shard=_shard())
             workers = stream.workers_of(self.config)
             return lambda: (_place(batch, mesh) for batch in stream.read(batches, workers))
-        placed = [jax.device_put((_filled(part.images[first:first + size], size, 0),
-                                  _filled(part.labels[first:first + size], size, -1)), divided(mesh))
+        placed = [(place(_filled(part.images[first:first + size], size, 0), divided(mesh)),
+                   place(_filled(part.labels[first:first + size], size, -1), divided(mesh)))
                   for first in range(0, len(part.labels), size)]
         return lambda: placed
 
@@ -95,7 +105,7 @@ def load(source: Source, config: DataConfig, mesh: Mesh, tell: Callable[[str], N
 
 
 def choose(source: Source, config: DataConfig, mesh: Mesh) -> tuple[bool, str]:
-    """Returns whether images are to be streamed, and why, in one line.
+    """Returns whether images are to be streamed, and why, in one line; the same in all processes.
 
     Raises:
       UserError: they are to be resident and do not fit into memory.
@@ -110,9 +120,9 @@ def choose(source: Source, config: DataConfig, mesh: Mesh) -> tuple[bool, str]:
     fits_well = (host is None or needed * copies * HOST_SHARE <= host) and (
         limit is None or needed * DEVICE_SHARE <= limit)
     known = (("{} of memory are free", host), ("the device has {}", limit))
-    memory = ", ".join(text.format(_size(value)) for text, value in known if value is not None)
+    memory = ", ".join(text.format(size_text(value)) for text, value in known if value is not None)
     times = f" (×{copies} here)" if copies > 1 else ""
-    size = f"decoded, the images take {_size(needed)}{times}; {memory or 'the memory is not known'}"
+    size = f"decoded, the images take {size_text(needed)}{times}; {memory or 'the memory is not known'}"
     if config.placement == "device" and not fits:
         raise UserError(f"data.placement='device': {size}. Set --config.data.placement=stream, a smaller "
                         "--config.data.image_size, or fewer --config.data.train_examples and "
@@ -122,7 +132,7 @@ def choose(source: Source, config: DataConfig, mesh: Mesh) -> tuple[bool, str]:
     elif config.placement != "auto":
         streamed, why = config.placement == "stream", f"as configured; {size}"
     else:
-        streamed, why = not fits_well, size
+        streamed, why = not everyone(fits_well).all(), size
     if not streamed:
         return False, f"images are resident on the device ({why})"
     workers = stream.workers_of(config)
@@ -130,26 +140,17 @@ def choose(source: Source, config: DataConfig, mesh: Mesh) -> tuple[bool, str]:
     return True, f"images are streamed by {readers}, decoded by Pillow ({why})"
 
 
-def _size(size: float) -> str:
-    """Returns a number of bytes in the unit that suits it."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
-
-
 def _resident_feed(split: Split, config: Config, mesh: Mesh) -> Feed:
     everywhere, size = replicated(mesh), config.train.batch_size
     examples, broken = len(split.labels), split.labels < 0
-    pixels, labels = jax.device_put((split.images, split.labels), everywhere)
+    pixels, labels = place(split.images, everywhere), place(split.labels, everywhere)
 
     def batches(start: int) -> Generator[Inputs, None, None]:
         order = None
         for step in itertools.count(start):
             epoch, rest = divmod(step, examples // size)
             if order is None or not rest:
-                order = jax.device_put(without(broken, epoch_order(config.seed, epoch, examples)), everywhere)
+                order = place(without(broken, epoch_order(config.seed, epoch, examples)), everywhere)
             yield pixels, labels, order
 
     def select(step: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -177,9 +178,9 @@ def _streamed_feed(examples: Examples, spec: Spec, config: Config, mesh: Mesh) -
 def without(broken: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Returns `order` with the image that follows, as `stream.TrainingBatches` has it, for each that is `broken`."""
     substituted = order.copy()
-    for place in np.flatnonzero(broken[order]):
-        following = np.roll(order, -place)
-        substituted[place] = following[np.argmin(broken[following])]
+    for at in np.flatnonzero(broken[order]):
+        following = np.roll(order, -at)
+        substituted[at] = following[np.argmin(broken[following])]
     return substituted
 
 

@@ -46,10 +46,11 @@ def import_weights(config: Config, workdir: str | Path, file: str) -> dict[str, 
                                model.element_sets(config.orthogonality.elements), schedule)
     state = start_from(jax.tree.map(jnp.asarray, variables), optimizer)
     record = make_record(config, {"classes": list(spec.classes), "image_shape": list(spec.image_shape)})
-    run.claim(record)
-    checkpoints = Checkpoints(run.checkpoints)
-    checkpoints.save(0, state, record, None)
-    checkpoints.close()
+    with run.locked():
+        run.claim(record)
+        checkpoints = Checkpoints(run.checkpoints)
+        checkpoints.save(0, state, record, None)
+        checkpoints.close()
     return {"workdir": str(run.path), "model": config.model.name, "file": str(file),
             "parameters": sum(count_parameters(state.params).values())}
 

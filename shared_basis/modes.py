@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from shared_basis import data, evaluate, importing, summary, train
 from shared_basis.config import Config
+from shared_basis.errors import UserError
 from shared_basis.screen import Screen
 from shared_basis.workdir import Workdir
 
@@ -23,6 +26,8 @@ def run(mode: str, config: Config, workdir: str, *, workdir_given: bool, checkpo
     Raises:
       UserError, KeyboardInterrupt: as the mode.
     """
+    if jax.process_count() > 1 and mode not in ("train", "evaluate"):
+        raise UserError(f"--distributed: --mode={mode} is for one process; only train and evaluate are shared.")
     if mode == "evaluate":
         result = evaluate.evaluate(workdir, checkpoint, overrides, screen.line)
         return result, evaluate.render(result)

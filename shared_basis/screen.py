@@ -64,3 +64,12 @@ def duration(seconds: float) -> str:
 def count(number: float) -> str:
     """Returns a whole number with thousands separated, e.g. 1,234,567."""
     return f"{number:,.0f}"
+
+
+def size_text(size: float) -> str:
+    """Returns a number of bytes in the unit that suits it, e.g. 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

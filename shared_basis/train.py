@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -16,11 +17,12 @@ from typing import Any
 
 import jax
 import optax
+from jax.experimental import multihost_utils
 
-from shared_basis import data, feeds
+from shared_basis import data, feeds, memory
 from shared_basis.checkpoints import Checkpoints, chosen_on
 from shared_basis.config import Config
-from shared_basis.devices import check_batch_size, divided, make_mesh, replicated
+from shared_basis.devices import agreed, check_batch_size, divided, leads, make_mesh, replicated
 from shared_basis.errors import UserError
 from shared_basis.evaluate import build_model, make_evaluator
 from shared_basis.optimizer import learning_rate_schedule, make_optimizer
@@ -42,14 +44,17 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Within this context Ctrl-C and SIGTERM only set `received`; a second signal acts as usual."""
+    """Within this context Ctrl-C and SIGTERM only ask for a stop; a second signal acts as usual.
+
+    Of several processes JAX takes SIGTERM, and tells all of them at which step to stop, whichever received it.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else (signal.SIGINT,):
             self._previous[signum] = signal.signal(signum, self._receive)
         return self
 
@@ -57,10 +62,22 @@ class StopSignals:
         self.received = signum
         self._restore()
         os.write(2, b"\nstopping after this step; once more stops at once\n")  # a handler must not use print
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def due(self, step: int) -> bool:
+        """Returns whether to stop after `step`; to be asked at every one, in all processes."""
+        if jax.process_count() == 1:
+            return self.received is not None
+        if multihost_utils.reached_preemption_sync_point(step):
+            self.received = self.received or signal.SIGTERM
+            return True
+        return False
 
     def _restore(self) -> None:
         while self._previous:
-            signal.signal(*self._previous.popitem())
+            signum, handler = self._previous.popitem()
+            signal.signal(signum, handler)
 
     def __exit__(self, *_: Any) -> None:
         self._restore()
@@ -78,6 +95,7 @@ class Program:
     diagnose: Callable[[Any], dict[str, jax.Array]]
     schedule: optax.Schedule
     steps_per_epoch: int
+    memory: memory.Memory
 
 
 def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]:
@@ -92,45 +110,63 @@ def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]
       Interrupted: a signal came; the run is saved and the same call goes on.
     """
     mesh = make_mesh()
-    check_batch_size(config.train.batch_size, mesh)
+    check_batch_size(config.train.batch_size, mesh, config.optimizer.accumulate)
     run = Workdir(workdir)
-    run.read_record()  # an unreadable workdir is told before the images are read
-    source = data.open_source(config.data)
-    model = build_model(config, source.spec)
-    comparison = compare_with_plain(config.model, len(source.spec.classes), source.spec.image_shape)
-    examples = len(source.splits["train"])
-    if examples < config.train.batch_size:
-        raise UserError(f"train.batch_size={config.train.batch_size}: there are only {examples} training images.")
-    images = feeds.load(source, config.data, mesh, screen.line)
+    with agreed(), memory.explained(config):
+        run.read_record()  # an unreadable workdir is told before the images are read
+        source = data.open_source(config.data)
+        model = build_model(config, source.spec)
+        comparison = compare_with_plain(config.model, len(source.spec.classes), source.spec.image_shape)
+        examples = len(source.splits["train"])
+        if examples < config.train.batch_size:
+            raise UserError(f"train.batch_size={config.train.batch_size}: there are only {examples} training images.")
+        images = feeds.load(source, config.data, mesh, screen.line)
     record = make_record(config, {
         "classes": list(source.spec.classes), "image_shape": list(source.spec.image_shape),
         **{f"{name}_examples": images.count(name) for name in images.splits}})
-    run.claim(record)
-    screen.line(f"{config.model.name}: {render_saving(comparison)}")
-    *parts, last = (f"{count(images.count(name))} {'training' if name == 'train' else name}" for name in images.splits)
-    screen.line(f"data {config.data.name}: {', '.join(parts)} and {last} images of "
-                f"{'×'.join(map(str, source.spec.image_shape))}, {len(source.spec.classes)} classes; "
-                f"{mesh.size} × {jax.devices()[0].device_kind}; workdir {run.path}")
-    with StopSignals() as signals:
-        checkpoints = Checkpoints(run.checkpoints)
-        try:
-            if checkpoints.steps[-1:] == [config.train.epochs * (examples // config.train.batch_size)]:
-                screen.line("this run is finished")
-            else:
-                started = time.monotonic()
-                screen.line("compiling …")
-                state, program = build(config, images, model, mesh, checkpoints)
-                screen.line(f"ready in {duration(time.monotonic() - started)}")
-                note_resume(run, state, program, config, screen)
-                loop(config, state, program, run, checkpoints, record, screen, signals)
-        finally:
-            checkpoints.close()
+    with contextlib.ExitStack() as stack:
+        with agreed():
+            if leads():
+                stack.enter_context(run.locked())
+                run.claim(record)
+        with agreed():
+            run.require(record)
+        screen.line(f"{config.model.name}: {render_saving(comparison)}")
+        *parts, last = (f"{count(images.count(name))} {'training' if name == 'train' else name}"
+                        for name in images.splits)
+        processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        screen.line(f"data {config.data.name}: {', '.join(parts)} and {last} images of "
+                    f"{'×'.join(map(str, source.spec.image_shape))}, {len(source.spec.classes)} classes; "
+                    f"{mesh.size} × {jax.devices()[0].device_kind}{processes}; workdir {run.path}")
+        checkpoints = Checkpoints(run.checkpoints, aside=run.damaged, tell=screen.line)
+        stack.callback(checkpoints.close)
+        if checkpoints.steps[-1:] == [config.train.epochs * (examples // config.train.batch_size)]:
+            screen.line("this run is finished")
+        else:
+            with memory.explained(config, lambda: f" Saved: {checkpoints.describe()}."):
+                go_on(config, images, model, mesh, run, checkpoints, record, screen)
     return {**comparison, **result(run)}
+
+
+def go_on(config: Config, images: feeds.Images, model: Any, mesh: Any, run: Workdir, checkpoints: Checkpoints,
+          record: dict[str, Any], screen: Screen) -> None:
+    """Compiles, and trains from the latest checkpoint, or the beginning, to the end."""
+    started = time.monotonic()
+    screen.line("compiling …")
+    state, program = build(config, images, model, mesh, checkpoints)
+    screen.line(f"ready in {duration(time.monotonic() - started)}; {program.memory.render()}")
+    note_resume(run, state, program, config, screen)
+    with StopSignals() as signals:
+        loop(config, state, program, run, checkpoints, record, screen, signals)
 
 
 def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
           checkpoints: Checkpoints) -> tuple[TrainState, Program]:
-    """Places the data, compiles the step, and returns the program with the latest saved state, or a new one."""
+    """Places the data, compiles the step, and returns the program with the latest saved state, or a new one.
+
+    Raises:
+      UserError: no checkpoint can be restored, or the devices have not the memory.
+    """
     steps_per_epoch = images.count("train") // config.train.batch_size
     element_sets = model.element_sets(config.orthogonality.elements)
     schedule = learning_rate_schedule(config.optimizer, config.train.epochs, steps_per_epoch)
@@ -140,28 +176,39 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
                           jax.eval_shape(create))
     feed = images.feed(config, mesh)
+    debugging = jax.config.jax_debug_nans  # type: ignore[attr-defined]  # a step that gives NaN is computed again
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
+    def diagnose(params: Any) -> dict[str, jax.Array]:
+        return orthogonality_diagnostics(params, element_sets) if element_sets else {}
+
+    @functools.partial(jax.jit, donate_argnums=() if debugging else 0, out_shardings=everywhere)
     def step(state: TrainState, *inputs: jax.Array) -> tuple[TrainState, Metrics]:
-        return train_step(state, *feed.select(state.step, *inputs), model=model, optimizer=optimizer, data=config.data,
-                          seed=config.seed, steps_per_epoch=steps_per_epoch, batch_sharding=divided(mesh))
+        new, metrics = train_step(
+            state, *feed.select(state.step, *inputs), model=model, optimizer=optimizer, data=config.data,
+            seed=config.seed, steps_per_epoch=steps_per_epoch, batch_sharding=divided(mesh),
+            accumulate=config.optimizer.accumulate)
+        return new, {**metrics, **diagnose(state.params)}
 
+    compiled = step.lower(target, *feed.abstract).compile()
+    needed = memory.measure(target, images.bytes_on_device(feed, mesh), compiled)
+    memory.check(needed, config, mesh)
     program = Program(
-        step=step.lower(target, *feed.abstract).compile(),
+        step=step if debugging else compiled,
         batches=feed.batches,
         evaluate={name: make_evaluator(model, config.data, images.batches(name, config.train.eval_batch_size, mesh),
                                        mesh) for name in images.splits if name != "train"},
-        diagnose=jax.jit(lambda params: orthogonality_diagnostics(params, element_sets) if element_sets else {}),
-        schedule=schedule, steps_per_epoch=steps_per_epoch)
+        diagnose=jax.jit(diagnose), schedule=schedule, steps_per_epoch=steps_per_epoch, memory=needed)
     if checkpoints.steps:
-        return checkpoints.restore(checkpoints.find("latest"), target), program
+        return checkpoints.restore_latest(target), program
     return jax.jit(create, out_shardings=everywhere)(), program
 
 
 def note_resume(run: Workdir, state: TrainState, program: Program, config: Config, screen: Screen) -> None:
     """Says where a saved run goes on, and drops the metrics that it will compute again."""
     step = int(state.step)
-    run.rewind_metrics(step)
+    with agreed():
+        if leads():
+            run.rewind_metrics(step)
     if not step:
         return
     screen.line(f"resumes at step {count(step)} of {count(config.train.epochs * program.steps_per_epoch)}")
@@ -181,36 +228,85 @@ def loop(config: Config, state: TrainState, program: Program, run: Workdir, chec
     first = int(state.step)
     running = None
     with contextlib.closing(program.batches(first)) as batches:
-        for step, inputs in zip(range(first, epochs * per_epoch), batches, strict=False):
-            state, totals = program.step(state, *inputs)
+        for step, inputs in zip(range(first + 1, epochs * per_epoch + 1), batches, strict=False):
+            state, metrics = advance(program, state, inputs, step)
             if running is not None:  # waits for the step before this one, so that the devices always have one ahead
-                show_step(screen, clock, running, step, config, per_epoch)
-            running = totals
-            epoch, left = divmod(step + 1, per_epoch)
-            if not left and (epoch % config.train.evaluate_every == 0 or epoch == epochs):
-                show_step(screen, clock, running, step + 1, config, per_epoch)
+                follow(running, step - 1, program, screen, clock, config, checkpoints)
+            running = metrics
+            epoch, left = divmod(step, per_epoch)
+            measured = not left and (epoch % config.train.evaluate_every == 0 or epoch == epochs)
+            if measured:
+                follow(running, step, program, screen, clock, config, checkpoints)
                 line = measure(state, program, clock, config.train.batch_size)
-                if not all(math.isfinite(value) for value in line.values()):
-                    raise UserError(diverged(line, checkpoints))
-                run.append_metrics(line)
+                require_finite(line, step, program, checkpoints)
+                if leads():
+                    run.append_metrics(line)
                 screen.line(render_metrics(line, epochs))
-                checkpoints.save(step + 1, state, record, line)
+                checkpoints.save(step, state, record, line)
                 clock.skip()
                 running = None
-            if signals.received is not None:
-                stop(signals.received, step + 1, epochs * per_epoch, state, record, checkpoints, screen)
+            if signals.due(step):
+                if running is not None:  # what is saved is finite
+                    follow(running, step, program, screen, clock, config, checkpoints)
+                stop(signals, step, epochs * per_epoch, state, record, checkpoints, screen)
     screen.end_progress()
     checkpoints.wait()
 
 
-def stop(signum: int, step: int, steps: int, state: TrainState, record: dict[str, Any], checkpoints: Checkpoints,
-         screen: Screen) -> None:
+def advance(program: Program, state: TrainState, inputs: feeds.Inputs, step: int) -> tuple[TrainState, Metrics]:
+    """Makes `step`; with --debug_nans says which operation gives the first NaN."""
+    try:
+        return program.step(state, *inputs)
+    except FloatingPointError as error:  # from jax_debug_nans alone
+        raise UserError(f"step {count(step)}: {_where(error)}") from error
+
+
+def _where(error: FloatingPointError) -> str:
+    """Returns JAX's message with the line of code that it comes from."""
+    ours = Path(__file__).parent
+    places = [f"{Path(frame.filename).relative_to(ours.parent)}:{frame.lineno}, in {frame.name}: {frame.line}"
+              for frame in traceback.extract_tb(error.__traceback__)
+              if Path(frame.filename).is_relative_to(ours) and frame.filename != __file__]
+    return f"{str(error).splitlines()[0].rstrip('.')}, at {places[-1] if places else 'a line outside of this package'}"
+
+
+def follow(metrics: Metrics, step: int, program: Program, screen: Screen, clock: Clock, config: Config,
+           checkpoints: Checkpoints) -> None:
+    """Waits for `step`, makes sure that it is finite, and shows the means over its epoch so far."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    clock.tick()
+    require_finite(values, step, program, checkpoints)
+    total = config.train.epochs * program.steps_per_epoch
+    screen.progress(step, total, (
+        f"epoch {-(-step // program.steps_per_epoch)}/{config.train.epochs}  "
+        f"loss {values['loss'] / values['count']:.4f}  accuracy {100 * values['correct'] / values['count']:.2f} %  "
+        f"{count(clock.speed(config.train.batch_size))} images/s  {duration(clock.left(total - step))} left"))
+
+
+def require_finite(values: Mapping[str, float], step: int, program: Program, checkpoints: Checkpoints) -> None:
+    """Raises `UserError` with all that helps to find the cause, unless all values of `step` are finite."""
+    if all(math.isfinite(value) for value in values.values()):
+        return
+    checkpoints.wait()
+    shown = ", ".join(f"{name.replace('_', ' ')} {values[name]:.4g}" for name in (
+        "loss", "train_loss", "test_loss", "gradient_norm", "parameter_norm", "penalty", "norm_min", "norm_max")
+        if name in values)
+    raise UserError(
+        f"training diverged at step {count(step)}: {shown}, at learning rate {float(program.schedule(step - 1)):g}. "
+        f"Saved and finite: {checkpoints.describe()}. In a new workdir lower --config.optimizer.learning_rate or raise "
+        "--config.optimizer.warmup_epochs; --debug_nans finds the operation that gives the first NaN.")
+
+
+def stop(signals: StopSignals, step: int, steps: int, state: TrainState, record: dict[str, Any],
+         checkpoints: Checkpoints, screen: Screen) -> None:
     """Saves `state` and raises `Interrupted`."""
+    assert signals.received is not None
     screen.end_progress()
     checkpoints.save(step, state, record, None)
     checkpoints.wait()
-    raise Interrupted(signum, f"stopped by {signal.Signals(signum).name} and saved at step {count(step)} of "
-                              f"{count(steps)}; the same command goes on from there")
+    name = signal.Signals(signals.received).name
+    raise Interrupted(signals.received, f"stopped by {name} and saved at step {count(step)} of {count(steps)}; the "
+                                        "same command goes on from there")
 
 
 class Clock:
@@ -245,18 +341,6 @@ class Clock:
         return (time.monotonic() - self._began) / self.steps * steps if self.steps > 0 else 0.0
 
 
-def show_step(screen: Screen, clock: Clock, totals: dict[str, jax.Array], step: int, config: Config,
-              per_epoch: int) -> None:
-    """Waits for `step` and shows the means over its epoch so far."""
-    sums = {name: float(value) for name, value in jax.device_get(totals).items()}
-    clock.tick()
-    total = config.train.epochs * per_epoch
-    screen.progress(step, total, (
-        f"epoch {-(-step // per_epoch)}/{config.train.epochs}  loss {sums['loss'] / sums['count']:.4f}  "
-        f"accuracy {100 * sums['correct'] / sums['count']:.2f} %  "
-        f"{count(clock.speed(config.train.batch_size))} images/s  {duration(clock.left(total - step))} left"))
-
-
 def measure(state: TrainState, program: Program, clock: Clock, batch_size: int) -> dict[str, Any]:
     """Returns the line of metrics.jsonl at `state`, the end of an epoch."""
     step = int(state.step)
@@ -284,16 +368,6 @@ def render_metrics(line: dict[str, Any], epochs: int) -> str:
     return (f"epoch {line['epoch']}/{epochs}  loss {line['train_loss']:.4f}  accuracy "
             f"{100 * line['train_accuracy']:.2f} %{validation}  test loss {line['test_loss']:.4f}  test accuracy "
             f"{100 * line['test_accuracy']:.2f} %{penalty}  {count(line['images_per_second'])} images/s")
-
-
-def diverged(line: dict[str, Any], checkpoints: Checkpoints) -> str:
-    """Returns the message for a run whose loss is no longer finite."""
-    checkpoints.wait()
-    steps = checkpoints.steps
-    kept = f"the checkpoint of step {count(steps[-1])} is the last good one" if steps else "there is no checkpoint yet"
-    return (f"training diverged by step {count(line['step'])}: loss {line['train_loss']}, on the test images "
-            f"{line['test_loss']}, penalty {line.get('penalty', 0)}, at learning rate {line['learning_rate']:g}; "
-            f"{kept}. Lower --config.optimizer.learning_rate or add --config.optimizer.warmup_epochs in a new workdir.")
 
 
 def result(run: Workdir) -> dict[str, Any]:

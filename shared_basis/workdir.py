@@ -3,6 +3,8 @@
     run.json        configuration, versions, data facts: all that evaluation needs beside a checkpoint
     metrics.jsonl   one JSON object for each evaluation
     checkpoints/    see `shared_basis.checkpoints`
+    damaged/        checkpoints that could not be restored, set aside
+    .lock           held by the process that writes
 """
 
 from __future__ import annotations
@@ -12,12 +14,17 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from shared_basis.config import Config, differences, from_config_dict, to_dict
 from shared_basis.errors import UserError
+
+LOCK_SECONDS = 2.0
+LOCK_ATTEMPTS = 10
 
 PACKAGES = ("shared-basis", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -42,13 +49,25 @@ class Workdir:
     """The directory of one run."""
 
     def __init__(self, path: str | Path) -> None:
-        """Names the directory; touches nothing."""
+        """Names the directory; touches nothing.
+
+        Raises:
+          UserError: it is an address, such as gs://bucket.
+        """
+        if re.match("[a-z0-9]+:/", str(path)):
+            raise UserError(f"workdir {path}: must be a directory; mount the bucket, e.g. with gcsfuse, and give the "
+                            "directory that it is mounted on.")
         self.path = Path(path)
 
     @property
     def checkpoints(self) -> Path:
         """The directory of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def damaged(self) -> Path:
+        """The directory of checkpoints that were set aside."""
+        return self.path / "damaged"
 
     def read_record(self) -> dict[str, Any] | None:
         """Returns the run's record, or None where there is no run.
@@ -65,7 +84,7 @@ class Workdir:
             return None
         except OSError as error:
             raise UserError(f"workdir {self.path} cannot be read: {error.strerror}.") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{self.path / 'run.json'} is damaged ({error}); its copies lie in "
                             f"{self.checkpoints}/<step>/run/metadata.") from error
 
@@ -83,18 +102,32 @@ class Workdir:
         except UserError as error:
             raise UserError(f"{self.path / 'run.json'}: {error}") from error
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the directory and keeps it from other processes that would write to it, until the context ends.
+
+        The lock goes with the process, however it ends. File systems without locks are trusted.
+
+        Raises:
+          UserError: another process holds it, or the directory cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        with file:
+            _lock(file, self.path)
+            yield
+
     def claim(self, record: Mapping[str, Any]) -> None:
         """Makes the directory that of the run `record`, whether it is new or resumes.
 
         Raises:
-          UserError: it holds a run of another configuration or on other data, or cannot be written.
+          UserError: as `require`, or it holds checkpoints without their run, or cannot be written.
         """
         if self.read_record() is not None:
-            config, saved = self.load()
-            self._require_same("configuration", differences(from_config_dict(record["config"]), config))
-            self._require_same("data", {key: (_short(record["data"][key]), _short(saved["data"][key]))
-                                        for key in record["data"].keys() & saved["data"].keys()
-                                        if record["data"][key] != saved["data"][key]})
+            self.require(record)
             return
         try:
             if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
@@ -106,8 +139,26 @@ class Workdir:
             temporary.write_text(json.dumps(record, indent=2) + "\n")
             os.replace(temporary, self.path / "run.json")
         except OSError as error:
-            raise UserError(f"workdir {self.path} cannot be written: {error.strerror}; "
-                            "choose another with --workdir.") from error
+            raise self._unwritable(error) from error
+
+    def require(self, record: Mapping[str, Any]) -> None:
+        """Makes sure that the directory holds the run `record`.
+
+        Raises:
+          UserError: it holds a run of another configuration or on other data, or none, as where processes of several
+            machines do not see one directory.
+        """
+        if self.read_record() is None:
+            raise UserError(f"workdir {self.path} holds no run.json here, though the first process has written it: it "
+                            "must lie on a file system that all machines share; choose another --workdir.")
+        config, saved = self.load()
+        self._require_same("configuration", differences(from_config_dict(record["config"]), config))
+        self._require_same("data", {key: (_short(record["data"][key]), _short(saved["data"][key]))
+                                    for key in record["data"].keys() & saved["data"].keys()
+                                    if record["data"][key] != saved["data"][key]})
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"workdir {self.path} cannot be written: {error.strerror}; choose another with --workdir.")
 
     def _require_same(self, what: str, differing: Mapping[str, tuple[Any, Any]]) -> None:
         if differing:
@@ -130,7 +181,7 @@ class Workdir:
         for line in text.splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
                 break
@@ -163,3 +214,28 @@ class Workdir:
 def _short(value: Any) -> Any:
     """Returns `value`, a long list cut down to what a message of one line can hold."""
     return [*value[:3], f"… {len(value)} in all"] if isinstance(value, list) and len(value) > 5 else value
+
+
+def _lock(file: IO[str], path: Path) -> None:
+    """Takes the lock on `file`, and writes into it who has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    for attempt in range(LOCK_ATTEMPTS):  # what a killed run leaves behind may take a moment to end
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if attempt == LOCK_ATTEMPTS - 1:
+                file.seek(0)
+                raise UserError(f"workdir {path} is in use by another run ({file.read(200).strip() or 'unknown'}); "
+                                "wait for it, or choose another --workdir. Several processes train one run together "
+                                "with --distributed alone.") from None
+            time.sleep(LOCK_SECONDS / LOCK_ATTEMPTS)
+        except OSError:  # a file system without locks
+            return
+    with contextlib.suppress(OSError):  # a full disk need not stop a finished run
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()

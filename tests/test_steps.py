@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -114,8 +115,12 @@ class Trainer:
         return epoch_order(self.seed, step // self.per_epoch, len(self.images))
 
     def step(self, state: TrainState) -> TrainState:
-        state, totals = self._step(state, self.images, self.labels, self.order(int(state.step)))
-        assert_trees_equal(totals, state.totals)
+        state, metrics = self._step(state, self.images, self.labels, self.order(int(state.step)))
+        norm = metrics.pop("parameter_norm")
+        assert norm == pytest.approx(math.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64))
+                                                   for leaf in jax.tree.leaves(jax.device_get(state.params)))))
+        assert metrics.pop("gradient_norm") > 0
+        assert_trees_equal(metrics, state.totals)
         return state
 
     def run(self, steps: int) -> list[TrainState]:
