@@ -176,12 +176,11 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
                           jax.eval_shape(create))
     feed = images.feed(config, mesh)
-    debugging = jax.config.jax_debug_nans  # type: ignore[attr-defined]  # a step that gives NaN is computed again
 
     def diagnose(params: Any) -> dict[str, jax.Array]:
         return orthogonality_diagnostics(params, element_sets) if element_sets else {}
 
-    @functools.partial(jax.jit, donate_argnums=() if debugging else 0, out_shardings=everywhere)
+    @functools.partial(jax.jit, donate_argnums=() if debugging_nans() else 0, out_shardings=everywhere)
     def step(state: TrainState, *inputs: jax.Array) -> tuple[TrainState, Metrics]:
         new, metrics = train_step(
             state, *feed.select(state.step, *inputs), model=model, optimizer=optimizer, data=config.data,
@@ -193,7 +192,7 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
     needed = memory.measure(target, images.bytes_on_device(feed, mesh), compiled)
     memory.check(needed, config, mesh)
     program = Program(
-        step=step if debugging else compiled,
+        step=step if debugging_nans() else compiled,
         batches=feed.batches,
         evaluate={name: make_evaluator(model, config.data, images.batches(name, config.train.eval_batch_size, mesh),
                                        mesh) for name in images.splits if name != "train"},
@@ -256,9 +255,16 @@ def loop(config: Config, state: TrainState, program: Program, run: Workdir, chec
 def advance(program: Program, state: TrainState, inputs: feeds.Inputs, step: int) -> tuple[TrainState, Metrics]:
     """Makes `step`; with --debug_nans says which operation gives the first NaN."""
     try:
-        return program.step(state, *inputs)
-    except FloatingPointError as error:  # from jax_debug_nans alone
+        # Set in this thread once more: the global setting is lost when jnp.var is traced (JAX 0.10.2).
+        with jax.debug_nans(debugging_nans()):
+            return program.step(state, *inputs)
+    except FloatingPointError as error:
         raise UserError(f"step {count(step)}: {_where(error)}") from error
+
+
+def debugging_nans() -> bool:
+    """Returns whether JAX is to compute a step again that gives NaN, operation by operation (--debug_nans)."""
+    return jax.config.jax_debug_nans  # type: ignore[attr-defined]
 
 
 def _where(error: FloatingPointError) -> str:
