@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from shared_basis import data, feeds
+from shared_basis import data, feeds, memory
 from shared_basis.checkpoints import Checkpoints, chosen_on
 from shared_basis.config import Config, DataConfig, replace
-from shared_basis.devices import make_mesh, replicated
+from shared_basis.devices import agreed, make_mesh, replicated
 from shared_basis.errors import UserError
 from shared_basis.feeds import Inputs
 from shared_basis.models import Network, create_model
@@ -92,18 +92,21 @@ def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str,
             raise UserError(f"--config.{path} cannot be changed for the trained run in {run.path}; only fields of "
                             "data, and train.eval_batch_size, can.")
     config = replace(config, overrides or {})
-    checkpoints = Checkpoints(run.checkpoints, read_only=True)
-    step = checkpoints.find(which)
-    known = data.Spec(tuple(record["data"]["image_shape"]), tuple(record["data"]["classes"]))
-    source = data.open_source(config.data, ("test",), known)
-    model = build_model(config, source.spec)
     mesh = make_mesh()
-    shapes = abstract_variables(model, source.spec.image_shape)
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), dict(shapes))
-    variables = checkpoints.restore_variables(step, target)
-    images = feeds.load(source, config.data, mesh, tell)
-    scores = make_evaluator(model, config.data, images.batches("test", config.train.eval_batch_size, mesh),
-                            mesh)(variables)
+    with memory.explained(config, "train.eval_batch_size"):
+        with agreed():
+            checkpoints = Checkpoints(run.checkpoints, read_only=True)
+            step = checkpoints.find(which)
+            known = data.Spec(tuple(record["data"]["image_shape"]), tuple(record["data"]["classes"]))
+            source = data.open_source(config.data, ("test",), known)
+            model = build_model(config, source.spec)
+            shapes = abstract_variables(model, source.spec.image_shape)
+            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
+                                  dict(shapes))
+            variables = checkpoints.restore_variables(step, target)
+            images = feeds.load(source, config.data, mesh, tell)
+        scores = make_evaluator(model, config.data, images.batches("test", config.train.eval_batch_size, mesh),
+                                mesh)(variables)
     return {"workdir": str(run.path), "step": step, "model": config.model.name, "test_loss": scores["loss"],
             "test_accuracy": scores["accuracy"], "test_accuracy_top5": scores["accuracy_top5"],
             "test_examples": int(scores["count"]),

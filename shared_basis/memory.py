@@ -74,33 +74,32 @@ def check(memory: Memory, config: Config, mesh: Mesh) -> None:
                         f"{advice(config, memory)}")
 
 
-def advice(config: Config, memory: Memory | None = None) -> str:
-    """Returns which fields to reduce, those that matter most alone where `memory` is known."""
+def advice(config: Config, needed: Memory | None = None, batch: str = "train.batch_size") -> str:
+    """Returns which fields to reduce, those of the largest part alone where the memory `needed` is known."""
     data = "set --config.data.placement=stream"
-    step = (f"set a smaller --config.train.batch_size (now {config.train.batch_size}), a smaller "
-            "--config.data.image_size")
-    if jax.default_backend() != "cpu":
+    step = f"set a smaller --config.{batch}, or a smaller --config.data.image_size"
+    if jax.default_backend() != "cpu" and batch == "train.batch_size":
         step = f"set --config.optimizer.accumulate={2 * config.optimizer.accumulate} or more, {step[4:]}"
-    if memory is None:
+    if needed is None:
         return f"To reduce it, {step}, or {data}."
-    return f"The largest part is {'the images: ' + data if memory.data > memory.step else 'the step: ' + step}."
+    return f"The largest part is {'the images: ' + data if needed.data > needed.step else 'the step: ' + step}."
 
 
 @contextlib.contextmanager
-def explained(config: Config, saved: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """Turns a failed allocation, and a process that was lost, into `UserError`.
+def explained(config: Config, batch: str = "train.batch_size", saved: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Turns a failed allocation, and the loss of another process, into `UserError`.
 
     Args:
+      batch: the field that says how many images are computed at once.
       saved: says what is on disk, for the message.
     """
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        text = " ".join(str(error).split())
+        text = " ".join(str(error).split())[:150] or type(error).__name__
         if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
-            raise UserError(f"the memory does not suffice ({text[:150] or 'MemoryError'}). {advice(config)}{saved()}",
-                            ) from error
+            raise UserError(f"the memory does not suffice ({text}). {advice(config, batch=batch)}{saved()}") from error
         if jax.process_count() > 1:
-            raise UserError(f"another process was lost ({text[:150]}).{saved()} Start all of them again, with the same "
+            raise UserError(f"another process was lost ({text}).{saved()} Start all of them again, with the same "
                             "commands.") from error
         raise

@@ -143,7 +143,7 @@ def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]
         if checkpoints.steps[-1:] == [config.train.epochs * (examples // config.train.batch_size)]:
             screen.line("this run is finished")
         else:
-            with memory.explained(config, lambda: f" Saved: {checkpoints.describe()}."):
+            with memory.explained(config, saved=lambda: f" Saved: {checkpoints.describe()}."):
                 go_on(config, images, model, mesh, run, checkpoints, record, screen)
     return {**comparison, **result(run)}
 
