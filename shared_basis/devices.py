@@ -36,7 +36,7 @@ def started(distributed: bool, coordinator: str | None, processes: int | None, p
             debug_nans: bool) -> Iterator[None]:
     """Starts JAX: within this context this process is one of several, if `distributed` or any of the next three is set.
 
-    Only the first of them prints to standard output; errors of the others begin with their number.
+    Only the first of them prints, apart from errors, which begin with the number of the process.
 
     Args:
       debug_nans: has JAX look for the operation that gives the first NaN.
@@ -64,6 +64,10 @@ def started(distributed: bool, coordinator: str | None, processes: int | None, p
         if leads():
             time.sleep(PARTING_SECONDS)
         raise UserError(f"process {jax.process_index()}: {error}") from error
+    except KeyboardInterrupt:
+        if not leads():
+            sys.stderr = sys.stdout
+        raise
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:

@@ -93,18 +93,17 @@ def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str,
                             "data, and train.eval_batch_size, can.")
     config = replace(config, overrides or {})
     mesh = make_mesh()
+    with agreed(), memory.explained(config, "train.eval_batch_size"):
+        checkpoints = Checkpoints(run.checkpoints, read_only=True)
+        step = checkpoints.find(which)
+        known = data.Spec(tuple(record["data"]["image_shape"]), tuple(record["data"]["classes"]))
+        source = data.open_source(config.data, ("test",), known)
+        model = build_model(config, source.spec)
+        shapes = abstract_variables(model, source.spec.image_shape)
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), dict(shapes))
+        variables = checkpoints.restore_variables(step, target)
+        images = feeds.load(source, config.data, mesh, tell)
     with memory.explained(config, "train.eval_batch_size"):
-        with agreed():
-            checkpoints = Checkpoints(run.checkpoints, read_only=True)
-            step = checkpoints.find(which)
-            known = data.Spec(tuple(record["data"]["image_shape"]), tuple(record["data"]["classes"]))
-            source = data.open_source(config.data, ("test",), known)
-            model = build_model(config, source.spec)
-            shapes = abstract_variables(model, source.spec.image_shape)
-            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
-                                  dict(shapes))
-            variables = checkpoints.restore_variables(step, target)
-            images = feeds.load(source, config.data, mesh, tell)
         scores = make_evaluator(model, config.data, images.batches("test", config.train.eval_batch_size, mesh),
                                 mesh)(variables)
     return {"workdir": str(run.path), "step": step, "model": config.model.name, "test_loss": scores["loss"],

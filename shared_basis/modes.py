@@ -9,6 +9,7 @@ import jax
 
 from shared_basis import data, evaluate, importing, summary, train
 from shared_basis.config import Config
+from shared_basis.devices import leads
 from shared_basis.errors import UserError
 from shared_basis.screen import Screen
 from shared_basis.workdir import Workdir
@@ -45,4 +46,4 @@ def run(mode: str, config: Config, workdir: str, *, workdir_given: bool, checkpo
         return result, importing.render(result)
     with screen:
         result = train.train(config, workdir, screen)
-    return result, train.render(result)
+    return result, train.render(result) if leads() else ""

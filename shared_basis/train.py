@@ -102,8 +102,8 @@ def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]
     """Trains, or goes on training, the run of `config` in `workdir`.
 
     Returns:
-      `compare_with_plain`'s counts, the last line of metrics.jsonl, and of the best epoch `best_epoch`,
-      `best_test_accuracy` and `chosen_on`: 'validation', or 'test', the published protocol.
+      `compare_with_plain`'s counts and, in the first process, the last line of metrics.jsonl, and of the best epoch
+      `best_epoch`, `best_test_accuracy` and `chosen_on`: 'validation', or 'test', the published protocol.
 
     Raises:
       UserError: the configuration does not fit the data or the devices, or the workdir holds another run.
@@ -113,7 +113,8 @@ def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]
     check_batch_size(config.train.batch_size, mesh, config.optimizer.accumulate)
     run = Workdir(workdir)
     with agreed(), memory.explained(config):
-        run.read_record()  # an unreadable workdir is told before the images are read
+        if leads():  # alone: what others looked for and did not find, a network's file system may hide from them
+            run.read_record()  # an unreadable workdir is told before the images are read
         source = data.open_source(config.data)
         model = build_model(config, source.spec)
         comparison = compare_with_plain(config.model, len(source.spec.classes), source.spec.image_shape)
@@ -145,7 +146,7 @@ def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]
         else:
             with memory.explained(config, saved=lambda: f" Saved: {checkpoints.describe()}."):
                 go_on(config, images, model, mesh, run, checkpoints, record, screen)
-    return {**comparison, **result(run)}
+    return {**comparison, **result(run)} if leads() else comparison
 
 
 def go_on(config: Config, images: feeds.Images, model: Any, mesh: Any, run: Workdir, checkpoints: Checkpoints,
