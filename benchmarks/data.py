@@ -226,6 +226,7 @@ def _trainers(config: Config, root: Path) -> dict[str, Callable[[], float]]:
     from shared_basis.devices import make_mesh, replicated
     from shared_basis.evaluate import build_model
     from shared_basis.screen import Screen
+    from shared_basis.signals import StopSignals
     from shared_basis.workdir import Workdir, make_record
 
     mesh, numbers = make_mesh(), iter(range(10**6))
@@ -260,9 +261,9 @@ def _trainers(config: Config, root: Path) -> dict[str, Callable[[], float]]:
             workdir.claim(make_record(placed, {"classes": [], "image_shape": []}))
             checkpoints = Checkpoints(workdir.checkpoints)
             state = jax.device_put(beginning, replicated(mesh))
-            with train.StopSignals() as signals:
-                train.loop(replace(placed, {"train.evaluate_every": 2}), state, program, workdir, checkpoints, {},
-                           Screen(io.StringIO()), signals)
+            with StopSignals() as signals:
+                train.Training(replace(placed, {"train.evaluate_every": 2}), program, workdir, checkpoints, {},
+                               Screen(io.StringIO()), signals).loop(state)
             checkpoints.close()
             return workdir.metrics()[-1]["images_per_second"]
         return measure

@@ -103,12 +103,16 @@ class Checkpoints:
         return int(which)
 
     def save(self, step: int, state: Tree, record: Mapping[str, Any], metrics: Mapping[str, float] | None) -> None:
-        """Starts saving `state` and `record` under `step`, unless it is there; returns as soon as both are copied.
+        """Starts saving `state` and `record` under `step`; returns as soon as both are copied.
+
+        Does nothing if they are there, unless they were saved without the `metrics` that there are now.
 
         Raises:
           UserError: this save, or the one before, failed.
         """
         try:
+            if metrics is not None and step in self.steps and self.metrics(step) is None:
+                self._manager.delete(step)  # the checkpoint before it is there until this one is
             self._manager.save(step, metrics=None if metrics is None else dict(metrics), args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(dict(record))))
         except Exception as error:  # also that of the save before, which went on in the background

@@ -43,8 +43,12 @@ def build_model(config: Config, spec: data.Spec) -> Network:
                         dtype=jnp.dtype(config.model.dtype))
 
 
+Evaluator = Callable[[Variables, Callable[[], None]], dict[str, float]]
+"""Scores variables; calls its second argument after each batch."""
+
+
 def make_evaluator(model: nn.Module, config: DataConfig, batches: Callable[[], Iterable[Inputs]],
-                   mesh: Mesh) -> Callable[[Variables], dict[str, float]]:
+                   mesh: Mesh) -> Evaluator:
     """Returns a function that scores variables (`params`, `batch_stats`) on all images of `batches`.
 
     It returns `loss` (mean cross entropy), `accuracy`, `accuracy_top5` (both in [0, 1]) and `count`, over the images
@@ -54,10 +58,13 @@ def make_evaluator(model: nn.Module, config: DataConfig, batches: Callable[[], I
     def step(variables: Variables, images: jax.Array, labels: jax.Array) -> Metrics:
         return eval_step(variables, images, labels, model=model, data=config)
 
-    def evaluator(variables: Variables) -> dict[str, float]:
+    def evaluator(variables: Variables, between: Callable[[], None] = lambda: None) -> dict[str, float]:
         # Fetched one by one: several collectives in flight can deadlock virtual CPU devices. Added in float64 on the
         # host, so that counts stay exact and the batch size does not show in the loss.
-        sums = [jax.device_get(step(variables, images, labels)) for images, labels in batches()]
+        sums = []
+        for images, labels in batches():
+            sums.append(jax.device_get(step(variables, images, labels)))
+            between()
         total = {name: float(sum(np.float64(batch[name]) for batch in sums)) for name in sums[0]}
         count = total["count"]
         if not count:
@@ -105,7 +112,7 @@ def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str,
         images = feeds.load(source, config.data, mesh, tell)
     with memory.explained(config, "train.eval_batch_size"):
         scores = make_evaluator(model, config.data, images.batches("test", config.train.eval_batch_size, mesh),
-                                mesh)(variables)
+                                mesh)(variables, lambda: None)
     return {"workdir": str(run.path), "step": step, "model": config.model.name, "test_loss": scores["loss"],
             "test_accuracy": scores["accuracy"], "test_accuracy_top5": scores["accuracy_top5"],
             "test_examples": int(scores["count"]),

@@ -6,81 +6,29 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 import signal
 import time
 import traceback
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import optax
-from jax.experimental import multihost_utils
 
 from shared_basis import data, feeds, memory
 from shared_basis.checkpoints import Checkpoints, chosen_on
 from shared_basis.config import Config
 from shared_basis.devices import agreed, check_batch_size, divided, leads, make_mesh, replicated
 from shared_basis.errors import UserError
-from shared_basis.evaluate import build_model, make_evaluator
+from shared_basis.evaluate import Evaluator, build_model, make_evaluator
 from shared_basis.optimizer import learning_rate_schedule, make_optimizer
 from shared_basis.orthogonality import orthogonality_diagnostics
 from shared_basis.screen import Screen, count, duration
+from shared_basis.signals import Interrupted, StopNow, StopSignals
 from shared_basis.steps import Metrics, TrainState, create_train_state, train_step
 from shared_basis.summary import compare_with_plain, render_saving
 from shared_basis.workdir import Workdir, make_record, versions
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by a signal, after saving."""
-
-    def __init__(self, signum: int, message: str) -> None:
-        """Takes the signal's number and what to tell the user."""
-        super().__init__(message)
-        self.exit_code = 128 + signum
-        """The shell's convention: 130 for Ctrl-C, 143 for SIGTERM."""
-
-
-class StopSignals:
-    """Within this context Ctrl-C and SIGTERM only ask for a stop; a second signal acts as usual.
-
-    Of several processes JAX takes SIGTERM, and tells all of them at which step to stop, whichever received it.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        for signum in (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else (signal.SIGINT,):
-            self._previous[signum] = signal.signal(signum, self._receive)
-        return self
-
-    def _receive(self, signum: int, _: FrameType | None) -> None:
-        self.received = signum
-        self._restore()
-        os.write(2, b"\nstopping after this step; once more stops at once\n")  # a handler must not use print
-        if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def due(self, step: int) -> bool:
-        """Returns whether to stop after `step`; to be asked at every one, in all processes."""
-        if jax.process_count() == 1:
-            return self.received is not None
-        if multihost_utils.reached_preemption_sync_point(step):
-            self.received = self.received or signal.SIGTERM
-            return True
-        return False
-
-    def _restore(self) -> None:
-        while self._previous:
-            signum, handler = self._previous.popitem()
-            signal.signal(signum, handler)
-
-    def __exit__(self, *_: Any) -> None:
-        self._restore()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +38,7 @@ class Program:
     step: Callable[..., tuple[TrainState, Metrics]]
     batches: Callable[[int], Generator[feeds.Inputs, None, None]]
     """What `step` reads beside the state, from a step on."""
-    evaluate: Mapping[str, Callable[[Any], dict[str, float]]]
+    evaluate: Mapping[str, Evaluator]
     """By split: 'test', and 'validation' if there is one."""
     diagnose: Callable[[Any], dict[str, jax.Array]]
     schedule: optax.Schedule
@@ -141,7 +89,8 @@ def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]
                     f"{mesh.size} × {jax.devices()[0].device_kind}{processes}; workdir {run.path}")
         checkpoints = Checkpoints(run.checkpoints, aside=run.damaged, tell=screen.line)
         stack.callback(checkpoints.close)
-        if checkpoints.steps[-1:] == [config.train.epochs * (examples // config.train.batch_size)]:
+        end = config.train.epochs * (examples // config.train.batch_size)
+        if checkpoints.steps[-1:] == [end] and checkpoints.metrics(end) is not None:
             screen.line("this run is finished")
         else:
             with memory.explained(config, saved=lambda: f" Saved: {checkpoints.describe()}."):
@@ -158,7 +107,7 @@ def go_on(config: Config, images: feeds.Images, model: Any, mesh: Any, run: Work
     screen.line(f"ready in {duration(time.monotonic() - started)}; {program.memory.render()}")
     note_resume(run, state, program, config, screen)
     with StopSignals() as signals:
-        loop(config, state, program, run, checkpoints, record, screen, signals)
+        Training(config, program, run, checkpoints, record, screen, signals).loop(state)
 
 
 def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
@@ -220,102 +169,6 @@ def note_resume(run: Workdir, state: TrainState, program: Program, config: Confi
                     "the result may differ in the last bits")
 
 
-def loop(config: Config, state: TrainState, program: Program, run: Workdir, checkpoints: Checkpoints,
-         record: dict[str, Any], screen: Screen, signals: StopSignals) -> None:
-    """Trains from `state` to the last epoch, evaluating and saving as configured."""
-    per_epoch, epochs = program.steps_per_epoch, config.train.epochs
-    clock = Clock()
-    first = int(state.step)
-    running = None
-    with contextlib.closing(program.batches(first)) as batches:
-        for step, inputs in zip(range(first + 1, epochs * per_epoch + 1), batches, strict=False):
-            state, metrics = advance(program, state, inputs, step)
-            if running is not None:  # waits for the step before this one, so that the devices always have one ahead
-                follow(running, step - 1, program, screen, clock, config, checkpoints)
-            running = metrics
-            epoch, left = divmod(step, per_epoch)
-            measured = not left and (epoch % config.train.evaluate_every == 0 or epoch == epochs)
-            if measured:
-                follow(running, step, program, screen, clock, config, checkpoints)
-                line = measure(state, program, clock, config.train.batch_size)
-                require_finite(line, step, program, checkpoints)
-                if leads():
-                    run.append_metrics(line)
-                screen.line(render_metrics(line, epochs))
-                checkpoints.save(step, state, record, line)
-                clock.skip()
-                running = None
-            if signals.due(step):
-                if running is not None:  # what is saved is finite
-                    follow(running, step, program, screen, clock, config, checkpoints)
-                stop(signals, step, epochs * per_epoch, state, record, checkpoints, screen)
-    screen.end_progress()
-    checkpoints.wait()
-
-
-def advance(program: Program, state: TrainState, inputs: feeds.Inputs, step: int) -> tuple[TrainState, Metrics]:
-    """Makes `step`; with --debug_nans says which operation gives the first NaN."""
-    try:
-        # Set in this thread once more: the global setting is lost when jnp.var is traced (JAX 0.10.2).
-        with jax.debug_nans(debugging_nans()):
-            return program.step(state, *inputs)
-    except FloatingPointError as error:
-        raise UserError(f"step {count(step)}: {_where(error)}") from error
-
-
-def debugging_nans() -> bool:
-    """Returns whether JAX is to compute a step again that gives NaN, operation by operation (--debug_nans)."""
-    return jax.config.jax_debug_nans  # type: ignore[attr-defined]
-
-
-def _where(error: FloatingPointError) -> str:
-    """Returns JAX's message with the line of code that it comes from."""
-    ours = Path(__file__).parent
-    places = [f"{Path(frame.filename).relative_to(ours.parent)}:{frame.lineno}, in {frame.name}: {frame.line}"
-              for frame in traceback.extract_tb(error.__traceback__)
-              if Path(frame.filename).is_relative_to(ours) and frame.filename != __file__]
-    return f"{str(error).splitlines()[0].rstrip('.')}, at {places[-1] if places else 'a line outside of this package'}"
-
-
-def follow(metrics: Metrics, step: int, program: Program, screen: Screen, clock: Clock, config: Config,
-           checkpoints: Checkpoints) -> None:
-    """Waits for `step`, makes sure that it is finite, and shows the means over its epoch so far."""
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    clock.tick()
-    require_finite(values, step, program, checkpoints)
-    total = config.train.epochs * program.steps_per_epoch
-    screen.progress(step, total, (
-        f"epoch {-(-step // program.steps_per_epoch)}/{config.train.epochs}  "
-        f"loss {values['loss'] / values['count']:.4f}  accuracy {100 * values['correct'] / values['count']:.2f} %  "
-        f"{count(clock.speed(config.train.batch_size))} images/s  {duration(clock.left(total - step))} left"))
-
-
-def require_finite(values: Mapping[str, float], step: int, program: Program, checkpoints: Checkpoints) -> None:
-    """Raises `UserError` with all that helps to find the cause, unless all values of `step` are finite."""
-    if all(math.isfinite(value) for value in values.values()):
-        return
-    checkpoints.wait()
-    shown = ", ".join(f"{name.replace('_', ' ')} {values[name]:.4g}" for name in (
-        "loss", "train_loss", "test_loss", "gradient_norm", "parameter_norm", "penalty", "norm_min", "norm_max")
-        if name in values)
-    raise UserError(
-        f"training diverged at step {count(step)}: {shown}, at learning rate {float(program.schedule(step - 1)):g}. "
-        f"Saved and finite: {checkpoints.describe()}. In a new workdir lower --config.optimizer.learning_rate or raise "
-        "--config.optimizer.warmup_epochs; --debug_nans finds the operation that gives the first NaN.")
-
-
-def stop(signals: StopSignals, step: int, steps: int, state: TrainState, record: dict[str, Any],
-         checkpoints: Checkpoints, screen: Screen) -> None:
-    """Saves `state` and raises `Interrupted`."""
-    assert signals.received is not None
-    screen.end_progress()
-    checkpoints.save(step, state, record, None)
-    checkpoints.wait()
-    name = signal.Signals(signals.received).name
-    raise Interrupted(signals.received, f"stopped by {name} and saved at step {count(step)} of {count(steps)}; the "
-                                        "same command goes on from there")
-
-
 class Clock:
     """Measures training without its first step, which warms up, and without evaluations."""
 
@@ -348,23 +201,142 @@ class Clock:
         return (time.monotonic() - self._began) / self.steps * steps if self.steps > 0 else 0.0
 
 
-def measure(state: TrainState, program: Program, clock: Clock, batch_size: int) -> dict[str, Any]:
-    """Returns the line of metrics.jsonl at `state`, the end of an epoch."""
-    step = int(state.step)
-    totals = {name: float(value) for name, value in state.totals.items()}
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    scores: dict[str, float] = {}
-    for name, evaluate in program.evaluate.items():
-        result = evaluate(variables)
-        scores |= {f"{name}_{key}": result[key] for key in ("loss", "accuracy", "accuracy_top5")}
-    return {
-        "step": step, "epoch": step // program.steps_per_epoch,
-        "learning_rate": float(program.schedule(step - 1)),
-        "train_loss": totals["loss"] / totals["count"], "train_accuracy": totals["correct"] / totals["count"],
-        **scores,
-        **{name: float(value) for name, value in program.diagnose(state.params).items()},
-        "images_per_second": clock.speed(batch_size),
-    }
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The loop, and all that it works with beside the state."""
+
+    config: Config
+    program: Program
+    run: Workdir
+    checkpoints: Checkpoints
+    record: dict[str, Any]
+    screen: Screen
+    signals: StopSignals
+    clock: Clock = dataclasses.field(default_factory=Clock)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.config.train.epochs * self.program.steps_per_epoch
+
+    def loop(self, state: TrainState) -> None:
+        """Trains from `state` to the last epoch, evaluating and saving as configured."""
+        first = int(state.step)
+        if self.ends_with_evaluation(first) and self.checkpoints.metrics(first) is None:
+            self.evaluate(state, first)  # it was stopped in the middle of this
+        running = None
+        with contextlib.closing(self.program.batches(first)) as batches:
+            for step, inputs in zip(range(first + 1, self.steps + 1), batches, strict=False):
+                state, metrics = self.advance(state, inputs, step)
+                if running is not None:  # waits for the step before, so that the devices always have one ahead
+                    self.follow(running, step - 1)
+                running = metrics
+                evaluating = self.ends_with_evaluation(step)
+                stopping = self.signals.due()
+                if evaluating or stopping:  # what is saved is finite
+                    self.follow(running, step)
+                    running = None
+                if evaluating and not stopping:
+                    self.evaluate(state, step)
+                if stopping:
+                    self.stop(state, step)
+        self.screen.end_progress()
+        self.checkpoints.wait()
+
+    def ends_with_evaluation(self, step: int) -> bool:
+        """Returns whether the state after `step` is to be evaluated."""
+        epoch, left = divmod(step, self.program.steps_per_epoch)
+        every, epochs = self.config.train.evaluate_every, self.config.train.epochs
+        return epoch > 0 and not left and (epoch % every == 0 or epoch == epochs)
+
+    def advance(self, state: TrainState, inputs: feeds.Inputs, step: int) -> tuple[TrainState, Metrics]:
+        """Makes `step`; with --debug_nans says which operation gives the first NaN."""
+        try:
+            # Set in this thread once more: the global setting is lost when jnp.var is traced (JAX 0.10.2).
+            with jax.debug_nans(debugging_nans()):
+                return self.program.step(state, *inputs)
+        except FloatingPointError as error:
+            raise UserError(f"step {count(step)}: {_where(error)}") from error
+
+    def follow(self, metrics: Metrics, step: int) -> None:
+        """Waits for `step`, makes sure that it is finite, and shows the means over its epoch so far."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.clock.tick()
+        self.require_finite(values, step)
+        self.screen.progress(step, self.steps, (
+            f"epoch {-(-step // self.program.steps_per_epoch)}/{self.config.train.epochs}  "
+            f"loss {values['loss'] / values['count']:.4f}  accuracy {100 * values['correct'] / values['count']:.2f} %  "
+            f"{count(self.clock.speed(self.config.train.batch_size))} images/s  "
+            f"{duration(self.clock.left(self.steps - step))} left"))
+
+    def evaluate(self, state: TrainState, step: int) -> None:
+        """Scores and saves `state`; a stop in the meantime saves it without its scores."""
+        try:
+            line = self.measure(state)
+        except StopNow:
+            self.stop(state, step)
+        self.require_finite(line, step)
+        if leads():
+            self.run.append_metrics(line)
+        self.screen.line(render_metrics(line, self.config.train.epochs))
+        self.checkpoints.save(step, state, self.record, line)
+        self.clock.skip()
+
+    def measure(self, state: TrainState) -> dict[str, Any]:
+        """Returns the line of metrics.jsonl at `state`, the end of an epoch."""
+        step = int(state.step)
+        totals = {name: float(value) for name, value in state.totals.items()}
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        scores: dict[str, float] = {}
+        for name, evaluate in self.program.evaluate.items():
+            result = evaluate(variables, self.signals.check)
+            scores |= {f"{name}_{key}": result[key] for key in ("loss", "accuracy", "accuracy_top5")}
+        return {
+            "step": step, "epoch": step // self.program.steps_per_epoch,
+            "learning_rate": float(self.program.schedule(step - 1)),
+            "train_loss": totals["loss"] / totals["count"], "train_accuracy": totals["correct"] / totals["count"],
+            **scores,
+            **{name: float(value) for name, value in self.program.diagnose(state.params).items()},
+            "images_per_second": self.clock.speed(self.config.train.batch_size),
+        }
+
+    def require_finite(self, values: Mapping[str, float], step: int) -> None:
+        """Raises `UserError` with all that helps to find the cause, unless all values of `step` are finite."""
+        if all(math.isfinite(value) for value in values.values()):
+            return
+        self.checkpoints.wait()
+        shown = ", ".join(f"{name.replace('_', ' ')} {values[name]:.4g}" for name in (
+            "loss", "train_loss", "test_loss", "gradient_norm", "parameter_norm", "penalty", "norm_min", "norm_max")
+            if name in values)
+        rate = float(self.program.schedule(step - 1))
+        raise UserError(
+            f"training diverged at step {count(step)}: {shown}, at learning rate {rate:g}. Saved and finite: "
+            f"{self.checkpoints.describe()}. In a new workdir lower --config.optimizer.learning_rate or raise "
+            "--config.optimizer.warmup_epochs; --debug_nans finds the operation that gives the first NaN.")
+
+    def stop(self, state: TrainState, step: int) -> NoReturn:
+        """Saves `state` and raises `Interrupted`."""
+        assert self.signals.received is not None
+        self.screen.end_progress()
+        self.checkpoints.save(step, state, self.record, None)
+        self.checkpoints.wait()
+        name = signal.Signals(self.signals.received).name
+        raise Interrupted(self.signals.received, f"stopped by {name} and saved at step {count(step)} of "
+                                                 f"{count(self.steps)}; the same command goes on from there")
+
+
+def debugging_nans() -> bool:
+    """Returns whether JAX is to compute a step again that gives NaN, operation by operation (--debug_nans)."""
+    return jax.config.jax_debug_nans  # type: ignore[attr-defined]
+
+
+def _where(error: FloatingPointError) -> str:
+    """Returns JAX's message with the line of code that it comes from."""
+    ours = Path(__file__).parent
+    places = [f"{Path(frame.filename).relative_to(ours.parent)}:{frame.lineno}, in {frame.name}: {frame.line}"
+              for frame in traceback.extract_tb(error.__traceback__)
+              if Path(frame.filename).is_relative_to(ours) and frame.filename != __file__]
+    return f"{str(error).splitlines()[0].rstrip('.')}, at {places[-1] if places else 'a line outside of this package'}"
 
 
 def render_metrics(line: dict[str, Any], epochs: int) -> str:

@@ -42,7 +42,8 @@ from shared_basis.config import (
 )
 from shared_basis.devices import make_mesh, replicated
 from shared_basis.errors import UserError
-from shared_basis.train import Interrupted, StopSignals, render, train
+from shared_basis.signals import Interrupted, StopSignals
+from shared_basis.train import render, train
 
 PER_EPOCH = 5
 CONFIG = Config(
@@ -153,6 +154,38 @@ def test_an_interrupted_run_equals_one_that_was_not(finished: Any, tmp_path: Pat
     assert read_metrics(tmp_path / "run") == read_metrics(workdir)
     assert_trees_equal(read_arrays(tmp_path / "run", 20), read_arrays(workdir, 20))
     assert {**result, "images_per_second": 0} == {**expected, "images_per_second": 0}
+
+
+@pytest.mark.parametrize("at", [10, 20])  # the first evaluation, and that at the end
+def test_a_run_stopped_in_the_middle_of_an_evaluation_saves_at_once_and_evaluates_when_it_goes_on(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    config = replace(CONFIG, {"train.eval_batch_size": 12})  # three batches
+    run(tmp_path / "whole", config)
+    make_evaluator, scored = train_module.make_evaluator, []
+
+    def make_interrupting(model: Any, config: Any, batches: Callable[[], Any], mesh: Any) -> Any:
+        def interrupting() -> Iterator[Any]:
+            for batch in batches():
+                scored.append(batch)
+                if len(scored) == 3 * at / 10 - 1:
+                    signal.raise_signal(signal.SIGTERM)
+                yield batch
+        return make_evaluator(model, config, interrupting, mesh)
+    monkeypatch.setattr(train_module, "make_evaluator", make_interrupting)
+    with pytest.raises(Interrupted, match=f"saved at step {at} of 20"):
+        run(tmp_path / "run", config)
+    assert len(scored) == 3 * at / 10 - 1
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(10, at, 10))
+    assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).metrics(at) is None
+    monkeypatch.setattr(train_module, "make_evaluator", make_evaluator)
+
+    _, screen = run(tmp_path / "run", config)
+    assert screen.steps == list(range(at + 1, 21))
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "whole")
+    assert_trees_equal(read_arrays(tmp_path / "run", 20), read_arrays(tmp_path / "whole", 20))
+    whole, resumed = (Checkpoints(tmp_path / name / "checkpoints", read_only=True) for name in ("whole", "run"))
+    assert (resumed.steps, resumed.find("best")) == (whole.steps, whole.find("best"))
+    assert {**resumed.metrics(at), "images_per_second": 0} == {**whole.metrics(at), "images_per_second": 0}
 
 
 def test_a_run_killed_between_metrics_and_checkpoint_writes_the_line_once(finished: Any, tmp_path: Path) -> None:
@@ -282,8 +315,8 @@ def fake_accuracies(monkeypatch: pytest.MonkeyPatch, validation: list[float], te
     def make_fake(*arguments: Any) -> Callable[[Any], dict[str, float]]:
         evaluate = make_evaluator(*arguments)
 
-        def fake(variables: Any) -> dict[str, float]:
-            scores = evaluate(variables)
+        def fake(variables: Any, between: Callable[[], None]) -> dict[str, float]:
+            scores = evaluate(variables, between)
             return {**scores, "accuracy": next(accuracies[int(scores["count"])])}
         return fake
     monkeypatch.setattr(train_module, "make_evaluator", make_fake)
