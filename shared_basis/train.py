@@ -276,6 +276,7 @@ class Training:
         except StopNow:
             self.stop(state, step)
         self.require_finite(line, step)
+        self.checkpoints.wait()  # for the one before, so that a kill costs one evaluated interval at most
         if leads():
             self.run.append_metrics(line)
         self.screen.line(render_metrics(line, self.config.train.epochs))
