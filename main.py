@@ -10,7 +10,10 @@
 
 import json
 import os
+import signal
 import sys
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the process at once and silently, from the first import on
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -32,18 +35,19 @@ _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, likew
 _PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0, likewise.")
 
 
-def parse(argv: list[str]) -> None:
+def parse() -> None:
     """Parses the command line; raises `UserError` with one line for any mistake in it."""
-    for argument in argv[1:]:
+    program, *arguments = sys.argv
+    for argument in arguments:
         name = argument.lstrip("-").split("=")[0]
         if name.startswith("config."):
             check_field(name.removeprefix("config."))
-    files = [argument for argument in argv[1:] if argument.startswith(("--config=", "-config="))]
+    files = [argument for argument in arguments if argument.startswith(("--config=", "-config="))]
     for file in (path.partition("=")[2].partition(":")[0] for path in files):
         if not os.path.isfile(file):
             raise UserError(f"--config={file}: no such file; recipes are configs/*.py, as FILE.py[:network].")
     try:  # the file comes first: the fields of the others are its own
-        rest = FLAGS([argv[0], *(files or [f"--config={_DEFAULT}"]), *(arg for arg in argv[1:] if arg not in files)])
+        rest = FLAGS([program, *(files or [f"--config={_DEFAULT}"]), *(arg for arg in arguments if arg not in files)])
         _CONFIG.value.to_dict()  # a configuration file that is missing shows only on use
     except Exception as error:  # a configuration file is code and may raise anything
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -66,13 +70,7 @@ def run() -> None:
         print(json.dumps(result) if _JSON.value else text)
 
 
-def main() -> None:
-    """Runs the command line."""
+if __name__ == "__main__":
     logging.set_verbosity(logging.FATAL)  # what fails is told in one line
     app.define_help_flags()
-    parse(sys.argv)
-    run()
-
-
-if __name__ == "__main__":
-    end_with(main)
+    end_with(parse, run)

@@ -234,13 +234,21 @@ class Checkpoints:
         return UserError(f"a checkpoint cannot be saved ({_one_line(error)}); complete: {self.describe()}.")
 
     def close(self) -> None:
-        """Waits for saves to finish and lets go of the directory."""
-        self._manager.close()
+        """Waits for saves to finish and lets go of the directory.
+
+        Raises:
+          UserError: a save failed.
+        """
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._unsaved(error) from error
 
 
 def _one_line(error: Exception) -> str:
-    """Returns the beginning of the error's message; the storage's run to thousands of characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    """Returns the beginning of the error's message, and its end; the storage's run to thousands of characters."""
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    return line if len(line) <= 250 else f"{line[:150]} … {line[-100:]}"
 
 
 def _damaged_metrics(directory: Path) -> list[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -17,17 +16,17 @@ class UserError(ValueError):
     """
 
 
-def end_with(command: Callable[[], None]) -> NoReturn:
-    """Runs `command` and ends the process.
+def end_with(*commands: Callable[[], None]) -> NoReturn:
+    """Runs `commands` and ends the process.
 
     The exit code is 0, 2 for the user's mistake, which is printed in one line, or 128 + the signal's number when
     stopped by one (130 for Ctrl-C, 143 for SIGTERM; training catches them, to save).
     """
-    for signum in (signal.SIGINT, signal.SIGTERM):  # until then they end the process at once, and say nothing
-        signal.signal(signum, signal.SIG_DFL)
+    sys.unraisablehook = lambda unraisable: None  # writes and reads that Orbax abandons print tracebacks by it
     code = 0
     try:
-        command()
+        for command in commands:
+            command()
     except UserError as error:
         # Threads of a restore that failed may still print tracebacks: not between these words, nor at the end.
         stderr, sys.stderr = sys.stderr, io.StringIO()

@@ -167,7 +167,7 @@ class Workdir:
                             "choose another --workdir, or the same values.")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Returns the lines of metrics.jsonl, up to the first that is damaged, as a run that was killed may leave one.
+        """Returns the lines of metrics.jsonl but those that are damaged, as a run that was killed may leave one.
 
         Raises:
           UserError: the file cannot be read.
@@ -182,10 +182,9 @@ class Workdir:
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):
-                break
-            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-                break
-            lines.append(entry)
+                continue
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                lines.append(entry)
         return lines
 
     def rewind_metrics(self, step: int) -> None:

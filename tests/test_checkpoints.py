@@ -16,9 +16,13 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from helpers import Linear, assert_trees_equal, mesh_of, user_error
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from shared_basis import checkpoints as checkpoints_module
 from shared_basis.checkpoints import Checkpoints, chosen_on
 from shared_basis.devices import replicated
+from shared_basis.errors import UserError
 from shared_basis.steps import TrainState, create_train_state
 
 # When one array of a checkpoint cannot be read, Orbax leaves the reading of others unfinished, which Python tells.
@@ -239,6 +243,33 @@ def test_a_damaged_checkpoint_is_told_with_its_step(copied: Path, damage: str) -
     assert_trees_equal(checkpoints.restore(20, target()), make_state(20))  # the others stay usable
 
 
+@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(file=st.integers(0, 10**6), place=st.floats(0, 1, exclude_max=True), change=st.integers(1, 255),
+       cut=st.booleans())
+def test_whatever_byte_is_damaged_a_state_comes_back_as_it_was_or_not_at_all(
+        saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: int, place: float, change: int,
+        cut: bool) -> None:
+    monkeypatch.setattr(checkpoints_module.time, "sleep", lambda seconds: None)
+    directory = tmp_path / "checkpoints"
+    shutil.rmtree(directory, ignore_errors=True)
+    shutil.copytree(saved / "30", directory / "30")
+    found = sorted(path for path in directory.rglob("*") if path.is_file())
+    path = found[file % len(found)]
+    data = bytearray(path.read_bytes())
+    index = int(place * len(data))
+    if cut:
+        data = data[:index]
+    else:
+        data[index] ^= change
+    path.write_bytes(data)
+    try:
+        restored = Checkpoints(directory, read_only=True).restore(30, target())
+    except UserError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        assert_trees_equal(restored, make_state(30))
+
+
 def test_a_checkpoint_that_was_never_completed_is_passed_over(copied: Path) -> None:
     (copied / "30").rename(copied / "30.orbax-checkpoint-tmp")
     assert Checkpoints(copied).find("latest") == 20
@@ -267,3 +298,63 @@ def test_a_state_of_other_names_is_told(saved: Path) -> None:
     other = target()
     with user_error("checkpoint 30", "cannot be restored"):
         Checkpoints(saved, read_only=True).restore(30, other.replace(params={"tail": other.params["head"]}))
+
+
+def dropped(state: TrainState, dtype: Any) -> TrainState:
+    kernel = jax.ShapeDtypeStruct((64, 10), dtype, sharding=replicated(mesh_of(4)))
+    return state.replace(params={"head": {**state.params["head"], "kernel": kernel}})
+
+
+@pytest.mark.parametrize(("change", "parts"), [
+    (lambda state: dropped(state, jnp.bfloat16), ("the dtype of params/head/kernel is float32 there and bfloat16 here",
+                                                  "JAX_ENABLE_X64")),
+    (lambda state: state.replace(params={"head": {"kernel": state.params["head"]["kernel"]}}),
+     ("params/head/bias is not of this network",)),
+    (lambda state: state.replace(params={**state.params, "tail": state.params["head"]}),
+     ("params/tail/", "is missing")),
+], ids=["precision", "array too many", "array too few"])
+def test_a_state_that_orbax_would_convert_is_refused_by_name(saved: Path, change: Callable[[TrainState], TrainState],
+                                                             parts: tuple[str, ...]) -> None:
+    with user_error("checkpoint 30", "cannot be restored", *parts):
+        Checkpoints(saved, read_only=True).restore(30, change(target()))
+
+
+def test_the_latest_state_that_can_be_restored_is_found_and_the_damaged_are_set_aside(copied: Path) -> None:
+    truncate(largest(copied / "30" / "state" / "d"))
+    told: list[str] = []
+    checkpoints = Checkpoints(copied, aside=copied.parent / "damaged", tell=told.append)
+    assert_trees_equal(checkpoints.restore_latest(target()), make_state(20))
+    assert checkpoints.steps == [10, 20]
+    assert len(told) == 1
+    assert "Checkpoint 30 is set aside as " in told[0]
+    checkpoints.save(30, make_state(30), RECORD, {"test_accuracy": 0.5})
+    checkpoints.close()
+    assert_trees_equal(Checkpoints(copied, read_only=True).restore_latest(target()), make_state(30))
+
+
+def test_nothing_is_moved_where_it_may_not_be_or_nothing_is_intact(copied: Path) -> None:
+    flip_bit(largest(copied / "30" / "state" / "d"))
+    with user_error("checkpoint 30", "other checkpoints there: 10, 20."):
+        Checkpoints(copied, read_only=True).restore_latest(target())
+    for step in (10, 20):
+        truncate(copied / str(step) / "state" / "_METADATA")
+    with user_error("checkpoint 30", "other checkpoints there: 10, 20."):
+        Checkpoints(copied, aside=copied.parent / "damaged").restore_latest(target())
+    assert sorted(path.name for path in copied.iterdir()) == ["10", "20", "30"]
+    assert not (copied.parent / "damaged").exists()
+
+
+def test_what_there_is_can_be_told(saved: Path, tmp_path: Path) -> None:
+    assert Checkpoints(saved, read_only=True).describe() == f"checkpoints 10, 20, 30 in {saved}"
+    save(tmp_path / "one", {5: None})
+    assert Checkpoints(tmp_path / "one", read_only=True).describe() == f"checkpoint 5 in {tmp_path / 'one'}"
+    assert Checkpoints(tmp_path / "none", read_only=True).describe() == "no checkpoint yet"
+
+
+def test_a_save_that_fails_in_the_background_is_told_also_on_closing(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(ocp.CheckpointManager, "close", full)
+    with user_error("a checkpoint cannot be saved", "No space left on device", "complete: no checkpoint yet"):
+        Checkpoints(tmp_path).close()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import user_error
+from helpers import ROOT, user_error
 
 from shared_basis import workdir as workdir_module
 from shared_basis.config import Config, DataConfig, TrainConfig, replace
@@ -151,3 +155,115 @@ def test_checkpoints_without_a_record_are_not_taken_over(tmp_path: Path) -> None
     with user_error("holds checkpoints and no run.json", "/run/metadata"):
         Workdir(tmp_path).claim(record)
     assert not (tmp_path / "run.json").exists()
+
+
+# The lock
+
+HOLDER = ("import sys; sys.path.insert(0, sys.argv[1]); from shared_basis.workdir import Workdir\n"
+          "with Workdir(sys.argv[2]).locked(): print('locked', flush=True); sys.stdin.read()")
+
+
+def test_one_process_holds_a_workdir_and_is_named_until_it_dies(tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workdir_module, "LOCK_ATTEMPTS", 1)
+    workdir = Workdir(tmp_path / "runs" / "run")
+    with subprocess.Popen([sys.executable, "-c", HOLDER, ROOT, workdir.path], text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        with user_error(f"workdir {workdir.path} is in use by another run (process {holder.pid} on ", "--workdir"), \
+                workdir.locked():
+            pass
+        holder.send_signal(signal.SIGKILL)
+    with workdir.locked():  # at once
+        assert (workdir.path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_workdir_is_free_after_its_context_however_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workdir_module, "LOCK_ATTEMPTS", 1)
+    with pytest.raises(KeyboardInterrupt), Workdir(tmp_path).locked():
+        raise KeyboardInterrupt
+    with Workdir(tmp_path).locked(), user_error("in use"), Workdir(tmp_path).locked():
+        pass
+    with Workdir(tmp_path).locked():
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_lock_is_waited_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(workdir_module.time, "sleep", waits.append)
+    with Workdir(tmp_path).locked(), user_error("in use"), Workdir(tmp_path).locked():
+        pass
+    assert sum(waits) == pytest.approx(workdir_module.LOCK_SECONDS, rel=0.2)
+
+
+def test_a_file_system_without_locks_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with Workdir(tmp_path).locked(), Workdir(tmp_path).locked():
+        pass
+
+
+def test_a_workdir_that_cannot_be_locked_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "run" / ".lock").mkdir(parents=True)
+    for path in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "run"):
+        with user_error(f"workdir {path} cannot be written: ", "--workdir"), Workdir(path).locked():
+            pass
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket", "file:///tmp/run"])
+def test_an_address_is_no_workdir(address: str) -> None:
+    with user_error(f"workdir {address}: must be a directory", "mount"):
+        Workdir(address)
+
+
+# What all processes must agree on
+
+def test_the_run_that_is_required_must_be_there_and_the_same(run: Workdir, tmp_path: Path) -> None:
+    before = (run.path / "run.json").read_bytes()
+    run.require(record())
+    with user_error("train.epochs: 4 now, 3 there"):
+        run.require(record(replace(CONFIG, {"train.epochs": 4})))
+    with user_error("another data", "classes"):
+        run.require(record(classes=["cat", "cow"]))
+    assert (run.path / "run.json").read_bytes() == before
+    with user_error(f"workdir {tmp_path / 'absent'} holds no run.json here", "a file system that all machines share"):
+        Workdir(tmp_path / "absent").require(record())
+    assert not (tmp_path / "absent").exists()
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a file that is written at once end in its middle, for want of space."""
+    write_text = Path.write_text
+
+    def write_half(self: Path, text: str) -> None:
+        write_text(self, text[:len(text) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "write_text", write_half)
+
+
+@pytest.mark.usefixtures("full")
+def test_half_a_record_is_not_taken_for_one(tmp_path: Path) -> None:
+    with user_error("cannot be written: No space left on device"):
+        Workdir(tmp_path).claim(record())
+    assert Workdir(tmp_path).read_record() is None
+
+
+def test_metrics_that_cannot_be_rewound_stay(run: Workdir, request: pytest.FixtureRequest) -> None:
+    for step in (5, 10):
+        run.append_metrics({"step": step})
+    request.getfixturevalue("full")
+    with user_error("metrics.jsonl cannot be written: No space left on device", f"are in {run.checkpoints}"):
+        run.rewind_metrics(5)
+    assert [line["step"] for line in run.metrics()] == [5, 10]
+
+
+@pytest.mark.parametrize("damage", ["{]", "[1]", '{"step": "5"}', "[" * 100_000])
+def test_a_damaged_line_of_metrics_costs_no_other(run: Workdir, damage: str) -> None:
+    (run.path / "metrics.jsonl").write_text(f'{{"step": 5}}\n{damage}\n{{"step": 15}}\n')
+    assert run.metrics() == [{"step": 5}, {"step": 15}]
