@@ -64,6 +64,11 @@ def started(distributed: bool, coordinator: str | None, processes: int | None, p
         if leads():
             time.sleep(PARTING_SECONDS)
         raise UserError(f"process {jax.process_index()}: {error}") from error
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise UserError(f"process {jax.process_index()}: another process was lost ({' '.join(str(error).split())[:150]}"
+                        "). Start all of them again, with the same commands.") from error
     except KeyboardInterrupt:
         if not leads():
             sys.stderr = sys.stdout
@@ -85,7 +90,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     """
     if coordinator is not None:
         host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 2**16:
             raise UserError(f"--coordinator={coordinator}: must be HOST:PORT of process 0, e.g. 10.0.0.1:8476.")
     if processes is not None and processes < 1:
         raise UserError(f"--processes={processes}: must be 1 or more.")

@@ -93,7 +93,8 @@ def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str,
       UserError: no such run or checkpoint, other overrides, or other data than the run was trained for.
     """
     run = Workdir(workdir)
-    config, record = run.load()
+    with agreed():
+        config, record = run.load()
     for path in overrides or {}:
         if not path.startswith("data.") and path != "train.eval_batch_size":
             raise UserError(f"--config.{path} cannot be changed for the trained run in {run.path}; only fields of "
@@ -109,6 +110,7 @@ def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str,
         shapes = abstract_variables(model, source.spec.image_shape)
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), dict(shapes))
         variables = checkpoints.restore_variables(step, target)
+    with agreed(), memory.explained(config, "train.eval_batch_size"):
         images = feeds.load(source, config.data, mesh, tell)
     with memory.explained(config, "train.eval_batch_size"):
         scores = make_evaluator(model, config.data, images.batches("test", config.train.eval_batch_size, mesh),

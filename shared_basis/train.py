@@ -69,6 +69,7 @@ def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]
         examples = len(source.splits["train"])
         if examples < config.train.batch_size:
             raise UserError(f"train.batch_size={config.train.batch_size}: there are only {examples} training images.")
+    with agreed(), memory.explained(config):  # apart, as processes settle something in it
         images = feeds.load(source, config.data, mesh, screen.line)
     record = make_record(config, {
         "classes": list(source.spec.classes), "image_shape": list(source.spec.image_shape),
@@ -140,7 +141,8 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
 
     compiled = step.lower(target, *feed.abstract).compile()
     needed = memory.measure(target, images.bytes_on_device(feed, mesh), compiled)
-    memory.check(needed, config, mesh)
+    with agreed():
+        memory.check(needed, config, mesh)
     program = Program(
         step=step if debugging_nans() else compiled,
         batches=feed.batches,

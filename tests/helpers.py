@@ -204,3 +204,11 @@ class CommandLine:
     def close(self) -> None:
         """Ends the process that the others are forked from."""
         self._server.communicate()
+
+
+def read_arrays_anywhere(workdir: Path, step: int) -> Any:
+    """Returns what `read_arrays` does, also where the devices that the checkpoint was saved on are not here."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(workdir / "checkpoints" / str(step) / "state",
+                                    args=ocp.args.StandardRestore(fallback_sharding=here))

@@ -1,0 +1,504 @@
+"""Devices and processes: their number does not change training; how processes start; a batch in parts."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import (
+    MAIN,
+    ROOT,
+    Watcher,
+    assert_trees_equal,
+    cross_entropies,
+    make_images,
+    mesh_of,
+    read_arrays_anywhere,
+    read_metrics,
+    tiny_network,
+    user_environment,
+    user_error,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared_basis import devices, evaluate, train
+from shared_basis.checkpoints import Checkpoints
+from shared_basis.config import Config, DataConfig, OptimizerConfig, OrthogonalityConfig, TrainConfig, replace
+from shared_basis.devices import agreed, check_batch_size, divided, join, make_mesh, place, replicated, started
+from shared_basis.errors import UserError
+from shared_basis.steps import Metrics, TrainState, create_train_state, train_step
+
+# A run on other devices
+
+CONFIG = Config(
+    data=DataConfig(train_examples=68, test_examples=30, pad=1, flip=True, workers=0),
+    orthogonality=OrthogonalityConfig(elements="shared+unique"),
+    optimizer=OptimizerConfig(learning_rate=0.02, schedule="cosine"),
+    train=TrainConfig(epochs=2, batch_size=16, evaluate_every=1))
+"""68 images are four steps an epoch, with four left over; evaluation at steps 4 and 8."""
+
+
+def trained(workdir: Path, count: int, fields: Mapping[str, Any] | None = None, stop: int | None = None) -> Watcher:
+    """Trains a network with batch normalisation on so many devices to the end, or until it is stopped at a step."""
+    screen = Watcher(at=[] if stop is None else [stop - 1])
+    with pytest.MonkeyPatch.context() as patch, (
+            contextlib.nullcontext() if stop is None else pytest.raises(train.Interrupted, match=f"at step {stop} ")):
+        patch.setattr(train, "make_mesh", lambda: mesh_of(count))
+        patch.setattr(train, "build_model", lambda config, spec: tiny_network(len(spec.classes)))
+        train.train(replace(CONFIG, fields or {}), workdir, screen)
+    return screen
+
+
+def assert_close(actual: Any, desired: Any) -> None:
+    """Asserts that two trees are equal but for rounding."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=5e-5), actual, desired)
+
+
+def assert_runs_close(workdir: Path, other: Path) -> None:
+    """Asserts that two runs have computed the same but for rounding: every metric and every array."""
+    metrics, others = read_metrics(workdir), read_metrics(other)
+    assert [line["step"] for line in metrics] == [4, 8]
+    assert_close(metrics, others)
+    for step in (4, 8):
+        assert_close(read_arrays_anywhere(workdir, step), read_arrays_anywhere(other, step))
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the workdir of a run on one device; for reading only."""
+    workdir = tmp_path_factory.mktemp("runs") / "one"
+    trained(workdir, 1)
+    return workdir
+
+
+@pytest.mark.parametrize(("count", "placement"), [(2, "device"), (4, "stream")])
+def test_a_run_is_the_same_on_any_number_of_devices(one: Path, tmp_path: Path, count: int, placement: str) -> None:
+    screen = trained(tmp_path / "run", count, {"data.placement": placement})
+    assert f"; {count} × cpu; workdir" in screen.text.getvalue()
+    assert_runs_close(tmp_path / "run", one)
+
+
+_EIGHT = """
+import pathlib, sys
+sys.path[:0] = sys.argv[1:3]
+import test_devices
+for placement in ("device", "stream"):
+    test_devices.trained(pathlib.Path(sys.argv[3]) / placement, 8, {"data.placement": placement})
+"""
+
+
+def test_a_run_is_the_same_on_eight_devices(one: Path, tmp_path: Path) -> None:
+    environment = {**user_environment(), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run([sys.executable, "-c", _EIGHT, str(ROOT / "tests"), str(ROOT), str(tmp_path)], env=environment,
+                   timeout=600, check=True)
+    assert_runs_close(tmp_path / "device", one)
+    assert read_metrics(tmp_path / "device") == read_metrics(tmp_path / "stream")
+
+
+@pytest.mark.parametrize(("first", "then"), [(4, 1), (1, 4)])
+def test_a_run_goes_on_with_another_number_of_devices(one: Path, tmp_path: Path, first: int, then: int) -> None:
+    trained(tmp_path / "run", first, stop=3)
+    screen = trained(tmp_path / "run", then)
+    assert "resumes at step 3 of 8" in screen.text.getvalue()
+    assert f"; {then} × cpu; workdir" in screen.text.getvalue()
+    assert screen.steps == [4, 5, 6, 7, 8]
+    assert_runs_close(tmp_path / "run", one)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_checkpoint_lies_where_it_is_restored_to(tmp_path: Path, count: int) -> None:
+    state = {"weights": np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, jax.device_put(state, replicated(mesh_of(4))), {}, None)
+    checkpoints.wait()
+    for sharding in (replicated(mesh_of(count)), divided(mesh_of(count))):
+        restored = checkpoints.restore(1, {"weights": jax.ShapeDtypeStruct((8, 3), np.float32, sharding=sharding)})
+        assert restored["weights"].sharding == sharding
+        assert_trees_equal(restored, state)
+    checkpoints.close()
+
+
+def test_a_run_is_scored_the_same_on_other_devices(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "build_model", lambda config, spec: tiny_network(len(spec.classes)))
+    monkeypatch.setattr(evaluate, "make_mesh", lambda: mesh_of(4))
+    last, scores = read_metrics(one)[-1], evaluate.evaluate(one)
+    for name in ("test_loss", "test_accuracy", "test_accuracy_top5"):
+        assert scores[name] == pytest.approx(last[name], rel=1e-5)
+
+
+def test_a_run_in_another_precision_is_refused(one: Path) -> None:
+    with user_error("model.dtype: 'bfloat16' now, 'float32' there"):
+        trained(one, 1, {"model.dtype": "bfloat16"})
+
+
+def test_a_run_does_not_go_on_in_double_precision(tmp_path: Path) -> None:
+    trained(tmp_path / "run", 1, stop=3)
+    with jax.enable_x64(True), user_error("checkpoint 3 in ", "the dtype of ", " is float32 there and float64 here",
+                                          "JAX_ENABLE_X64"):
+        trained(tmp_path / "run", 1)
+    assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps == [3]
+
+
+@pytest.mark.parametrize("name", ["params/head/kernel", "batch_stats/head/mean"])
+def test_a_checkpoint_of_another_dtype_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    arrays = {"params": {"head": {"kernel": jnp.ones((2, 3))}}, "batch_stats": {"head": {"mean": jnp.ones(3)}}}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, arrays, {}, None)
+    checkpoints.wait()
+    target = jax.tree_util.tree_map_with_path(lambda path, leaf: jax.ShapeDtypeStruct(
+        leaf.shape, np.float64 if "/".join(key.key for key in path) == name else np.float32,
+        sharding=replicated(mesh_of(1))), arrays)
+    for restore in (checkpoints.restore, checkpoints.restore_variables):
+        with user_error("checkpoint 1 in ", f"the dtype of {name} is float32 there and float64 here"):
+            restore(1, target)
+    checkpoints.close()
+
+
+# Where things lie
+
+def test_the_devices_of_a_process_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    owners = {0: 0, 1: 0, 4: 0, 5: 0, 2: 1, 3: 1, 6: 1, 7: 1}  # as TPUs are numbered, by rows of chips
+    unsorted = [types.SimpleNamespace(id=index, process_index=owners[index]) for index in (3, 0, 7, 5, 2, 1, 6, 4)]
+    monkeypatch.setattr(jax, "devices", lambda: unsorted)
+    monkeypatch.setattr(devices, "Mesh", lambda array, axes, axis_types: array)
+    assert [device.id for device in make_mesh()] == list(owners)
+
+
+def test_the_mesh_is_of_all_devices() -> None:
+    assert make_mesh() == mesh_of(4)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("sharding", [replicated(mesh_of(4)), divided(mesh_of(4))], ids=["whole", "divided"])
+def test_what_every_process_has_is_placed_as_jax_places_it(monkeypatch: pytest.MonkeyPatch, processes: int,
+                                                           sharding: Any) -> None:
+    array = np.arange(24).reshape(8, 3).astype(np.int32)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    placed = place(array, sharding)
+    assert placed.sharding == sharding
+    for shard, expected in zip(placed.addressable_shards, jax.device_put(array, sharding).addressable_shards,
+                               strict=True):
+        assert shard.device == expected.device
+        np.testing.assert_array_equal(shard.data, expected.data)
+
+
+@given(batch_size=st.integers(1, 3000), count=st.integers(1, 40), accumulate=st.integers(1, 9))
+def test_a_batch_divides_among_devices_and_parts_or_the_nearest_that_do_are_told(batch_size: int, count: int,
+                                                                                 accumulate: int) -> None:
+    def fits(size: int) -> bool:
+        return size % count == 0 and size // count % accumulate == 0
+
+    mesh: Any = types.SimpleNamespace(size=count)
+    if fits(batch_size):
+        check_batch_size(batch_size, mesh, accumulate)
+        return
+    with user_error(f"train.batch_size={batch_size}: ", f"the {count} devices") as caught:
+        check_batch_size(batch_size, mesh, accumulate)
+    message = str(caught.value)
+    assert ("optimizer.accumulate" in message) == (accumulate > 1)
+    assert f"optimizer.accumulate={accumulate}" in message or accumulate == 1
+    offered = [int(size) for size in re.findall(r"\d+", message.partition("the nearest: ")[2])]
+    below = next((size for size in range(batch_size, 0, -1) if fits(size)), None)
+    above = next(size for size in itertools.count(batch_size) if fits(size))
+    assert offered == ([above] if below is None else [below, above])
+
+
+def test_a_batch_that_cannot_be_divided_ends_training_before_it_begins(tmp_path: Path) -> None:
+    with user_error("train.batch_size=12", "4 devices times optimizer.accumulate=2", "8 or 16"):
+        trained(tmp_path / "run", 4, {"train.batch_size": 12, "optimizer.accumulate": 2})
+    assert list(tmp_path.iterdir()) == []
+
+
+# What processes settle among themselves
+
+def test_an_error_of_the_only_process_passes_unchanged() -> None:
+    for error in (UserError("the user's mistake"), KeyError("ours")):
+        with pytest.raises(type(error)) as caught, agreed():
+            raise error
+        assert caught.value is error
+    with agreed():
+        pass
+
+
+def test_a_process_ends_with_its_own_error_or_with_word_of_the_first_that_has_one(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def everyone(value: Any) -> np.ndarray:
+        given.append(value)
+        return np.array([False, value, True, True])
+    monkeypatch.setattr(devices, "everyone", everyone)
+    with user_error("process 2 cannot go on"), agreed():
+        pass
+    with user_error("the user's mistake"), agreed():
+        raise UserError("the user's mistake")
+    assert given == [False, True]
+
+
+@pytest.fixture
+def initialized(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Returns what JAX is asked to join, which it does not do."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **_: calls.append(arguments))
+    return calls
+
+
+@pytest.mark.parametrize(("arguments", "parts"), [
+    (("localhost", 2, 0), ("--coordinator=localhost: ", "HOST:PORT")),
+    ((":8476", 2, 0), ("--coordinator=:8476: ", "HOST:PORT")),
+    (("", 2, 0), ("--coordinator=: ", "HOST:PORT")),
+    (("localhost:", 2, 0), ("--coordinator=localhost:: ", "HOST:PORT")),
+    (("localhost:http", 2, 0), ("--coordinator=localhost:http: ", "HOST:PORT")),
+    (("localhost:-1", 2, 0), ("--coordinator=localhost:-1: ", "HOST:PORT")),
+    (("localhost:0", 2, 0), ("--coordinator=localhost:0: ", "HOST:PORT")),
+    (("localhost:65536", 2, 0), ("--coordinator=localhost:65536: ", "HOST:PORT")),
+    (("localhost:99999", 2, 1), ("--coordinator=localhost:99999: ", "HOST:PORT")),
+    (("localhost:²", 2, 1), ("--coordinator=localhost:²: ", "HOST:PORT")),
+    (("localhost:8476", 0, 0), ("--processes=0: ", "1 or more")),
+    (("localhost:8476", -2, None), ("--processes=-2: ", "1 or more")),
+    (("localhost:8476", 2, -1), ("--process=-1: ", "0 to 2 − 1")),
+    (("localhost:8476", 2, 2), ("--process=2: ", "0 to 2 − 1")),
+    (("localhost:8476", None, 1), ("--process=1: ", "0 to --processes − 1"))], ids=str)
+def test_a_mistake_about_processes_is_told_with_its_flag(initialized: list[Any], arguments: tuple[Any, ...],
+                                                         parts: tuple[str, ...]) -> None:
+    with user_error(*parts):
+        join(*arguments)
+    assert initialized == []
+
+
+def test_a_port_in_use_is_told_to_the_process_that_listens_there(initialized: list[Any]) -> None:
+    with socket.create_server(("", 0)) as server:
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+        with user_error(f"--coordinator={where}: process 0 cannot listen", "choose another"):
+            join(where, 2, 0)
+        assert initialized == []
+        join(where, 2, 1)  # which only calls there
+    join(where, 2, 0)
+    assert initialized == [(where, 2, 1), (where, 2, 0)]
+
+
+@pytest.mark.parametrize("arguments", [(None, None, None), ("[::1]:8476", 2, 1), ("host:65535", 3, 2),
+                                       ("host:1", None, None)], ids=str)
+def test_jax_is_asked_to_join_with_the_flags_as_they_are(initialized: list[Any], arguments: tuple[Any, ...]) -> None:
+    join(*arguments)
+    assert initialized == [arguments]
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers), "a process that has joined would be ended"
+
+
+@pytest.mark.parametrize("error", [ValueError("coordinator_address should be defined.\nmore"), RuntimeError("late")])
+def test_processes_that_are_not_found_out_are_told_with_the_flags_to_give(monkeypatch: pytest.MonkeyPatch,
+                                                                          error: Exception) -> None:
+    def initialize(*arguments: Any, **options: Any) -> None:
+        raise error
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with user_error("--distributed: ", str(error).splitlines()[0], "--coordinator=HOST:PORT --processes=N --process=I"):
+        join(None, None, None)
+
+
+@pytest.mark.parametrize(("flags", "joins"), [
+    ((False, None, None, None), False), ((True, None, None, None), True), ((False, "localhost:8476", None, None), True),
+    ((False, None, 2, None), True), ((False, None, None, 0), True)], ids=str)
+def test_any_flag_about_processes_makes_this_one_of_several(monkeypatch: pytest.MonkeyPatch, flags: tuple[Any, ...],
+                                                            joins: bool) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(devices, "join", lambda *arguments: calls.append(arguments))
+    with started(*flags, debug_nans=False):
+        pass
+    assert calls == ([flags[1:]] if joins else [])
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_only_the_first_process_prints_and_errors_name_theirs(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], process: int) -> None:
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(devices, "PARTING_SECONDS", 0)
+    stdout = sys.stdout
+    with user_error(f"process {process}: the user's mistake"), started(False, None, None, None, False):
+        print("result")
+        raise UserError("the user's mistake")
+    if process:
+        sys.stdout.close()
+        assert sys.stdout is not stdout
+    assert capsys.readouterr().out == ("" if process else "result\n")
+
+
+# From the command line
+
+def main(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(MAIN), *arguments], cwd=cwd, env={**user_environment(), **environment},
+                          text=True, capture_output=True, timeout=300)
+
+
+def test_a_platform_that_jax_does_not_know_is_told_in_one_line(tmp_path: Path) -> None:
+    done = main(cwd=tmp_path, JAX_PLATFORMS="nonsense")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: JAX cannot use the devices: [^\n]*nonsense[^\n]* JAX_PLATFORMS unset\.\n", done.stderr)
+    assert os.listdir(tmp_path) == []
+
+
+_ALONE = """
+import runpy, sys
+sys.path.insert(0, sys.argv[1])
+from shared_basis import devices
+devices.JOINING_SECONDS = 3
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_that_waits_in_vain_for_the_others_says_so(tmp_path: Path, process: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-c", _ALONE, str(ROOT), str(MAIN), f"--coordinator=127.0.0.1:{port}", "--processes=2",
+         f"--process={process}"], cwd=tmp_path, env=user_environment(), text=True, capture_output=True, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "")
+    errors = [line for line in done.stderr.splitlines() if not re.match(r"[IWE]\d{4} ", line)]  # those are JAX's own
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: the 2 processes did not find one another at 127.0.0.1:{port} within 3 seconds")
+    assert os.listdir(tmp_path) == []
+
+
+# A batch in parts
+
+DATA = DataConfig(mean=(0.5,), std=(0.25,))
+
+
+class Plain(nn.Module):
+    """A network that sees each image alone; counts how often it is trained, and keeps what it drew."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        calls = self.variable("batch_stats", "calls", jnp.zeros, ())
+        draws = self.variable("batch_stats", "draws", jnp.zeros, (16,))
+        if train:
+            draws.value = draws.value.at[calls.value.astype(int)].set(jax.random.uniform(self.make_rng("dropout")))
+            calls.value = calls.value + 1
+        return nn.Dense(10)(nn.relu(nn.Dense(8)(images.reshape(len(images), -1))))
+
+
+class Normalized(nn.Module):
+    """Batch normalisation and a linear classifier."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        pixels = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-3, name="norm")(
+            images.reshape(len(images), -1))
+        return nn.Dense(10, name="head")(pixels)
+
+
+def updates(model: nn.Module, steps: int, accumulate: int, count: int = 1,
+            data: DataConfig = DATA) -> tuple[TrainState, list[Metrics]]:
+    """Returns the state after so many updates with batches of 16 images, and the metrics of each."""
+    mesh, optimizer = mesh_of(count), optax.sgd(0.1)
+    step = jax.jit(functools.partial(
+        train_step, model=model, optimizer=optimizer, data=data, seed=0, steps_per_epoch=steps,
+        batch_sharding=divided(mesh), accumulate=accumulate), out_shardings=replicated(mesh))
+    state = jax.device_put(create_train_state(model, optimizer, 0, (4, 4, 1)), replicated(mesh))
+    images, labels = make_images(16 * steps, size=4)
+    metrics = []
+    for first in range(0, len(images), 16):
+        batch = jax.device_put((images[first:first + 16], labels[first:first + 16]), divided(mesh))
+        state, values = step(state, *batch)
+        metrics.append(jax.device_get(values))
+    return state, metrics
+
+
+@pytest.mark.parametrize(("accumulate", "count"), [(1, 4), (2, 1), (4, 1), (2, 2), (8, 2), (2, 4), (4, 4)])
+def test_a_network_without_batch_normalisation_trains_the_same_in_parts(accumulate: int, count: int) -> None:
+    data = DataConfig(mean=(0.5,), std=(0.25,), pad=1, flip=True)
+    whole, expected = updates(Plain(), 3, 1, data=data)
+    parts, metrics = updates(Plain(), 3, accumulate, count, data)
+    for actual, desired in ((parts.params, whole.params), (metrics, expected), (parts.totals, whole.totals)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), actual, desired)
+    assert (int(parts.step), float(parts.totals["count"])) == (3, 48)
+    assert float(parts.batch_stats["calls"]) == 3 * accumulate
+
+
+def test_each_part_of_each_step_makes_draws_of_its_own() -> None:
+    draws = updates(Plain(), 4, 4)[0].batch_stats["draws"]
+    assert len(set(draws.tolist())) == 16
+
+
+def normalized_by_hand(params: Any, accumulate: int) -> tuple[Any, Any, dict[str, float]]:
+    """Returns parameters, running statistics and metrics of `Normalized` after two updates, in NumPy and float64."""
+    images, labels = make_images(32, size=4)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jax.device_get(params))
+    mean, var, sums = np.zeros(16), np.ones(16), {"loss": 0.0, "correct": 0.0, "count": 0.0}
+    for first in (0, 16):
+        batch = ((images[first:first + 16] / 255 - 0.5) / 0.25).reshape(16, -1)
+        gradient = jax.tree.map(np.zeros_like, params)
+        for part in range(accumulate):
+            inputs, targets = batch[part::accumulate], labels[first:first + 16][part::accumulate]
+            mean, var = 0.9 * mean + 0.1 * inputs.mean(0), 0.9 * var + 0.1 * inputs.var(0)
+            normal = (inputs - inputs.mean(0)) / np.sqrt(inputs.var(0) + 1e-3)
+            outputs = normal * params["norm"]["scale"] + params["norm"]["bias"]
+            logits = outputs @ params["head"]["kernel"] + params["head"]["bias"]
+            slope = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True) - np.eye(10)[targets]
+            back = slope @ params["head"]["kernel"].T
+            new = {"head": {"kernel": outputs.T @ slope, "bias": slope.sum(0)},
+                   "norm": {"scale": (back * normal).sum(0), "bias": back.sum(0)}}
+            gradient = jax.tree.map(lambda a, b: a + b / 16, gradient, new)
+            sums["loss"] += cross_entropies(logits, targets).sum()
+            sums["correct"] += (logits.argmax(-1) == targets).sum()
+            sums["count"] += len(targets)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+    norms = [np.sqrt(sum((leaf ** 2).sum() for leaf in jax.tree.leaves(tree))) for tree in (gradient, params)]
+    return params, {"norm": {"mean": mean, "var": var}}, {**sums, "gradient_norm": norms[0], "parameter_norm": norms[1]}
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_batch_normalisation_sees_every_nth_image_of_a_batch_on_any_number_of_devices(accumulate: int,
+                                                                                      count: int) -> None:
+    first = create_train_state(Normalized(), optax.sgd(0.1), 0, (4, 4, 1)).params
+    params, statistics, sums = normalized_by_hand(first, accumulate)
+    state, metrics = updates(Normalized(), 2, accumulate, count)
+    for actual, desired in ((state.params, params), (state.batch_stats, statistics), (metrics[-1], sums)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, desired)
+
+
+def test_a_loop_over_the_parts_computes_what_the_unrolled_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    scan, unrolled, results = jax.lax.scan, [], []
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        unrolled.append(options["unroll"])
+        return scan(*arguments, **options)
+    for backend in ("cpu", "gpu"):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda backend=backend: backend)
+            patch.setattr(jax.lax, "scan", spy)
+            results.append(updates(Normalized(), 2, 4, 2))
+    assert unrolled == [True, False]
+    for actual, desired in zip(*results, strict=True):
+        assert_close(actual, desired)
+
+
+def test_a_run_in_parts_is_the_same_on_any_number_of_devices(one: Path, tmp_path: Path) -> None:
+    for count in (1, 4):
+        trained(tmp_path / str(count), count, {"optimizer.accumulate": 2})
+    assert_runs_close(tmp_path / "4", tmp_path / "1")
+    losses = [read_metrics(workdir)[-1]["train_loss"] for workdir in (tmp_path / "1", one)]
+    assert abs(losses[0] - losses[1]) > 1e-3, "batch normalisation saw the whole batch"
