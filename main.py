@@ -50,7 +50,8 @@ def parse() -> None:
         rest = FLAGS([program, *(files or [f"--config={_DEFAULT}"]), *(arg for arg in arguments if arg not in files)])
         _CONFIG.value.to_dict()  # a configuration file that is missing shows only on use
     except Exception as error:  # a configuration file is code and may raise anything
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        text = str(error).replace("\\n", "\n") or type(error).__name__
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         raise UserError(" ".join(dict.fromkeys((lines[0], lines[-1], *files[-1:])))) from error
     if rest[1:]:
         raise UserError(f"unexpected argument {rest[1]!r}; flags look like --mode=train, see --help.")

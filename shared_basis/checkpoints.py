@@ -69,8 +69,8 @@ class Checkpoints:
             self._set_aside(path.parent.parent, f"{path} is damaged.")
         try:
             self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
-        except OSError as error:
-            raise UserError(f"checkpoints in {directory} cannot be opened: {error.strerror or error}.") from error
+        except Exception as error:  # Orbax reads the metadata of all steps
+            raise UserError(f"checkpoints in {directory} cannot be opened ({_one_line(error)}).") from error
 
     @property
     def steps(self) -> list[int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -141,7 +140,7 @@ class DataConfig:
         for field in ("mean", "std"):
             value = getattr(self, field)
             _require(len(value) in (1, 3), f"data.{field}", value, "one value, or one for each of three channels")
-            _require(all(math.isfinite(v) for v in value), f"data.{field}", value, "finite")
+            _require(all(abs(v) <= 1e30 for v in value), f"data.{field}", value, "numbers up to 1e30")
         _require(all(v >= 1e-6 for v in self.std), "data.std", self.std, "positive, at least 1e-6")
         _require(self.pad <= 1024, "data.pad", self.pad, "at most 1024 pixels")
 
@@ -204,7 +203,7 @@ class OptimizerConfig:
         rising = (self.warmup_epochs, *self.boundaries)
         _require(all(a < b for a, b in itertools.pairwise(rising)), "optimizer.boundaries", self.boundaries,
                  f"rising epochs after the warm-up of {self.warmup_epochs:g}")
-        _require(all(math.isfinite(f) and f > 0 for f in self.factors), "optimizer.factors", self.factors, "positive")
+        _require(all(0 < f <= 1e30 for f in self.factors), "optimizer.factors", self.factors, "positive, at most 1e30")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,8 +238,8 @@ class Config:
     train: TrainConfig = TrainConfig()
 
     def __post_init__(self) -> None:
-        _require(bool(self.name) and self.name[0] != "." and not set(self.name) & set("/\\"), "name", self.name,
-                 "a directory name that does not begin with a dot")
+        proper = self.name.isprintable() and self.name[:1] not in ("", ".") and not set(self.name) & set("/\\")
+        _require(proper, "name", self.name, "a directory name that does not begin with a dot")
         _require(0 <= self.seed < 2**31, "seed", self.seed, "at least 0 and below 2^31")
         for boundary in self.optimizer.boundaries:
             _require(boundary < self.train.epochs, "optimizer.boundaries", self.optimizer.boundaries,
@@ -351,7 +350,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             items = [part.strip() for text in items for part in str(text).split(",") if part.strip()]
         return tuple(_convert(item, entry, path) for entry in items)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{path}: must be a number below 1e308.") from None
     if type(value) is not hint:
         raise UserError(f"{path}={value!r}: must be of type {hint.__name__}.")
     return value

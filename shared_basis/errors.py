@@ -12,8 +12,11 @@ from typing import NoReturn
 class UserError(ValueError):
     """A mistake that the user can mend; `main.py` prints its message alone, without a traceback, and exits with 2.
 
-    The message says what was wrong, what is allowed and what to do.
+    The message says what was wrong, what is allowed and what to do. It is one line, whatever names it holds.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in message))
 
 
 def end_with(*commands: Callable[[], None]) -> NoReturn:

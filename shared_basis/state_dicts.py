@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pickle
+import pickletools
 import sys
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,21 +43,29 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # a damaged file can fail anywhere in its decoding
-        raise UserError(f"{path}: not a readable state dict: {error}.") from error
+        raise UserError(f"{path}: not a readable state dict: {str(error) or type(error).__name__}.") from error
     return tensors
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     # The format: length of the header (8 bytes), header (JSON: dtype, shape and byte range of each tensor), bytes.
-    data = path.read_bytes()
+    data = memoryview(path.read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
+    if start > len(data):
+        raise ValueError("its header is longer than the file")
+    header = json.loads(bytes(data[8:start]))
     tensors = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = (start + offset for offset in entry["data_offsets"])
-            array = np.frombuffer(data[begin:end], _SAFETENSORS_TYPES[entry["dtype"]])
-            tensors[name] = array.reshape(entry["shape"])
+    last = 0
+    for name, entry in sorted(((name, entry) for name, entry in header.items() if name != "__metadata__"),
+                              key=lambda item: item[1]["data_offsets"]):
+        (begin, end), shape = entry["data_offsets"], entry["shape"]
+        if not last <= begin <= end <= len(data) - start:
+            raise ValueError(f"tensor {name} overlaps another, or reaches beyond the file")
+        if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise ValueError(f"tensor {name} has no shape")
+        last = end
+        array = np.frombuffer(data[start + begin:start + end], _SAFETENSORS_TYPES[entry["dtype"]])
+        tensors[name] = array.reshape(shape)
     return tensors
 
 
@@ -75,9 +85,14 @@ class _Storage:
     def __init__(self, dtype: Any, size: int) -> None:
         self.array = np.empty(size, dtype)
 
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("it alters a storage")
+
 
 def _tensor(storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> np.ndarray:
     """Stands in for PyTorch's tensor constructor: a view of `storage`, checked to lie inside it."""
+    if not isinstance(storage, _Storage):
+        raise ValueError("a tensor has no storage")
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if offset < 0 or min(strides, default=0) < 0 or (0 not in shape and last >= storage.array.size):
         raise ValueError("a tensor reaches beyond its storage")
@@ -113,11 +128,22 @@ class _Unpickler(pickle.Unpickler):
         return self._load_storage(dtype, str(key), int(size))
 
 
+def _checked(pickled: BinaryIO) -> None:
+    """Raises `ValueError` at what would fill the memory, or the stack; leaves the file behind the pickle."""
+    counts: Counter[str] = Counter()
+    for opcode, argument, position in pickletools.genops(pickled):
+        counts[opcode.name] += 1
+        if opcode.name in ("LONG_BINPUT", "PUT") and int(argument or 0) > int(position or 0) + 1:
+            raise ValueError("it has a memo that it does not need")
+        if opcode.name.startswith("TUPLE") and counts[opcode.name] > 10_000:
+            raise ValueError("it has more tuples than a state dict needs")
+
+
 def _read_torch(path: Path) -> Any:
     """Returns the content of a file written by `torch.save`, its tensors as NumPy arrays."""
     if zipfile.is_zipfile(path):
         return _read_torch_zip(path)
-    with path.open("rb") as file:
+    with io.BytesIO(path.read_bytes()) as file:
         storages: dict[str, _Storage] = {}
         size_limit = path.stat().st_size
 
@@ -127,6 +153,9 @@ def _read_torch(path: Path) -> Any:
             return storages.setdefault(key, _Storage(dtype, size))
 
         def read() -> Any:
+            start = file.tell()
+            _checked(file)
+            file.seek(start)
             return _Unpickler(file, declare).load()
 
         if read() != _LEGACY_MAGIC or read() != _LEGACY_PROTOCOL:
@@ -147,6 +176,9 @@ def _read_torch_zip(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive:
         (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         root = pickled.removesuffix("data.pkl")
+        if any(info.compress_type != zipfile.ZIP_STORED or info.file_size > info.compress_size
+               for info in archive.infolist()):
+            raise ValueError("it is compressed, as torch.save leaves no file")
         if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
             raise ValueError("it is not in this machine's byte order")
         storages: dict[str, _Storage] = {}
@@ -159,5 +191,7 @@ def _read_torch_zip(path: Path) -> Any:
                 storages[key].array = np.frombuffer(archive.read(f"{root}data/{key}"), dtype)
             return storages[key]
 
-        with archive.open(pickled) as file:
+        with io.BytesIO(archive.read(pickled)) as file:
+            _checked(file)
+            file.seek(0)
             return _Unpickler(file, load).load()  # type: ignore[arg-type]

@@ -79,6 +79,8 @@ class Workdir:
             record = json.loads((self.path / "run.json").read_text())
             if not all(isinstance(record["data"][key], list) for key in ("classes", "image_shape")):
                 raise TypeError("its data facts are not lists")
+            if not isinstance(record["versions"], dict):
+                raise TypeError("its versions are no dict")
             return {key: record[key] for key in ("config", "data", "versions")}
         except FileNotFoundError:
             return None

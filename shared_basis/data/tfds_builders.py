@@ -122,7 +122,7 @@ class Imagenet2012(imagenet.Builder, skip_registration=True):  # type: ignore[ca
         body = _file(archive, member).read()
         if member.name in imagenet.CMYK_IMAGES or member.name in imagenet.PNG_IMAGES:
             encoded = io.BytesIO()
-            Image.open(io.BytesIO(body)).convert("RGB").save(encoded, "JPEG", quality=100)
+            Image.open(io.BytesIO(body), formats=("JPEG", "PNG")).convert("RGB").save(encoded, "JPEG", quality=100)
             body = encoded.getvalue()
         return member.name, {"file_name": member.name, "image": io.BytesIO(body), "label": label}
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -45,6 +46,7 @@ def find_builder(config: DataConfig) -> Any | None:
     except Exception as error:
         raise UserError(f"data.name={config.name!r}: TFDS takes names such as tfds:cifar10, tfds:name/config and "
                         f"tfds:name:1.0.0 ({one_line(error)}).") from error
+    _check_metadata(Path(directory) / naming.parse_builder_name_kwargs(name)[0].name)
     own = _own_builder(config)
     try:
         if own is not None and own.data_path.exists():
@@ -58,6 +60,23 @@ def find_builder(config: DataConfig) -> Any | None:
         raise
     except Exception as error:  # whatever damage does to the metadata
         raise damaged(os.path.join(directory, name), one_line(error)) from error
+
+
+def _check_metadata(directory: Path) -> None:
+    """Raises `UserError` if prepared data names classes other than TFDS's: reading it would import their modules."""
+    for path in directory.glob("**/features.json"):
+        def check(found: dict[str, Any], path: Path = path) -> dict[str, Any]:
+            for key in ("pythonClassName", "python_class_name", "type"):
+                name = found.get(key)
+                if isinstance(name, str) and not name.startswith("tensorflow_datasets.core.features."):
+                    raise damaged(path.parent, f"it names the class {name!r}, which is none of TFDS")
+            return found
+        try:
+            json.loads(path.read_text(), object_hook=check)
+        except UserError:
+            raise
+        except (OSError, ValueError, RecursionError) as error:
+            raise damaged(path.parent, one_line(error)) from error
 
 
 def prepare(config: DataConfig) -> str:

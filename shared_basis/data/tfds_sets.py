@@ -165,7 +165,8 @@ class RecordExamples:
             import tensorflow_datasets as tfds
 
             builder = tfds.builder_from_directory(self.directory)
-            decoders = {self.image: tfds.decode.SkipDecoding()}
+            # No other feature is decoded: Pillow and others would be given whatever they hold.
+            decoders = {key: tfds.decode.SkipDecoding() for key in builder.info.features if key != self.label}
             self._opened.append(builder.as_data_source(self.split, decoders=decoders))
         return self._opened[0]
 
