@@ -105,9 +105,9 @@ def go_on(config: Config, images: feeds.Images, model: Any, mesh: Any, run: Work
     started = time.monotonic()
     screen.line("compiling …")
     state, program = build(config, images, model, mesh, checkpoints)
-    screen.line(f"ready in {duration(time.monotonic() - started)}; {program.memory.render()}")
-    note_resume(run, state, program, config, screen)
     with StopSignals() as signals:
+        screen.line(f"ready in {duration(time.monotonic() - started)}; {program.memory.render()}")
+        note_resume(run, state, program, config, screen)
         Training(config, program, run, checkpoints, record, screen, signals).loop(state)
 
 
