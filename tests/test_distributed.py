@@ -172,6 +172,7 @@ def test_two_processes_train_as_one(undisturbed: tuple[Path, Job], tmp_path: Pat
     assert_close(read_metrics(undisturbed[0]), read_metrics(tmp_path / "one"))
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one(undisturbed: tuple[Path, Job]) -> None:
     workdir, _ = undisturbed
     job = pair(workdir, "--mode=evaluate", "--json", fields=())
@@ -185,6 +186,7 @@ def test_two_processes_score_as_one(undisturbed: tuple[Path, Job]) -> None:
     assert job.out(1) == ""
 
 
+@pytest.mark.slow
 def test_processes_that_read_their_parts_of_a_stream_train_as_with_resident_images(undisturbed: tuple[Path, Job],
                                                                                    tmp_path: Path) -> None:
     job = pair(tmp_path / "run", "--config.data.placement=stream", "--config.data.workers=0")

@@ -393,6 +393,7 @@ def assert_told(done: subprocess.CompletedProcess[str], *parts: str) -> None:
         assert part in done.stderr
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_and_one_that_is_read_only(main: CommandLine, mounted: Callable[[str], Path],
                                                         tmp_path: Path) -> None:
     assert main(*RECIPE, "--workdir=there", cwd=tmp_path).returncode == 0

@@ -158,7 +158,7 @@ def assert_names(message: str, changed: dict[str, Any]) -> None:
     assert any(word in message for word in words), (message, changed)
 
 
-@settings(THOROUGH, max_examples=300)
+@settings(THOROUGH, max_examples=150)
 @given(changes)
 @example({"orthogonality.weight": 10**400})
 @example({"optimizer.boundaries": [-10**400]})
@@ -178,7 +178,7 @@ def test_a_configuration_is_taken_or_refused_by_the_name_of_a_field(changed: dic
     assert {path: type(value) for path, value in config_module._flatten(to_dict(config)).items()} == kinds
 
 
-@settings(THOROUGH, max_examples=20)
+@settings(THOROUGH, max_examples=12)
 @given(changes)
 @example({"data.std": [1e-7]})
 @example({"data.mean": [1e300]})
@@ -255,7 +255,7 @@ names = st.one_of(network_names, likely_names, st.builds(
     st.integers(0, 2)), st.text(max_size=10))
 
 
-@settings(THOROUGH, max_examples=60)
+@settings(THOROUGH, max_examples=25)
 @given(names, st.sampled_from(("cifar", "imagenet", None)), st.sampled_from((8, 32, 33)), st.integers(2, 12))
 @example("resnet14-s0u0", "cifar", 8, 10)
 @example("mobilenetv2-shared", "imagenet", 8, 10)
@@ -320,7 +320,7 @@ def check_end(main: CommandLine, commands: list[str], cwd: Path) -> int:
     return done.returncode
 
 
-@settings(THOROUGH, max_examples=40)
+@settings(THOROUGH, max_examples=25)
 @given(commands=st.lists(arguments, max_size=3))
 @example(commands=["--config.data.name=two\nlines"])
 @example(commands=["--config.data.directory=\udcff"])
