@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from shared_basis.errors import UserError
+from shared_basis.ops import Array, Dtype, batch_norm, convolve
 
-Array = jax.Array
-Dtype = Any
 Path = tuple[str, ...]
 
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -80,18 +79,6 @@ def init_shared_bases(key: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict
         return dict(zip(names, jnp.split(joint, len(names), axis=-1), strict=True))
     keys = jax.random.split(key, len(names))
     return {name: orthonormal(k, shapes[name], jnp.float32) for name, k in zip(names, keys, strict=True)}
-
-
-def convolve(x: Array, kernel: Array, strides: int, padding: int, dtype: Dtype) -> Array:
-    """Convolves `x [N, H, W, C]` by `kernel [k, k, C / groups, T]`, zero-padded on all sides; computes in `dtype`."""
-    return jax.lax.conv_general_dilated(
-        x.astype(dtype), kernel.astype(dtype), (strides, strides), [(padding, padding)] * 2,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1] // kernel.shape[2])
-
-
-def batch_norm(train: bool, dtype: Dtype, name: str) -> nn.BatchNorm:
-    """Returns batch normalisation as published: ε 1e-5, running average 0.9 old + 0.1 new, float32 statistics."""
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name)
 
 
 class BasisConv(nn.Module):
@@ -157,7 +144,7 @@ class BasisConv(nn.Module):
             elements.append(self.param("unique", he_normal_fan_out, self._own_shape(x, self.unique_rank)))
         if shared is not None:
             elements.append(shared)
-        # Two convolutions: concatenating the filters instead gives the same numbers, a quarter slower on two CPU cores.
+        # Two convolutions: few unique elements have a faster form of their own on CPU, see `shared_basis.ops`.
         y = jnp.concatenate([self._convolve(x, filters) for filters in elements], axis=-1)
         y = batch_norm(train, self.dtype, "norm")(y)
         if self.activation is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import socket
 import sys
 import threading
@@ -30,6 +31,9 @@ PARTING_SECONDS = 2
 HEARTBEAT_SECONDS = 60
 """After this time without a sign of life a process counts as lost, and JAX ends the others."""
 
+CACHE_BYTES = 2**30
+"""Compiled programs that are kept; the least recently used ones go first."""
+
 
 @contextlib.contextmanager
 def started(distributed: bool, coordinator: str | None, processes: int | None, process: int | None,
@@ -46,6 +50,7 @@ def started(distributed: bool, coordinator: str | None, processes: int | None, p
     """
     if debug_nans:
         jax.config.update("jax_debug_nans", True)
+    keep_compiled_programs()
     if distributed or not coordinator is processes is process is None:
         join(coordinator, processes, process)
     try:
@@ -73,6 +78,28 @@ def started(distributed: bool, coordinator: str | None, processes: int | None, p
         if not leads():
             sys.stderr = sys.stdout
         raise
+
+
+def keep_compiled_programs() -> None:
+    """Has JAX keep compiled programs in the user's cache directory, unless `JAX_COMPILATION_CACHE_DIR` is set.
+
+    They are kept by machine, as on CPU they hold its own instructions, and home directories may be shared. Where
+    nothing can be written, nothing is kept.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # an empty one turns it off
+        return
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    directory = os.path.join(root, "shared_basis", f"{platform.node() or 'host'}-{platform.machine()}")
+    try:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+    except OSError:
+        return
+    if not os.access(directory, os.W_OK):
+        return
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:

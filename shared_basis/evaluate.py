@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from shared_basis import data, feeds, memory
+from shared_basis import data, feeds, memory, ops
 from shared_basis.checkpoints import Checkpoints, chosen_on
 from shared_basis.config import Config, DataConfig, replace
 from shared_basis.devices import agreed, make_mesh, replicated
@@ -54,7 +54,7 @@ def make_evaluator(model: nn.Module, config: DataConfig, batches: Callable[[], I
     It returns `loss` (mean cross entropy), `accuracy`, `accuracy_top5` (both in [0, 1]) and `count`, over the images
     whose label is not −1 (see `shared_basis.feeds.Images.batches`).
     """
-    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=ops.compiler_options())
     def step(variables: Variables, images: jax.Array, labels: jax.Array) -> Metrics:
         return eval_step(variables, images, labels, model=model, data=config)
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import jax
 import optax
 
-from shared_basis import data, feeds, memory
+from shared_basis import data, feeds, memory, ops
 from shared_basis.checkpoints import Checkpoints, chosen_on
 from shared_basis.config import Config
 from shared_basis.devices import agreed, check_batch_size, divided, leads, make_mesh, replicated
@@ -131,7 +131,8 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
     def diagnose(params: Any) -> dict[str, jax.Array]:
         return orthogonality_diagnostics(params, element_sets) if element_sets else {}
 
-    @functools.partial(jax.jit, donate_argnums=() if debugging_nans() else 0, out_shardings=everywhere)
+    @functools.partial(jax.jit, donate_argnums=() if debugging_nans() else 0, out_shardings=everywhere,
+                       compiler_options=ops.compiler_options())
     def step(state: TrainState, *inputs: jax.Array) -> tuple[TrainState, Metrics]:
         new, metrics = train_step(
             state, *feed.select(state.step, *inputs), model=model, optimizer=optimizer, data=config.data,
@@ -151,7 +152,7 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
         diagnose=jax.jit(diagnose), schedule=schedule, steps_per_epoch=steps_per_epoch, memory=needed)
     if checkpoints.steps:
         return checkpoints.restore_latest(target), program
-    return jax.jit(create, out_shardings=everywhere)(), program
+    return jax.jit(create, out_shardings=everywhere, compiler_options=ops.quick_compiler_options())(), program
 
 
 def note_resume(run: Workdir, state: TrainState, program: Program, config: Config, screen: Screen) -> None:

@@ -158,7 +158,7 @@ def read_arrays(workdir: Path, step: int) -> Any:
 def user_environment() -> dict[str, str]:
     """Returns the environment of a user's shell: no virtual devices; compiled programs are kept as by the tests."""
     return {**{name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONPATH")},
-            "COLUMNS": "100"}
+            "COLUMNS": "100", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 _SERVER = """

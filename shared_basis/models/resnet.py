@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax.numpy as jnp
 
-from shared_basis.basis import Array, BasisConv, Dtype, batch_norm, check_rank
+from shared_basis.basis import BasisConv, check_rank
 from shared_basis.models.network import Group, Network, Sharing, global_average, linear_head
+from shared_basis.ops import Array, Dtype, batch_norm
 
 Shared = Mapping[str, Array]
 """The shared array of each layer of a block that uses one."""
