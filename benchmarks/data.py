@@ -10,30 +10,34 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import functools
-import importlib.metadata
 import importlib.util
 import io
-import os
-import platform
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
+
+from benchmarks.common import README, Table, in_turns, machine, markdown, medians, replace_section, trainers
 from shared_basis.config import Config, DataConfig, ModelConfig, TrainConfig, replace
 from shared_basis.data import images, stream
 from shared_basis.data.splits import Source
 
-README = Path(__file__).parent / "README.md"
-BEGIN, END = "<!-- data -->\n", "<!-- end of data -->\n"
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
-Table = list[list[str]]
+    from shared_basis.feeds import Images
+
+BEGIN, END = "<!-- data -->\n", "<!-- end of data -->\n"
+PACKAGES = ("jax", "pillow", "grain", "simplejpeg", "opencv-python-headless")
 
 
 def photographs(count: int, size: tuple[int, int], quality: int = 92) -> list[bytes]:
@@ -52,15 +56,6 @@ def photographs(count: int, size: tuple[int, int], quality: int = 92) -> list[by
         part.save(buffer, "JPEG", quality=quality)
         files.append(buffer.getvalue())
     return files
-
-
-def in_turns(subjects: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Returns the median of what each subject returns, called in turns."""
-    values: dict[str, list[float]] = {name: [] for name in subjects}
-    for _ in range(rounds):
-        for name, measure in subjects.items():
-            values[name].append(measure())
-    return {name: statistics.median(part) for name, part in values.items()}
 
 
 def rate(function: Callable[[bytes], object], files: Sequence[bytes]) -> float:
@@ -97,7 +92,7 @@ def decoding(rounds: int) -> Table:
         cropped = _cropped(decode, scale)
         for column, function, files in zip(columns, (whole, whole, cropped), (small, large, large), strict=True):
             subjects[f"{name}|{column}"] = functools.partial(rate, function, files)
-    found = in_turns(subjects, rounds)
+    found = medians(in_turns(subjects, rounds))
     names = dict.fromkeys(key.split("|")[0] for key in found)
     size = statistics.mean(map(len, large)) / 1000
     return [[f"images/s of one core; 500×375: {size:.0f} kB", *columns],
@@ -158,7 +153,7 @@ def streaming(rounds: int) -> Table:
                 speed, peaks[workers] = _streamed(source, config, workers)
                 return speed
             return measure
-        found = in_turns({str(workers): measured(workers) for workers in options}, max(1, rounds // 2))
+        found = medians(in_turns({str(workers): measured(workers) for workers in options}, max(1, rounds // 2)))
         for workers in options:
             cores = workers or stream.cores()
             name = f"{workers} process{'es' * (workers > 1)}" if workers else f"{cores} threads"
@@ -211,86 +206,22 @@ def training(rounds: int) -> Table:
                         path.parent.mkdir(parents=True, exist_ok=True)
                         path.write_bytes(file)
                 config = replace(config, {"data.name": "folder", "data.directory": f"{root}/images"})
-            found = in_turns(_trainers(config, Path(root)), rounds)
+            found = medians(in_turns(trainers(config, _load, ("device", "stream"), Path(root)), rounds))
         table.append([name, f"{found['bare']:,.0f}", *(f"{100 * found[key] / found['bare']:.1f} %"
                                                      for key in ("device", "stream"))])
     return table
 
 
-def _trainers(config: Config, root: Path) -> dict[str, Callable[[], float]]:
-    """Returns functions that train an epoch and return images per second: the step alone, and the training loop."""
-    import jax
+def _load(config: Config, mesh: Mesh) -> Images:
+    from shared_basis import data, feeds
 
-    from shared_basis import data, feeds, train
-    from shared_basis.checkpoints import Checkpoints
-    from shared_basis.devices import make_mesh, replicated
-    from shared_basis.evaluate import build_model
-    from shared_basis.screen import Screen
-    from shared_basis.signals import StopSignals
-    from shared_basis.workdir import Workdir, make_record
-
-    mesh, numbers = make_mesh(), iter(range(10**6))
-    programs = {}
-    for placement in ("device", "stream"):
-        placed = replace(config, {"data.placement": placement, "train.epochs": 2})
-        source = data.open_source(placed.data)
-        loaded = feeds.load(source, placed.data, mesh, lambda text: None)
-        checkpoints = Checkpoints(root / f"compiled-{placement}")
-        state, program = train.build(placed, loaded, build_model(placed, source.spec), mesh, checkpoints)
-        checkpoints.close()
-        programs[placement] = placed, program
-        beginning = jax.device_get(state)  # steps donate the state they are given
-
-    def bare() -> float:
-        _, program = programs["device"]
-        state = jax.device_put(beginning, replicated(mesh))
-        inputs = next(program.batches(0))
-        state, _ = program.step(state, *inputs)
-        jax.block_until_ready(state)
-        steps = 2 * program.steps_per_epoch
-        began = time.perf_counter()
-        for _ in range(steps):
-            state, _ = program.step(state, *inputs)
-        jax.block_until_ready(state)
-        return steps * config.train.batch_size / (time.perf_counter() - began)
-
-    def whole(placement: str) -> Callable[[], float]:
-        def measure() -> float:
-            placed, program = programs[placement]
-            workdir = Workdir(root / str(next(numbers)))
-            workdir.claim(make_record(placed, {"classes": [], "image_shape": []}))
-            checkpoints = Checkpoints(workdir.checkpoints)
-            state = jax.device_put(beginning, replicated(mesh))
-            with StopSignals() as signals:
-                train.Training(replace(placed, {"train.evaluate_every": 2}), program, workdir, checkpoints, {},
-                               Screen(io.StringIO()), signals).loop(state)
-            checkpoints.close()
-            return workdir.metrics()[-1]["images_per_second"]
-        return measure
-    return {"bare": bare, "device": whole("device"), "stream": whole("stream")}
-
-
-def machine() -> str:
-    """Returns what the figures were measured on."""
-    packages = ("jax", "pillow", "grain", "simplejpeg", "opencv-python-headless")
-    versions = []
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-    return (f"{datetime.date.today().isoformat()}, {os.cpu_count()} cores ({platform.machine()}), Python "
-            f"{platform.python_version()}, {', '.join(versions)}")
-
-
-def markdown(table: Table) -> str:
-    """Returns a table in Markdown, numbers to the right."""
-    head, *rows = table
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return feeds.load(data.open_source(config.data), config.data, mesh, lambda text: None)
 
 
 def report(parts: Iterator[Table]) -> str:
     """Returns the section for the README."""
-    return f"`python benchmarks/data.py --write`, {machine()}:\n\n" + "\n".join(markdown(part) for part in parts)
+    tables = "\n".join(markdown(part) for part in parts)
+    return f"`python benchmarks/data.py --write`, {machine(PACKAGES)}:\n\n{tables}"
 
 
 def main() -> None:
@@ -302,9 +233,7 @@ def main() -> None:
     text = report(part(options.rounds) for part in (decoding, streaming, training))
     print(text)
     if options.write:
-        readme = README.read_text()
-        before, after = readme.split(BEGIN)[0], readme.split(END)[1]
-        README.write_text(before + BEGIN + text + END + after)
+        replace_section(README, BEGIN, END, text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,197 @@
+"""What `benchmarks/speed.py` measures: networks with a batch, images of random pixels, and the trainer's own step."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import BareStep, build
+from shared_basis.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OrthogonalityConfig,
+    TrainConfig,
+    replace,
+)
+from shared_basis.data.splits import Spec, Split
+from shared_basis.devices import check_batch_size, make_mesh
+from shared_basis.evaluate import build_model
+from shared_basis.feeds import Images
+from shared_basis.models import create_model, plain_counterpart
+from shared_basis.models.network import Network
+from shared_basis.summary import compare_with_plain
+
+SECONDS = 1.5
+"""What a measurement of steps is to last, at least, so that clocks and queues do not show."""
+
+NETWORKS = {
+    "cpu": ("resnet32", "resnet32-s16u1-double", "resnet34", "resnet34-s32u1"),
+    "accelerator": ("resnet56", "resnet56-s16u1-double", "resnet34", "resnet34-s32u1", "resnet50", "resnet50-shared",
+                    "mobilenetv2", "mobilenetv2-shared"),
+}
+"""The networks that are measured unless others are named."""
+
+_SMALL = ("resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+_LARGE_IMAGES = ("resnet50", "resnet101", "mobilenetv2")
+_BATCHES = {
+    "cpu": {"small": (64, 1000), "wide": (32, 200), "large": (8, 32)},
+    "accelerator": {"small": (256, 1000), "wide": (256, 1000), "large": (64, 250)},
+}
+"""Images of a step, and of an evaluation's batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network, the images that it sees, and how it computes."""
+
+    network: str
+    batch: int
+    image_size: int = 32
+    dtype: str = "float32"
+    """Compute type of this package; PyTorch's is the variant's."""
+    eval_batch: int = 1000
+
+    @property
+    def plain(self) -> str:
+        """The network without sharing."""
+        return plain_counterpart(self.network)
+
+    @property
+    def form(self) -> str:
+        """The sharing, as the name says it; empty for a plain network."""
+        return self.network.partition("-")[2]
+
+    @property
+    def stem(self) -> str:
+        """The stem for images of this size."""
+        return "cifar" if self.image_size <= 64 else "imagenet"
+
+    @property
+    def classes(self) -> int:
+        """Logits: those of the data set that the network is published for."""
+        return 1000 if self.stem == "imagenet" else 10 if self.plain in _SMALL else 100
+
+    @property
+    def elements(self) -> str:
+        """The basis elements that the published penalty counts."""
+        return "shared+unique" if self.classes == 10 else "shared"
+
+    @property
+    def recipe(self) -> str:
+        """The configuration file of the published recipe."""
+        return {10: "cifar_resnet", 100: "cifar100", 1000: "imagenet"}[self.classes]
+
+    def config(self, **changes: Any) -> Config:
+        """Returns the published recipe's configuration; `changes` are fields, with '__' for the dot."""
+        large = self.stem == "imagenet"
+        config = Config(
+            model=ModelConfig(name=self.network, stem=self.stem, dtype=self.dtype),
+            # The name stands for none of its images here. Large ones are cropped while they are read, not in the step.
+            data=DataConfig(name="imagenet2012" if large else "cifar10", mean=(0.485, 0.456, 0.406),
+                            std=(0.229, 0.224, 0.225), pad=0 if large else 4, flip=True),
+            orthogonality=OrthogonalityConfig(weight=10.0, elements=self.elements),
+            optimizer=OptimizerConfig(learning_rate=0.1, momentum=0.9, weight_decay=5e-4),
+            train=TrainConfig(epochs=1, batch_size=self.batch, eval_batch_size=self.eval_batch))
+        return replace(config, {name.replace("__", "."): value for name, value in changes.items()})
+
+    def counts(self) -> dict[str, float]:
+        """Returns multiply-accumulates of an image, parameters, and both over those of the plain network."""
+        found = compare_with_plain(ModelConfig(name=self.network, stem=self.stem), self.classes,
+                                   (self.image_size, self.image_size, 3))
+        return {"macs": found["macs"], "parameters": found["parameters"],
+                **{f"{key} over plain": found[key] / found["plain"][key] for key in ("macs", "parameters")}}
+
+
+def make_case(network: str, platform: str, batch: int | None = None, dtype: str = "float32") -> Case:
+    """Returns the case of `network` with the image size, and on `platform` the batch, that are usual for it.
+
+    Raises:
+      UserError: there is no such network.
+    """
+    create_model(network)
+    base = plain_counterpart(network)
+    kind = "small" if base in _SMALL else "large" if base in _LARGE_IMAGES else "wide"
+    usual, scored = _BATCHES["cpu" if platform == "cpu" else "accelerator"][kind]
+    return Case(network, batch or usual, 224 if kind == "large" else 32, dtype, batch or scored)
+
+
+def default_networks(platform: str) -> tuple[str, ...]:
+    """Returns the networks that are measured on `platform` unless others are named."""
+    return NETWORKS["cpu" if platform == "cpu" else "accelerator"]
+
+
+def beside_plain(cases: Iterable[Case]) -> list[list[Case]]:
+    """Returns the cases by plain network, each list with that network, which need not be among them, first."""
+    groups: dict[str, list[Case]] = {}
+    for case in cases:
+        group = groups.setdefault(case.plain, [dataclasses.replace(case, network=case.plain)])
+        if case.form and case not in group:
+            group.append(case)
+    return list(groups.values())
+
+
+def random_images(case: Case, train: int, test: int, config: Config) -> Images:
+    """Returns images of random pixels that are to be resident on the device."""
+    random, size = np.random.default_rng(0), case.image_size
+    splits = {name: Split(random.integers(0, 256, (count, size, size, 3), dtype=np.uint8),
+                          random.integers(0, case.classes, count).astype(np.int32))
+              for name, count in (("train", train), ("test", test))}
+    return Images(Spec((size, size, 3), tuple(map(str, range(case.classes)))), splits, config.data)
+
+
+def make_step(case: Case, model: Network | None = None, test: int = 1, **changes: Any) -> BareStep:
+    """Returns the trainer's compiled step of `case`, or of another `model`, on resident images.
+
+    Args:
+      test: the number of test images.
+      changes: as in `Case.config`.
+
+    Raises:
+      UserError: the batch does not divide among the devices.
+    """
+    config, mesh = case.config(**changes), make_mesh()
+    check_batch_size(case.batch, mesh)
+    with tempfile.TemporaryDirectory() as root:
+        images = random_images(case, 2 * case.batch, test, config)
+        state, program = build(config, images, build_model(config, images.spec) if model is None else model, mesh,
+                               Path(root))
+    return BareStep(state, program, mesh)
+
+
+class Timed:
+    """Seconds of one step: measures as many of them as take `SECONDS`, which the first call finds out."""
+
+    def __init__(self, run: Callable[[int], float], most: int = 1000) -> None:
+        self._run, self._most = run, most
+        self._steps = 0
+
+    def __call__(self) -> float:
+        """Returns the seconds of one step."""
+        if not self._steps:
+            self._steps = min(self._most, max(2, round(SECONDS / self._run(2))))
+        return self._run(self._steps)
+
+
+def repeated(function: Callable[[], object]) -> Callable[[int], float]:
+    """Returns a function that calls `function`, which waits for its result, so many times, and returns the seconds."""
+    def run(times: int) -> float:
+        function()
+        began = time.perf_counter()
+        for _ in range(times):
+            function()
+        return (time.perf_counter() - began) / times
+    return run
+
+
+def by_form(cases: Sequence[Case]) -> dict[str, list[Case]]:
+    """Returns the cases by sharing, in their order."""
+    forms = dict.fromkeys(case.form for case in cases)
+    return {form: [case for case in cases if case.form == form] for form in forms}

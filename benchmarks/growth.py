@@ -1,0 +1,223 @@
+"""How time and memory of a train step grow with depth, width, batch and devices; as rows, a table and a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import Case, Timed, by_form, make_step
+from benchmarks.common import Measure, Table, in_turns
+from benchmarks.processes import MIB, ROUNDS, ask
+from benchmarks.records import Part, Session, spread
+from benchmarks.worker import without_images
+from shared_basis.evaluate import build_model
+from shared_basis.models.network import Network
+from shared_basis.models.resnet import ResNet
+from shared_basis.params import abstract_variables, count_macs
+
+WIDTHS = (1, 2, 4)
+BATCHES = (1 / 4, 1 / 2, 1, 2, 4)
+"""Times the usual batch."""
+DEVICES = (1, 2, 4)
+
+UNITS = {"depth": "depth (layers)", "width": "width (× 16, 32, 64)", "batch": "batch (images)",
+         "devices": "devices (same batch)"}
+"""What a network grows by, as an axis says it."""
+
+
+@dataclasses.dataclass
+class Point:
+    """One size of a network, with what was measured of it."""
+
+    axis: str
+    size: float
+    case: Case
+    name: str
+    """Of the line that it belongs to."""
+    work: float
+    """Multiply-accumulates of the forward pass of a batch."""
+    model: Network | None = None
+    """Where the case's name does not say it."""
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    bytes: int = 0
+    """Of parameters, optimizer and step, on each device, by XLA."""
+
+
+def growth(session: Session, cases: Sequence[Case], picture: Path | None) -> Part:
+    """Measures `cases` by depth, and the first one of each form of sharing by width, batch and devices.
+
+    Args:
+      picture: where the plot goes; None leaves it out.
+    """
+    base = [networks[0] for networks in by_form(cases).values()]
+    points = []
+    for axis, made in (("depth", _by_depth(cases)), ("width", _by_width(base)), ("batch", _by_batch(base))):
+        session.tell(f"growth: {axis}, {len(made)} networks")
+        _measure(made, session)
+        points += made
+    points += _by_devices(base, session)
+    _record(session, points)
+    notes = []
+    if picture is not None:
+        notes.append(f"![time and memory by depth, width, batch and devices](../results/{picture.name})"
+                     if plot(points, picture, session) else "The plot was left out: matplotlib is not installed.")
+    return Part([_table(points)], notes)
+
+
+def macs(case: Case, model: Network | None = None) -> int:
+    """Returns the multiply-accumulates of an image."""
+    shape = (case.image_size, case.image_size, 3)
+    network = model or _model(case)
+    return sum(count_macs(network, abstract_variables(network, shape), shape).values())
+
+
+def _model(case: Case) -> Network:
+    from shared_basis.data.splits import Spec
+
+    return build_model(case.config(), Spec((case.image_size, case.image_size, 3), ("",) * case.classes))
+
+
+def _by_depth(cases: Sequence[Case]) -> list[Point]:
+    depths = [(case, re.search(r"\d+", case.plain)) for case in cases]
+    return [Point("depth", int(found[0]), case, case.form or "plain", macs(case) * case.batch)
+            for case, found in depths if found]
+
+
+def _by_width(cases: Sequence[Case]) -> list[Point]:
+    points = []
+    for case in cases:
+        model = _model(case)
+        for factor in WIDTHS if isinstance(model, ResNet) else ():
+            sharing = dataclasses.replace(model.sharing, shared_rank=factor * model.sharing.shared_rank,
+                                          unique_rank=factor * model.sharing.unique_rank)
+            wide = model.clone(widths=tuple(factor * width for width in model.widths), sharing=sharing)
+            points.append(Point("width", factor, case, case.form or "plain", macs(case, wide) * case.batch, wide))
+    return points
+
+
+def _by_batch(cases: Sequence[Case]) -> list[Point]:
+    sized = [dataclasses.replace(case, batch=max(1, int(factor * case.batch))) for case in cases for factor in BATCHES]
+    return [Point("batch", case.batch, case, case.form or "plain", macs(case) * case.batch) for case in sized]
+
+
+def _measure(points: Sequence[Point], session: Session) -> None:
+    """Measures points in this process, in turns."""
+    subjects: dict[int, Measure] = {}
+    for index, point in enumerate(points):
+        made = make_step(point.case, point.model)
+        point.bytes = without_images(made.program.memory)
+        subjects[index] = Timed(made.run)
+    for index, seconds in in_turns(subjects, session.rounds).items():
+        points[index].seconds = seconds
+
+
+def _by_devices(cases: Sequence[Case], session: Session) -> list[Point]:
+    """Measures one batch on several devices, each time in a process of its own."""
+    counts = [count for count in DEVICES if all(case.batch % count == 0 for case in cases)]
+    if session.platform != "cpu":
+        counts = [count for count in counts if count <= ask("device")["devices"]] if session.platform == "gpu" else []
+    points = [Point("devices", count, case, case.form or "plain", macs(case) * case.batch)
+              for case in cases for count in counts]
+
+    def measure(point: Point, cache: str) -> float:
+        session.tell(f"growth: {point.case.network} on {point.size:g} devices")
+        answer = ask("timing", point.case, {**_some_devices(session.platform, int(point.size)),
+                                            "JAX_COMPILATION_CACHE_DIR": cache})
+        point.bytes = answer["program"]
+        return answer["seconds"]
+    with tempfile.TemporaryDirectory() as cache:  # so that all rounds but the first begin at once
+        found = in_turns({index: functools.partial(measure, point, cache) for index, point in enumerate(points)},
+                         min(ROUNDS, session.rounds))
+    for index, seconds in found.items():
+        points[index].seconds = seconds
+    return points
+
+
+def _some_devices(platform: str, count: int) -> dict[str, str]:
+    """Returns the environment in which JAX has so many devices: on a CPU virtual ones, which share its cores."""
+    if platform == "cpu":
+        others = os.environ.get("XLA_FLAGS", "")
+        return {"XLA_FLAGS": f"{others} --xla_force_host_platform_device_count={count}".strip()}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count)))}
+
+
+def _record(session: Session, points: Sequence[Point]) -> None:
+    for point in points:
+        name = point.case.network + (f", {point.size:g} × as wide" if point.axis == "width" else "")
+        virtual = "virtual devices on" if session.platform == "cpu" else "×"
+        device = f"{point.size:g} {virtual} {session.device}" if point.axis == "devices" else ""
+        for quantity, values in (("seconds per step", point.seconds),
+                                 ("bytes of the program by XLA, without images", [float(point.bytes)])):
+            session.add(f"growth by {point.axis}", point.case, quantity, values, network=name, device=device)
+
+
+def _table(points: Sequence[Point]) -> Table:
+    """Returns each point over the smallest of its line: where time over MACs is not 1, it bends."""
+    table = [["growth by", "network", "time over MACs", "time", "MACs", "memory", "ms a step", "MiB"]]
+    for point in points:
+        first = next(other for other in points if (other.axis, other.name) == (point.axis, point.name))
+        time = [a / b for a, b in zip(point.seconds, first.seconds, strict=True)]
+        work = point.work / first.work
+        table.append([f"{point.axis}: {point.size:g}", point.name, *(spread(values) for values in (
+            [value / work for value in time], time, [work], [point.bytes / first.bytes])),
+            spread(point.seconds, 1000), spread([point.bytes / MIB])])
+    return table
+
+
+def plot(points: Sequence[Point], path: Path, session: Session) -> bool:
+    """Draws time and memory by each axis; returns whether it could."""
+    try:
+        import matplotlib
+    except ImportError:
+        session.tell("matplotlib is not installed and the plot is left out: pip install -e '.[bench]'")
+        return False
+    matplotlib.use("agg")  # needs no screen
+    from matplotlib import pyplot
+
+    axes = list(dict.fromkeys(point.axis for point in points))
+    figure, grid = pyplot.subplots(2, len(axes), figsize=(3.1 * len(axes), 5.6), squeeze=False, sharey="row",
+                                   layout="constrained")
+    for column, axis in enumerate(axes):
+        here = [point for point in points if point.axis == axis]
+        _draw(grid[0, column], here, lambda point: 1000 * sorted(point.seconds)[len(point.seconds) // 2], work=True)
+        _draw(grid[1, column], here, lambda point: point.bytes / MIB, work=False)
+        grid[1, column].set_xlabel(UNITS[axis])
+    grid[0, 0].set_ylabel("time of a step (ms)")
+    grid[1, 0].set_ylabel("memory of a device (MiB)")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+    return True
+
+
+def _draw(axes: Any, points: Sequence[Point], value: Callable[[Point], float], work: bool) -> None:
+    """Draws a line for each name; with `work`, dashed, the time that grows as the MACs do from the smallest on."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+
+    names = list(dict.fromkeys(point.name for point in points))
+    for index, name in enumerate(names):
+        line = [point for point in points if point.name == name]
+        sizes = [point.size for point in line]
+        axes.plot(sizes, [value(point) for point in line], marker="o", markersize=4, color=f"C{index}", label=name)
+        if work:
+            ideal = [value(line[0]) * point.work / line[0].work for point in line]
+            axes.plot(sizes, ideal, linestyle="--", linewidth=1, color=f"C{index}", alpha=0.6,
+                      label="in proportion to MACs" if index == len(names) - 1 else None)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(sorted({point.size for point in points}))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)

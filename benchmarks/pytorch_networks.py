@@ -1,0 +1,436 @@
+"""The networks in PyTorch, as its users would write them: what `benchmarks/speed.py` compares this package with.
+
+Ordinary modules in NCHW; a shared basis is an `nn.Conv2d` that all blocks of a group but the first are given. Modules
+are named as this package names its parameters (`group1.1.first.unique.weight` is `group1/block2/first/unique`), so
+that tests can hold the two to the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared_basis.errors import UserError
+
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, PENALTY_WEIGHT = 0.1, 0.9, 5e-4, 10.0
+
+SMALL = {f"resnet{depth}": ((depth - 2) // 6,) * 3 for depth in (14, 20, 32, 44, 56, 110)}
+BASIC = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
+BOTTLENECK = {"resnet50": (3, 4, 6, 3)}
+STAGES = ((1, 16, 1, 1), (2, 24, 2, 6), (3, 32, 2, 6), (4, 64, 2, 6), (3, 96, 1, 6), (3, 160, 2, 6), (1, 320, 1, 6))
+"""MobileNetV2: blocks, output channels, stride of the first block, and expansion of each stage."""
+SHARING_STAGES = (3, 4, 5, 6)
+
+
+@dataclasses.dataclass
+class Elements:
+    """Basis elements of one group that are to be orthonormal together."""
+
+    shared: list[nn.Conv2d]
+    unique: list[nn.Conv2d] = dataclasses.field(default_factory=list)
+
+
+def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1, groups: int = 1, bias: bool = False) -> nn.Conv2d:
+    """Returns a convolution that keeps height and width, but for the stride."""
+    return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=bias)
+
+
+class BasisConv2d(nn.Module):
+    """A 3×3 layer as coefficients of its unique elements and of the group's shared ones, with batch normalisation."""
+
+    def __init__(self, shared: nn.Conv2d | None, width: int, unique_rank: int) -> None:
+        super().__init__()
+        self.shared = shared
+        self.unique = conv(width, unique_rank) if unique_rank else None
+        rank = unique_rank + (shared.out_channels if shared is not None else 0)
+        self.norm = nn.BatchNorm2d(rank)
+        self.coefficients = nn.Conv2d(rank, width, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `[N, width, H, W]` to the same shape."""
+        parts = [part(x) for part in (self.unique, self.shared) if part is not None]
+        return self.coefficients(self.norm(torch.cat(parts, dim=1)))
+
+
+class OptionA(nn.Module):
+    """The shortcut without parameters: subsampled, with zero channels on both sides."""
+
+    def __init__(self, missing: int, stride: int) -> None:
+        super().__init__()
+        self.pad, self.stride = (0, 0, 0, 0, missing // 2, missing - missing // 2), stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `[N, C, H, W]` to `[N, C + missing, H / stride, W / stride]`."""
+        return F.pad(x[:, :, ::self.stride, ::self.stride], self.pad)
+
+
+def shortcut(inputs: int, outputs: int, stride: int, project: bool) -> nn.Module:
+    """Returns the shortcut of a residual block."""
+    if stride == 1 and inputs == outputs:
+        return nn.Identity()
+    if project:
+        return nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+    return OptionA(outputs - inputs, stride)
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 layers."""
+
+    def __init__(self, inputs: int, width: int, stride: int, layers: tuple[nn.Module, nn.Module],
+                 project: bool) -> None:
+        super().__init__()
+        self.first, self.second = layers
+        self.first_norm, self.second_norm = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.shortcut = shortcut(inputs, width, stride, project)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `[N, inputs, H, W]` to `[N, width, H / stride, W / stride]`."""
+        y = F.relu(self.first_norm(self.first(x)), inplace=True)
+        y = self.second_norm(self.second(y))
+        return F.relu(y + self.shortcut(x), inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """A 1×1, a 3×3 and a 1×1 layer; the last two may be those of other blocks."""
+
+    def __init__(self, inputs: int, width: int, stride: int, shared: dict[str, nn.Conv2d]) -> None:
+        super().__init__()
+        outputs = 4 * width
+        self.first, self.first_norm = conv(inputs, width, 1), nn.BatchNorm2d(width)
+        self.second, self.second_norm = shared.get("second", conv(width, width, 3, stride)), nn.BatchNorm2d(width)
+        self.third, self.third_norm = shared.get("third", conv(width, outputs, 1)), nn.BatchNorm2d(outputs)
+        self.shortcut = shortcut(inputs, outputs, stride, True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `[N, inputs, H, W]` to `[N, 4 · width, H / stride, W / stride]`."""
+        y = F.relu(self.first_norm(self.first(x)), inplace=True)
+        y = F.relu(self.second_norm(self.second(y)), inplace=True)
+        y = self.third_norm(self.third(y))
+        return F.relu(y + self.shortcut(x), inplace=True)
+
+
+class InvertedResidual(nn.Module):
+    """1×1 expansion, 3×3 depthwise, 1×1 projection; the 1×1 layers may be those of other blocks."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int, shared: dict[str, nn.Conv2d]) -> None:
+        super().__init__()
+        inner = expansion * inputs
+        self.first, self.first_norm = shared.get("first", conv(inputs, inner, 1)), nn.BatchNorm2d(inner)
+        self.second, self.second_norm = conv(inner, inner, 3, stride, groups=inner), nn.BatchNorm2d(inner)
+        self.third, self.third_norm = shared.get("third", conv(inner, outputs, 1)), nn.BatchNorm2d(outputs)
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `[N, inputs, H, W]` to `[N, outputs, H / stride, W / stride]`."""
+        y = F.relu(self.first_norm(self.first(x)), inplace=True)
+        y = F.relu(self.second_norm(self.second(y)), inplace=True)
+        y = self.third_norm(self.third(y))
+        return x + y if self.residual else y
+
+
+class Network(nn.Module):
+    """What the networks have in common: who owns the shared filters, and which elements are penalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bases = nn.ModuleDict()
+        self.penalised: list[list[Elements]] = []
+        """Families of groups: the mean over the pairs of each family counts."""
+
+    def share(self, group: str, filters: dict[str, nn.Conv2d]) -> None:
+        """Makes `filters` the shared ones of `group`."""
+        self.bases[group] = nn.ModuleDict(filters)
+
+    def initialise(self) -> None:
+        """He initialisation of convolutions; orthonormal bases."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        for module in self.bases.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.orthogonal_(module.weight)
+
+    def penalise_each(self) -> None:
+        """Has every kind of shared filters be a family, as is published where whole layers are shared."""
+        kinds: dict[str, list[Elements]] = {}
+        for named in self.bases.values():
+            for kind, filters in named.items():  # type: ignore[operator]
+                kinds.setdefault(kind, []).append(Elements([filters]))
+        self.penalised = list(kinds.values())
+
+
+class ResNet(Network):
+    """ResNets of basic blocks, whose 3×3 layers may have filter bases, and of bottlenecks, which may share layers."""
+
+    def __init__(self, name: str, classes: int, stem: str, elements: str) -> None:
+        super().__init__()
+        base, sharing = parse(name)
+        blocks = {**SMALL, **BASIC, **BOTTLENECK}[base]
+        widths = (16, 32, 64) if base in SMALL else (64, 128, 256, 512)
+        self.stem = conv(3, widths[0]) if stem == "cifar" else conv(3, widths[0], 7, 2)
+        self.stem_norm = nn.BatchNorm2d(widths[0])
+        self.pool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, 1)
+        make = self._bottleneck_group if base in BOTTLENECK else functools.partial(
+            self._basic_group, project=base not in SMALL, elements=elements)
+        channels = widths[0]
+        for g, (count, width) in enumerate(zip(blocks, widths, strict=True)):
+            made = make(g, count, channels, width, sharing)
+            channels = width * (4 if base in BOTTLENECK else 1)
+            self.add_module(f"group{g + 1}", nn.Sequential(*made))
+        self.groups = len(blocks)
+        self.head = nn.Linear(channels, classes)
+        if sharing.whole:
+            self.penalise_each()
+        self.initialise()
+
+    def _basic_group(self, g: int, count: int, inputs: int, width: int, sharing: Sharing, *, project: bool,
+                     elements: str) -> Iterator[nn.Module]:
+        stride = 2 if g else 1
+        yield BasicBlock(inputs, width, stride, (conv(inputs, width, 3, stride), conv(width, width)), project)
+        shared = {name: conv(width, sharing.shared << g) for name in sharing.bases}
+        if shared:
+            self.share(f"group{g + 1}", shared)
+
+        def layer(name: str) -> nn.Module:
+            if not sharing.factorised:
+                return conv(width, width)
+            return BasisConv2d(shared.get(name, shared.get("shared")), width, sharing.unique << g)
+        blocks = [BasicBlock(width, width, 1, (layer("first"), layer("second")), project) for _ in range(count - 1)]
+        yield from blocks
+        unique = [part.unique for block in blocks for part in (block.first, block.second)
+                  if isinstance(part, BasisConv2d) and part.unique is not None and elements == "shared+unique"]
+        if shared or unique:
+            self.penalised = self.penalised or [[]]
+            self.penalised[0].append(Elements(list(shared.values()), unique))
+
+    def _bottleneck_group(self, g: int, count: int, inputs: int, width: int, sharing: Sharing) -> Iterator[nn.Module]:
+        yield Bottleneck(inputs, width, 2 if g else 1, {})
+        shared = {"second": conv(width, width), "third": conv(width, 4 * width, 1)}
+        shared = {layer: filters for layer, filters in shared.items() if layer in sharing.whole}
+        if shared:
+            self.share(f"group{g + 1}", shared)
+        for _ in range(count - 1):
+            yield Bottleneck(4 * width, width, 1, shared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images `[N, 3, H, W]` to logits `[N, classes]`."""
+        x = self.pool(F.relu(self.stem_norm(self.stem(x)), inplace=True))
+        for g in range(self.groups):
+            x = self.get_submodule(f"group{g + 1}")(x)
+        return self.head(x.mean((2, 3)))
+
+
+class MobileNetV2(Network):
+    """MobileNetV2 for large images, whose expansions, and projections, may be shared within stages 3 to 6."""
+
+    def __init__(self, name: str, classes: int) -> None:
+        super().__init__()
+        _, sharing = parse(name)
+        self.stem, self.stem_norm = conv(3, 32, 3, 2, bias=True), nn.BatchNorm2d(32)
+        channels = 32
+        for s, (count, width, stride, expansion) in enumerate(STAGES, 1):
+            shared = {"first": conv(width, expansion * width, 1), "third": conv(expansion * width, width, 1)}
+            shared = {layer: filters for layer, filters in shared.items() if layer in sharing.whole}
+            if s not in SHARING_STAGES:
+                shared = {}
+            if shared:
+                self.share(f"stage{s}", shared)
+            blocks = [InvertedResidual(channels, width, stride, expansion, {})]
+            blocks += [InvertedResidual(width, width, 1, expansion, shared) for _ in range(count - 1)]
+            self.add_module(f"stage{s}", nn.Sequential(*blocks))
+            channels = width
+        self.neck, self.neck_norm = conv(channels, 1280, 1, bias=True), nn.BatchNorm2d(1280)
+        self.dropout, self.head = nn.Dropout(0.2), nn.Linear(1280, classes)
+        self.penalise_each()
+        self.initialise()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images `[N, 3, H, W]` to logits `[N, classes]`."""
+        x = F.relu6(self.stem_norm(self.stem(x)), inplace=True)
+        for s in range(1, len(STAGES) + 1):
+            x = self.get_submodule(f"stage{s}")(x)
+        x = F.relu6(self.neck_norm(self.neck(x)), inplace=True)
+        return self.head(self.dropout(x.mean((2, 3))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharing:
+    """What the second part of a network's name asks for."""
+
+    shared: int = 0
+    unique: int = 0
+    bases: tuple[str, ...] = ()
+    """The names of a group's bases."""
+    whole: tuple[str, ...] = ()
+    """The layers that are shared as they are."""
+
+    @property
+    def factorised(self) -> bool:
+        """Whether layers have a basis."""
+        return bool(self.shared or self.unique)
+
+
+def parse(name: str) -> tuple[str, Sharing]:
+    """Returns the network and the sharing that `name`, one of this package's names, stands for.
+
+    Raises:
+      UserError: it is not written in PyTorch here.
+    """
+    base, _, form = name.partition("-")
+    basis = re.fullmatch(r"s(\d+)u(\d+)(-double)?", form)
+    if base in {**SMALL, **BASIC} and (basis or not form):
+        if not basis:
+            return base, Sharing()
+        shared, unique = int(basis[1]), int(basis[2])
+        bases = () if not shared else ("first", "second") if basis[3] else ("shared",)
+        return base, Sharing(shared, unique, bases)
+    if base in {*BOTTLENECK, "mobilenetv2"} and form in ("", "shared", "shared++"):
+        layers = ("second", "third") if base in BOTTLENECK else ("first", "third")
+        return base, Sharing(whole={"": (), "shared": layers[:1], "shared++": layers}[form])
+    raise UserError(f"{name} is not written in PyTorch here")
+
+
+def create(name: str, classes: int, stem: str, elements: str) -> Network:
+    """Returns the network `name`, as this package names it.
+
+    Args:
+      stem: 'cifar' or 'imagenet'.
+      elements: 'shared', or 'shared+unique': the basis elements that the penalty counts.
+
+    Raises:
+      UserError: it is not written in PyTorch here.
+    """
+    base, _ = parse(name)
+    if base != "mobilenetv2":
+        return ResNet(name, classes, stem, elements)
+    if stem != "imagenet":
+        raise UserError(f"{name} for small images is not written in PyTorch here")
+    return MobileNetV2(name, classes)
+
+
+def orthogonality_penalty(network: Network) -> Tensor:
+    """Returns the penalty: for each family the mean of (B Bᵀ − I)² over the pairs that count, added."""
+    means = []
+    for family in network.penalised:
+        errors = [error.flatten() for elements in family for error in _errors(elements)]
+        means.append(torch.cat(errors).square().mean())
+    return torch.stack(means).sum() if means else torch.zeros((), device=network.get_parameter("head.weight").device)
+
+
+def _errors(elements: Elements) -> Iterator[Tensor]:
+    """Yields B Bᵀ − I of shared × all rows, and of unique × unique rows within each layer."""
+    unique = [filters.weight.flatten(1) for filters in elements.unique]
+    if elements.shared:
+        shared = torch.cat([filters.weight.flatten(1) for filters in elements.shared])
+        rows = torch.cat([shared, *unique])
+        yield shared @ rows.T - torch.eye(len(shared), len(rows), device=rows.device)
+    if unique:
+        layers = torch.stack(unique)
+        yield layers @ layers.mT - torch.eye(layers.shape[1], device=layers.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How PyTorch is used."""
+
+    channels_last: bool = False
+    autocast: bool = False
+    """Computes in bfloat16 what autocast lets it."""
+    compiled: bool = False
+
+
+VARIANTS = {
+    "eager": Variant(),
+    "channels_last": Variant(channels_last=True),
+    "channels_last bf16": Variant(channels_last=True, autocast=True),
+    "compiled": Variant(channels_last=True, compiled=True),
+    "compiled bf16": Variant(channels_last=True, autocast=True, compiled=True),
+}
+"""By name; all but the first are in channels_last."""
+
+
+class Trainer:
+    """A network with its optimizer, and a batch of normalised images that lies on the device already."""
+
+    def __init__(self, network: Network, variant: Variant, batch: int, image_size: int) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.backends.cudnn.benchmark = True
+        layout = torch.channels_last if variant.channels_last else torch.contiguous_format
+        self.network = network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.autocast = variant.autocast
+        self.images = self.random_images(batch, image_size).to(memory_format=layout)
+        self.labels = torch.randint(self.network.head.out_features, (batch,), device=self.device)
+        self.optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM,
+                                         weight_decay=WEIGHT_DECAY)
+        self.beginning = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        # Not a step that is compiled in part: what does not work as a whole is said not to work.
+        wrap = functools.partial(torch.compile, fullgraph=True, dynamic=False) if variant.compiled else _as_it_is
+        self.loss: Callable[[], Tensor] = wrap(self._loss)
+        self.score: Callable[[Tensor, Tensor], Tensor] = wrap(self._score)
+
+    def random_images(self, count: int, size: int) -> Tensor:
+        """Returns normalised images `[count, 3, size, size]`."""
+        return torch.randn(count, 3, size, size, device=self.device)
+
+    def _loss(self) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            logits = self.network(self.images)
+        return F.cross_entropy(logits.float(), self.labels) + PENALTY_WEIGHT * orthogonality_penalty(self.network)
+
+    def _score(self, images: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            logits = self.network(images).float()
+        top5 = (logits.topk(5).indices == labels[:, None]).any(1).sum()
+        return torch.stack([F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum(), top5])
+
+    def step(self) -> None:
+        """Makes one update."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss().backward()
+        self.optimizer.step()
+
+    def run(self, steps: int) -> float:
+        """Returns the seconds that a step takes, from the beginning of training and without the first one."""
+        self.network.load_state_dict(self.beginning)
+        self.optimizer.state.clear()
+        self.network.train()
+        self.step()
+        self.synchronise()
+        began = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        self.synchronise()
+        return (time.perf_counter() - began) / steps
+
+    def evaluate(self, images: Tensor, labels: Tensor) -> float:
+        """Returns the seconds that it takes to score a batch: cross entropy, top-1 and top-5."""
+        self.network.eval()
+        began = time.perf_counter()
+        with torch.inference_mode():
+            self.score(images, labels).cpu()
+        return time.perf_counter() - began
+
+    def synchronise(self) -> None:
+        """Waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def peak_bytes(self) -> int | None:
+        """Returns the most memory that was in use on the device, where it has a memory of its own."""
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+
+
+def _as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return function
+
+
+def forget_compiled() -> None:
+    """Has `torch.compile` begin anew: it counts, per line of code, how often that was compiled, and then gives up."""
+    torch._dynamo.reset()

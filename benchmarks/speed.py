@@ -1,0 +1,180 @@
+"""How fast training is, and what it takes: prints tables, ratios first. See benchmarks/README.md for what they say.
+
+    python benchmarks/speed.py --append --write
+
+Subjects are measured in turns within one session, several rounds; a cell holds the median, and in brackets the least
+and the greatest. --append adds the rows to results/speed.csv; --write puts the tables into benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
+# As in main.py; PyTorch is measured in the same process and has huge pages too.
+if __name__ == "__main__" and sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+# Threads of PyTorch that wait spin, and where a core is taken by other work a step then lasts ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory of the device too
+
+from benchmarks import growth, processes, records, subjects
+from benchmarks.cases import Case, default_networks, make_case
+from benchmarks.common import README, machine, replace_section
+from benchmarks.records import ROOT, Part, Session
+from shared_basis.errors import UserError
+from shared_basis.models import create_model
+
+RESULTS = ROOT / "results"
+BEGIN, END = "<!-- speed -->\n", "<!-- end of speed -->\n"
+PACKAGES = ("jax", "flax", "torch")
+
+_DEPTHS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+_SHARING = "-s16u1-double"
+
+SUBJECTS: dict[str, tuple[str, Callable[[Session, Sequence[Case]], Part] | None, tuple[str, ...]]] = {
+    "step": ("Train step", subjects.step, ()),
+    "trainer": ("Whole trainer", subjects.trainer, ()),
+    "evaluation": ("Evaluation", subjects.evaluation, ()),
+    "compile": ("Compile time", processes.compiling,
+                ("resnet32", "resnet110", f"resnet32{_SHARING}", f"resnet110{_SHARING}")),
+    "latency": ("Latency of the first step", processes.latency, (f"resnet56{_SHARING}",)),
+    "memory": ("Peak memory", processes.memory, ()),
+    "penalty": ("Penalty", subjects.penalty, ()),
+    "growth": ("Growth", None, (*_DEPTHS, *(depth + _SHARING for depth in _DEPTHS))),
+}
+"""By name: the title, what measures it, and its networks if they are not those of `cases.NETWORKS`."""
+
+_SHARING_ALONE = ("trainer", "penalty")
+"""Subjects that leave out the plain ones among the default networks."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends at a mistake with one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """See `argparse.ArgumentParser`."""
+        self.exit(2, f"error: {message}\n")
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
+    """Returns the parser, for later mistakes, and the options."""
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--subjects", type=functools.partial(_names, choices=tuple(SUBJECTS)),
+                        default=tuple(SUBJECTS), help=f"some of {','.join(SUBJECTS)}; default: all")
+    parser.add_argument("--networks", type=_names, default=(),
+                        help="networks to measure in place of each subject's usual ones, e.g. resnet56,resnet56-s16u1")
+    parser.add_argument("--batch", type=_positive,
+                        help="images a step, and a batch of an evaluation; default: what is usual")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="what to compute in")
+    parser.add_argument("--rounds", type=_positive, default=5, help="measurements of each; the median counts")
+    parser.add_argument("--append", action="store_true", help="add the rows to results/speed.csv")
+    parser.add_argument("--write", action="store_true", help="replace the figures in benchmarks/README.md")
+    return parser, parser.parse_args(arguments)
+
+
+def _names(text: str, choices: Sequence[str] = ()) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    unknown = [name for name in names if choices and name not in choices]
+    if unknown or not names:
+        known = f"; choose from {', '.join(choices)}" if choices else ""
+        raise argparse.ArgumentTypeError(f"{', '.join(map(repr, unknown)) or 'nothing'} given{known}")
+    return names
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def cases_of(subject: str, options: argparse.Namespace, platform: str) -> list[Case]:
+    """Returns what is measured for a subject.
+
+    Raises:
+      UserError: a network is unknown.
+    """
+    networks = options.networks or SUBJECTS[subject][2] or default_networks(platform)
+    cases = [make_case(network, platform, options.batch, options.dtype) for network in networks]
+    if subject in _SHARING_ALONE and not options.networks:
+        return [case for case in cases if case.form]
+    return cases
+
+
+def command(options: argparse.Namespace) -> str:
+    """Returns the command that measures this again."""
+    words = ["python", "benchmarks/speed.py"]
+    if options.subjects != tuple(SUBJECTS):
+        words.append(f"--subjects={','.join(options.subjects)}")
+    if options.networks:
+        words.append(f"--networks={','.join(options.networks)}")
+    if options.batch:
+        words.append(f"--batch={options.batch}")
+    if options.dtype != "float32":
+        words.append(f"--dtype={options.dtype}")
+    return shlex.join([*words, f"--rounds={options.rounds}"])
+
+
+def measure(subject: str, session: Session, cases: Sequence[Case], keep: bool) -> str:
+    """Returns a subject's section in Markdown; with `keep` its picture, if it has one, goes into `RESULTS`."""
+    title, function, _ = SUBJECTS[subject]
+    if function is None:
+        part = growth.growth(session, cases, RESULTS / "speed_growth.png" if keep else None)
+    else:
+        part = function(session, cases)
+    return f"### {title}\n\n`{session.command}`, {session.device}, {machine(PACKAGES)}:\n\n{part.render()}\n"
+
+
+def write(sections: dict[str, str]) -> None:
+    """Replaces the sections of these subjects between the marks of README.md, and leaves the others."""
+    _, _, rest = README.read_text().partition(BEGIN)
+    pieces = re.split(r"<!-- speed: (\w+) -->\n", rest.partition(END)[0])
+    all_of_them = {**dict(zip(pieces[1::2], pieces[2::2], strict=True)), **sections}
+    text = "".join(f"<!-- speed: {name} -->\n{all_of_them[name]}" for name in SUBJECTS if name in all_of_them)
+    replace_section(README, BEGIN, END, text)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures, prints, and keeps what is to be kept, after each subject.
+
+    Raises:
+      UserError: the options do not fit, or something that was started fails.
+    """
+    file = RESULTS / "speed.csv"
+    if options.append:
+        records.check_file(file)
+    for network in options.networks:
+        create_model(network)  # unknown ones are told before anything is started
+    found = processes.ask("device")
+    cases = {subject: cases_of(subject, options, found["platform"]) for subject in options.subjects}
+    session = Session(found["device"], found["platform"], command(options), options.rounds)
+    for subject in options.subjects:
+        text = measure(subject, session, cases[subject], options.append or options.write)
+        print(text, flush=True)
+        if options.append:
+            records.append(file, session.rows)
+        if options.write:
+            write({subject: text})
+        session.rows.clear()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Does what the command line says."""
+    parser, options = parse(arguments)
+    try:
+        run(options)
+    except UserError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The subjects that are measured within one process: train step, evaluation, whole trainer, penalty."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks.cases import Case, Timed, beside_plain, make_step, random_images, repeated
+from benchmarks.common import Measure, in_turns, trainers
+from benchmarks.comparison import Comparison, torch_frameworks
+from benchmarks.records import Part, Session, spread
+from shared_basis.basis import ElementSet
+from shared_basis.models import create_model
+from shared_basis.orthogonality import orthogonality_penalty
+
+PENALTY_ROUNDS = 3
+"""Rounds of the penalty for one of another subject: its share is small, and the difference of two steps is noisy."""
+
+
+def step(session: Session, cases: Sequence[Case]) -> Part:
+    """Measures the compiled train step, beside PyTorch's and the plain network's."""
+    found = Comparison(session, "step", beside_plain(cases), torch_frameworks(session.platform, cases[0].dtype))
+    found.measure(lambda case: Timed(make_step(case).run), lambda trainer: Timed(trainer.run))
+    return Part(found.tables("step"), found.notes)
+
+
+def evaluation(session: Session, cases: Sequence[Case]) -> Part:
+    """Measures the evaluator on one resident batch, beside PyTorch's and the plain network's."""
+    scored = [dataclasses.replace(case, batch=case.eval_batch) for case in cases]
+    found = Comparison(session, "evaluation", beside_plain(scored), torch_frameworks(session.platform, cases[0].dtype))
+    found.measure(_our_evaluation, lambda trainer: Timed(repeated(
+        functools.partial(trainer.evaluate, trainer.images, trainer.labels))))
+    return Part(found.tables("batch"), found.notes)
+
+
+def _our_evaluation(case: Case) -> Measure:
+    # The step of this program is compiled for a batch of 16 and not used.
+    made = make_step(dataclasses.replace(case, batch=16), test=case.batch)
+    state = made.state()
+    variables = jax.block_until_ready({"params": state.params, "batch_stats": state.batch_stats})
+    return Timed(repeated(functools.partial(made.program.evaluate["test"], variables)))
+
+
+def trainer(session: Session, cases: Sequence[Case]) -> Part:
+    """Measures the training loop's images per second over those of the compiled step alone."""
+    table = [["trainer over bare step", "ratio", "trainer, images/s", "bare step, images/s"]]
+    for case in cases:
+        session.tell(f"trainer: compiling {case.network}")
+        with tempfile.TemporaryDirectory() as root:
+            found = in_turns(trainers(case.config(), functools.partial(_an_epoch, case, session.platform), ("device",),
+                                      Path(root)), session.rounds)
+        ratio = [whole / bare for whole, bare in zip(found["device"], found["bare"], strict=True)]
+        table.append([f"{case.network}, batch {case.batch}",
+                      session.add("trainer", case, "ratio: images/s over bare step", ratio),
+                      session.add("trainer", case, "images/s", found["device"]),
+                      session.add("trainer", case, "images/s of the bare step", found["bare"])])
+    return Part([table])
+
+
+def _an_epoch(case: Case, platform: str, config: Any, mesh: Any) -> Any:
+    """Returns images for an epoch: few steps on a CPU, where they are long."""
+    steps = 5 if platform == "cpu" else 20 if case.image_size > 64 else 100
+    return random_images(case, steps * case.batch, case.batch, config)
+
+
+def penalty(session: Session, cases: Sequence[Case]) -> Part:
+    """Measures what the penalty takes of a step, in two ways."""
+    table = [["penalty", "its gradient alone over the step", "step with λ = 10 over step with λ = 0",
+              "gradient alone, ms", "step, ms"]]
+    for case in cases:
+        sets = create_model(case.network, num_classes=case.classes, stem=case.stem).element_sets(case.elements)
+        if not sets:
+            continue
+        session.tell(f"penalty: compiling {case.network}")
+        made, without = make_step(case), make_step(case, orthogonality__weight=0.0)
+        gradient = _penalty_gradient(made.state().params, sets)
+        session.tell(f"penalty: {PENALTY_ROUNDS * session.rounds} rounds of {case.network}")
+        found = in_turns({"with": Timed(made.run), "without": Timed(without.run),
+                          "gradient": Timed(repeated(gradient))}, PENALTY_ROUNDS * session.rounds)
+
+        def ratio(above: str, below: str, found: dict[str, list[float]] = found) -> list[float]:
+            return [a / b for a, b in zip(found[above], found[below], strict=True)]
+        table.append([f"{case.network}, batch {case.batch}",
+                      session.add("penalty", case, "ratio: gradient alone over step", ratio("gradient", "with")),
+                      session.add("penalty", case, "ratio: step over step without", ratio("with", "without")),
+                      spread(found["gradient"], 1000), spread(found["with"], 1000)])
+        session.add("penalty", case, "seconds of the gradient alone", found["gradient"])
+        session.add("penalty", case, "seconds per step", found["with"])
+    return Part([table] if len(table) > 1 else [], [] if len(table) > 1 else ["No network here has a basis."])
+
+
+def _penalty_gradient(params: Any, sets: Sequence[ElementSet]) -> Callable[[], object]:
+    """Returns a function that computes the gradient of the penalty by the penalised arrays, and waits for it."""
+    penalised: dict[str, Any] = {}
+    for path in (path for elements in sets for path in (*elements.shared, *elements.unique)):
+        source, target = params, penalised
+        for key in path[:-1]:
+            source, target = source[key], target.setdefault(key, {})
+        target[path[-1]] = source[path[-1]]
+    compiled = jax.jit(jax.grad(lambda tree: orthogonality_penalty(tree, sets)))
+    return lambda: jax.block_until_ready(compiled(penalised))
