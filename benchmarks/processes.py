@@ -30,6 +30,10 @@ ROUNDS = 3
 
 WITHOUT_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_COMPILATION_CACHE_DIR": ""}
 
+_USERS_SHELL = dict.fromkeys(("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE", "GLIBC_TUNABLES",
+                              "OMP_WAIT_POLICY", "XLA_PYTHON_CLIENT_PREALLOCATE"), "")
+"""Takes away what `speed.py` has set for itself, and what would have programs be kept elsewhere."""
+
 MIB = 2**20
 
 
@@ -175,8 +179,7 @@ def _latencies(session: Session, case: Case, root: Path) -> dict[str, list[float
             cache = root / f"cache{run}"
         session.tell(f"latency: {case.network}, {state} cache")
         first, whole = first_step(_command(case, root / "images", root / f"run{run}"), {
-            "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_ENABLE_COMPILATION_CACHE": "",
-            "OMP_WAIT_POLICY": "", "XLA_PYTHON_CLIENT_PREALLOCATE": ""})  # as a user's shell has them
+            **_USERS_SHELL, "XDG_CACHE_HOME": str(cache)})
         wholes[f"{state} whole"].append(whole)
         return first
     subjects: dict[str, Measure] = {state: functools.partial(measure, state) for state in ("cold", "warm")}
