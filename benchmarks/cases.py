@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -12,15 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import BareStep, build
-from shared_basis.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    OrthogonalityConfig,
-    TrainConfig,
-    replace,
-)
+from shared_basis.config import Config, ModelConfig, from_config_dict, replace
 from shared_basis.data.splits import Spec, Split
 from shared_basis.devices import check_batch_size, make_mesh
 from shared_basis.evaluate import build_model
@@ -90,16 +83,13 @@ class Case:
         return {10: "cifar_resnet", 100: "cifar100", 1000: "imagenet"}[self.classes]
 
     def config(self, **changes: Any) -> Config:
-        """Returns the published recipe's configuration; `changes` are fields, with '__' for the dot."""
-        large = self.stem == "imagenet"
-        config = Config(
-            model=ModelConfig(name=self.network, stem=self.stem, dtype=self.dtype),
-            # The name stands for none of its images here. Large ones are cropped while they are read, not in the step.
-            data=DataConfig(name="imagenet2012" if large else "cifar10", mean=(0.485, 0.456, 0.406),
-                            std=(0.229, 0.224, 0.225), pad=0 if large else 4, flip=True),
-            orthogonality=OrthogonalityConfig(weight=10.0, elements=self.elements),
-            optimizer=OptimizerConfig(learning_rate=0.1, momentum=0.9, weight_decay=5e-4),
-            train=TrainConfig(epochs=1, batch_size=self.batch, eval_batch_size=self.eval_batch))
+        """Returns the published recipe's configuration, for one epoch; `changes` are fields, with '__' for the dot."""
+        recipe = importlib.import_module(f"configs.{self.recipe}").get_config(self.network)
+        config = replace(from_config_dict(recipe), {
+            "model.stem": self.stem, "model.dtype": self.dtype,
+            "data.crop": "center",  # images at random are cropped while they are read, not in the step
+            "optimizer.boundaries": (), "optimizer.factors": (), "train.epochs": 1,
+            "train.batch_size": self.batch, "train.eval_batch_size": self.eval_batch})
         return replace(config, {name.replace("__", "."): value for name, value in changes.items()})
 
     def counts(self) -> dict[str, float]:
