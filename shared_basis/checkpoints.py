@@ -36,6 +36,18 @@ def chosen_on(metrics: Mapping[str, Any]) -> str | None:
     return next((name for name in ("validation", "test") if f"{name}_accuracy" in metrics), None)
 
 
+class _Manager(ocp.CheckpointManager):
+    """Does not ask JAX whether to stop, as `shared_basis.signals` does.
+
+    JAX agrees on the number of a question at which all processes are told to stop, from the last number it was asked.
+    Orbax asks by steps, from the thread that ends a save too: with both, it can be a number that never comes again.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Returns False."""
+        return False
+
+
 class Checkpoints:
     """The checkpoints in `directory`: saved asynchronously, the latest two and the best one kept.
 
@@ -68,7 +80,7 @@ class Checkpoints:
         for path in damaged:
             self._set_aside(path.parent.parent, f"{path} is damaged.")
         try:
-            self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+            self._manager = _Manager(directory.absolute(), options=options)
         except Exception as error:  # Orbax reads the metadata of all steps
             raise UserError(f"checkpoints in {directory} cannot be opened ({_one_line(error)}).") from error
 

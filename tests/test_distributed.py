@@ -44,24 +44,36 @@ SECONDS = 300
 """No process of these tests takes nearly as long: one that does is stuck."""
 
 _START = """
-import runpy, sys, time
+import pathlib, runpy, sys, time
 sys.path[:0] = sys.argv[1:3]
 from helpers import tiny_network
 from shared_basis import evaluate, train
 for module in (evaluate, train):
     module.build_model = lambda config, spec: tiny_network(len(spec.classes))
-advance, pause = train.Training.advance, float(sys.argv[3])
-train.Training.advance = lambda *arguments: (time.sleep(pause), advance(*arguments))[1]
+signal, advance, finish = pathlib.Path(sys.argv[3]), train.Training.advance, train.Training.evaluate
+evaluated = []
+
+def wait(*arguments):
+    if evaluated:
+        while not signal.exists():
+            time.sleep(0.02)
+        time.sleep(0.5)
+    return advance(*arguments)
+
+if sys.argv[3]:
+    train.Training.advance = wait
+    train.Training.evaluate = lambda *arguments: (finish(*arguments), evaluated.append(True))[0]
 sys.argv = sys.argv[4:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-"""Runs `main.py` with a network that compiles fast and a pause before each step, so that a signal comes in time."""
+"""Runs `main.py` with a network that compiles fast. Given a file, steps after the first evaluation wait for it and
+take half a second each from then on: however busy the machine is, a signal comes in time."""
 
 
 class Job:
     """Processes that run `main.py`, each with arguments of its own; within the context of this, none outlives it."""
 
-    def __init__(self, logs: Path, commands: Sequence[Sequence[str]], pause: float) -> None:
+    def __init__(self, logs: Path, commands: Sequence[Sequence[str]], wait_for: Path | None) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         environment = {**user_environment(), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
         self._logs = [[logs / f"{process}.{stream}" for stream in ("out", "err")] for process in range(len(commands))]
@@ -69,7 +81,8 @@ class Job:
         for arguments, (out, err) in zip(commands, self._logs, strict=True):
             with out.open("w") as stdout, err.open("w") as stderr:
                 self.processes.append(subprocess.Popen(
-                    [sys.executable, "-c", _START, str(ROOT / "tests"), str(ROOT), str(pause), str(MAIN), *arguments],
+                    [sys.executable, "-c", _START, str(ROOT / "tests"), str(ROOT), str(wait_for or ""), str(MAIN),
+                     *arguments],
                     stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=environment, cwd=logs))
 
     def __enter__(self) -> Job:
@@ -117,12 +130,15 @@ def free_port() -> int:
 
 
 def pair(workdir: Path, *arguments: str, fields: Sequence[str] = FIELDS, own: Sequence[Sequence[str]] = ((), ()),
-         pause: float = 0.0) -> Job:
-    """Starts two processes with `fields`, `arguments` and what each has of its `own`, on the run in `workdir`."""
+         wait_for: Path | None = None) -> Job:
+    """Starts two processes with `fields`, `arguments` and what each has of its `own`, on the run in `workdir`.
+
+    Steps after the first evaluation wait for the file `wait_for` to appear.
+    """
     where = f"--coordinator=127.0.0.1:{free_port()}"
     return Job(workdir.with_name(f"{workdir.name}.logs"), [
         (*fields, f"--workdir={workdir}", where, "--processes=2", f"--process={process}", *arguments, *more)
-        for process, more in enumerate(own)], pause)
+        for process, more in enumerate(own)], wait_for)
 
 
 def finish(job: Job) -> None:
@@ -197,11 +213,14 @@ def test_processes_that_read_their_parts_of_a_stream_train_as_with_resident_imag
 
 def stop(workdir: Path, process: int, signum: int) -> tuple[Job, list[int]]:
     """Goes on with a run, sends a signal to one process after the next checkpoint, and returns how both end."""
-    with pair(workdir, pause=0.3) as job:
+    signalled = workdir.with_name(f"{workdir.name}.signalled")
+    signalled.unlink(missing_ok=True)
+    with pair(workdir, wait_for=signalled) as job:
         job.until(lambda: "test accuracy" in job.out(0))
         step = read_metrics(workdir)[-1]["step"]
         job.until((workdir / "checkpoints" / str(step)).exists)
         job.processes[process].send_signal(signum)
+        signalled.touch()
         return job, job.wait()
 
 
