@@ -146,11 +146,11 @@ class BasisConv(nn.Module):
             elements.append(shared)
         # Two convolutions: few unique elements have a faster form of their own on CPU, see `shared_basis.ops`.
         y = jnp.concatenate([self._convolve(x, filters) for filters in elements], axis=-1)
-        y = batch_norm(train, self.dtype, "norm")(y)
-        if self.activation is not None:
-            y = self.activation(y)
+        norm = batch_norm(train, self.dtype, "norm")
         coefficients = self.param("coefficients", he_normal_fan_out, (y.shape[-1], self.features))
-        return y @ coefficients.astype(self.dtype)
+        if self.activation is None:
+            return norm.followed_by(y, coefficients)
+        return self.activation(norm(y)) @ coefficients.astype(self.dtype)
 
     def _own_shape(self, x: Array, filters: int) -> tuple[int, ...]:
         return (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, filters)

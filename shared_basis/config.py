@@ -45,10 +45,14 @@ class ModelConfig:
     """'cifar' for small images (3×3 stem); further stems belong to networks for large images."""
     dtype: str = "float32"
     """Compute type: 'float32' or 'bfloat16'. Parameters, batch statistics and penalty are float32 always."""
+    loop: str = "auto"
+    """Whether blocks that are alike are computed in a loop, which compiles sooner, and keeps less for the gradient and
+    computes the rest again: 'yes', 'no' or 'auto', which is what is faster (on CPU yes; elsewhere no, not measured)."""
 
     def __post_init__(self) -> None:
         _require_choice("model.stem", self.stem, ("cifar", "imagenet"))
         _require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        _require_choice("model.loop", self.loop, ("auto", "yes", "no"))
 
 
 DATA_NAMES = ("digits", "folder", "cifar10", "cifar100", "fashion_mnist", "imagenet2012")

@@ -40,7 +40,8 @@ def build_model(config: Config, spec: data.Spec) -> Network:
             raise UserError(f"data.{field}={values}: the images have {channels} channel{'s' * (channels > 1)}; give "
                             "one value, or one for each channel.")
     return create_model(config.model.name, num_classes=len(spec.classes), stem=config.model.stem,
-                        dtype=jnp.dtype(config.model.dtype))
+                        dtype=jnp.dtype(config.model.dtype),
+                        loop={"auto": None, "yes": True, "no": False}[config.model.loop])
 
 
 Evaluator = Callable[[Variables, Callable[[], None]], dict[str, float]]

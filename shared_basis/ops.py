@@ -1,4 +1,4 @@
-"""The two operations that the layers are made of, and what they are compiled with, as is fastest on each backend.
+"""The operations that networks are made of, and what they are compiled with, as is fastest on each backend.
 
 Everything that is chosen by backend is chosen here. What is computed does not depend on it, but for rounding: XLA
 compiles a convolution and its gradients for accelerators as they stand, while on CPU some forms of the same sum take
@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
 Dtype = Any
+Tree = Any
 
 MOMENTUM = 0.9
 """Of the running statistics of batch normalisation: 0.9 old + 0.1 new, as published."""
@@ -27,6 +30,8 @@ FEW_FILTERS = 8
 """Up to so many filters, a vector of floats, a convolution on CPU is computed by `_convolve_by_few`."""
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
+_KEPT = "kept"
+"""Names what a loop keeps for its gradient: results of convolutions, and statistics of batches."""
 
 
 def compiler_options() -> dict[str, Any]:
@@ -61,14 +66,38 @@ def _is_known(name: str, value: Any) -> bool:
     return True
 
 
+def prefers_loops() -> bool:
+    """Returns whether many blocks that are alike are better computed in a loop (`loop`) than one after another.
+
+    On CPU it takes less time and memory, and compiles as fast at any depth. Elsewhere it has not been measured. Where
+    NaNs are traced (--debug_nans) a loop would hide their place.
+    """
+    return jax.default_backend() == "cpu" and not jax.config.jax_debug_nans  # type: ignore[attr-defined]
+
+
+def loop(body: Callable[[Tree, Tree], tuple[Tree, Tree]], carry: Tree, inputs: list[Tree]) -> tuple[Tree, list[Tree]]:
+    """Returns what `carry, output = body(carry, input)` makes of `carry` over all `inputs`, and the list of outputs.
+
+    The inputs have one structure and one shape. For the gradient the loop keeps no more than the results of
+    convolutions and the statistics of batches: all else is computed again from them (rematerialised), which takes less
+    time on CPU than writing it to memory and reading it back.
+    """
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
+    keeping = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
+    carry, outputs = jax.lax.scan(keeping, carry, stacked)
+    return carry, [jax.tree.map(lambda leaf, i=i: leaf[i], outputs) for i in range(len(inputs))]
+
+
 def convolve(x: Array, kernel: Array, strides: int, padding: int, dtype: Dtype) -> Array:
     """Convolves `x [N, H, W, C]` by `kernel [k, k, C / groups, T]`, zero-padded on all sides; computes in `dtype`."""
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     if jax.default_backend() != "cpu" or x.shape[-1] != kernel.shape[2]:
-        return _convolve(x, kernel, strides, padding)
-    if kernel.shape[-1] <= FEW_FILTERS and strides == 1:
-        return _convolve_by_few(x, kernel, padding)
-    return _convolve_on_cpu(x, kernel, strides, padding)
+        y = _convolve(x, kernel, strides, padding)
+    elif kernel.shape[-1] <= FEW_FILTERS and strides == 1:
+        y = _convolve_by_few(x, kernel, padding)
+    else:
+        y = _convolve_on_cpu(x, kernel, strides, padding)
+    return checkpoint_name(y, _KEPT)
 
 
 def _convolve(x: Array, kernel: Array, strides: int, padding: int) -> Array:
@@ -76,24 +105,52 @@ def _convolve(x: Array, kernel: Array, strides: int, padding: int) -> Array:
                                         dimension_numbers=_NHWC, feature_group_count=x.shape[-1] // kernel.shape[2])
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolve_by_few(x: Array, kernel: Array, padding: int) -> Array:
     """Is `_convolve` with stride 1: a matrix product for all taps at once, whose columns are then shifted and added.
 
     For one filter it takes a third of the time, as there the kernels of a convolution leave most of a vector empty.
     """
-    rows, columns, channels, filters = kernel.shape
+    rows, columns, _, filters = kernel.shape
     height, width = x.shape[1] + 2 * padding - rows + 1, x.shape[2] + 2 * padding - columns + 1
-    taps = kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
-    products = jnp.matmul(x, taps, preferred_element_type=jnp.float32)
+    products = jnp.matmul(x, _taps(kernel), preferred_element_type=jnp.float32)
     products = jnp.pad(products, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     products = products.reshape(*products.shape[:3], rows, columns, filters)
     y = sum(products[:, i:i + height, j:j + width, i, j] for i in range(rows) for j in range(columns))
     return jnp.asarray(y, x.dtype)
 
 
+def _taps(kernel: Array) -> Array:
+    """Returns `kernel [k, k, C, T]` as a matrix `[C, k · k · T]`."""
+    return kernel.transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1)
+
+
+def _convolve_by_few_fwd(x: Array, kernel: Array, padding: int) -> tuple[Array, tuple[Array, Array]]:
+    return _convolve_by_few(x, kernel, padding), (x, kernel)
+
+
+def _convolve_by_few_bwd(padding: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    """Gathers for each pixel the gradients of the results that it went into; both products take the same matrix.
+
+    The derived gradient scatters them instead, and takes four times as long.
+    """
+    x, kernel = saved
+    (rows, columns, channels, filters), (height, width) = kernel.shape, x.shape[1:3]
+    before, left = rows - 1 - padding, columns - 1 - padding
+    dy = jax.lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), (before, before, 0), (left, left, 0), (0, 0, 0)])
+    shifted = [dy[:, i:i + height, j:j + width] for i in reversed(range(rows)) for j in reversed(range(columns))]
+    gathered = jnp.concatenate(shifted, axis=-1)
+    dx = gathered @ _taps(kernel).T
+    dtaps = jnp.einsum("nhwc,nhwt->ct", x, gathered)
+    return dx, dtaps.reshape(channels, rows, columns, filters).transpose(1, 2, 0, 3)
+
+
+_convolve_by_few.defvjp(_convolve_by_few_fwd, _convolve_by_few_bwd)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve_on_cpu(x: Array, kernel: Array, strides: int, padding: int) -> Array:
-    """Is `_convolve` for one channel group; differs in how the gradient with respect to the kernel is computed."""
+    """Is `_convolve` for one channel group; differs in how its gradients are computed."""
     return _convolve(x, kernel, strides, padding)
 
 
@@ -102,21 +159,28 @@ def _convolve_on_cpu_fwd(x: Array, kernel: Array, strides: int, padding: int) ->
 
 
 def _convolve_on_cpu_bwd(strides: int, padding: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    """Computes the kernel's gradient as the convolution that it is: channels as batch, images as channels.
+    """Computes both gradients as the convolutions that they are, of arrays that are turned round beforehand.
 
-    The input has to be turned round for that. XLA would fuse this with what has computed the input (normalisation,
-    ReLU, addition), and compute all of it again in an order that misses the cache at each pixel: twenty times as slow
-    as the turn itself. It does not fuse into a matrix product, and one with the identity turns an array round exactly.
+    The kernel, for the input's gradient: XLA takes one that is turned within the convolution by naive loops when that
+    is in the body of a loop. The input, for the kernel's gradient, whose batch are the channels and whose channels
+    are the images: XLA would fuse turning it with what has computed it (normalisation, ReLU, addition), and compute all
+    of that again in an order that misses the cache at each pixel: twenty times as slow as the turn itself. It does not
+    fuse into a matrix product, and one with the identity turns an array round exactly.
     """
     x, kernel = saved
-    dx, = jax.linear_transpose(lambda x: _convolve(x, kernel, strides, padding), x)(dy)
     images, height, width, channels = x.shape
-    pixels_first = x.transpose(1, 2, 0, 3).reshape(-1, channels)
-    turned = jax.lax.dot_general(jnp.eye(channels, dtype=x.dtype), pixels_first, (((1,), (1,)), ((), ())))
+    rows, columns = kernel.shape[:2]
     after = [(out - 1) * strides + size - length - padding for out, size, length in zip(
-        dy.shape[1:3], kernel.shape[:2], (height, width), strict=True)]
+        dy.shape[1:3], (rows, columns), (height, width), strict=True)]
+    turned = jax.lax.optimization_barrier(kernel[::-1, ::-1].transpose(0, 1, 3, 2))
+    dx = jax.lax.conv_general_dilated(
+        dy, turned, (1, 1), [(size - 1 - padding, size - 1 - rest)
+                             for size, rest in zip((rows, columns), after, strict=True)],
+        lhs_dilation=(strides, strides), dimension_numbers=_NHWC)
+    pixels_first = x.transpose(1, 2, 0, 3).reshape(-1, channels)
+    channels_first = jax.lax.dot_general(jnp.eye(channels, dtype=x.dtype), pixels_first, (((1,), (1,)), ((), ())))
     dk = jax.lax.conv_general_dilated(
-        turned.reshape(channels, height, width, images), dy.transpose(1, 2, 0, 3), (1, 1),
+        channels_first.reshape(channels, height, width, images), dy.transpose(1, 2, 0, 3), (1, 1),
         [(padding, after[0]), (padding, after[1])], rhs_dilation=(strides, strides), dimension_numbers=_NHWC)
     return dx, dk.transpose(1, 2, 0, 3)
 
@@ -136,25 +200,58 @@ class BatchNorm(nn.Module):
     dtype: Dtype = jnp.float32
     """Type of the result."""
 
-    @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps `x [..., C]` to the same shape."""
-        shape = (x.shape[-1],)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
-        var = self.variable("batch_stats", "var", jnp.ones, shape)
-        scale = self.param("scale", nn.initializers.ones, shape)
-        bias = self.param("bias", nn.initializers.zeros, shape)
+        mean, var, scale, bias = self._variables(x.shape[-1])
         if not self.train:
-            return _normalize(x, mean.value, jax.lax.rsqrt(var.value + EPSILON) * scale, bias).astype(self.dtype)
-        y, batch_mean, batch_var = _normalize_batch(x, scale, bias)
+            return _normalize(x, mean.value, _factor(var.value, scale), bias).astype(self.dtype)
+        y, *moments = _normalize_batch(x, scale, bias)
+        self._move(mean, var, *moments)
+        return y.astype(self.dtype)
+
+    def followed_by(self, x: Array, matrix: Array) -> Array:
+        """Maps `x [..., C]` to `self(x) @ matrix`, for `matrix [C, T]`.
+
+        Both are linear: factors go into the matrix and the rest into an offset of the product, so that normalised
+        arrays are neither written nor read, and gradients need no further sums over the batch.
+        """
+        mean, var, scale, bias = self._variables(x.shape[-1])
+        moments = mean.value, var.value
+        if self.train:
+            moments = _moments(x)
+            self._move(mean, var, *moments)
+        scaled = (_factor(moments[1], scale)[:, None] * matrix).astype(self.dtype)
+        # By the rounded matrix, so that the mean goes exactly; sums, as products would count as those of the network.
+        offset = jnp.sum(bias[:, None] * matrix, 0) - jnp.sum(moments[0][:, None] * scaled, 0)
+        return (jnp.matmul(x, scaled, preferred_element_type=jnp.float32) + offset).astype(self.dtype)
+
+    @nn.compact
+    def _variables(self, channels: int) -> tuple[nn.Variable, nn.Variable, Array, Array]:
+        return (self.variable("batch_stats", "mean", jnp.zeros, (channels,)),
+                self.variable("batch_stats", "var", jnp.ones, (channels,)),
+                self.param("scale", nn.initializers.ones, (channels,)),
+                self.param("bias", nn.initializers.zeros, (channels,)))
+
+    def _move(self, mean: nn.Variable, var: nn.Variable, batch_mean: Array, batch_var: Array) -> None:
         if not self.is_initializing():
             mean.value = MOMENTUM * mean.value + (1 - MOMENTUM) * batch_mean
             var.value = MOMENTUM * var.value + (1 - MOMENTUM) * batch_var
-        return y.astype(self.dtype)
+
+
+def _factor(var: Array, scale: Array) -> Array:
+    return jax.lax.rsqrt(var + EPSILON) * scale
 
 
 def _normalize(x: Array, mean: Array, factor: Array, bias: Array) -> Array:
     return (x - mean) * factor + bias
+
+
+def _moments(x: Array) -> tuple[Array, Array]:
+    """Returns the mean and the (biased) variance `[C]` of `x [..., C]`, in float32."""
+    exact, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
+    mean = checkpoint_name(jnp.mean(exact, axes), _KEPT)
+    square = checkpoint_name(jnp.mean(jnp.square(exact), axes), _KEPT)
+    return mean, jnp.maximum(square - jnp.square(mean), 0)
 
 
 @jax.custom_vjp
@@ -167,9 +264,7 @@ def _normalize_batch(x: Array, scale: Array, bias: Array) -> tuple[Array, Array,
 
 
 def _normalize_batch_fwd(x: Array, scale: Array, bias: Array) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
-    exact, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
-    mean = jnp.mean(exact, axes)
-    var = jnp.maximum(jnp.mean(jnp.square(exact), axes) - jnp.square(mean), 0)
+    mean, var = _moments(x)
     inverse = jax.lax.rsqrt(var + EPSILON)
     return (_normalize(x, mean, inverse * scale, bias), mean, var), (x, mean, inverse, scale)
 

@@ -1,6 +1,7 @@
 """Every network of the registry: shapes, published counts, gradients, and who owns and uses what is shared."""
 
 import collections
+import functools
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ from shared_basis import create_model
 from shared_basis.basis import BasisConv
 from shared_basis.errors import UserError
 from shared_basis.models import FAMILIES
+from shared_basis.ops import quick_compiler_options
 from shared_basis.params import LABELS, abstract_variables, count_macs, count_parameters, label_parameters
 
 # Measured on the official implementation: name, stem, classes, image size, parameters, multiply-accumulates.
@@ -96,6 +98,9 @@ def _parameters(name):
     return sum(count_parameters(abstract_variables(create_model(name), (32, 32, 3))["params"]).values())
 
 
+jit_quickly = functools.partial(jax.jit, compiler_options=quick_compiler_options())
+"""For programs that run once, as compiling takes the time here."""
+
 # One of each structure, made shallow and narrow, with two blocks or more that share in some group.
 SMALL = {"blocks": (2, 3), "widths": (8, 16)}
 STRUCTURES = [("resnet20-s4u1", "cifar", SMALL), ("resnet20-s4u1-double", "cifar", SMALL),
@@ -108,10 +113,10 @@ STRUCTURES = [("resnet20-s4u1", "cifar", SMALL), ("resnet20-s4u1-double", "cifar
 
 @pytest.mark.parametrize(("name", "stem", "smaller"), STRUCTURES)
 def test_gradient_of_what_is_shared_is_the_sum_over_the_layers_that_use_it(name, stem, smaller):
-    model = create_model(name, num_classes=5, stem=stem).clone(**smaller)
+    model = create_model(name, num_classes=5, stem=stem, loop=False).clone(**smaller)
     size = 64 if stem == "imagenet" else 16
     images = jax.random.normal(jax.random.key(1), (4, size, size, 3))
-    variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
+    variables = jit_quickly(lambda key: model.init(key, images, train=False))(jax.random.key(0))
     users = _users(model, variables, images)
     copies = {path: jnp.zeros(shape) for path, shape in users.items()}
 
@@ -127,7 +132,7 @@ def test_gradient_of_what_is_shared_is_the_sum_over_the_layers_that_use_it(name,
                                     rngs={"dropout": jax.random.key(2)})
         return jnp.sum(logits * jnp.sin(jnp.arange(logits.size)).reshape(logits.shape))
 
-    gradient, of_copies = jax.jit(jax.grad(loss, (0, 1)))(variables["params"], copies)
+    gradient, of_copies = jit_quickly(jax.grad(loss, (0, 1)))(variables["params"], copies)
     sums = collections.defaultdict(float)
     for path, value in of_copies.items():
         group, block, layer = path.split("/")
@@ -139,6 +144,46 @@ def test_gradient_of_what_is_shared_is_the_sum_over_the_layers_that_use_it(name,
     for (group, basis), value in sums.items():
         assert jnp.allclose(gradient["bases"][group][basis], value, rtol=1e-3, atol=1e-4 * float(jnp.abs(value).max()))
     _assert_every_parameter_has_a_gradient(gradient)
+
+
+@pytest.mark.parametrize(("name", "stem", "smaller"), [row for row in STRUCTURES if not row[0].startswith("dense")])
+def test_a_loop_computes_what_blocks_do_one_after_another(name, stem, smaller):
+    one, other = (create_model(name, num_classes=5, stem=stem, loop=loop).clone(**smaller) for loop in (True, False))
+    size = 64 if stem == "imagenet" else 16
+    images = jax.random.normal(jax.random.key(1), (4, size, size, 3))
+    variables = jit_quickly(lambda key: other.init(key, images, train=False))(jax.random.key(0))
+    assert jax.tree.structure(variables) == jax.tree.structure(abstract_variables(one, images.shape[1:]))
+
+    def run(model):
+        def loss(params):
+            logits, updated = model.apply({**variables, "params": params}, images, train=True,
+                                          mutable=["batch_stats"], rngs={"dropout": jax.random.key(2)})
+            return jnp.sum(logits * jnp.sin(jnp.arange(logits.size)).reshape(logits.shape)), (logits, updated)
+        gradient, (logits, updated) = jax.grad(loss, has_aux=True)(variables["params"])
+        return gradient, logits, updated, model.apply({**variables, **updated}, images, train=False)
+
+    assert str(jax.make_jaxpr(lambda: run(one))()).count(" scan[") > 0
+    assert str(jax.make_jaxpr(lambda: run(other))()).count(" scan[") == 0
+    results = [jit_quickly(run, static_argnums=0)(model) for model in (one, other)]
+    assert jax.tree.structure(results[0]) == jax.tree.structure(results[1])
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(results[1][0]))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(results[0]), jax.tree.leaves(results[1]), strict=True):
+        scale = largest if path[0].idx == 0 else 1
+        assert jnp.allclose(a, b, rtol=1e-3, atol=1e-4 * scale), jax.tree_util.keystr(path)
+
+
+def test_a_loop_keeps_less_for_the_gradient():
+    def memory(loop):
+        model = create_model("resnet44-s16u1-double", loop=loop)
+        images = jax.ShapeDtypeStruct((64, 32, 32, 3), jnp.float32)
+
+        def loss(params, batch_stats, images):
+            return jnp.sum(model.apply({"params": params, "batch_stats": batch_stats}, images, train=True,
+                                       mutable=["batch_stats"])[0])
+        gradient = jit_quickly(jax.grad(loss))
+        variables = abstract_variables(model, (32, 32, 3))
+        return gradient.lower(variables["params"], variables["batch_stats"], images).compile().memory_analysis()
+    assert memory(True).temp_size_in_bytes < 0.6 * memory(False).temp_size_in_bytes
 
 
 def _users(model, variables, images):
@@ -197,7 +242,7 @@ def test_stems():
 def test_dropout_acts_in_training_alone():
     model = create_model("mobilenetv2", stem="imagenet")
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
-    variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
+    variables = jit_quickly(lambda key: model.init(key, images, train=False))(jax.random.key(0))
 
     @jax.jit
     def train(key):

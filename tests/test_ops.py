@@ -127,6 +127,56 @@ def test_batch_norm_is_flax_s(shape, dtype):
         close(one, other)
 
 
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_batch_norm_followed_by_a_product_is_the_product_of_what_it_normalises(train, dtype):
+    x, dy, matrix = draw(2, (6, 5, 4, 3), (6, 5, 4, 9), (3, 9))
+    x, variables = jnp.asarray(3 * x + 1, dtype), variables_of(3)
+    norm = ops.BatchNorm(train, dtype)
+
+    def run(compute):
+        def apply(params, x, matrix):
+            y, updated = nn.apply(compute, norm, mutable=["batch_stats"])({**variables, "params": params}, x, matrix)
+            return y, updated["batch_stats"]
+        y, pull, stats = jax.vjp(apply, variables["params"], x, matrix, has_aux=True)
+        assert y.dtype == dtype
+        return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), (y, stats, pull(jnp.asarray(dy, dtype))))
+    folded = run(lambda norm, x, matrix: norm.followed_by(x, matrix))
+    plain = run(lambda norm, x, matrix: norm(x) @ matrix.astype(dtype))
+    assert jax.tree.structure(folded) == jax.tree.structure(plain)
+    for one, other in zip(jax.tree.leaves(folded), jax.tree.leaves(plain), strict=True):
+        atol = (1e-5 if dtype == jnp.float32 else 2**-7) * np.abs(other).max()
+        np.testing.assert_allclose(one, other, rtol=1e-4 if dtype == jnp.float32 else 2**-5, atol=atol)
+
+
+def test_a_loop_is_its_body_again_and_again():
+    def body(carry, part):
+        return ops.convolve(carry, part["kernel"], 1, 1, jnp.float32) + part["bias"], carry.sum()
+
+    x, *kernels = draw(5, (2, 6, 6, 9), (3, 3, 9, 9), (3, 3, 9, 9), (3, 3, 9, 9))
+    parts = [{"kernel": kernel, "bias": np.float32(index)} for index, kernel in enumerate(kernels)]
+
+    def unrolled(x, parts):
+        outputs = []
+        for part in parts:
+            x, output = body(x, part)
+            outputs.append(output)
+        return x, outputs
+    (y, outputs), pull = jax.vjp(lambda x, parts: ops.loop(body, x, parts), x, parts)
+    (other, others), other_pull = jax.vjp(unrolled, x, parts)
+    for one, two in zip(jax.tree.leaves((y, outputs, pull((y, outputs)))),
+                        jax.tree.leaves((other, others, other_pull((other, others)))), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-5 * np.abs(two).max())
+
+
+def test_where_loops_are_preferred(monkeypatch):
+    assert ops.prefers_loops()
+    with jax.debug_nans(True):
+        assert not ops.prefers_loops()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not ops.prefers_loops()
+
+
 def test_batch_norm_s_variables_are_flax_s():
     x = jnp.ones((2, 3, 3, 5))
     ours, theirs = (norm.init(jax.random.key(0), x) for norm in norms(train=True))

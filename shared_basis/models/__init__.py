@@ -68,7 +68,8 @@ FAMILIES = _families()
 """Every network by the first part of its name. ResNet-14 is the least in which layers share; the paper has none."""
 
 
-def create_model(name: str, *, num_classes: int = 10, stem: str | None = None, dtype: Dtype = jnp.float32) -> Network:
+def create_model(name: str, *, num_classes: int = 10, stem: str | None = None, dtype: Dtype = jnp.float32,
+                 loop: bool | None = None) -> Network:
     """Returns the network `name` as a Flax module: `model.apply(variables, images [N, H, W, C], train=False)`.
 
     Args:
@@ -76,6 +77,7 @@ def create_model(name: str, *, num_classes: int = 10, stem: str | None = None, d
       num_classes: number of logits.
       stem: 'cifar' for small images or 'imagenet' for large ones; None is the network's usual one.
       dtype: compute type; parameters and batch statistics are float32 always.
+      loop: whether blocks that are alike are computed in a loop; None is what suits the backend.
 
     Raises:
       UserError: the name is unknown (with the nearest known ones), the network has no such sharing or stem, or a rank
@@ -96,7 +98,7 @@ def create_model(name: str, *, num_classes: int = 10, stem: str | None = None, d
     arguments = dict(family.arguments)
     if len(family.stems) > 1:
         arguments["stem"] = stem
-    return family.build(num_classes=num_classes, sharing=sharing, dtype=dtype, **arguments)
+    return family.build(num_classes=num_classes, sharing=sharing, dtype=dtype, loop=loop, **arguments)
 
 
 def plain_counterpart(name: str) -> str:

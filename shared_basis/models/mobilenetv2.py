@@ -98,7 +98,7 @@ class MobileNetV2(Network):
         for s, (blocks, *_) in enumerate(STAGES, 1):
             stage = f"stage{s}"
             make = functools.partial(self.block, s)
-            x = Group(make, blocks, name=stage)(x, self.shared_by_layer(bases, stage), train=train)
+            x = Group(make, blocks, self.loops(blocks), name=stage)(x, self.shared_by_layer(bases, stage), train=train)
         x = BasisConv(NECK, 1, use_bias=True, dtype=self.dtype, name="neck")(x, train=train)
         x = global_average(nn.relu6(batch_norm(train, self.dtype, "neck_norm")(x)))
         if self.stem == "imagenet":

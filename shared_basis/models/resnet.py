@@ -171,6 +171,6 @@ class ResNet(Network):
         for g, blocks in enumerate(self.blocks):
             group = f"group{g + 1}"
             make = functools.partial(self.block, g)
-            x = Group(make, blocks, name=group)(x, self.shared_by_layer(bases, group), train=train)
+            x = Group(make, blocks, self.loops(blocks), name=group)(x, self.shared_by_layer(bases, group), train=train)
         x = global_average(x)
         return linear_head(self.num_classes, x.shape[-1])(x)
