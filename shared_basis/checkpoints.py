@@ -192,7 +192,7 @@ class Checkpoints:
 
         Orbax itself would convert them: a run would go on in another precision.
         """
-        stored = ocp.tree.to_flat_dict(ocp.PyTreeCheckpointHandler().metadata(self._path(step) / "state").tree)
+        stored = self._arrays(step)
         wanted = ocp.tree.to_flat_dict(target)
         for path in [*wanted, *(stored if whole else ())]:
             name = "/".join(path)
@@ -226,6 +226,21 @@ class Checkpoints:
         others = ", ".join(str(other) for other in self.steps if other != step)
         return UserError(f"checkpoint {step} in {self._manager.directory} cannot be restored ({_one_line(error)}); "
                          f"other checkpoints there: {others or 'none'}.")
+
+    def arrays(self, step: int) -> dict[tuple[str, ...], Any]:
+        """Returns by path what Orbax knows of each array of `step` (its shape, its dtype), without reading any.
+
+        Raises:
+          UserError: the checkpoint is damaged.
+        """
+        try:
+            with _hushed():
+                return self._arrays(step)
+        except Exception as error:
+            raise self._damaged(step, error) from error
+
+    def _arrays(self, step: int) -> dict[tuple[str, ...], Any]:
+        return ocp.tree.to_flat_dict(ocp.PyTreeCheckpointHandler().metadata(self._path(step) / "state").tree)
 
     def metrics(self, step: int) -> dict[str, float] | None:
         """Returns the evaluation saved with `step`, if there was one."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from shared_basis import data, evaluate, importing, summary, train
+from shared_basis import data, evaluate, importing, inspection, summary, train
 from shared_basis.config import Config
 from shared_basis.devices import leads
 from shared_basis.errors import UserError
@@ -15,13 +15,14 @@ from shared_basis.screen import Screen
 from shared_basis.workdir import Workdir
 
 
-def run(mode: str, config: Config, workdir: str, *, workdir_given: bool, checkpoint: str,
+def run(mode: str, config: Config, workdir: str, *, workdir_given: bool, checkpoint: str, against: str,
         overrides: Mapping[str, Any], screen: Screen) -> tuple[dict[str, Any], str]:
-    """Runs the mode train, evaluate, summary, prepare or import; returns its result, and the same for a person.
+    """Runs the mode train, evaluate, summary, prepare, import or inspect; returns its result, and that for a person.
 
     Args:
       config: the recipe. A run in `workdir` has its own: `evaluate` takes that, and `summary` if `workdir_given`.
-      checkpoint: which one to evaluate, or the file to import.
+      checkpoint: which one to evaluate or inspect, or the file to import.
+      against: another checkpoint to compare the inspected one with.
       overrides: the fields that the user set, by dotted path.
 
     Raises:
@@ -32,6 +33,9 @@ def run(mode: str, config: Config, workdir: str, *, workdir_given: bool, checkpo
     if mode == "evaluate":
         result = evaluate.evaluate(workdir, checkpoint, overrides, screen.line)
         return result, evaluate.render(result)
+    if mode == "inspect":
+        result = inspection.inspect(workdir, checkpoint, against)
+        return result, inspection.render(result)
     if mode == "summary":
         if workdir_given:
             config = Workdir(workdir).load()[0]

@@ -1,0 +1,142 @@
+"""What a run holds, against what was saved, and with plain Orbax alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from helpers import ROOT, assert_trees_equal, save_run, user_environment, user_error
+
+from shared_basis import inspection
+from shared_basis.config import Config, ModelConfig, replace
+from shared_basis.models import create_model
+from shared_basis.params import abstract_variables
+
+CONFIG = replace(Config(model=ModelConfig(name="resnet14-s4u1-double")), {"train.batch_size": 16})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_run(tmp_path_factory.mktemp("runs") / "one", CONFIG, {3: 0.5, 7: 0.75, 9: 0.25})
+
+
+def test_tells_all_that_was_saved(run: Path) -> None:
+    found = inspection.inspect(run)
+    assert found["model"] == "resnet14-s4u1-double"
+    assert found["changed"]["train.batch_size"] == 16
+    assert "train.epochs" not in found["changed"]
+    assert found["config"]["train"]["epochs"] == CONFIG.train.epochs
+    assert [(entry["step"], entry["metrics"]["test_accuracy"]) for entry in found["checkpoints"]] == [
+        (7, 0.75), (9, 0.25)]  # the best one and the latest two are kept
+    for entry in found["checkpoints"]:
+        files = [path for path in (run / "checkpoints" / str(entry["step"])).rglob("*") if path.is_file()]
+        assert entry["bytes"] == sum(path.stat().st_size for path in files) > 0
+    shapes = abstract_variables(create_model("resnet14-s4u1-double"), (8, 8, 1))
+    expected = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+                for path, leaf in jax.tree_util.tree_leaves_with_path(dict(shapes))}
+    arrays = {array["path"]: array for array in found["arrays"]}
+    assert arrays.pop("step")["bytes"] == 4
+    assert arrays.keys() == expected.keys()
+    for path, leaf in expected.items():
+        assert (arrays[path]["shape"], arrays[path]["dtype"]) == (list(leaf.shape), "float32")
+        assert arrays[path]["bytes"] == 4 * leaf.size
+    assert found["bytes"]["params"] == 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+    assert json.loads(json.dumps(found)) == json.loads(json.dumps(found, default=str)), "it is plain data"
+
+
+def test_reads_no_array(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import orbax.checkpoint as ocp
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("an array is read")
+    for reader in (ocp.PyTreeCheckpointHandler, ocp.StandardCheckpointHandler):
+        monkeypatch.setattr(reader, "restore", refuse)
+    assert inspection.inspect(run)["arrays"]
+
+
+@pytest.mark.parametrize(("which", "step"), [("latest", 9), ("best", 7), ("7", 7)])
+def test_describes_the_checkpoint_that_is_asked_for(run: Path, which: str, step: int) -> None:
+    found = inspection.inspect(run, which)
+    assert found["step"] == step
+    assert f"arrays of checkpoint {step}:" in inspection.render(found)
+
+
+def test_names_what_differs(run: Path, tmp_path: Path) -> None:
+    other = replace(CONFIG, {"model.name": "resnet14-s8u1", "train.epochs": CONFIG.train.epochs + 1})
+    save_run(tmp_path / "other", other, {9: 0.5})
+    differing = inspection.inspect(run, "9", str(tmp_path / "other"))["differences"]
+    assert differing["config"] == {"model.name": ["resnet14-s4u1-double", "resnet14-s8u1"],
+                                   "train.epochs": [CONFIG.train.epochs, CONFIG.train.epochs + 1]}
+    assert differing["metrics"] == {"test_accuracy": [0.25, 0.5]}
+    assert differing["versions"] == {}
+    assert differing["arrays"]["params/bases/group1/first"] == ["float32[3×3×16×4]", None]
+    assert differing["arrays"]["params/bases/group1/shared"] == [None, "float32[3×3×16×8]"]
+    assert differing["arrays"]["params/group1/block2/first/coefficients"] == ["float32[5×16]", "float32[9×16]"]
+    assert "params/head/kernel" not in differing["arrays"]
+
+
+def test_compares_steps_of_one_run(run: Path, tmp_path: Path) -> None:
+    found = inspection.inspect(run, "latest", "best")
+    assert found["differences"] == {"against": "best", "config": {}, "versions": {}, "arrays": {},
+                                    "metrics": {"test_accuracy": [0.25, 0.75]}}
+    assert inspection.inspect(run, "9", f"{run}:7")["differences"]["metrics"] == {"test_accuracy": [0.25, 0.75]}
+    assert "metrics test_accuracy  0.25  0.75" in inspection.render(found)
+    assert "differences from latest: none" in inspection.render(inspection.inspect(run, "9", "latest"))
+
+
+def test_a_mistake_is_told(run: Path, tmp_path: Path) -> None:
+    with user_error("checkpoint '8'", "7, 9"):
+        inspection.inspect(run, "8")
+    with user_error("checkpoint '8'", "7, 9"):
+        inspection.inspect(run, "9", "8")
+    with user_error("holds no run", str(tmp_path)):
+        inspection.inspect(tmp_path)
+    with user_error("holds no run", "absent"):
+        inspection.inspect(run, "9", str(tmp_path / "absent"))
+
+
+def test_tells_a_damaged_checkpoint(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", CONFIG, {1: 0.5})
+    (run / "checkpoints/1/state/_METADATA").write_text("{")
+    with user_error("checkpoint 1", "cannot be restored"):
+        inspection.inspect(run)
+
+
+def test_from_the_command_line(run: Path) -> None:
+    def main(*arguments: str) -> Any:
+        return subprocess.run([sys.executable, str(ROOT / "main.py"), "--mode=inspect", f"--workdir={run}", *arguments],
+                              env=user_environment(), capture_output=True, text=True, timeout=300, check=False)
+    shown = main("--against=7")
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"^  params/head/kernel +float32  64×10 +2\.5 KiB$", shown.stdout, re.MULTILINE)
+    assert shown.stderr == ""
+    result = json.loads(main("--json").stdout)
+    assert result == json.loads(json.dumps(inspection.inspect(run)))
+    wrong = main("--against=/no/such/run")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.count("\n") == 1
+
+
+def test_the_documented_recipe_reads_it_with_orbax_alone(run: Path) -> None:
+    """README.md promises that a checkpoint needs nothing of this package."""
+    readme = (ROOT / "README.md").read_text()
+    recipe = re.search(r"<!-- plain Orbax -->\n```python\n(.*?)```", readme, re.DOTALL)
+    assert recipe
+    assert "shared_basis" not in recipe[1]
+    scope: dict[str, Any] = {}
+    exec(recipe[1].replace("runs/NAME", str(run)).replace("STEP", "9"), scope)
+    with_ours = {array["path"]: array["shape"] for array in inspection.inspect(run, "9")["arrays"]}
+    assert {"/".join(path): list(leaf.shape) for path, leaf in scope["arrays"].items()} == with_ours
+    rng = np.random.default_rng(9)  # as `save_run` drew them
+    shapes = dict(abstract_variables(create_model("resnet14-s4u1-double"), (8, 8, 1)))
+    drawn = jax.tree.map(lambda leaf: rng.uniform(0.1, 0.5, leaf.shape).astype(leaf.dtype), shapes)
+    assert_trees_equal(scope["bases"], drawn["params"]["bases"])
+    assert scope["record"]["config"]["model"] == dataclasses.asdict(CONFIG.model)
