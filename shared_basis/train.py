@@ -123,9 +123,10 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
     schedule = learning_rate_schedule(config.optimizer, config.train.epochs, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, config.orthogonality, element_sets, schedule)
     everywhere = replicated(mesh)
-    create = functools.partial(create_train_state, model, optimizer, config.seed, images.spec.image_shape)
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-                          jax.eval_shape(create))
+    create = jax.jit(
+        functools.partial(create_train_state, model, optimizer, config.seed, images.spec.image_shape),
+        out_shardings=everywhere, compiler_options=ops.quick_compiler_options())
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), create.eval_shape())
     feed = images.feed(config, mesh)
 
     def diagnose(params: Any) -> dict[str, jax.Array]:
@@ -152,7 +153,7 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
         diagnose=jax.jit(diagnose), schedule=schedule, steps_per_epoch=steps_per_epoch, memory=needed)
     if checkpoints.steps:
         return checkpoints.restore_latest(target), program
-    return jax.jit(create, out_shardings=everywhere, compiler_options=ops.quick_compiler_options())(), program
+    return create(), program
 
 
 def note_resume(run: Workdir, state: TrainState, program: Program, config: Config, screen: Screen) -> None:
