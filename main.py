@@ -3,6 +3,7 @@
     python main.py                                                 trains the embedded default
     python main.py --config=configs/cifar_resnet.py:resnet56       another recipe and network
     python main.py --mode=evaluate --workdir=DIR                   scores a trained run
+    python main.py --mode=predict --workdir=DIR --images=PATH       classifies image files, and those in directories
     python main.py --mode=inspect --workdir=DIR                    what a run holds, without loading its arrays
     python main.py --mode=summary --config=…                       parameters and multiply-accumulates
     python main.py --mode=prepare --config=…                       downloads and prepares a data set
@@ -29,12 +30,14 @@ from shared_basis.errors import UserError, end_with
 
 FLAGS = flags.FLAGS
 _DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "digits_resnet.py")
-_MODES = ["train", "evaluate", "inspect", "summary", "prepare", "import"]
+_MODES = ["train", "evaluate", "predict", "inspect", "summary", "prepare", "import"]
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as FILE.py[:network]; default: digits_resnet.py.")
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/<config>-<network>.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best or a step; for import the file.")
 _AGAINST = flags.DEFINE_string("against", "", "inspect: compare with this step, or with WORKDIR or WORKDIR:STEP.")
+_IMAGES = flags.DEFINE_multi_string("images", [], "predict: an image file, or a directory of them; may be repeated.")
+_OUTPUT = flags.DEFINE_string("output", "", "predict: write all probabilities to this file, as CSV.")
 _JSON = flags.DEFINE_bool("json", False, "Print the result as one JSON object; other lines go to standard error.")
 _DEBUG_NANS = flags.DEFINE_bool("debug_nans", False, "Stop at the operation that gives the first NaN; slow.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes, which TPU pods and SLURM tell.")
@@ -70,10 +73,11 @@ def run() -> None:
     from shared_basis import devices, modes, screen  # here, so that mistakes in flags do not wait for them
     with devices.started(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DEBUG_NANS.value):
         # Evaluation has the run's configuration; what is set here need suit that one alone.
-        config = Config() if _MODE.value in ("evaluate", "inspect") else from_config_dict(_CONFIG.value)
+        config = Config() if _MODE.value in ("evaluate", "predict", "inspect") else from_config_dict(_CONFIG.value)
         result, text = modes.run(
             _MODE.value, config, os.path.expanduser(_WORKDIR.value or os.path.join("runs", _CONFIG.value.name)),
             workdir_given=bool(_WORKDIR.value), checkpoint=_CHECKPOINT.value, against=_AGAINST.value,
+            images=_IMAGES.value, output=_OUTPUT.value,
             overrides=config_flags.get_override_values(FLAGS["config"]),
             screen=screen.Screen(sys.stderr if _JSON.value and devices.leads() else sys.stdout))
         print(json.dumps(result) if _JSON.value else text)

@@ -76,6 +76,27 @@ def make_evaluator(model: nn.Module, config: DataConfig, batches: Callable[[], I
     return evaluator
 
 
+def require_overridable(overrides: Iterable[str], run: Workdir) -> None:
+    """Raises `UserError` unless the fields `overrides`, dotted paths, can be changed for a trained run."""
+    for path in overrides:
+        if not path.startswith("data.") and path != "train.eval_batch_size":
+            raise UserError(f"--config.{path} cannot be changed for the trained run in {run.path}; only fields of "
+                            "data, and train.eval_batch_size, can.")
+
+
+def restore_network(config: Config, checkpoints: Checkpoints, step: int, spec: data.Spec,
+                    mesh: Mesh) -> tuple[Network, Variables]:
+    """Returns the network of `config`, and its variables at `step`, on all devices of `mesh`.
+
+    Raises:
+      UserError: as `build_model`, or the checkpoint is damaged or of another network.
+    """
+    model = build_model(config, spec)
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
+                          dict(abstract_variables(model, spec.image_shape)))
+    return model, checkpoints.restore_variables(step, target)
+
+
 def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None,
              tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Scores a checkpoint of `workdir` on the test images.
@@ -96,10 +117,7 @@ def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str,
     run = Workdir(workdir)
     with agreed():
         config, record = run.load()
-    for path in overrides or {}:
-        if not path.startswith("data.") and path != "train.eval_batch_size":
-            raise UserError(f"--config.{path} cannot be changed for the trained run in {run.path}; only fields of "
-                            "data, and train.eval_batch_size, can.")
+    require_overridable(overrides or {}, run)
     config = replace(config, overrides or {})
     mesh = make_mesh()
     with agreed(), memory.explained(config, "train.eval_batch_size"):
@@ -107,10 +125,7 @@ def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str,
         step = checkpoints.find(which)
         known = data.Spec(tuple(record["data"]["image_shape"]), tuple(record["data"]["classes"]))
         source = data.open_source(config.data, ("test",), known)
-        model = build_model(config, source.spec)
-        shapes = abstract_variables(model, source.spec.image_shape)
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), dict(shapes))
-        variables = checkpoints.restore_variables(step, target)
+        model, variables = restore_network(config, checkpoints, step, source.spec, mesh)
     with agreed(), memory.explained(config, "train.eval_batch_size"):
         images = feeds.load(source, config.data, mesh, tell)
     with memory.explained(config, "train.eval_batch_size"):

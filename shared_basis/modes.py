@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from shared_basis import data, evaluate, importing, inspection, summary, train
+from shared_basis import data, evaluate, importing, inspection, prediction, summary, train
 from shared_basis.config import Config
 from shared_basis.devices import leads
 from shared_basis.errors import UserError
@@ -16,13 +16,16 @@ from shared_basis.workdir import Workdir
 
 
 def run(mode: str, config: Config, workdir: str, *, workdir_given: bool, checkpoint: str, against: str,
-        overrides: Mapping[str, Any], screen: Screen) -> tuple[dict[str, Any], str]:
-    """Runs the mode train, evaluate, summary, prepare, import or inspect; returns its result, and that for a person.
+        images: Sequence[str], output: str, overrides: Mapping[str, Any], screen: Screen) -> tuple[dict[str, Any], str]:
+    """Runs a mode; returns its result, and the same for a person.
 
     Args:
-      config: the recipe. A run in `workdir` has its own: `evaluate` takes that, and `summary` if `workdir_given`.
-      checkpoint: which one to evaluate or inspect, or the file to import.
+      mode: train, evaluate, predict, inspect, summary, prepare or import.
+      config: the recipe. A run in `workdir` has its own: `evaluate`, `predict` and `inspect` take that, and `summary`
+        if `workdir_given`.
+      checkpoint: which one to evaluate, predict by or inspect, or the file to import.
       against: another checkpoint to compare the inspected one with.
+      images, output: files and directories to predict, and the file for the result.
       overrides: the fields that the user set, by dotted path.
 
     Raises:
@@ -33,6 +36,9 @@ def run(mode: str, config: Config, workdir: str, *, workdir_given: bool, checkpo
     if mode == "evaluate":
         result = evaluate.evaluate(workdir, checkpoint, overrides, screen.line)
         return result, evaluate.render(result)
+    if mode == "predict":
+        result = prediction.predict(workdir, images, checkpoint, overrides, output)
+        return result, prediction.render(result)
     if mode == "inspect":
         result = inspection.inspect(workdir, checkpoint, against)
         return result, inspection.render(result)

@@ -1,0 +1,131 @@
+"""What a run says of image files, against its network applied to each of them by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from helpers import ROOT, save_run, user_environment, user_error, write_folder
+from PIL import Image
+
+from shared_basis import data, prediction
+from shared_basis.checkpoints import Checkpoints
+from shared_basis.config import Config, DataConfig, ModelConfig, replace
+from shared_basis.devices import make_mesh
+from shared_basis.evaluate import restore_network
+
+CLASSES = ("cat", "dog", "eel")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    images = write_folder(root / "images", CLASSES, 3)
+    config = Config(model=ModelConfig(name="resnet14-s4u1"), data=DataConfig(
+        name="folder", directory=str(images), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)))
+    return save_run(root / "run", replace(config, {"train.eval_batch_size": 5}), {1: 0.5, 2: 0.25})
+
+
+@pytest.fixture(scope="module")
+def by_hand(run: Path) -> Any:
+    """Returns a function: the probabilities of one 8×8 image, without the package's reading or batches."""
+    config = prediction.Workdir(run).load()[0]
+    model, variables = restore_network(config, Checkpoints(run / "checkpoints", read_only=True), 2,
+                                       data.Spec((8, 8, 3), CLASSES), make_mesh())
+
+    @jax.jit
+    def classify(pixels: Any) -> Any:
+        normal = (pixels / np.float32(255) - np.array([0.4, 0.5, 0.6], np.float32)) / np.array(
+            [0.2, 0.3, 0.4], np.float32)
+        return jax.nn.softmax(model.apply(variables, normal[None], train=False))[0]
+    return lambda pixels: np.asarray(classify(np.asarray(pixels, np.float32)))
+
+
+def test_classifies_every_image_of_a_directory(run: Path, by_hand: Any) -> None:
+    folder = run.parent / "images"
+    found = prediction.predict(run, [str(folder)])
+    files = sorted(map(str, folder.rglob("*.png")))
+    assert [image["file"] for image in found["images"]] == files
+    assert len(files) == 18  # more than three batches of 5, the last one filled
+    for image in found["images"]:
+        expected = by_hand(Image.open(image["file"]))
+        np.testing.assert_allclose([image["probabilities"][name] for name in CLASSES], expected, atol=1e-5)
+        assert image["class"] == CLASSES[int(expected.argmax())]
+    assert len({image["class"] for image in found["images"]}) > 0
+    assert (found["step"], found["classes"]) == (2, list(CLASSES))
+
+
+def test_scales_and_crops_as_the_test_images_of_a_run(run: Path, by_hand: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    wide = Image.fromarray(rng.integers(0, 256, (16, 40, 3), dtype=np.uint8))
+    wide.save(tmp_path / "wide.png")
+    grey = Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8))
+    grey.save(tmp_path / "grey.png")
+    found = prediction.predict(run, [str(tmp_path / "wide.png"), str(tmp_path / "grey.png")])["images"]
+    expected = [wide.resize((8, 8), Image.Resampling.BILINEAR, box=(12, 0, 28, 16)), grey.convert("RGB")]
+    for image, pixels in zip(found, expected, strict=True):
+        np.testing.assert_allclose([image["probabilities"][name] for name in CLASSES], by_hand(pixels), atol=1e-5)
+
+
+def test_takes_the_checkpoint_that_is_asked_for(run: Path) -> None:
+    folder = [str(run.parent / "images" / "test" / "cat")]
+    latest, best = (prediction.predict(run, folder, which) for which in ("latest", "best"))
+    assert (latest["step"], best["step"]) == (2, 1)
+    assert latest["images"] != best["images"]
+
+
+def test_writes_all_probabilities_as_csv(run: Path, tmp_path: Path) -> None:
+    found = prediction.predict(run, [str(run.parent / "images" / "test")], output=str(tmp_path / "out.csv"))
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [image["file"] for image in found["images"]]
+    for row, image in zip(rows, found["images"], strict=True):
+        assert row["class"] == image["class"]
+        assert float(row["probability"]) == pytest.approx(max(image["probabilities"].values()), abs=1e-6)
+        assert sum(float(row[name]) for name in CLASSES) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_broken_image_ends_it_or_is_left_out(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = run.parent / "images" / "test" / "cat" / "0.png"
+    (tmp_path / "a.png").write_bytes(b"no image")
+    (tmp_path / "b.png").write_bytes(good.read_bytes())
+    with user_error("a.png", "on_broken=skip"):
+        prediction.predict(run, [str(tmp_path)])
+    found = prediction.predict(run, [str(tmp_path)], overrides={"data.on_broken": "skip"})["images"]
+    assert [image["file"] for image in found] == [str(tmp_path / "b.png")]
+    assert "a.png" in capsys.readouterr().err
+
+
+def test_a_mistake_is_told(run: Path, tmp_path: Path) -> None:
+    with user_error("--images=PATH"):
+        prediction.predict(run, [])
+    with user_error("absent.png", "no such file"):
+        prediction.predict(run, [str(tmp_path / "absent.png")])
+    with user_error(str(tmp_path), "no image in this directory", ".png"):
+        prediction.predict(run, [str(tmp_path)])
+    with user_error("--config.model.name cannot be changed"):
+        prediction.predict(run, [str(run.parent)], overrides={"model.name": "resnet20"})
+    with user_error("--output=", "cannot be written"):
+        prediction.predict(run, [str(run.parent / "images")], output=str(tmp_path / "absent" / "out.csv"))
+    with user_error("holds no run"):
+        prediction.predict(tmp_path, [str(run.parent)])
+
+
+def test_from_the_command_line(run: Path, tmp_path: Path) -> None:
+    def main(*arguments: str) -> Any:
+        return subprocess.run([sys.executable, str(ROOT / "main.py"), "--mode=predict", f"--workdir={run}", *arguments],
+                              env=user_environment(), capture_output=True, text=True, timeout=300, check=False)
+    cat, dog = (run.parent / "images" / "test" / name / "0.png" for name in ("cat", "dog"))
+    done = main(f"--images={cat}", f"--images={dog}", "--json", f"--output={tmp_path / 'out.csv'}")
+    assert done.returncode == 0, done.stderr
+    assert [image["file"] for image in json.loads(done.stdout)["images"]] == [str(cat), str(dog)]
+    assert (tmp_path / "out.csv").read_text().count("\n") == 3
+    wrong = main("--images=/no/such/image.png")
+    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
