@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import re
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -185,7 +186,7 @@ def plot(points: Sequence[Point], path: Path, session: Session) -> bool:
                                    layout="constrained")
     for column, axis in enumerate(axes):
         here = [point for point in points if point.axis == axis]
-        _draw(grid[0, column], here, lambda point: 1000 * sorted(point.seconds)[len(point.seconds) // 2], work=True)
+        _draw(grid[0, column], here, lambda point: 1000 * statistics.median(point.seconds), work=True)
         _draw(grid[1, column], here, lambda point: point.bytes / MIB, work=False)
         grid[1, column].set_xlabel(UNITS[axis])
     grid[0, 0].set_ylabel("time of a step (ms)")
