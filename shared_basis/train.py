@@ -10,6 +10,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -141,7 +142,10 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
             accumulate=config.optimizer.accumulate)
         return new, {**metrics, **diagnose(state.params)}
 
-    compiled = step.lower(target, *feed.abstract).compile()
+    lowered = step.lower(target, *feed.abstract)
+    with ThreadPoolExecutor() as threads:  # XLA compiles without Python's lock
+        creating = None if checkpoints.steps else threads.submit(create.lower().compile)
+        compiled = lowered.compile()
     needed = memory.measure(target, images.bytes_on_device(feed, mesh), compiled)
     with agreed():
         memory.check(needed, config, mesh)
@@ -151,9 +155,7 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
         evaluate={name: make_evaluator(model, config.data, images.batches(name, config.train.eval_batch_size, mesh),
                                        mesh) for name in images.splits if name != "train"},
         diagnose=jax.jit(diagnose), schedule=schedule, steps_per_epoch=steps_per_epoch, memory=needed)
-    if checkpoints.steps:
-        return checkpoints.restore_latest(target), program
-    return create(), program
+    return checkpoints.restore_latest(target) if creating is None else creating.result()(), program
 
 
 def note_resume(run: Workdir, state: TrainState, program: Program, config: Config, screen: Screen) -> None:
