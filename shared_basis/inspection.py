@@ -125,10 +125,10 @@ def render(found: Mapping[str, Any]) -> str:
 def _render_differences(found: Mapping[str, Any]) -> list[str]:
     if "differences" not in found:
         return []
-    lines = [f"differences from {found['differences']['against']}, which is on the right:"]
+    title = f"differences from {found['differences']['against']}"
     rows = [(f"  {kind} {path}", _shown(one), _shown(other)) for kind in ("config", "versions", "metrics", "arrays")
             for path, (one, other) in found["differences"][kind].items()]
-    return _aligned(rows, lines[0]) if rows else [lines[0].replace(", which is on the right:", ": none")]
+    return _aligned(rows, f"{title}, which is on the right:") if rows else [f"{title}: none"]
 
 
 def _shown(value: Any) -> str:

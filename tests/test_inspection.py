@@ -49,7 +49,7 @@ def test_tells_all_that_was_saved(run: Path) -> None:
         assert (arrays[path]["shape"], arrays[path]["dtype"]) == (list(leaf.shape), "float32")
         assert arrays[path]["bytes"] == 4 * leaf.size
     assert found["bytes"]["params"] == 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
-    assert json.loads(json.dumps(found)) == json.loads(json.dumps(found, default=str)), "it is plain data"
+    json.dumps(found)  # raises unless it is plain data
 
 
 def test_reads_no_array(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

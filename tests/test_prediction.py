@@ -58,7 +58,6 @@ def test_classifies_every_image_of_a_directory(run: Path, by_hand: Any) -> None:
         expected = by_hand(Image.open(image["file"]))
         np.testing.assert_allclose([image["probabilities"][name] for name in CLASSES], expected, atol=1e-5)
         assert image["class"] == CLASSES[int(expected.argmax())]
-    assert len({image["class"] for image in found["images"]}) > 0
     assert (found["step"], found["classes"]) == (2, list(CLASSES))
 
 
