@@ -30,16 +30,17 @@ from shared_basis.errors import UserError, end_with
 
 FLAGS = flags.FLAGS
 _DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "digits_resnet.py")
-_MODES = ["train", "evaluate", "predict", "inspect", "summary", "prepare", "import"]
+_TRAINED = ("evaluate", "predict", "inspect")  # modes of a run, which has its own configuration
+_MODES = ("train", *_TRAINED, "summary", "prepare", "import")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as FILE.py[:network]; default: digits_resnet.py.")
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/<config>-<network>.")
+_JSON = flags.DEFINE_bool("json", False, "Print the result as one JSON object; other lines go to standard error.")
+_DEBUG_NANS = flags.DEFINE_bool("debug_nans", False, "Stop at the operation that gives the first NaN; slow.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best or a step; for import the file.")
 _AGAINST = flags.DEFINE_string("against", "", "inspect: compare with this step, or with WORKDIR or WORKDIR:STEP.")
 _IMAGES = flags.DEFINE_multi_string("images", [], "predict: an image file, or a directory of them; may be repeated.")
 _OUTPUT = flags.DEFINE_string("output", "", "predict: write all probabilities to this file, as CSV.")
-_JSON = flags.DEFINE_bool("json", False, "Print the result as one JSON object; other lines go to standard error.")
-_DEBUG_NANS = flags.DEFINE_bool("debug_nans", False, "Stop at the operation that gives the first NaN; slow.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes, which TPU pods and SLURM tell.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing tells it.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, likewise.")
@@ -72,14 +73,13 @@ def run() -> None:
     """Does what the flags say, and prints the result."""
     from shared_basis import devices, modes, screen  # here, so that mistakes in flags do not wait for them
     with devices.started(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DEBUG_NANS.value):
-        # Evaluation has the run's configuration; what is set here need suit that one alone.
-        config = Config() if _MODE.value in ("evaluate", "predict", "inspect") else from_config_dict(_CONFIG.value)
-        result, text = modes.run(
-            _MODE.value, config, os.path.expanduser(_WORKDIR.value or os.path.join("runs", _CONFIG.value.name)),
-            workdir_given=bool(_WORKDIR.value), checkpoint=_CHECKPOINT.value, against=_AGAINST.value,
-            images=_IMAGES.value, output=_OUTPUT.value,
-            overrides=config_flags.get_override_values(FLAGS["config"]),
-            screen=screen.Screen(sys.stderr if _JSON.value and devices.leads() else sys.stdout))
+        # What is set here of a trained run's configuration need suit that one alone.
+        config = Config() if _MODE.value in _TRAINED else from_config_dict(_CONFIG.value)
+        result, text = modes.run(_MODE.value, modes.Request(
+            config, config_flags.get_override_values(FLAGS["config"]),
+            os.path.expanduser(_WORKDIR.value or os.path.join("runs", _CONFIG.value.name)), bool(_WORKDIR.value),
+            screen.Screen(sys.stderr if _JSON.value and devices.leads() else sys.stdout),
+            checkpoint=_CHECKPOINT.value, against=_AGAINST.value, images=_IMAGES.value, output=_OUTPUT.value))
         print(json.dumps(result) if _JSON.value else text)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -21,7 +22,7 @@ from shared_basis.errors import UserError
 from shared_basis.feeds import Inputs
 from shared_basis.models import Network, create_model
 from shared_basis.params import abstract_variables
-from shared_basis.steps import Metrics, eval_step
+from shared_basis.steps import Metrics, eval_step, normalize
 from shared_basis.workdir import Workdir
 
 Variables = Mapping[str, Any]
@@ -44,8 +45,11 @@ def build_model(config: Config, spec: data.Spec) -> Network:
                         loop={"auto": None, "yes": True, "no": False}[config.model.loop])
 
 
-Evaluator = Callable[[Variables, Callable[[], None]], dict[str, float]]
-"""Scores variables; calls its second argument after each batch."""
+class Evaluator(Protocol):
+    """Scores variables; calls `between` after each batch."""
+
+    def __call__(self, variables: Variables, between: Callable[[], None] = ...) -> dict[str, float]:
+        """See `make_evaluator`."""
 
 
 def make_evaluator(model: nn.Module, config: DataConfig, batches: Callable[[], Iterable[Inputs]],
@@ -76,25 +80,63 @@ def make_evaluator(model: nn.Module, config: DataConfig, batches: Callable[[], I
     return evaluator
 
 
-def require_overridable(overrides: Iterable[str], run: Workdir) -> None:
-    """Raises `UserError` unless the fields `overrides`, dotted paths, can be changed for a trained run."""
-    for path in overrides:
-        if not path.startswith("data.") and path != "train.eval_batch_size":
-            raise UserError(f"--config.{path} cannot be changed for the trained run in {run.path}; only fields of "
-                            "data, and train.eval_batch_size, can.")
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained network: a checkpoint of a run, with its variables on the devices."""
 
+    run: Workdir
+    config: Config
+    """The run's, with what the caller overrides."""
+    spec: data.Spec
+    mesh: Mesh
+    checkpoints: Checkpoints
+    step: int
+    """Of the checkpoint."""
+    model: Network
+    variables: Variables
+    """`params` and `batch_stats`."""
 
-def restore_network(config: Config, checkpoints: Checkpoints, step: int, spec: data.Spec,
-                    mesh: Mesh) -> tuple[Network, Variables]:
-    """Returns the network of `config`, and its variables at `step`, on all devices of `mesh`.
+    @classmethod
+    def open(cls, workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None) -> Trained:
+        """Restores the checkpoint `which` ('latest', 'best' or the number of a step) of the run in `workdir`.
 
-    Raises:
-      UserError: as `build_model`, or the checkpoint is damaged or of another network.
-    """
-    model = build_model(config, spec)
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
-                          dict(abstract_variables(model, spec.image_shape)))
-    return model, checkpoints.restore_variables(step, target)
+        Args:
+          overrides: fields of the run's configuration to replace by dotted path: those of `data`, where the images lie
+            elsewhere now, and `train.eval_batch_size`.
+
+        Raises:
+          UserError: no such run or checkpoint, or it is damaged or of another network, or other overrides.
+        """
+        run = Workdir(workdir)
+        config, record = run.load()
+        for path in overrides or {}:
+            if not path.startswith("data.") and path != "train.eval_batch_size":
+                raise UserError(f"--config.{path} cannot be changed for the trained run in {run.path}; only fields of "
+                                "data, and train.eval_batch_size, can.")
+        config = replace(config, overrides or {})
+        mesh = make_mesh()
+        with memory.explained(config, "train.eval_batch_size"):
+            checkpoints = Checkpoints(run.checkpoints, read_only=True)
+            step = checkpoints.find(which)
+            spec = data.Spec(tuple(record["data"]["image_shape"]), tuple(record["data"]["classes"]))
+            model = build_model(config, spec)
+            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
+                                  dict(abstract_variables(model, spec.image_shape)))
+            variables = checkpoints.restore_variables(step, target)
+        return cls(run, config, spec, mesh, checkpoints, step, model, variables)
+
+    def open_source(self) -> data.Source:
+        """Opens the run's test images, which must have its classes and shape."""
+        return data.open_source(self.config.data, ("test",), self.spec)
+
+    def classifier(self) -> Callable[[jax.Array], jax.Array]:
+        """Returns the compiled function from images uint8 `[N, H, W, C]` to logits float32 `[N, classes]`."""
+        @functools.partial(jax.jit, out_shardings=replicated(self.mesh), compiler_options=ops.compiler_options())
+        def classify(variables: Variables, images: jax.Array) -> jax.Array:
+            logits: Any = self.model.apply(variables, normalize(images, self.config.data), train=False)
+            return logits
+
+        return functools.partial(classify, self.variables)
 
 
 def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None,
@@ -102,9 +144,7 @@ def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str,
     """Scores a checkpoint of `workdir` on the test images.
 
     Args:
-      which: 'latest', 'best' or the number of a step.
-      overrides: fields of the run's configuration to replace by dotted path: those of `data`, where the images lie
-        elsewhere now, and `train.eval_batch_size`.
+      which, overrides: as in `Trained.open`.
       tell: is given what a person should know of the images, line by line.
 
     Returns:
@@ -112,29 +152,22 @@ def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str,
       the images that 'best' was chosen on, 'validation' or 'test' (the published protocol), and None otherwise.
 
     Raises:
-      UserError: no such run or checkpoint, other overrides, or other data than the run was trained for.
+      UserError: as `Trained.open`, or other data than the run was trained for.
     """
-    run = Workdir(workdir)
     with agreed():
-        config, record = run.load()
-    require_overridable(overrides or {}, run)
-    config = replace(config, overrides or {})
-    mesh = make_mesh()
-    with agreed(), memory.explained(config, "train.eval_batch_size"):
-        checkpoints = Checkpoints(run.checkpoints, read_only=True)
-        step = checkpoints.find(which)
-        known = data.Spec(tuple(record["data"]["image_shape"]), tuple(record["data"]["classes"]))
-        source = data.open_source(config.data, ("test",), known)
-        model, variables = restore_network(config, checkpoints, step, source.spec, mesh)
-    with agreed(), memory.explained(config, "train.eval_batch_size"):
-        images = feeds.load(source, config.data, mesh, tell)
+        trained = Trained.open(workdir, which, overrides)
+    config, mesh = trained.config, trained.mesh
     with memory.explained(config, "train.eval_batch_size"):
-        scores = make_evaluator(model, config.data, images.batches("test", config.train.eval_batch_size, mesh),
-                                mesh)(variables, lambda: None)
-    return {"workdir": str(run.path), "step": step, "model": config.model.name, "test_loss": scores["loss"],
-            "test_accuracy": scores["accuracy"], "test_accuracy_top5": scores["accuracy_top5"],
-            "test_examples": int(scores["count"]),
-            "chosen_on": chosen_on(checkpoints.metrics(step) or {}) if which == "best" else None}
+        with agreed():
+            source = trained.open_source()
+        with agreed():  # apart, as processes settle something in it
+            images = feeds.load(source, config.data, mesh, tell)
+        scores = make_evaluator(trained.model, config.data,
+                                images.batches("test", config.train.eval_batch_size, mesh), mesh)(trained.variables)
+    return {"workdir": str(trained.run.path), "step": trained.step, "model": config.model.name,
+            "test_loss": scores["loss"], "test_accuracy": scores["accuracy"],
+            "test_accuracy_top5": scores["accuracy_top5"], "test_examples": int(scores["count"]),
+            "chosen_on": chosen_on(trained.checkpoints.metrics(trained.step) or {}) if which == "best" else None}
 
 
 def render(result: Mapping[str, Any]) -> str:

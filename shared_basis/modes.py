@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,45 +16,77 @@ from shared_basis.screen import Screen
 from shared_basis.workdir import Workdir
 
 
-def run(mode: str, config: Config, workdir: str, *, workdir_given: bool, checkpoint: str, against: str,
-        images: Sequence[str], output: str, overrides: Mapping[str, Any], screen: Screen) -> tuple[dict[str, Any], str]:
-    """Runs a mode; returns its result, and the same for a person.
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
 
-    Args:
-      mode: train, evaluate, predict, inspect, summary, prepare or import.
-      config: the recipe. A run in `workdir` has its own: `evaluate`, `predict` and `inspect` take that, and `summary`
-        if `workdir_given`.
-      checkpoint: which one to evaluate, predict by or inspect, or the file to import.
-      against: another checkpoint to compare the inspected one with.
-      images, output: files and directories to predict, and the file for the result.
-      overrides: the fields that the user set, by dotted path.
+    config: Config
+    """The recipe; of a trained run, which has its own, only `overrides` count."""
+    overrides: Mapping[str, Any]
+    """The fields that the user set, by dotted path."""
+    workdir: str
+    workdir_given: bool
+    """Whether the user named `workdir`; it is the recipe's default otherwise."""
+    screen: Screen
+    checkpoint: str = "latest"
+    against: str = ""
+    images: Sequence[str] = ()
+    output: str = ""
+
+
+Result = tuple[dict[str, Any], str]
+"""The result of a mode for a program, and the same for a person."""
+
+
+def run(mode: str, request: Request) -> Result:
+    """Runs one of `MODES`.
 
     Raises:
       UserError, KeyboardInterrupt: as the mode.
     """
     if jax.process_count() > 1 and mode not in ("train", "evaluate"):
         raise UserError(f"--distributed: --mode={mode} is for one process; only train and evaluate are shared.")
-    if mode == "evaluate":
-        result = evaluate.evaluate(workdir, checkpoint, overrides, screen.line)
-        return result, evaluate.render(result)
-    if mode == "predict":
-        result = prediction.predict(workdir, images, checkpoint, overrides, output)
-        return result, prediction.render(result)
-    if mode == "inspect":
-        result = inspection.inspect(workdir, checkpoint, against)
-        return result, inspection.render(result)
-    if mode == "summary":
-        if workdir_given:
-            config = Workdir(workdir).load()[0]
-        spec = data.describe(config.data)
-        result = summary.compare_with_plain(config.model, len(spec.classes), spec.image_shape)
-        return result, summary.render(result)
-    if mode == "prepare":
-        text = data.prepare(config.data)
-        return {"name": config.data.name, "prepared": text}, text
-    if mode == "import":
-        result = importing.import_weights(config, workdir, checkpoint)
-        return result, importing.render(result)
-    with screen:
-        result = train.train(config, workdir, screen)
+    return MODES[mode](request)
+
+
+def _train(request: Request) -> Result:
+    with request.screen:
+        result = train.train(request.config, request.workdir, request.screen)
     return result, train.render(result) if leads() else ""
+
+
+def _evaluate(request: Request) -> Result:
+    result = evaluate.evaluate(request.workdir, request.checkpoint, request.overrides, request.screen.line)
+    return result, evaluate.render(result)
+
+
+def _predict(request: Request) -> Result:
+    result = prediction.predict(request.workdir, request.images, request.checkpoint, request.overrides, request.output)
+    return result, prediction.render(result)
+
+
+def _inspect(request: Request) -> Result:
+    result = inspection.inspect(request.workdir, request.checkpoint, request.against)
+    return result, inspection.render(result)
+
+
+def _summary(request: Request) -> Result:
+    config = Workdir(request.workdir).load()[0] if request.workdir_given else request.config
+    spec = data.describe(config.data)
+    result = summary.compare_with_plain(config.model, len(spec.classes), spec.image_shape)
+    return result, summary.render(result)
+
+
+def _prepare(request: Request) -> Result:
+    text = data.prepare(request.config.data)
+    return {"name": request.config.data.name, "prepared": text}, text
+
+
+def _import(request: Request) -> Result:
+    result = importing.import_weights(request.config, request.workdir, request.checkpoint)
+    return result, importing.render(result)
+
+
+MODES: dict[str, Callable[[Request], Result]] = {
+    "train": _train, "evaluate": _evaluate, "predict": _predict, "inspect": _inspect, "summary": _summary,
+    "prepare": _prepare, "import": _import}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,16 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from shared_basis import data, memory, ops
-from shared_basis.checkpoints import Checkpoints
-from shared_basis.config import replace
+from shared_basis import memory
 from shared_basis.data.folder import SUFFIXES, FileExamples
-from shared_basis.devices import make_mesh, replicated
 from shared_basis.errors import UserError
-from shared_basis.evaluate import require_overridable, restore_network
+from shared_basis.evaluate import Trained
 from shared_basis.feeds import Images
-from shared_basis.steps import normalize
-from shared_basis.workdir import Workdir
 
 SHOWN = 3
 """Classes that are shown of each image; the result and the CSV hold all."""
@@ -48,35 +42,23 @@ def predict(workdir: str | Path, images: Sequence[str], which: str = "latest",
     Raises:
       UserError: no such run, checkpoint or image, or an image cannot be decoded.
     """
-    run = Workdir(workdir)
-    config, record = run.load()
-    require_overridable(overrides or {}, run)
-    config = replace(config, overrides or {})
     files = list_images(images)
-    spec = data.Spec(tuple(record["data"]["image_shape"]), tuple(record["data"]["classes"]))
+    trained = Trained.open(workdir, which, overrides)
+    spec, config = trained.spec, trained.config
     scaled = dataclasses.replace(config.data, image_size=spec.image_shape[0])
-    mesh = make_mesh()
+    examples = FileExamples.of("", files, np.zeros(len(files), np.int32))
     with memory.explained(config, "train.eval_batch_size"):
-        checkpoints = Checkpoints(run.checkpoints, read_only=True)
-        step = checkpoints.find(which)
-        model, variables = restore_network(config, checkpoints, step, spec, mesh)
-
-        @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=ops.compiler_options())
-        def classify(variables: Any, pixels: jax.Array) -> jax.Array:
-            logits: Any = model.apply(variables, normalize(pixels, config.data), train=False)
-            return jax.nn.softmax(logits)
-
-        examples = FileExamples.of("", files, np.zeros(len(files), np.int32))
-        parts = [(np.asarray(classify(variables, pixels)), np.asarray(labels)) for pixels, labels in Images(
-            spec, {"test": examples}, scaled).batches("test", config.train.eval_batch_size, mesh)()]
+        classify = trained.classifier()
+        parts = [(np.asarray(jax.nn.softmax(classify(pixels))), np.asarray(labels)) for pixels, labels in Images(
+            spec, {"test": examples}, scaled).batches("test", config.train.eval_batch_size, trained.mesh)()]
     probabilities, labels = (np.concatenate(each)[:len(files)] for each in zip(*parts, strict=True))
     found = [{"file": file, "class": spec.classes[int(row.argmax())],
               "probabilities": dict(zip(spec.classes, map(float, row), strict=True))}
              for file, row, label in zip(files, probabilities, labels, strict=True) if label >= 0]
     if output:
         write_csv(Path(output), spec.classes, found)
-    return {"workdir": str(run.path), "step": step, "model": config.model.name, "classes": list(spec.classes),
-            "images": found}
+    return {"workdir": str(trained.run.path), "step": trained.step, "model": config.model.name,
+            "classes": list(spec.classes), "images": found}
 
 
 def list_images(paths: Sequence[str]) -> list[str]:

@@ -15,11 +15,9 @@ import pytest
 from helpers import ROOT, save_run, user_environment, user_error, write_folder
 from PIL import Image
 
-from shared_basis import data, prediction
-from shared_basis.checkpoints import Checkpoints
+from shared_basis import prediction
 from shared_basis.config import Config, DataConfig, ModelConfig, replace
-from shared_basis.devices import make_mesh
-from shared_basis.evaluate import restore_network
+from shared_basis.evaluate import Trained
 
 CLASSES = ("cat", "dog", "eel")
 
@@ -36,9 +34,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def by_hand(run: Path) -> Any:
     """Returns a function: the probabilities of one 8×8 image, without the package's reading or batches."""
-    config = prediction.Workdir(run).load()[0]
-    model, variables = restore_network(config, Checkpoints(run / "checkpoints", read_only=True), 2,
-                                       data.Spec((8, 8, 3), CLASSES), make_mesh())
+    trained = Trained.open(run)
+    model, variables = trained.model, trained.variables
 
     @jax.jit
     def classify(pixels: Any) -> Any:
