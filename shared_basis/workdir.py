@@ -2,6 +2,9 @@
 
     run.json        configuration, versions, data facts: all that evaluation needs beside a checkpoint
     metrics.jsonl   one JSON object for each evaluation
+    metrics.csv     the same as a table
+    log.txt         what was printed, with time, process and step; log-1.txt that of process 1, …
+    tensorboard/    the same as event files, if asked for
     checkpoints/    see `shared_basis.checkpoints`
     damaged/        checkpoints that could not be restored, set aside
     .lock           held by the process that writes
@@ -10,18 +13,21 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from shared_basis.config import Config, differences, from_config_dict, to_dict
 from shared_basis.errors import UserError
+from shared_basis.tensorboard import Events
 
 LOCK_SECONDS = 2.0
 LOCK_ATTEMPTS = 10
@@ -48,8 +54,11 @@ def make_record(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
 class Workdir:
     """The directory of one run."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, tensorboard: bool = False) -> None:
         """Names the directory; touches nothing.
+
+        Args:
+          tensorboard: whether metrics are also written as event files.
 
         Raises:
           UserError: it is an address, such as gs://bucket.
@@ -58,6 +67,8 @@ class Workdir:
             raise UserError(f"workdir {path}: must be a directory; mount the bucket, e.g. with gcsfuse, and give the "
                             "directory that it is mounted on.")
         self.path = Path(path)
+        self._tensorboard = tensorboard
+        self._events: Events | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -120,7 +131,11 @@ class Workdir:
             raise self._unwritable(error) from error
         with file:
             _lock(file, self.path)
-            yield
+            try:
+                yield
+            finally:
+                if self._events is not None:
+                    self._events.close()
 
     def claim(self, record: Mapping[str, Any]) -> None:
         """Makes the directory that of the run `record`, whether it is new or resumes.
@@ -192,15 +207,34 @@ class Workdir:
     def rewind_metrics(self, step: int) -> None:
         """Drops the metrics after `step`: a run that resumes there computes them again."""
         kept = [line for line in self.metrics() if line["step"] <= step]
-        with self._writing("metrics.jsonl"):
-            temporary = self.path / "metrics.jsonl.tmp"
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(temporary, self.path / "metrics.jsonl")
+        self._replace("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        self._write_table(kept)
+        if self._tensorboard:
+            with self._writing("tensorboard"):
+                self._events = Events(self.path / "tensorboard", kept, step)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Adds one JSON object to metrics.jsonl."""
+        """Adds one JSON object to metrics.jsonl, and writes metrics.csv anew."""
         with self._writing("metrics.jsonl"), (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+        self._write_table(self.metrics())
+        if self._events is not None:
+            with self._writing("tensorboard"):
+                self._events.add(line)
+
+    def _write_table(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Writes metrics.csv: it is small, and never of another state than metrics.jsonl so."""
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, list(dict.fromkeys(name for line in lines for name in line)))
+        writer.writeheader()
+        writer.writerows(lines)
+        self._replace("metrics.csv", table.getvalue() if lines else "")
+
+    def _replace(self, name: str, text: str) -> None:
+        with self._writing(name):
+            temporary = self.path / f"{name}.tmp"
+            temporary.write_text(text, newline="")
+            os.replace(temporary, self.path / name)
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:
