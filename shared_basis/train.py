@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 import optax
 
 from shared_basis import data, feeds, memory, ops
@@ -136,10 +137,11 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
     schedule = learning_rate_schedule(config.optimizer, config.train.epochs, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, config.orthogonality, element_sets, schedule)
     everywhere = replicated(mesh)
-    create = jax.jit(
-        functools.partial(create_train_state, model, optimizer, config.seed, images.spec.image_shape),
-        out_shardings=everywhere, compiler_options=ops.quick_compiler_options())
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), create.eval_shape())
+    seed = np.int32(config.seed)  # an argument of the compiled functions, which then serve all seeds
+    create = jax.jit(functools.partial(create_train_state, model, optimizer, image_shape=images.spec.image_shape),
+                     out_shardings=everywhere, compiler_options=ops.quick_compiler_options())
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+                          create.eval_shape(seed))
     feed = images.feed(config, mesh)
 
     def diagnose(params: Any) -> dict[str, jax.Array]:
@@ -147,27 +149,28 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
 
     @functools.partial(jax.jit, donate_argnums=() if debugging_nans() else 0, out_shardings=everywhere,
                        compiler_options=ops.compiler_options())
-    def step(state: TrainState, *inputs: jax.Array) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, seed: jax.Array, *inputs: jax.Array) -> tuple[TrainState, Metrics]:
         new, metrics = train_step(
             state, *feed.select(state.step, *inputs), model=model, optimizer=optimizer, data=config.data,
-            seed=config.seed, steps_per_epoch=steps_per_epoch, batch_sharding=divided(mesh),
+            seed=seed, steps_per_epoch=steps_per_epoch, batch_sharding=divided(mesh),
             accumulate=config.optimizer.accumulate)
         return new, {**metrics, **diagnose(state.params)}
 
-    lowered = step.lower(target, *feed.abstract)
+    lowered = step.lower(target, seed, *feed.abstract)
     with ThreadPoolExecutor() as threads:  # XLA compiles without Python's lock
-        creating = None if checkpoints.steps else threads.submit(create.lower().compile)
+        creating = None if checkpoints.steps else threads.submit(create.lower(seed).compile)
         compiled = lowered.compile()
     needed = memory.measure(target, images.bytes_on_device(feed, mesh), compiled)
     with agreed():
         memory.check(needed, config, mesh)
+    run = step if debugging_nans() else compiled
     program = Program(
-        step=step if debugging_nans() else compiled,
+        step=lambda state, *inputs: run(state, seed, *inputs),
         batches=feed.batches,
         evaluate={name: make_evaluator(model, config.data, images.batches(name, config.train.eval_batch_size, mesh),
                                        mesh) for name in images.splits if name != "train"},
         diagnose=jax.jit(diagnose), schedule=schedule, steps_per_epoch=steps_per_epoch, memory=needed)
-    return checkpoints.restore_latest(target) if creating is None else creating.result()(), program
+    return checkpoints.restore_latest(target) if creating is None else creating.result()(seed), program
 
 
 def note_resume(run: Workdir, state: TrainState, program: Program, config: Config, screen: Screen) -> None:
