@@ -57,8 +57,8 @@ def train(config: Config, workdir: str | Path, screen: Screen, *, tensorboard: b
       tensorboard: whether metrics are also written as event files.
 
     Returns:
-      `compare_with_plain`'s counts and, in the first process, the last line of metrics.jsonl, and of the best epoch
-      `best_epoch`, `best_test_accuracy` and `chosen_on`: 'validation', or 'test', the published protocol.
+      `compare_with_plain`'s counts and, in the first process, the `device`, the last line of metrics.jsonl, and of the
+      best epoch `best_epoch`, `best_test_accuracy` and `chosen_on`: 'validation', or 'test', the published protocol.
 
     Raises:
       UserError: the configuration does not fit the data or the devices, or the workdir holds another run.
@@ -99,9 +99,10 @@ def train(config: Config, workdir: str | Path, screen: Screen, *, tensorboard: b
         *parts, last = (f"{count(images.count(name))} {'training' if name == 'train' else name}"
                         for name in images.splits)
         processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        device = f"{mesh.size} × {jax.devices()[0].device_kind}{processes}"
         screen.line(f"data {config.data.name}: {', '.join(parts)} and {last} images of "
                     f"{'×'.join(map(str, source.spec.image_shape))}, {len(source.spec.classes)} classes; "
-                    f"{mesh.size} × {jax.devices()[0].device_kind}{processes}; workdir {run.path}")
+                    f"{device}; workdir {run.path}")
         checkpoints = Checkpoints(run.checkpoints, aside=run.damaged, tell=screen.warn)
         stack.callback(checkpoints.close)
         end = config.train.epochs * (examples // config.train.batch_size)
@@ -110,7 +111,7 @@ def train(config: Config, workdir: str | Path, screen: Screen, *, tensorboard: b
         else:
             with memory.explained(config, saved=lambda: f" Saved: {checkpoints.describe()}."):
                 go_on(config, images, model, mesh, run, checkpoints, record, screen)
-    return {**comparison, **result(run)} if leads() else comparison
+    return {**comparison, "device": device, **result(run)} if leads() else comparison
 
 
 def go_on(config: Config, images: feeds.Images, model: Any, mesh: Any, run: Workdir, checkpoints: Checkpoints,
