@@ -4,6 +4,7 @@
     python main.py --config=configs/cifar_resnet.py:resnet56       another recipe and network
     python main.py --mode=evaluate --workdir=DIR                   scores a trained run
     python main.py --mode=predict --workdir=DIR --images=PATH       classifies image files, and those in directories
+    python main.py --mode=export --workdir=DIR --format=onnx       the inference function as a file (or stablehlo)
     python main.py --mode=inspect --workdir=DIR                    what a run holds, without loading its arrays
     python main.py --mode=summary --config=…                       parameters and multiply-accumulates
     python main.py --mode=prepare --config=…                       downloads and prepares a data set
@@ -30,7 +31,7 @@ from shared_basis.errors import UserError, end_with
 
 FLAGS = flags.FLAGS
 _DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "digits_resnet.py")
-_TRAINED = ("evaluate", "predict", "inspect")  # modes of a run, which has its own configuration
+_TRAINED = ("evaluate", "predict", "export", "inspect")  # modes of a run, which has its own configuration
 _MODES = ("train", *_TRAINED, "summary", "prepare", "import")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as FILE.py[:network]; default: digits_resnet.py.")
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
@@ -40,10 +41,12 @@ _DEBUG_NANS = flags.DEFINE_bool("debug_nans", False, "Stop at the operation that
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best or a step; for import the file.")
 _AGAINST = flags.DEFINE_string("against", "", "inspect: compare with this step, or with WORKDIR or WORKDIR:STEP.")
 _IMAGES = flags.DEFINE_multi_string("images", [], "predict: an image file, or a directory of them; may be repeated.")
-_OUTPUT = flags.DEFINE_string("output", "", "predict: write all probabilities to this file, as CSV.")
 _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "train: write metrics as TensorBoard event files too.")
 _QUIET = flags.DEFINE_bool("quiet", False, "Print warnings and the result alone.")
 _VERBOSE = flags.DEFINE_bool("verbose", False, "Print details too, such as each step.")
+_OUTPUT = flags.DEFINE_string("output", "", "predict: write all probabilities to this file, as CSV. export: the file.")
+_FORMAT = flags.DEFINE_enum("format", "onnx", ("onnx", "stablehlo"), "export: what to write.")
+_FOLD = flags.DEFINE_enum("fold", "auto", ("auto", "basis", "composed", "none"), "export: see docs/export.md.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes, which TPU pods and SLURM tell.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing tells it.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, likewise.")
@@ -84,7 +87,8 @@ def run() -> None:
             config, config_flags.get_override_values(FLAGS["config"]),
             os.path.expanduser(_WORKDIR.value or os.path.join("runs", _CONFIG.value.name)), bool(_WORKDIR.value),
             json=_JSON.value, quiet=_QUIET.value, verbose=_VERBOSE.value, tensorboard=_TENSORBOARD.value,
-            checkpoint=_CHECKPOINT.value, against=_AGAINST.value, images=_IMAGES.value, output=_OUTPUT.value))
+            checkpoint=_CHECKPOINT.value, against=_AGAINST.value, images=_IMAGES.value, output=_OUTPUT.value,
+            format=_FORMAT.value, fold=_FOLD.value))
         print(json.dumps(result) if _JSON.value else text)
 
 

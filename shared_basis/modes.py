@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from shared_basis import data, evaluate, importing, inspection, prediction, summary, train
+from shared_basis import data, evaluate, export, importing, inspection, prediction, summary, train
 from shared_basis.config import Config
 from shared_basis.devices import leads
 from shared_basis.errors import UserError
@@ -37,6 +37,8 @@ class Request:
     images: Sequence[str] = ()
     output: str = ""
     tensorboard: bool = False
+    format: str = "onnx"
+    fold: str = "auto"
 
     @functools.cached_property
     def screen(self) -> Screen:
@@ -79,6 +81,12 @@ def _predict(request: Request) -> Result:
     return result, prediction.render(result)
 
 
+def _export(request: Request) -> Result:
+    result = export.export(request.workdir, request.format, request.fold, request.checkpoint, request.overrides,
+                           request.output)
+    return result, export.render(result)
+
+
 def _inspect(request: Request) -> Result:
     result = inspection.inspect(request.workdir, request.checkpoint, request.against)
     return result, inspection.render(result)
@@ -103,5 +111,5 @@ def _import(request: Request) -> Result:
 
 
 MODES: dict[str, Callable[[Request], Result]] = {
-    "train": _train, "evaluate": _evaluate, "predict": _predict, "inspect": _inspect, "summary": _summary,
-    "prepare": _prepare, "import": _import}
+    "train": _train, "evaluate": _evaluate, "predict": _predict, "export": _export, "inspect": _inspect,
+    "summary": _summary, "prepare": _prepare, "import": _import}
