@@ -52,7 +52,7 @@ def fold(output: Node, choice: str) -> tuple[Node, Outcome]:
             output = rewrite(output, _with(rule, shared))
     output = rewrite(output, lambda node, alone: _compose(node, alone, choice, outcome))
     output = _rounded(output if choice == "none" else rewrite(output, _join))
-    outcome.norms_left = sum(node.op == "affine" and bool(node.scope) for node in ordered(output))
+    outcome.norms_left = sum("scale" in node.arrays and bool(node.scope) for node in ordered(output))
     return output, outcome
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -31,8 +32,21 @@ def serialise(output: Node, metadata: Mapping[str, Any]) -> dict[str, bytes]:
     """Returns the program from images uint8 `[N, H, W, C]` to logits, and `metadata` as JSON, by suffix of the file."""
     batch, = jax.export.symbolic_shape("N")
     images = jax.ShapeDtypeStruct((batch, *ordered(output)[0].shape), jnp.uint8)
-    program = jax.export.export(jax.jit(lambda images: compute(output, images)), platforms=PLATFORMS)(images)
+    with _without_paths():
+        program = jax.export.export(jax.jit(lambda images: compute(output, images)), platforms=PLATFORMS)(images)
     return {"": bytes(program.serialize()), ".json": json.dumps(metadata, indent=2).encode()}
+
+
+@contextlib.contextmanager
+def _without_paths() -> Iterator[None]:
+    """Within it, programs do not hold where the source code lies that they come from: files are given to others."""
+    name = "jax_traceback_in_locations_limit"
+    limit = jax.config.values[name]
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, limit)
 
 
 def run(program: bytes, images: np.ndarray) -> tuple[np.ndarray, str]:
