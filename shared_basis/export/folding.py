@@ -16,6 +16,7 @@ are one convolution of k²CT multiply-accumulates a pixel in place of k²CR + RT
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
@@ -47,18 +48,13 @@ def fold(output: Node, choice: str) -> tuple[Node, Outcome]:
     outcome = Outcome()
     if choice != "none":
         uses = Counter(id(node.arrays["kernel"]) for node in ordered(output) if node.op == "conv")
-        shared = () if choice == "composed" else {key for key, count in uses.items() if count > 1}
+        shared = set() if choice == "composed" else {key for key, count in uses.items() if count > 1}
         for rule in (_into_next, _into_previous):
-            output = rewrite(output, _with(rule, shared))
+            output = rewrite(output, functools.partial(rule, shared=shared))
     output = rewrite(output, lambda node, alone: _compose(node, alone, choice, outcome))
     output = _rounded(output if choice == "none" else rewrite(output, _join))
     outcome.norms_left = sum("scale" in node.arrays and bool(node.scope) for node in ordered(output))
     return output, outcome
-
-
-def _with(rule: Callable[[Node, Callable[[Node], bool], Collection[int]], Node],
-          shared: Collection[int]) -> Callable[[Node, Callable[[Node], bool]], Node]:
-    return lambda node, alone: rule(node, alone, shared)
 
 
 def _is_linear(node: Node) -> bool:
