@@ -37,6 +37,7 @@ from shared_basis.export.graph import Node, count_macs
 from shared_basis.export.trace import trace
 from shared_basis.models import create_model
 from shared_basis.params import abstract_variables
+from shared_basis.screen import Screen
 from shared_basis.steps import normalize
 
 FILE = ROOT / "results" / "export.csv"
@@ -110,7 +111,7 @@ def agreement(session: Session, workdirs: Sequence[str]) -> Table:
         trained = Trained.open(workdir)
         name, data = trained.config.model.name, trained.config.data
         session.tell(f"export: {name}, test images")
-        images = feeds.load(trained.open_source(), data, trained.mesh, session.tell)
+        images = feeds.load(trained.open_source(), data, trained.mesh, Screen(sys.stderr))
         classify, parts = trained.classifier(), []
         for pixels, labels in images.batches("test", trained.config.train.eval_batch_size, trained.mesh)():
             counts = np.asarray(labels) >= 0
