@@ -322,6 +322,30 @@ def test_a_checkpoint_and_a_precision_are_the_runs(tmp_path: Path) -> None:
     assert best["verified"]["difference"] <= 1e-5 * best["verified"]["largest"]  # to float32
 
 
+class Lopsided(nn.Module):
+    """Every operation, with heights, widths and both ends of them all different."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        x = nn.Conv(6, (3, 2), (2, 1), ((0, 2), (1, 0)), dtype=jnp.float32, name="first")(images[:, 1:10, ::2])
+        x = nn.max_pool(x, (3, 2), (1, 2), ((2, 0), (0, 1)))
+        x = nn.relu6(3 - 2 * jnp.pad(x, ((0, 0), (0, 1), (2, 0), (1, 0))))
+        x = nn.avg_pool(x, (2, 3), (1, 2), ((1, 0), (2, 1)))
+        x = jnp.concatenate([x, jnp.minimum(x / 2, 0.25)], axis=-1)
+        return nn.Dense(10, name="head")((x - 1).mean((1, 2)))
+
+
+def test_heights_are_not_taken_for_widths_nor_the_beginning_for_the_end() -> None:
+    model, shape = Lopsided(), (11, 14, 3)
+    variables, images = random_variables(model, shape), random_images(3, shape)
+    expected = model.apply(variables, normalize(jnp.asarray(images), DATA), train=False)
+    output = fold(trace(model, variables, shape, lambda x: normalize(x, DATA)), "auto")[0]
+    assert {node.op for node in graph.ordered(output)} == {
+        "input", "affine", "slice", "conv", "max_pool", "pad", "clip", "average_pool", "concat", "mean", "linear"}
+    assert_close(onnx_logits(output, images), expected)
+    assert_close(graph.compute(output, jnp.asarray(images)), expected)
+
+
 class Strange(nn.Module):
     """A network with an operation that no graph holds."""
 
