@@ -2,6 +2,7 @@
 
     run.json        configuration, versions, data facts: all that evaluation needs beside a checkpoint
     metrics.jsonl   one JSON object for each evaluation
+    gradients.jsonl likewise, the norms of gradients, if they are recorded
     checkpoints/    see `shared_basis.checkpoints`
     damaged/        checkpoints that could not be restored, set aside
     .lock           held by the process that writes
@@ -174,7 +175,14 @@ class Workdir:
         Raises:
           UserError: the file cannot be read.
         """
-        path = self.path / "metrics.jsonl"
+        return self._lines("metrics.jsonl")
+
+    def gradients(self) -> list[dict[str, Any]]:
+        """Returns likewise the lines of gradients.jsonl: `step`, `epoch`, and `norms` by path of the parameter."""
+        return self._lines("gradients.jsonl")
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / name
         try:
             text = path.read_text(errors="replace") if path.exists() else ""
         except OSError as error:
@@ -190,16 +198,26 @@ class Workdir:
         return lines
 
     def rewind_metrics(self, step: int) -> None:
-        """Drops the metrics after `step`: a run that resumes there computes them again."""
-        kept = [line for line in self.metrics() if line["step"] <= step]
-        with self._writing("metrics.jsonl"):
-            temporary = self.path / "metrics.jsonl.tmp"
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(temporary, self.path / "metrics.jsonl")
+        """Drops the metrics, and the norms of gradients, after `step`: a run that resumes there computes them again."""
+        for name in ("metrics.jsonl", "gradients.jsonl"):
+            if not (self.path / name).exists():
+                continue
+            kept = [line for line in self._lines(name) if line["step"] <= step]
+            with self._writing(name):
+                temporary = self.path / f"{name}.tmp"
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+                os.replace(temporary, self.path / name)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Adds one JSON object to metrics.jsonl."""
-        with self._writing("metrics.jsonl"), (self.path / "metrics.jsonl").open("a") as file:
+        self._append("metrics.jsonl", line)
+
+    def append_gradients(self, line: Mapping[str, Any]) -> None:
+        """Adds one JSON object to gradients.jsonl."""
+        self._append("gradients.jsonl", line)
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        with self._writing(name), (self.path / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     @contextlib.contextmanager
