@@ -42,6 +42,9 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best or a ste
 _AGAINST = flags.DEFINE_string("against", "", "inspect, analyze: compare with this step, or WORKDIR or WORKDIR:STEP.")
 _IMAGES = flags.DEFINE_multi_string("images", [], "predict: an image file, or a directory of them; may be repeated.")
 _OUTPUT = flags.DEFINE_string("output", "", "predict: a CSV of all probabilities; analyze: a directory.")
+_TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "train: write metrics as TensorBoard event files too.")
+_QUIET = flags.DEFINE_bool("quiet", False, "Print warnings and the result alone.")
+_VERBOSE = flags.DEFINE_bool("verbose", False, "Print details too, such as each step.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes, which TPU pods and SLURM tell.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing tells it.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, likewise.")
@@ -66,20 +69,22 @@ def parse() -> None:
         text = str(error).replace("\\n", "\n") or type(error).__name__
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         raise UserError(" ".join(dict.fromkeys((lines[0], lines[-1], *files[-1:])))) from error
+    if _QUIET.value and _VERBOSE.value:
+        raise UserError("--quiet --verbose: choose one of the two.")
     if rest[1:]:
         raise UserError(f"unexpected argument {rest[1]!r}; flags look like --mode=train, see --help.")
 
 
 def run() -> None:
     """Does what the flags say, and prints the result."""
-    from shared_basis import devices, modes, screen  # here, so that mistakes in flags do not wait for them
+    from shared_basis import devices, modes  # here, so that mistakes in flags do not wait for them
     with devices.started(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DEBUG_NANS.value):
         # What is set here of a trained run's configuration need suit that one alone.
         config = Config() if _MODE.value in _TRAINED else from_config_dict(_CONFIG.value)
         result, text = modes.run(_MODE.value, modes.Request(
             config, config_flags.get_override_values(FLAGS["config"]),
             os.path.expanduser(_WORKDIR.value or os.path.join("runs", _CONFIG.value.name)), bool(_WORKDIR.value),
-            screen.Screen(sys.stderr if _JSON.value and devices.leads() else sys.stdout),
+            json=_JSON.value, quiet=_QUIET.value, verbose=_VERBOSE.value, tensorboard=_TENSORBOARD.value,
             checkpoint=_CHECKPOINT.value, against=_AGAINST.value, images=_IMAGES.value, output=_OUTPUT.value))
         print(json.dumps(result) if _JSON.value else text)
 

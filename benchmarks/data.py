@@ -214,8 +214,9 @@ def training(rounds: int) -> Table:
 
 def _load(config: Config, mesh: Mesh) -> Images:
     from shared_basis import data, feeds
+    from shared_basis.screen import Screen
 
-    return feeds.load(data.open_source(config.data), config.data, mesh, lambda text: None)
+    return feeds.load(data.open_source(config.data), config.data, mesh, Screen(verbosity="quiet"))
 
 
 def report(parts: Iterator[Table]) -> str:

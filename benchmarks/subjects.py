@@ -18,6 +18,7 @@ from benchmarks.records import Part, Session, spread
 from shared_basis.basis import ElementSet
 from shared_basis.models import create_model
 from shared_basis.orthogonality import orthogonality_penalty
+from shared_basis.orthonormality import keep_orthonormal
 
 PENALTY_ROUNDS = 3
 """Rounds of the penalty for one of another subject: its share is small, and the difference of two steps is noisy."""
@@ -70,38 +71,46 @@ def _an_epoch(case: Case, platform: str, config: Any, mesh: Any) -> Any:
 
 
 def penalty(session: Session, cases: Sequence[Case]) -> Part:
-    """Measures what the penalty takes of a step, in two ways."""
+    """Measures what the penalty takes of a step, in two ways, and what exact orthogonality takes."""
     table = [["penalty", "its gradient alone over the step", "step with λ = 10 over step with λ = 0",
-              "gradient alone, ms", "step, ms"]]
+              "exact orthogonality alone over the step", "gradient alone, ms", "exact alone, ms", "step, ms"]]
     for case in cases:
         sets = create_model(case.network, num_classes=case.classes, stem=case.stem).element_sets(case.elements)
         if not sets:
             continue
         session.tell(f"penalty: compiling {case.network}")
         made, without = make_step(case), make_step(case, orthogonality__weight=0.0)
-        gradient = _penalty_gradient(made.state().params, sets)
+        gradient, exact = _alone(made.state().params, sets)
         session.tell(f"penalty: {PENALTY_ROUNDS * session.rounds} rounds of {case.network}")
         found = in_turns({"with": Timed(made.run), "without": Timed(without.run),
-                          "gradient": Timed(repeated(gradient))}, PENALTY_ROUNDS * session.rounds)
+                          "gradient": Timed(repeated(gradient)), "exact": Timed(repeated(exact))},
+                         PENALTY_ROUNDS * session.rounds)
 
         def ratio(above: str, below: str, found: dict[str, list[float]] = found) -> list[float]:
             return [a / b for a, b in zip(found[above], found[below], strict=True)]
         table.append([f"{case.network}, batch {case.batch}",
                       session.add("penalty", case, "ratio: gradient alone over step", ratio("gradient", "with")),
                       session.add("penalty", case, "ratio: step over step without", ratio("with", "without")),
-                      spread(found["gradient"], 1000), spread(found["with"], 1000)])
+                      session.add("penalty", case, "ratio: exact orthogonality alone over step",
+                                  ratio("exact", "with")),
+                      *(spread(found[name], 1000) for name in ("gradient", "exact", "with"))])
         session.add("penalty", case, "seconds of the gradient alone", found["gradient"])
         session.add("penalty", case, "seconds per step", found["with"])
     return Part([table] if len(table) > 1 else [], [] if len(table) > 1 else ["No network here has a basis."])
 
 
-def _penalty_gradient(params: Any, sets: Sequence[ElementSet]) -> Callable[[], object]:
-    """Returns a function that computes the gradient of the penalty by the penalised arrays, and waits for it."""
-    penalised: dict[str, Any] = {}
+def _alone(params: Any, sets: Sequence[ElementSet]) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Returns two functions of the arrays of `sets` alone, which wait for their results.
+
+    The first computes the gradient of the penalty, the second what `keep_orthonormal` makes of an update.
+    """
+    named: dict[str, Any] = {}
     for path in (path for elements in sets for path in (*elements.shared, *elements.unique)):
-        source, target = params, penalised
+        source, target = params, named
         for key in path[:-1]:
             source, target = source[key], target.setdefault(key, {})
         target[path[-1]] = source[path[-1]]
-    compiled = jax.jit(jax.grad(lambda tree: orthogonality_penalty(tree, sets)))
-    return lambda: jax.block_until_ready(compiled(penalised))
+    gradient = jax.jit(jax.grad(lambda tree: orthogonality_penalty(tree, sets)))
+    link = keep_orthonormal(sets)
+    retract = jax.jit(lambda tree: link.update(tree, link.init(tree), tree)[0])
+    return (lambda: jax.block_until_ready(gradient(named))), (lambda: jax.block_until_ready(retract(named)))

@@ -5,6 +5,7 @@ from shared_basis.errors import UserError
 from shared_basis.models import create_model
 from shared_basis.official import load_official
 from shared_basis.orthogonality import add_orthogonality_penalty, orthogonality_diagnostics, orthogonality_penalty
+from shared_basis.orthonormality import keep_orthonormal
 
 __all__ = [
     "BasisConv",
@@ -13,6 +14,7 @@ __all__ = [
     "add_orthogonality_penalty",
     "create_model",
     "init_shared_bases",
+    "keep_orthonormal",
     "load_official",
     "orthogonality_diagnostics",
     "orthogonality_penalty",

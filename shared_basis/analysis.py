@@ -208,7 +208,10 @@ def alignments(matrices: list[Matrix]) -> Matrix:
 
 
 def chance_alignment(matrix: Matrix) -> float:
-    """Returns what `alignments` gives on average for independent Gaussian matrices of this shape: T / (T + s + 1)."""
+    """Returns about what `alignments` gives for independent Gaussian matrices of this shape: T / (T + s + 1).
+
+    That is the ratio of the expected product to the expected square; for small matrices the mean is a little larger.
+    """
     elements, outputs = matrix.shape
     return outputs / (outputs + elements + 1)
 

@@ -21,6 +21,7 @@ from shared_basis.errors import UserError
 from shared_basis.evaluate import Trained
 from shared_basis.gradients import by_depth, gradient_flow, layer_paths
 from shared_basis.report import analysis_figures, figures
+from shared_basis.screen import Screen
 from shared_basis.steps import normalize
 
 Flow = dict[int, dict[str, dict[str, float]]]
@@ -102,7 +103,7 @@ def training_batch(trained: Trained, tell: Callable[[str], None]) -> tuple[jax.A
     # Streamed by threads, so that no more than the batch is read.
     config = replace(trained.config, {"data.placement": "stream", "data.workers": 0})
     source = data.open_source(config.data, ("train",), trained.spec)
-    feed = feeds.load(source, config.data, trained.mesh, lambda text: None).feed(config, trained.mesh)
+    feed = feeds.load(source, config.data, trained.mesh, Screen(verbosity="quiet")).feed(config, trained.mesh)
     batches = feed.batches(0)
     images, labels = next(batches)
     batches.close()

@@ -185,7 +185,7 @@ class Checkpoints:
                 except OSError as error:
                     raise UserError(f"the damaged checkpoint {path} cannot be moved to {self._aside} "
                                     f"({error.strerror}); move it away.") from error
-                self._tell(f"warning: {why} Checkpoint {path.name} is set aside as {new}.")
+                self._tell(f"{why} Checkpoint {path.name} is set aside as {new}.")
 
     def _compare(self, step: int, target: Tree, *, whole: bool) -> None:
         """Raises `ValueError` unless the checkpoint holds arrays of the shapes and dtypes of `target`, by name.

@@ -151,18 +151,24 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OrthogonalityConfig:
-    """The orthogonality penalty of the loss `cross entropy + weight · penalty` (Kang & Kim, section 3.2)."""
+    """How filter bases are held orthonormal: by default by the penalty of the paper (Kang & Kim, section 3.2)."""
 
+    method: str = "penalty"
+    """'penalty': the loss is cross entropy + weight · penalty. 'exact': bases are orthonormal after every step, weight
+    and reduction have no effect, and weight decay leaves those bases alone. 'none': neither (the penalty is still
+    reported)."""
     weight: float = 10.0
-    """λ; 0 leaves the penalty out (it is still reported)."""
+    """λ; 0 leaves the penalty out, as method 'none'."""
     elements: str = "shared"
-    """Which basis elements count: 'shared' alone, or 'shared+unique' with the one-sided mask (CIFAR-10)."""
+    """Which basis elements count: 'shared' alone, or 'shared+unique' (CIFAR-10): unique ones with the shared ones, and
+    with those of their own layer."""
     reduction: str = "mean"
     """'mean' over the pairs that count (published), or their 'sum', whose pull does not fall as ranks grow."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.weight <= 1e30, "orthogonality.weight", self.weight,
                  "0 or a positive number, at most 1e30")
+        _require_choice("orthogonality.method", self.method, ("penalty", "exact", "none"))
         _require_choice("orthogonality.elements", self.elements, ("shared", "shared+unique"))
         _require_choice("orthogonality.reduction", self.reduction, ("mean", "sum"))
 

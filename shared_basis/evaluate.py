@@ -22,6 +22,7 @@ from shared_basis.errors import UserError
 from shared_basis.feeds import Inputs
 from shared_basis.models import Network, create_model
 from shared_basis.params import abstract_variables
+from shared_basis.screen import Screen
 from shared_basis.steps import Metrics, eval_step, normalize
 from shared_basis.workdir import Workdir
 
@@ -46,9 +47,9 @@ def build_model(config: Config, spec: data.Spec) -> Network:
 
 
 class Evaluator(Protocol):
-    """Scores variables; calls `between` after each batch."""
+    """Scores variables; tells `between` after each batch how many images are scored."""
 
-    def __call__(self, variables: Variables, between: Callable[[], None] = ...) -> dict[str, float]:
+    def __call__(self, variables: Variables, between: Callable[[int], None] = ...) -> dict[str, float]:
         """See `make_evaluator`."""
 
 
@@ -63,13 +64,13 @@ def make_evaluator(model: nn.Module, config: DataConfig, batches: Callable[[], I
     def step(variables: Variables, images: jax.Array, labels: jax.Array) -> Metrics:
         return eval_step(variables, images, labels, model=model, data=config)
 
-    def evaluator(variables: Variables, between: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def evaluator(variables: Variables, between: Callable[[int], None] = lambda scored: None) -> dict[str, float]:
         # Fetched one by one: several collectives in flight can deadlock virtual CPU devices. Added in float64 on the
         # host, so that counts stay exact and the batch size does not show in the loss.
         sums = []
         for images, labels in batches():
             sums.append(jax.device_get(step(variables, images, labels)))
-            between()
+            between(int(sum(batch["count"] for batch in sums)))
         total = {name: float(sum(np.float64(batch[name]) for batch in sums)) for name in sums[0]}
         count = total["count"]
         if not count:
@@ -153,12 +154,12 @@ def _restore(checkpoints: Checkpoints, step: int, model: Network, spec: data.Spe
 
 
 def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None,
-             tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+             screen: Screen | None = None) -> dict[str, Any]:
     """Scores a checkpoint of `workdir` on the test images.
 
     Args:
       which, overrides: as in `Trained.open`.
-      tell: is given what a person should know of the images, line by line.
+      screen: is told of the images and of the progress; None for none.
 
     Returns:
       `workdir`, `step`, `model`, `test_loss`, `test_accuracy`, `test_accuracy_top5`, `test_examples`, and `chosen_on`:
@@ -167,6 +168,7 @@ def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str,
     Raises:
       UserError: as `Trained.open`, or other data than the run was trained for.
     """
+    screen = screen or Screen(verbosity="quiet")
     with agreed():
         trained = Trained.open(workdir, which, overrides)
     config, mesh = trained.config, trained.mesh
@@ -174,9 +176,12 @@ def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str,
         with agreed():
             source = trained.open_source()
         with agreed():  # apart, as processes settle something in it
-            images = feeds.load(source, config.data, mesh, tell)
-        scores = make_evaluator(trained.model, config.data,
-                                images.batches("test", config.train.eval_batch_size, mesh), mesh)(trained.variables)
+            images = feeds.load(source, config.data, mesh, screen)
+        evaluator = make_evaluator(trained.model, config.data,
+                                   images.batches("test", config.train.eval_batch_size, mesh), mesh)
+        show = screen.counting("scoring test images")
+        scores = evaluator(trained.variables, lambda scored: show(scored, images.count("test")))
+        screen.end_progress()  # where broken images were left out it has not come to its end
     return {"workdir": str(trained.run.path), "step": trained.step, "model": config.model.name,
             "test_loss": scores["loss"], "test_accuracy": scores["accuracy"],
             "test_accuracy_top5": scores["accuracy_top5"], "test_examples": int(scores["count"]),

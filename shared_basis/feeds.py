@@ -17,7 +17,7 @@ from shared_basis.data import Source, Spec, Split, arrays, epoch_order, stream
 from shared_basis.data.splits import Examples
 from shared_basis.devices import divided, everyone, place, replicated
 from shared_basis.errors import UserError
-from shared_basis.screen import size_text
+from shared_basis.screen import Screen, size_text
 from shared_basis.steps import select_batch
 
 Inputs = tuple[jax.Array, ...]
@@ -86,17 +86,18 @@ class Images:
         return lambda: placed
 
 
-def load(source: Source, config: DataConfig, mesh: Mesh, tell: Callable[[str], None]) -> Images:
+def load(source: Source, config: DataConfig, mesh: Mesh, screen: Screen) -> Images:
     """Chooses where the images of `source` wait, says so in one line, and decodes them if they are to be resident.
 
     Raises:
       UserError: resident images do not fit into memory, or cannot be decoded.
     """
     streamed, line = choose(source, config, mesh)
-    tell(line)
+    screen.line(line)
     if streamed:
         return Images(source.spec, source.splits, config)
-    loaded = {name: arrays.load_split(part, source.spec, config, lambda text: tell(f"warning: {text}"))
+    loaded = {name: arrays.load_split(part, source.spec, config, screen.warn,
+                                      screen.counting(f"decoding {name} images"))
               for name, part in source.splits.items()}
     for name, part in loaded.items():
         if not (part.labels >= 0).any():

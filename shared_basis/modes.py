@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,11 +29,20 @@ class Request:
     workdir: str
     workdir_given: bool
     """Whether the user named `workdir`; it is the recipe's default otherwise."""
-    screen: Screen
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
     checkpoint: str = "latest"
     against: str = ""
     images: Sequence[str] = ()
     output: str = ""
+    tensorboard: bool = False
+
+    @functools.cached_property
+    def screen(self) -> Screen:
+        """Where lines and progress are shown: where the result is to be JSON, on standard error."""
+        return Screen(sys.stderr if self.json and leads() else sys.stdout,
+                      "quiet" if self.quiet else "verbose" if self.verbose else "normal", jax.process_index())
 
 
 Result = tuple[dict[str, Any], str]
@@ -51,17 +62,20 @@ def run(mode: str, request: Request) -> Result:
 
 def _train(request: Request) -> Result:
     with request.screen:
-        result = train.train(request.config, request.workdir, request.screen)
+        result = train.train(request.config, request.workdir, request.screen, tensorboard=request.tensorboard)
     return result, train.render(result) if leads() else ""
 
 
 def _evaluate(request: Request) -> Result:
-    result = evaluate.evaluate(request.workdir, request.checkpoint, request.overrides, request.screen.line)
+    with request.screen:
+        result = evaluate.evaluate(request.workdir, request.checkpoint, request.overrides, request.screen)
     return result, evaluate.render(result)
 
 
 def _predict(request: Request) -> Result:
-    result = prediction.predict(request.workdir, request.images, request.checkpoint, request.overrides, request.output)
+    with request.screen:
+        result = prediction.predict(request.workdir, request.images, request.checkpoint, request.overrides,
+                                    request.output, request.screen.counting("classifying images"))
     return result, prediction.render(result)
 
 
@@ -84,7 +98,8 @@ def _summary(request: Request) -> Result:
 
 
 def _prepare(request: Request) -> Result:
-    text = data.prepare(request.config.data)
+    with request.screen:
+        text = data.prepare(request.config.data, request.screen.counting("checking images"))
     return {"name": request.config.data.name, "prepared": text}, text
 
 

@@ -12,6 +12,7 @@ from shared_basis.basis import ElementSet
 from shared_basis.config import OptimizerConfig, OrthogonalityConfig
 from shared_basis.gradients import record_gradient_norms
 from shared_basis.orthogonality import add_orthogonality_penalty
+from shared_basis.orthonormality import keep_orthonormal
 from shared_basis.params import label_parameters
 
 
@@ -37,19 +38,26 @@ def make_optimizer(config: OptimizerConfig, orthogonality: OrthogonalityConfig, 
     """Returns the chain: orthogonality penalty, weight decay, SGD with momentum.
 
     Both additions come before momentum, so that the chain equals descent on cross entropy + weight · penalty
-    + ½ weight_decay · ‖decaying parameters‖².
+    + ½ weight_decay · ‖decaying parameters‖². With exact orthogonality the chain ends with `keep_orthonormal` in place
+    of the penalty.
 
     Args:
       recorded_steps: the steps over which `record_gradient_norms`, before all, averages; 0 leaves it out.
     """
     links = [record_gradient_norms(recorded_steps)] if recorded_steps else []
-    if orthogonality.weight and element_sets:
+    if orthogonality.method == "penalty" and orthogonality.weight and element_sets:
         links.append(add_orthogonality_penalty(orthogonality.weight, element_sets, orthogonality.reduction))
+    exact = element_sets if orthogonality.method == "exact" else ()
+    kept = {path for elements in exact for path in (*elements.shared, *elements.unique)}
 
     def decays(params: Any) -> Any:
-        return jax.tree.map(lambda label: label in config.decay, label_parameters(params))
+        return jax.tree_util.tree_map_with_path(
+            lambda path, label: label in config.decay and tuple(entry.key for entry in path) not in kept,
+            label_parameters(params))
 
     if config.weight_decay:
         links.append(optax.add_decayed_weights(config.weight_decay, mask=decays))
     links.append(optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov))
+    if exact:
+        links.append(keep_orthonormal(exact))
     return optax.chain(*links)

@@ -24,8 +24,8 @@ from shared_basis.basis import Array, ElementSet, Path
 Tree = Any
 
 
-def _rows(params: Tree, path: Path) -> Array:
-    """Returns the elements of the array at `path` as float32 rows `[elements, size]`."""
+def rows_at(params: Tree, path: Path) -> Array:
+    """Returns the elements of the array at `path` as float32 rows `[elements, size]`; raises `KeyError` without one."""
     leaf = params
     for i, key in enumerate(path):
         if not hasattr(leaf, "keys") or key not in leaf:
@@ -45,9 +45,9 @@ def _gram_blocks(params: Tree, elements: ElementSet) -> Iterator[tuple[Array, Ar
     The blocks are `[s, rows]` (shared × all rows) and `[layers, u, u]` (unique × unique within each layer), so that
     no masked-out product is computed.
     """
-    unique = [_rows(params, path) for path in elements.unique]
+    unique = [rows_at(params, path) for path in elements.unique]
     if elements.shared:
-        shared = jnp.concatenate([_rows(params, path) for path in elements.shared])
+        shared = jnp.concatenate([rows_at(params, path) for path in elements.shared])
         products = _product(shared, jnp.concatenate([shared, *unique]))
         yield products, jnp.eye(products.shape[0], products.shape[1])
     if unique:
@@ -90,7 +90,7 @@ def orthogonality_diagnostics(params: Tree, element_sets: Sequence[ElementSet]) 
     penalty 0, norms 1 and coherence 0.
     """
     blocks = [block for elements in element_sets for block in _gram_blocks(params, elements)]
-    norms = jnp.concatenate([jnp.linalg.norm(_rows(params, path), axis=1)
+    norms = jnp.concatenate([jnp.linalg.norm(rows_at(params, path), axis=1)
                              for elements in element_sets for path in (*elements.shared, *elements.unique)])
     return {
         "penalty": orthogonality_penalty(params, element_sets),

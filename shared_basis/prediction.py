@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from shared_basis import memory
+from shared_basis import data, memory
 from shared_basis.data.folder import SUFFIXES, FileExamples
 from shared_basis.errors import UserError
 from shared_basis.evaluate import Trained
@@ -23,7 +23,8 @@ SHOWN = 3
 
 
 def predict(workdir: str | Path, images: Sequence[str], which: str = "latest",
-            overrides: Mapping[str, Any] | None = None, output: str = "") -> dict[str, Any]:
+            overrides: Mapping[str, Any] | None = None, output: str = "",
+            progress: data.Progress = data.unseen) -> dict[str, Any]:
     """Classifies image files by a checkpoint of `workdir`.
 
     Images of any size and kind are treated as the run's own test images: scaled and cropped at the centre to their
@@ -33,6 +34,7 @@ def predict(workdir: str | Path, images: Sequence[str], which: str = "latest",
       images: image files, and directories, all image files within which are taken.
       which: the checkpoint: 'latest', 'best' or the number of a step.
       overrides: as in `evaluate`.
+      progress: is told how many of the images are classified.
       output: a file for the result as CSV: file, class, its probability, and the probability of each class.
 
     Returns:
@@ -49,8 +51,11 @@ def predict(workdir: str | Path, images: Sequence[str], which: str = "latest",
     examples = FileExamples.of("", files, np.zeros(len(files), np.int32))
     with memory.explained(config, "train.eval_batch_size"):
         classify = trained.classifier()
-        parts = [(np.asarray(jax.nn.softmax(classify(pixels))), np.asarray(labels)) for pixels, labels in Images(
-            spec, {"test": examples}, scaled).batches("test", config.train.eval_batch_size, trained.mesh)()]
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
+        for batch in Images(spec, {"test": examples}, scaled).batches(
+                "test", config.train.eval_batch_size, trained.mesh)():
+            parts.append((np.asarray(jax.nn.softmax(classify(batch[0]))), np.asarray(batch[1])))
+            progress(min(len(parts) * len(batch[1]), len(files)), len(files))
     probabilities, labels = (np.concatenate(each)[:len(files)] for each in zip(*parts, strict=True))
     found = [{"file": file, "class": spec.classes[int(row.argmax())],
               "probabilities": dict(zip(spec.classes, map(float, row), strict=True))}

@@ -1,9 +1,13 @@
-"""What a run shows: one progress line on a terminal, plain lines elsewhere."""
+"""What a run shows and what it logs: one progress line on a terminal, plain lines elsewhere, all of them in a file."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -12,35 +16,101 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 PLAIN_INTERVAL = 60.0
 """Seconds between progress lines where there is no terminal to draw one on."""
 
+VERBOSITIES = ("quiet", "normal", "verbose")
+
 
 class Screen:
-    """Prints lines, and keeps one progress line below them on a terminal."""
+    """Prints lines, and keeps one progress line below them on a terminal.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        """Writes to `stream`, standard output if None."""
+    A quiet one prints warnings alone; a verbose one details too, each line with its process and step.
+    """
+
+    def __init__(self, stream: TextIO | None = None, verbosity: str = "normal", process: int = 0) -> None:
+        """Writes to `stream`, standard output if None; `verbosity` is one of `VERBOSITIES`."""
+        if verbosity not in VERBOSITIES:
+            raise ValueError(f"verbosity={verbosity!r}: must be one of {', '.join(VERBOSITIES)}")
+        self.step = 0
+        """The training step that lines are about."""
         self._console = Console(file=stream or sys.stdout, highlight=False, markup=False, soft_wrap=True)
+        self._level = VERBOSITIES.index(verbosity)
+        self._process = process
+        self._log: TextIO = io.StringIO()  # until the log's directory is known
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._last_plain = time.monotonic()
 
     def line(self, text: str) -> None:
-        """Prints `text` on a line of its own, above the progress line."""
-        self._console.print(text)
-        if not self._console.is_terminal:
-            self._console.file.flush()
+        """Prints `text` on a line of its own, above the progress line, unless the screen is quiet."""
+        self._show(text, 1)
+
+    def detail(self, text: str) -> None:
+        """Prints `text` likewise, if the screen is verbose; only then is it logged."""
+        if self._level == 2:
+            self._show(text, 2)
+
+    def warn(self, text: str) -> None:
+        """Prints the warning `text`, also on a quiet screen."""
+        self._show(f"warning: {text}", 0)
+
+    def _show(self, text: str, level: int) -> None:
+        self._write(text)
+        if level <= self._level:
+            self._console.print(f"[{self._source()}] {text}" if self._level == 2 else text)
+            if not self._console.is_terminal:
+                self._console.file.flush()
+
+    def _source(self) -> str:
+        return f"process {self._process} step {self.step}"
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not end a run
+            self._log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {self._source()}: {text}\n")
+            self._log.flush()
+
+    @contextlib.contextmanager
+    def logging(self, directory: Path) -> Iterator[None]:
+        """Adds all lines, those of before too, to the log of this process in `directory`, and what ends the context."""
+        path = directory / (f"log-{self._process}.txt" if self._process else "log.txt")
+        with contextlib.suppress(OSError):
+            file = path.open("a", encoding="utf-8", errors="backslashreplace")
+            file.write(self._log.getvalue() if isinstance(self._log, io.StringIO) else "")
+            self._log = file
+        try:
+            yield
+        except BaseException as error:
+            self._write(f"ended: {error or type(error).__name__}")
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                self._log.close()
+            self._log = io.StringIO()
 
     def progress(self, done: int, total: int, text: str) -> None:
         """Shows `text` as the progress line: on a terminal at once, elsewhere at most once a minute."""
+        if not self._level:
+            return
         if self._console.is_terminal:
             if self._progress is None:
                 self._progress = Progress(BarColumn(bar_width=12), TextColumn("{task.description}", markup=False),
                                           console=self._console, transient=True)
                 self._task = self._progress.add_task("", total=total)
                 self._progress.start()
-            self._progress.update(self._task, completed=done, description=text)
+            self._progress.update(self._task, completed=done, total=total, description=text)
         elif time.monotonic() - self._last_plain >= PLAIN_INTERVAL:
             self._last_plain = time.monotonic()
             self.line(text)
+
+    def counting(self, what: str) -> Callable[[int, int], None]:
+        """Returns a function of how many are done, and of how many, that shows it with the time left until all are."""
+        began = time.monotonic()
+
+        def show(done: int, total: int) -> None:
+            left = (time.monotonic() - began) / max(done, 1) * (total - done)
+            self.progress(done, total, f"{what}  {count(done)}/{count(total)}  {duration(left)} left")
+            if done >= total:
+                self.end_progress()
+
+        return show
 
     def end_progress(self) -> None:
         """Removes the progress line."""

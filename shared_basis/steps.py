@@ -30,7 +30,7 @@ class TrainState(struct.PyTreeNode):
     """Sums over the images of the running epoch so far: `loss` (cross entropy), `correct` and `count`, float32."""
 
 
-def create_train_state(model: nn.Module, optimizer: optax.GradientTransformation, seed: int,
+def create_train_state(model: nn.Module, optimizer: optax.GradientTransformation, seed: int | Array,
                        image_shape: tuple[int, int, int]) -> TrainState:
     """Returns the state before the first step, initialised from `seed`, for images `[H, W, C]`."""
     variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
@@ -63,7 +63,7 @@ def select_batch(step: Array, images: Array, labels: Array, order: Array, *, bat
     return images[chosen], labels[chosen]
 
 
-def _stream(seed: int, stream: int, index: int | Array) -> Array:
+def _stream(seed: int | Array, stream: int, index: int | Array) -> Array:
     """Returns the key of `index` in an independent stream of the seed (1: augmentation, 2: dropout)."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), index)
 
@@ -90,7 +90,7 @@ def augment(images: Array, key: Array, config: DataConfig) -> Array:
 
 
 def train_step(state: TrainState, images: Array, labels: Array, *, model: nn.Module,
-               optimizer: optax.GradientTransformation, data: DataConfig, seed: int, steps_per_epoch: int,
+               optimizer: optax.GradientTransformation, data: DataConfig, seed: int | Array, steps_per_epoch: int,
                batch_sharding: NamedSharding, accumulate: int = 1) -> tuple[TrainState, Metrics]:
     """Makes one update; its augmentation is determined by `seed` and `state.step`.
 
@@ -145,8 +145,13 @@ def train_step(state: TrainState, images: Array, labels: Array, *, model: nn.Mod
     params = optax.apply_updates(state.params, updates)
     first = state.step % steps_per_epoch == 0
     totals = jax.tree.map(lambda total, new: jnp.where(first, new, total + new), state.totals, batch)
-    norms = {"gradient_norm": optax.tree.norm(gradient), "parameter_norm": optax.tree.norm(params)}
+    norms = {"gradient_norm": _norm(gradient), "parameter_norm": _norm(params)}
     return TrainState(state.step + 1, params, batch_stats, opt_state, totals), {**totals, **norms}
+
+
+def _norm(tree: Tree) -> Array:
+    """Returns the norm of all leaves together, joined first: a sum for each of them takes long to compile."""
+    return jnp.linalg.norm(jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)]))
 
 
 def eval_step(variables: Tree, images: Array, labels: Array, *, model: nn.Module, data: DataConfig) -> Metrics:

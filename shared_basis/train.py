@@ -15,21 +15,24 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 import optax
 
 from shared_basis import data, feeds, memory, ops
 from shared_basis.checkpoints import Checkpoints, chosen_on
-from shared_basis.config import Config
+from shared_basis.config import Config, differences
 from shared_basis.devices import agreed, check_batch_size, divided, leads, make_mesh, replicated
 from shared_basis.errors import UserError
 from shared_basis.evaluate import Evaluator, build_model, make_evaluator
 from shared_basis.gradients import recorded_norms
+from shared_basis.models import create_model
 from shared_basis.optimizer import learning_rate_schedule, make_optimizer
 from shared_basis.orthogonality import orthogonality_diagnostics
 from shared_basis.screen import Screen, count, duration
 from shared_basis.signals import Interrupted, StopNow, StopSignals
 from shared_basis.steps import Metrics, TrainState, create_train_state, train_step
 from shared_basis.summary import compare_with_plain, render_saving
+from shared_basis.tensorboard import require
 from shared_basis.workdir import Workdir, make_record, versions
 
 
@@ -48,12 +51,15 @@ class Program:
     memory: memory.Memory
 
 
-def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]:
+def train(config: Config, workdir: str | Path, screen: Screen, *, tensorboard: bool = False) -> dict[str, Any]:
     """Trains, or goes on training, the run of `config` in `workdir`.
 
+    Args:
+      tensorboard: whether metrics are also written as event files.
+
     Returns:
-      `compare_with_plain`'s counts and, in the first process, the last line of metrics.jsonl, and of the best epoch
-      `best_epoch`, `best_test_accuracy` and `chosen_on`: 'validation', or 'test', the published protocol.
+      `compare_with_plain`'s counts and, in the first process, the `device`, the last line of metrics.jsonl, and of the
+      best epoch `best_epoch`, `best_test_accuracy` and `chosen_on`: 'validation', or 'test', the published protocol.
 
     Raises:
       UserError: the configuration does not fit the data or the devices, or the workdir holds another run.
@@ -61,10 +67,13 @@ def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]
     """
     mesh = make_mesh()
     check_batch_size(config.train.batch_size, mesh, config.optimizer.accumulate)
-    run = Workdir(workdir)
+    if tensorboard:
+        require()
+    run = Workdir(workdir, tensorboard)
     with agreed(), memory.explained(config):
         if leads():  # alone: what others looked for and did not find, a network's file system may hide from them
             run.read_record()  # an unreadable workdir is told before the images are read
+        create_model(config.model.name, stem=config.model.stem)  # an unknown name is told before data is looked for
         source = data.open_source(config.data)
         model = build_model(config, source.spec)
         comparison = compare_with_plain(config.model, len(source.spec.classes), source.spec.image_shape)
@@ -72,7 +81,7 @@ def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]
         if examples < config.train.batch_size:
             raise UserError(f"train.batch_size={config.train.batch_size}: there are only {examples} training images.")
     with agreed(), memory.explained(config):  # apart, as processes settle something in it
-        images = feeds.load(source, config.data, mesh, screen.line)
+        images = feeds.load(source, config.data, mesh, screen)
     record = make_record(config, {
         "classes": list(source.spec.classes), "image_shape": list(source.spec.image_shape),
         **{f"{name}_examples": images.count(name) for name in images.splits}})
@@ -83,14 +92,19 @@ def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]
                 run.claim(record)
         with agreed():
             run.require(record)
+        stack.enter_context(screen.logging(run.path))
         screen.line(f"{config.model.name}: {render_saving(comparison)}")
+        screen.detail(", ".join(f"{name} {version}" for name, version in versions().items()))
+        for field, (value, default) in differences(config, Config()).items():
+            screen.detail(f"{field}: {value!r}, by default {default!r}")
         *parts, last = (f"{count(images.count(name))} {'training' if name == 'train' else name}"
                         for name in images.splits)
         processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        device = f"{mesh.size} × {jax.devices()[0].device_kind}{processes}"
         screen.line(f"data {config.data.name}: {', '.join(parts)} and {last} images of "
                     f"{'×'.join(map(str, source.spec.image_shape))}, {len(source.spec.classes)} classes; "
-                    f"{mesh.size} × {jax.devices()[0].device_kind}{processes}; workdir {run.path}")
-        checkpoints = Checkpoints(run.checkpoints, aside=run.damaged, tell=screen.line)
+                    f"{device}; workdir {run.path}")
+        checkpoints = Checkpoints(run.checkpoints, aside=run.damaged, tell=screen.warn)
         stack.callback(checkpoints.close)
         end = config.train.epochs * (examples // config.train.batch_size)
         if checkpoints.steps[-1:] == [end] and checkpoints.metrics(end) is not None:
@@ -98,7 +112,7 @@ def train(config: Config, workdir: str | Path, screen: Screen) -> dict[str, Any]
         else:
             with memory.explained(config, saved=lambda: f" Saved: {checkpoints.describe()}."):
                 go_on(config, images, model, mesh, run, checkpoints, record, screen)
-    return {**comparison, **result(run)} if leads() else comparison
+    return {**comparison, "device": device, **result(run)} if leads() else comparison
 
 
 def go_on(config: Config, images: feeds.Images, model: Any, mesh: Any, run: Workdir, checkpoints: Checkpoints,
@@ -126,10 +140,11 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
     optimizer = make_optimizer(config.optimizer, config.orthogonality, element_sets, schedule,
                                steps_per_epoch if config.train.record_gradients else 0)
     everywhere = replicated(mesh)
-    create = jax.jit(
-        functools.partial(create_train_state, model, optimizer, config.seed, images.spec.image_shape),
-        out_shardings=everywhere, compiler_options=ops.quick_compiler_options())
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), create.eval_shape())
+    seed = np.int32(config.seed)  # an argument of the compiled functions, which then serve all seeds
+    create = jax.jit(functools.partial(create_train_state, model, optimizer, image_shape=images.spec.image_shape),
+                     out_shardings=everywhere, compiler_options=ops.quick_compiler_options())
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+                          create.eval_shape(seed))
     feed = images.feed(config, mesh)
 
     def diagnose(params: Any) -> dict[str, jax.Array]:
@@ -137,27 +152,28 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
 
     @functools.partial(jax.jit, donate_argnums=() if debugging_nans() else 0, out_shardings=everywhere,
                        compiler_options=ops.compiler_options())
-    def step(state: TrainState, *inputs: jax.Array) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, seed: jax.Array, *inputs: jax.Array) -> tuple[TrainState, Metrics]:
         new, metrics = train_step(
             state, *feed.select(state.step, *inputs), model=model, optimizer=optimizer, data=config.data,
-            seed=config.seed, steps_per_epoch=steps_per_epoch, batch_sharding=divided(mesh),
+            seed=seed, steps_per_epoch=steps_per_epoch, batch_sharding=divided(mesh),
             accumulate=config.optimizer.accumulate)
         return new, {**metrics, **diagnose(state.params)}
 
-    lowered = step.lower(target, *feed.abstract)
+    lowered = step.lower(target, seed, *feed.abstract)
     with ThreadPoolExecutor() as threads:  # XLA compiles without Python's lock
-        creating = None if checkpoints.steps else threads.submit(create.lower().compile)
+        creating = None if checkpoints.steps else threads.submit(create.lower(seed).compile)
         compiled = lowered.compile()
     needed = memory.measure(target, images.bytes_on_device(feed, mesh), compiled)
     with agreed():
         memory.check(needed, config, mesh)
+    run = step if debugging_nans() else compiled
     program = Program(
-        step=step if debugging_nans() else compiled,
+        step=lambda state, *inputs: run(state, seed, *inputs),
         batches=feed.batches,
         evaluate={name: make_evaluator(model, config.data, images.batches(name, config.train.eval_batch_size, mesh),
                                        mesh) for name in images.splits if name != "train"},
         diagnose=jax.jit(diagnose), schedule=schedule, steps_per_epoch=steps_per_epoch, memory=needed)
-    return checkpoints.restore_latest(target) if creating is None else creating.result()(), program
+    return checkpoints.restore_latest(target) if creating is None else creating.result()(seed), program
 
 
 def note_resume(run: Workdir, state: TrainState, program: Program, config: Config, screen: Screen) -> None:
@@ -270,12 +286,15 @@ class Training:
         """Waits for `step`, makes sure that it is finite, and shows the means over its epoch so far."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.clock.tick()
+        self.screen.step = step
         self.require_finite(values, step)
-        self.screen.progress(step, self.steps, (
+        text = (
             f"epoch {-(-step // self.program.steps_per_epoch)}/{self.config.train.epochs}  "
             f"loss {values['loss'] / values['count']:.4f}  accuracy {100 * values['correct'] / values['count']:.2f} %  "
             f"{count(self.clock.speed(self.config.train.batch_size))} images/s  "
-            f"{duration(self.clock.left(self.steps - step))} left"))
+            f"{duration(self.clock.left(self.steps - step))} left")
+        self.screen.progress(step, self.steps, text)
+        self.screen.detail(f"{text}  gradient norm {values['gradient_norm']:.4g}")
 
     def evaluate(self, state: TrainState, step: int) -> None:
         """Scores and saves `state`; a stop in the meantime saves it without its scores."""
@@ -292,6 +311,7 @@ class Training:
                                            "norms": recorded_norms(state.params, state.opt_state)})
         self.screen.line(render_metrics(line, self.config.train.epochs))
         self.checkpoints.save(step, state, self.record, line)
+        self.screen.detail(f"checkpoint {step} is being written to {self.run.checkpoints}")
         self.clock.skip()
 
     def measure(self, state: TrainState) -> dict[str, Any]:
@@ -301,7 +321,7 @@ class Training:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         scores: dict[str, float] = {}
         for name, evaluate in self.program.evaluate.items():
-            result = evaluate(variables, self.signals.check)
+            result = evaluate(variables, functools.partial(self.follow_scoring, name, step))
             scores |= {f"{name}_{key}": result[key] for key in ("loss", "accuracy", "accuracy_top5")}
         return {
             "step": step, "epoch": step // self.program.steps_per_epoch,
@@ -311,6 +331,13 @@ class Training:
             **{name: float(value) for name, value in self.program.diagnose(state.params).items()},
             "images_per_second": self.clock.speed(self.config.train.batch_size),
         }
+
+    def follow_scoring(self, name: str, step: int, scored: int) -> None:
+        """Shows how far an evaluation is; raises `StopNow` if it is time to stop."""
+        self.screen.progress(step, self.steps, f"epoch {step // self.program.steps_per_epoch}/"
+                             f"{self.config.train.epochs}  scoring {name} images  {count(scored)}/"
+                             f"{count(self.record['data'][f'{name}_examples'])}")
+        self.signals.check()
 
     def require_finite(self, values: Mapping[str, float], step: int) -> None:
         """Raises `UserError` with all that helps to find the cause, unless all values of `step` are finite."""

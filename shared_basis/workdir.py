@@ -2,7 +2,10 @@
 
     run.json        configuration, versions, data facts: all that evaluation needs beside a checkpoint
     metrics.jsonl   one JSON object for each evaluation
-    gradients.jsonl likewise, the norms of gradients, if they are recorded
+    metrics.csv     the same as a table
+    gradients.jsonl norms of gradients, a JSON object for each evaluation, if asked for
+    log.txt         what was printed, with time, process and step; log-1.txt that of process 1, …
+    tensorboard/    the metrics as event files, if asked for
     checkpoints/    see `shared_basis.checkpoints`
     damaged/        checkpoints that could not be restored, set aside
     .lock           held by the process that writes
@@ -11,18 +14,21 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from shared_basis.config import Config, differences, from_config_dict, to_dict
 from shared_basis.errors import UserError
+from shared_basis.tensorboard import Events
 
 LOCK_SECONDS = 2.0
 LOCK_ATTEMPTS = 10
@@ -49,8 +55,11 @@ def make_record(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
 class Workdir:
     """The directory of one run."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, tensorboard: bool = False) -> None:
         """Names the directory; touches nothing.
+
+        Args:
+          tensorboard: whether metrics are also written as event files.
 
         Raises:
           UserError: it is an address, such as gs://bucket.
@@ -59,6 +68,8 @@ class Workdir:
             raise UserError(f"workdir {path}: must be a directory; mount the bucket, e.g. with gcsfuse, and give the "
                             "directory that it is mounted on.")
         self.path = Path(path)
+        self._tensorboard = tensorboard
+        self._events: Events | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -121,7 +132,11 @@ class Workdir:
             raise self._unwritable(error) from error
         with file:
             _lock(file, self.path)
-            yield
+            try:
+                yield
+            finally:
+                if self._events is not None:
+                    self._events.close()
 
     def claim(self, record: Mapping[str, Any]) -> None:
         """Makes the directory that of the run `record`, whether it is new or resumes.
@@ -198,27 +213,44 @@ class Workdir:
         return lines
 
     def rewind_metrics(self, step: int) -> None:
-        """Drops the metrics, and the norms of gradients, after `step`: a run that resumes there computes them again."""
-        for name in ("metrics.jsonl", "gradients.jsonl"):
-            if not (self.path / name).exists():
-                continue
-            kept = [line for line in self._lines(name) if line["step"] <= step]
-            with self._writing(name):
-                temporary = self.path / f"{name}.tmp"
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-                os.replace(temporary, self.path / name)
+        """Drops the metrics, and norms of gradients, after `step`: a run that resumes there computes them again."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        self._replace("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        self._write_table(kept)
+        if (self.path / "gradients.jsonl").exists():
+            self._replace("gradients.jsonl", "".join(
+                json.dumps(line) + "\n" for line in self.gradients() if line["step"] <= step))
+        if self._tensorboard:
+            with self._writing("tensorboard"):
+                self._events = Events(self.path / "tensorboard", kept, step)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Adds one JSON object to metrics.jsonl."""
-        self._append("metrics.jsonl", line)
+        """Adds one JSON object to metrics.jsonl, and writes metrics.csv anew."""
+        with self._writing("metrics.jsonl"), (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._write_table(self.metrics())
+        if self._events is not None:
+            with self._writing("tensorboard"):
+                self._events.add(line)
 
     def append_gradients(self, line: Mapping[str, Any]) -> None:
         """Adds one JSON object to gradients.jsonl."""
-        self._append("gradients.jsonl", line)
-
-    def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        with self._writing(name), (self.path / name).open("a") as file:
+        with self._writing("gradients.jsonl"), (self.path / "gradients.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def _write_table(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Writes metrics.csv: it is small, and never of another state than metrics.jsonl so."""
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, list(dict.fromkeys(name for line in lines for name in line)))
+        writer.writeheader()
+        writer.writerows(lines)
+        self._replace("metrics.csv", table.getvalue() if lines else "")
+
+    def _replace(self, name: str, text: str) -> None:
+        with self._writing(name):
+            temporary = self.path / f"{name}.tmp"
+            temporary.write_text(text, newline="")
+            os.replace(temporary, self.path / name)
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:

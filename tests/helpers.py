@@ -126,7 +126,7 @@ def save_run(path: Path, config: Config, accuracies: Mapping[int, float]) -> Pat
 
 
 class Watcher(Screen):
-    """Keeps what is shown, and sends a signal to this process when the steps `at` are shown."""
+    """Keeps what is shown, and sends a signal to this process when the training steps `at` are shown."""
 
     def __init__(self, at: Sequence[int] = (), signum: int = signal.SIGTERM) -> None:
         self.text = io.StringIO()
@@ -136,6 +136,8 @@ class Watcher(Screen):
         self.totals: set[int] = set()
 
     def progress(self, done: int, total: int, text: str) -> None:
+        if " images/s " not in text:
+            return
         self.steps.append(done)
         self.totals.add(total)
         if done in self._at:

@@ -383,5 +383,6 @@ def test_penalty_is_measured_from_the_command_line(real: bool, tmp_path: Path, m
     whole, alone = (float(rows[name]["median"]) for name in ("seconds per step", "seconds of the gradient alone"))
     assert 0 < alone < whole
     assert float(rows["ratio: gradient alone over step"]["median"]) == pytest.approx(alone / whole, rel=1)
+    assert float(rows["ratio: exact orthogonality alone over step"]["median"]) > 0
     assert rows["seconds per step"]["rounds"] == "3"
     assert str(tmp_path) not in (tmp_path / "speed.csv").read_text()

@@ -49,7 +49,7 @@ def test_training_leaves_a_run_in_the_default_workdir(trained: Any) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     workdir = directory / "runs" / "digits_resnet-resnet14-s4u1-double"
     assert sorted(path.name for path in workdir.iterdir()) == [
-        ".lock", "checkpoints", "metrics.jsonl", "run.json"]
+        ".lock", "checkpoints", "log.txt", "metrics.csv", "metrics.jsonl", "run.json"]
     assert [path.name for path in directory.iterdir()] == ["runs"]
     assert {"10"} <= {path.name for path in (workdir / "checkpoints").iterdir()}
     accuracy = f"{100 * last_metrics(workdir)['test_accuracy']:.2f} %"

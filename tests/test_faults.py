@@ -77,7 +77,8 @@ def run(workdir: Path, **watch: Any) -> Watcher:
 
 
 def files(workdir: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(workdir)): path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    return {str(path.relative_to(workdir)): path.read_bytes() for path in workdir.rglob("*")
+            if path.is_file() and path.name != "log.txt"}
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from shared_basis.devices import divided, make_mesh, replicated
 from shared_basis.errors import UserError
 from shared_basis.memory import Memory, advice, bytes_on_device, check, explained, measure
 from shared_basis.params import abstract_variables, count_parameters
-from shared_basis.screen import size_text
+from shared_basis.screen import Screen, size_text
 from shared_basis.steps import TrainState
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
@@ -104,7 +104,7 @@ def test_the_step_of_a_known_program_is_its_intermediate_and_its_result() -> Non
 def program(config: Config, tmp_path: Path, **changes: Any) -> train_module.Program:
     """Returns the compiled program of a run of the tiny network, with `changes`, on all devices."""
     mesh = make_mesh()
-    images = feeds.load(data.open_source(config.data), config.data, mesh, lambda line: None)
+    images = feeds.load(data.open_source(config.data), config.data, mesh, Screen(verbosity="quiet"))
     model = tiny_network(**changes)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     _, built = train_module.build(config, images, model, mesh, checkpoints)

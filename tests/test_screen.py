@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import pathlib
+import re
 
 import pytest
 from rich.console import Console
@@ -19,10 +21,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def terminal(width: int = 100) -> tuple[Screen, io.StringIO]:
+def terminal(width: int = 100, verbosity: str = "normal") -> tuple[Screen, io.StringIO]:
     """Returns a screen on a terminal, and what is written to that."""
     written = io.StringIO()
-    shown = Screen(written)
+    shown = Screen(written, verbosity)
     # Rich takes a StringIO for no terminal, and some environments (CI, TERM=dumb) for another one.
     shown._console = Console(file=written, highlight=False, markup=False, soft_wrap=True, force_terminal=True,
                              width=width, _environ={"TERM": "xterm"})
@@ -98,6 +100,88 @@ def test_progress_may_begin_again_after_its_end() -> None:
         shown.end_progress()
         shown.progress(2, 2, "second")
     assert "second" in written.getvalue()
+
+
+def test_counting_shows_how_many_and_the_time_left(clock: list[float]) -> None:
+    shown, written = terminal()
+    with shown:
+        count_images = shown.counting("decoding [images]")
+        clock[0] += 10
+        count_images(1000, 4000)
+        shown._progress.refresh()
+        assert "decoding [images]  1,000/4,000  0:00:30 left" in written.getvalue()
+        count_images(4000, 4000)
+        assert shown._progress is None  # done: the line is gone
+
+
+@pytest.mark.parametrize(("verbosity", "expected"), [
+    ("quiet", "warning: w\n"), ("normal", "l\nwarning: w\n"),
+    ("verbose", "[process 1 step 7] l\n[process 1 step 7] d\n[process 1 step 7] warning: w\n")])
+def test_what_is_printed_by_verbosity(verbosity: str, expected: str) -> None:
+    written = io.StringIO()
+    shown = Screen(written, verbosity, process=1)
+    shown.step = 7
+    shown.line("l")
+    shown.detail("d")
+    shown.warn("w")
+    assert written.getvalue() == expected
+
+
+def test_a_quiet_terminal_shows_no_progress() -> None:
+    shown, written = terminal(verbosity="quiet")
+    with shown:
+        shown.progress(1, 2, "working")
+    assert not written.getvalue()
+
+
+def test_an_unknown_verbosity_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be one of quiet, normal, verbose"):
+        Screen(verbosity="loud")
+
+
+LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} (.+)")
+
+
+def logged(path: pathlib.Path) -> list[str]:
+    """Returns the lines of a log without their times."""
+    return [LINE.fullmatch(line)[1] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_log_has_each_line_with_time_process_and_step(tmp_path: pathlib.Path) -> None:
+    shown = Screen(io.StringIO(), "quiet")
+    shown.line("before there is a directory")
+    with shown.logging(tmp_path):
+        shown.step = 3
+        shown.line("three")
+        shown.detail("shown by none, and so not logged")
+        assert logged(tmp_path / "log.txt")[-1] == "process 0 step 3: three"  # at once, not at the end
+        shown.warn("× λ")
+    shown.line("after")
+    with pytest.raises(KeyError), shown.logging(tmp_path):
+        raise KeyError("what ends it")
+    assert logged(tmp_path / "log.txt") == [
+        "process 0 step 0: before there is a directory", "process 0 step 3: three", "process 0 step 3: warning: × λ",
+        "process 0 step 3: after", "process 0 step 3: ended: 'what ends it'"]
+
+
+def test_other_processes_have_logs_of_their_own(tmp_path: pathlib.Path) -> None:
+    shown = Screen(io.StringIO(), process=2)
+    with shown.logging(tmp_path):
+        shown.line("here")
+    assert logged(tmp_path / "log-2.txt") == ["process 2 step 0: here"]
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: pathlib.Path) -> None:
+    written = io.StringIO()
+    shown = Screen(written)
+    (tmp_path / "log.txt").mkdir()
+    with shown.logging(tmp_path):
+        shown.line("one")
+    (tmp_path / "log.txt").rmdir()
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with shown.logging(tmp_path):
+        shown.line("two")
+    assert written.getvalue() == "one\ntwo\n"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [

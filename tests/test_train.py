@@ -42,6 +42,7 @@ from shared_basis.config import (
 )
 from shared_basis.devices import make_mesh, replicated
 from shared_basis.errors import UserError
+from shared_basis.screen import Screen
 from shared_basis.signals import Interrupted, StopSignals
 from shared_basis.train import render, train
 
@@ -76,7 +77,8 @@ def stop(workdir: Path, at: int, signum: int = signal.SIGTERM) -> Interrupted:
 
 
 def files(workdir: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(workdir)): path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    return {str(path.relative_to(workdir)): path.read_bytes() for path in workdir.rglob("*")
+            if path.is_file() and path.name != "log.txt"}
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,7 @@ def test_metrics_are_those_of_the_saved_state(finished: Any) -> None:
 
 def test_each_epoch_trains_in_the_order_of_its_own(finished: Any, tmp_path: Path) -> None:
     mesh, checkpoints = make_mesh(), Checkpoints(tmp_path)
-    images = feeds.load(data.open_source(CONFIG.data), CONFIG.data, mesh, lambda line: None)
+    images = feeds.load(data.open_source(CONFIG.data), CONFIG.data, mesh, Screen(verbosity="quiet"))
     state, program = train_module.build(CONFIG, images, tiny_network(), mesh, checkpoints)
     pixels, labels, _ = next(program.batches(0))
     for step in range(2 * PER_EPOCH):
@@ -315,7 +317,7 @@ def fake_accuracies(monkeypatch: pytest.MonkeyPatch, validation: list[float], te
     def make_fake(*arguments: Any) -> Callable[[Any], dict[str, float]]:
         evaluate = make_evaluator(*arguments)
 
-        def fake(variables: Any, between: Callable[[], None]) -> dict[str, float]:
+        def fake(variables: Any, between: Callable[[int], None]) -> dict[str, float]:
             scores = evaluate(variables, between)
             return {**scores, "accuracy": next(accuracies[int(scores["count"])])}
         return fake

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import os
@@ -138,6 +139,25 @@ def test_rewinding_drops_what_comes_after_the_step(run: Workdir) -> None:
     assert [path.name for path in run.path.iterdir() if path.suffix == ".tmp"] == []
 
 
+def table(run: Workdir) -> list[dict[str, str]]:
+    """Returns metrics.csv."""
+    with (run.path / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_metrics_are_there_as_a_table_too(run: Workdir) -> None:
+    run.rewind_metrics(0)
+    assert table(run) == []
+    for step in (5, 10):
+        run.append_metrics({"step": step, "train_loss": 1 / step})
+    run.append_metrics({"step": 15, "train_loss": 0.25, "penalty": 1e-9})
+    assert table(run) == [{"step": "5", "train_loss": "0.2", "penalty": ""},
+                          {"step": "10", "train_loss": "0.1", "penalty": ""},
+                          {"step": "15", "train_loss": "0.25", "penalty": "1e-09"}]
+    run.rewind_metrics(5)
+    assert table(run) == [{"step": "5", "train_loss": "0.2"}]
+
+
 def test_a_last_line_that_was_cut_off_is_dropped(run: Workdir) -> None:
     for step in (5, 10):
         run.append_metrics({"step": step})
@@ -241,7 +261,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has a file that is written at once end in its middle, for want of space."""
     write_text = Path.write_text
 
-    def write_half(self: Path, text: str) -> None:
+    def write_half(self: Path, text: str, newline: str | None = None) -> None:
         write_text(self, text[:len(text) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(Path, "write_text", write_half)

@@ -16,11 +16,11 @@ from types import ModuleType
 
 from shared_basis.config import DataConfig
 from shared_basis.data import arrays, digits, folder, tfds_sets
-from shared_basis.data.splits import SPLITS, Dataset, Source, Spec, Split, epoch_order, select
+from shared_basis.data.splits import SPLITS, Dataset, Progress, Source, Spec, Split, epoch_order, select, unseen
 from shared_basis.errors import UserError
 
-__all__ = ["SPLITS", "Dataset", "Source", "Spec", "Split", "describe", "epoch_order", "load", "load_split",
-           "open_source", "prepare"]
+__all__ = ["SPLITS", "Dataset", "Progress", "Source", "Spec", "Split", "describe", "epoch_order", "load", "load_split",
+           "open_source", "prepare", "unseen"]
 
 
 def describe(config: DataConfig) -> Spec:
@@ -33,13 +33,16 @@ def describe(config: DataConfig) -> Spec:
     return _room(config).describe(config)
 
 
-def prepare(config: DataConfig) -> str:
+def prepare(config: DataConfig, progress: Progress = unseen) -> str:
     """Makes the data set ready for training, if that takes more than opening it, and returns what is there.
+
+    Args:
+      progress: is told of images that are checked; TFDS, which prepares the others, shows bars of its own.
 
     Raises:
       UserError: source files are missing, damaged or not the published ones, or it cannot be written.
     """
-    return _room(config).prepare(config)
+    return _room(config).prepare(config, progress)
 
 
 def open_source(config: DataConfig, names: Sequence[str] = SPLITS, known: Spec | None = None) -> Source:

@@ -10,7 +10,7 @@ import numpy as np
 
 from shared_basis.config import DataConfig
 from shared_basis.data.images import TEST_PART, Box, BrokenImage, central, decode, whole
-from shared_basis.data.splits import Examples, Spec, Split
+from shared_basis.data.splits import Examples, Progress, Spec, Split, unseen
 from shared_basis.errors import UserError
 
 BLOCK = 1000
@@ -71,10 +71,11 @@ def refuse(problem: str) -> UserError:
     return UserError(f"{problem}. Replace or remove it, or set --config.data.on_broken=skip.")
 
 
-def load_split(examples: Examples, spec: Spec, config: DataConfig, tell: Callable[[str], None]) -> Split:
-    """Decodes a whole split.
+def load_split(examples: Examples, spec: Spec, config: DataConfig, warn: Callable[[str], None],
+               progress: Progress = unseen) -> Split:
+    """Decodes a whole split, and tells `progress` of it.
 
-    With `config.on_broken='skip'` broken images, each of which `tell` is told, have the label −1.
+    With `config.on_broken='skip'` broken images, of each of which `warn` is told, have the label −1.
 
     Raises:
       UserError: as `read_images`, or an image is broken and may not be skipped.
@@ -88,7 +89,8 @@ def load_split(examples: Examples, spec: Spec, config: DataConfig, tell: Callabl
         for problem in broken.values():
             if config.on_broken == "fail":
                 raise refuse(problem)
-            tell(f"skipped: {problem}")
+            warn(f"skipped: {problem}")
+        progress(rows.stop, len(examples))
     return Split(images, labels)
 
 

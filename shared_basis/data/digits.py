@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from shared_basis.config import DataConfig
-from shared_basis.data.splits import ArrayExamples, Source, Spec
+from shared_basis.data.splits import ArrayExamples, Progress, Source, Spec
 
 TEST_EVERY = 5
 """Of every class, each fifth image is a test image; the rest are for training."""
@@ -32,9 +32,9 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
     return Source(describe(config), {name: whole.take(members[name]) for name in names})
 
 
-def prepare(config: DataConfig) -> str:
+def prepare(config: DataConfig, progress: Progress) -> str:
     """Returns that there is nothing to do."""
-    del config
+    del config, progress
     return "the digits come with scikit-learn: nothing to prepare"
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from shared_basis.config import DataConfig
 from shared_basis.data import stream
 from shared_basis.data.images import BrokenImage, size_of
-from shared_basis.data.splits import Encoded, Source, Spec
+from shared_basis.data.splits import Encoded, Progress, Source, Spec
 from shared_basis.errors import UserError
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -114,7 +114,7 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
     return Source(Spec(shape, classes), {split: part for split, part in parts.items() if split in wanted})
 
 
-def prepare(config: DataConfig) -> str:
+def prepare(config: DataConfig, progress: Progress) -> str:
     """Decodes every image once and returns what the directory holds; nothing has to be written.
 
     Raises:
@@ -122,10 +122,14 @@ def prepare(config: DataConfig) -> str:
     """
     lenient = dataclasses.replace(config, on_broken="skip", crop="center")
     source = open_source(lenient, ("train", "test"))
-    broken = 0
+    broken = done = 0
+    total = sum(map(len, source.splits.values()))
     for part in source.splits.values():
         batches = stream.TestBatches(part, source.spec, lenient, batch_size=CHECKED_AT_ONCE)
-        broken += sum(len(batch.skipped) for batch in stream.read(batches, stream.workers_of(config)))
+        for number, batch in enumerate(stream.read(batches, stream.workers_of(config)), 1):
+            broken += len(batch.skipped)
+            progress(done + min(number * CHECKED_AT_ONCE, len(part)), total)
+        done += len(part)
     if broken and config.on_broken == "fail":
         raise UserError(f"{broken} image{'s' * (broken > 1)} in {config.directory} cannot be decoded, named above; "
                         "replace or remove, or set --config.data.on_broken=skip.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +16,13 @@ SPLITS = ("train", "test")
 
 Encoded = bytes | str | np.ndarray
 """An image as it is stored: the bytes of a file, the path of one, or pixels uint8 [H, W, C]."""
+
+Progress = Callable[[int, int], None]
+"""Is told how many are done, and of how many."""
+
+
+def unseen(done: int, total: int) -> None:
+    """Is a `Progress` that shows nothing."""
 
 
 @dataclasses.dataclass(frozen=True)

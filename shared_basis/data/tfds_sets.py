@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from shared_basis.config import TFDS_PREFIX, DataConfig
-from shared_basis.data.splits import Encoded, Examples, Source, Spec
+from shared_basis.data.splits import Encoded, Examples, Progress, Source, Spec, unseen
 from shared_basis.errors import UserError
 
 _CIFAR100 = """
@@ -89,7 +89,7 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
 
     del known
     if find_builder(config) is None:
-        prepare(config)
+        prepare(config, unseen)
     builder = find_builder(config)
     if builder is None:
         raise _unprepared(config)
@@ -111,14 +111,15 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
     return Source(spec, examples)
 
 
-def prepare(config: DataConfig) -> str:
-    """Prepares the data set unless it is prepared, and returns where it lies.
+def prepare(config: DataConfig, progress: Progress) -> str:
+    """Prepares the data set unless it is prepared, and returns where it lies; TFDS shows the progress itself.
 
     Raises:
       UserError: source files are missing or are not the published ones, or the data cannot be written.
     """
     from shared_basis.data import tfds_prepare  # imports TFDS
 
+    del progress
     return tfds_prepare.prepare(config)
 
 

@@ -173,7 +173,7 @@ def _filters(run: Analysis, found: BasisSet) -> tuple[Paint, tuple[float, float]
     height = max(image.shape[0] / image.shape[1] for image, _ in images.values())
     width = min(4.6, 9.6 / len(images))
     return functools.partial(_paint_filters, run, found, images), (
-        width * len(images), min(max(width * height, 1.2), 9.0) + 0.6)
+        width * len(images), min(max(width * height, 1.2), 9.0) + 0.75)
 
 
 def _paint_filters(run: Analysis, found: BasisSet, images: dict[str, tuple[np.ndarray, str]], figure: Figure,
@@ -187,8 +187,7 @@ def _paint_filters(run: Analysis, found: BasisSet, images: dict[str, tuple[np.nd
 
 
 def _image(axes: Axes, image: np.ndarray, limit: float, theme: Theme) -> None:
-    colours = _colours(SIGNED)
-    colours.set_bad(theme.background)
+    colours = _colours(SIGNED).with_extremes(bad=theme.background)
     axes.imshow(image, cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest")
     axes.set_facecolor(theme.background)
     _bare(axes)
@@ -364,7 +363,9 @@ def _paint_training(runs: Sequence[Analysis], figure: Figure, theme: Theme) -> N
             lines.plot(epochs, row, color=colour, linestyle=dash, label=name.removeprefix("bases/"))
         lines.set_title("shared arrays", fontsize=9)
         _logarithmic(lines)
-        lines.sharey(grid[0, 1])
+    limits = [axes.get_ylim() for axes in grid[:, 1]]
+    for axes in grid[:, 1]:
+        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     for axes in grid[-1]:
         axes.set_xlabel("epoch")
     handles, labels = grid[0, 1].get_legend_handles_labels()

@@ -1,0 +1,176 @@
+"""Trains the networks of a study over several seeds, and regenerates the tables of docs/results.md from all rows.
+
+    python benchmarks/experiments.py --study=digits              about an hour on two cores; the same command resumes
+    python benchmarks/experiments.py --study=cifar60 --images=DIR --jobs=4 --devices=0,1
+    python benchmarks/experiments.py --write                     the tables again, without training
+
+Each run is `main.py` in a process of its own, and leaves a row in results/study-<name>.csv when it is finished. What
+has its row is not run again; what was interrupted goes on from its last checkpoint (its time is then that of the rest).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import queue
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
+
+from benchmarks.common import replace_section, versions
+from benchmarks.findings import Row, append, of, read, section
+from benchmarks.records import ROOT, commit
+from benchmarks.studies import STUDIES, Study, Variant
+from shared_basis.errors import UserError
+
+RESULTS = ROOT / "results"
+PAGE = ROOT / "docs" / "results.md"
+BASES = ("penalty", "norm_min", "norm_mean", "norm_max", "coherence")
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends at a mistake with one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """See `argparse.ArgumentParser`."""
+        self.exit(2, f"error: {message}\n")
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
+    """Returns the parser, for later mistakes, and the options."""
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--study", choices=tuple(STUDIES), help="what to train; without it nothing is")
+    parser.add_argument("--seeds", type=_positive, help="how many; default: the study's own")
+    parser.add_argument("--variants", default="", help="only those whose label holds one of these words, a,b")
+    parser.add_argument("--images", type=Path, help="the directory of images, where the study needs one")
+    parser.add_argument("--jobs", type=_positive, default=1, help="runs at a time")
+    parser.add_argument("--devices", default="", help="numbers of the GPUs to divide the jobs among, e.g. 0,1")
+    parser.add_argument("--workdirs", type=Path, default=Path("runs") / "studies", help="where the runs are kept")
+    parser.add_argument("--write", action="store_true", help="replace the tables of docs/results.md (also at the end)")
+    return parser, parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what is asked for; returns 0, or 1 if a run failed."""
+    parser, options = parse(arguments)
+    if not options.study and not options.write:
+        parser.error(f"name a --study ({', '.join(STUDIES)}), or --write the tables again")
+    failed = 0
+    try:
+        if options.study:
+            failed = run_study(options.study, STUDIES[options.study], options)
+        write_page()
+    except UserError as error:
+        parser.error(str(error))
+    return int(failed > 0)
+
+
+def run_study(name: str, study: Study, options: argparse.Namespace) -> int:
+    """Trains what has no row yet; returns how many runs failed.
+
+    Raises:
+      UserError: the study needs images, no variant has such a label, or the rows cannot be read.
+    """
+    if study.needs_images and (options.images is None or not options.images.is_dir()):
+        raise UserError(f"--study={name} needs --images=DIR, a directory with train/<class>/* and test/<class>/*.")
+    words = [word.strip() for word in options.variants.split(",") if word.strip()]
+    variants = [variant for variant in study.variants if not words or any(word in variant.label for word in words)]
+    if not variants:
+        raise UserError(f"--variants={options.variants}: none of {', '.join(v.label for v in study.variants)}.")
+    path = RESULTS / f"study-{name}.csv"
+    rows = read(path)
+    # Seeds last, so that one run of each variant is there early, and neighbours use the same compiled program.
+    todo = [(variant, seed) for seed in range(options.seeds or study.seeds) for variant in variants
+            if seed not in of(rows, variant)]
+    slots: queue.Queue[str] = queue.Queue()
+    devices = [device for device in options.devices.split(",") if device]
+    for slot in range(options.jobs):
+        slots.put(devices[slot % len(devices)] if devices else "")
+    failures = []
+
+    def run(number: int, variant: Variant, seed: int) -> None:
+        device = slots.get()
+        try:
+            print(f"{number + 1}/{len(todo)}: {variant.label}, seed {seed}", file=sys.stderr, flush=True)
+            append(path, train(name, study, variant, seed, options, device))
+        except UserError as error:
+            failures.append(f"{variant.label}, seed {seed}: {error}")
+            print(failures[-1], file=sys.stderr, flush=True)
+        finally:
+            slots.put(device)
+
+    with ThreadPoolExecutor(options.jobs) as threads:
+        for future in [threads.submit(run, number, *each) for number, each in enumerate(todo)]:
+            future.result()
+    return len(failures)
+
+
+def command(name: str, study: Study, variant: Variant, seed: int, images: Path | None, workdirs: Path) -> list[str]:
+    """Returns the arguments of main.py."""
+    label = "".join(char if char.isalnum() else "-" for char in variant.label)
+    return [f"--config={study.config}:{variant.network}", f"--config.seed={seed}", *study.settings, *variant.settings,
+            *([f"--config.data.directory={images}"] if study.needs_images else []),
+            f"--workdir={workdirs / name / f'{label}-{seed}'}"]
+
+
+def train(name: str, study: Study, variant: Variant, seed: int, options: argparse.Namespace, device: str) -> Row:
+    """Trains one network, or goes on training it, and returns its row.
+
+    Raises:
+      UserError: the run ended with an error.
+    """
+    arguments = command(name, study, variant, seed, options.images, options.workdirs)
+    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device else {})}
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "main.py", *arguments, "--json", "--quiet"], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+    shown = [word for word in arguments if not word.startswith(("--config.data.directory=", "--workdir="))]
+    return make_row(json.loads(done.stdout), name, variant, seed, time.monotonic() - began,
+                    shlex.join(["python", "main.py", *shown]), device)
+
+
+def make_row(result: Mapping[str, Any], name: str, variant: Variant, seed: int, seconds: float, shown: str,
+             device: str) -> Row:
+    """Returns the row of a finished run, of what `main.py --json` printed."""
+    found = versions(("jax", "flax"))
+    return Row(
+        date=datetime.date.today().isoformat(), commit=commit(), study=name, variant=variant.label,
+        network=variant.network, settings=" ".join(variant.settings), seed=seed, epochs=result["epoch"],
+        device=result["device"] + (f" {device}" if device else ""), python=platform.python_version(),
+        jax=found["jax"], flax=found["flax"], parameters=result["parameters"], macs=result["macs"],
+        wall_seconds=round(seconds, 1), images_per_second=round(result["images_per_second"], 1),
+        final_error=round(100 * (1 - result["test_accuracy"]), 4),
+        best_error=round(100 * (1 - result["best_test_accuracy"]), 4), best_epoch=result["best_epoch"],
+        chosen_on=result["chosen_on"], **{key: f"{result[key]:.6g}" if key in result else "" for key in BASES},
+        command=shown)
+
+
+def write_page() -> None:
+    """Replaces the tables between the marks of docs/results.md."""
+    for name, study in STUDIES.items():
+        begin, end = f"<!-- study: {name} -->\n", f"<!-- end of study: {name} -->\n"
+        if begin not in PAGE.read_text():
+            raise UserError(f"{PAGE.name} has no mark {begin.strip()}.")
+        replace_section(PAGE, begin, end, section(name, study, read(RESULTS / f"study-{name}.csv")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""From rows of results/ to tables: means and spreads over seeds, paired differences, and what was not run."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import statistics
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.common import Table, markdown
+from benchmarks.studies import Study, Variant
+from shared_basis.errors import UserError
+from shared_basis.published import PUBLISHED
+
+NOT_RUN = "not run"
+NONE = "–"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A finished run; its fields are the columns. Errors are in percent, of test images."""
+
+    date: str
+    commit: str
+    study: str
+    variant: str
+    network: str
+    settings: str
+    seed: int
+    epochs: int
+    device: str
+    python: str
+    jax: str
+    flax: str
+    parameters: int
+    macs: int
+    wall_seconds: float
+    images_per_second: float
+    final_error: float
+    best_error: float
+    best_epoch: int
+    chosen_on: str
+    penalty: str
+    norm_min: str
+    norm_mean: str
+    norm_max: str
+    coherence: str
+    command: str
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+
+
+def read(path: Path) -> list[Row]:
+    """Returns the rows of a file, none where there is no file.
+
+    Raises:
+      UserError: it has other columns, or a value is none.
+    """
+    if not path.exists():
+        return []
+    hints = typing.get_type_hints(Row)
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise UserError(f"{path.name} has other columns than {', '.join(COLUMNS)}; move it away.")
+        try:
+            return [Row(**{name: hints[name](value) for name, value in line.items()}) for line in reader]
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path.name}, line {reader.line_num}: {error}.") from error
+
+
+def append(path: Path, row: Row) -> None:
+    """Adds a row at the end of the file, which gets its header if it is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(COLUMNS)
+        writer.writerow(dataclasses.astuple(row))
+
+
+def of(rows: Sequence[Row], variant: Variant) -> dict[int, Row]:
+    """Returns the runs of a variant by seed, the latest of each."""
+    return {row.seed: row for row in rows if row.variant == variant.label and row.network == variant.network}
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Returns 'mean ± standard deviation (n)'; of one value itself alone."""
+    if len(values) == 1:
+        return f"{values[0]:.2f} (1)"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)})"
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float, float]:
+    """Returns the mean of paired differences and its 95 % confidence interval by Student's t; of n ≥ 2."""
+    from scipy import stats
+
+    mean = statistics.mean(differences)
+    half = float(stats.t.ppf(0.975, len(differences) - 1)) * statistics.stdev(differences) / math.sqrt(len(differences))
+    return mean, mean - half, mean + half
+
+
+def difference(rows: dict[int, Row], reference: dict[int, Row]) -> str:
+    """Returns how much greater the final error is than the reference's, seed by seed, in percentage points."""
+    seeds = sorted(rows.keys() & reference.keys())
+    if len(seeds) < 2:
+        return NONE
+    mean, low, high = interval([rows[seed].final_error - reference[seed].final_error for seed in seeds])
+    verdict = "" if low <= 0 <= high else " better" if mean < 0 else " worse"
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{verdict}"
+
+
+def table(study: Study, rows: Sequence[Row]) -> Table:
+    """Returns the table of a study: all of its variants, those that were not run too."""
+    head = ["variant", "parameters", "MACs", "final test error, %", "best epoch's, %",
+            "final error less the first row's", "penalty", "norms", "minutes a run"]
+    published = {row.name: row.error for row in PUBLISHED if row.dataset == study.published}
+    lines: Table = [[*head, *(["published, %"] if published else [])]]
+    for group in study.groups:
+        reference = of(rows, group[0])
+        for variant in group:
+            runs = of(rows, variant)
+            line = [variant.label, *(_cells(runs) if runs else [NOT_RUN] + [NONE] * (len(head) - 2))]
+            if runs:
+                line.insert(5, NONE if variant is group[0] else difference(runs, reference))
+            if published:
+                line.append(published.get(variant.network, "") or NONE if not variant.settings else NONE)
+            lines.append(line)
+    return lines
+
+
+def _cells(runs: dict[int, Row]) -> list[str]:
+    """Returns the cells of a variant that was run, but for the difference."""
+    values = list(runs.values())
+    first = values[0]
+    with_bases = [row for row in values if row.penalty]
+    norms = NONE if not with_bases else (f"{min(float(row.norm_min) for row in with_bases):.2f} – "
+                                         f"{max(float(row.norm_max) for row in with_bases):.2f}")
+    penalty = f"{statistics.mean(float(row.penalty) for row in with_bases):.1e}" if with_bases else NONE
+    return [f"{first.parameters:,}", f"{first.macs:,}", mean_and_deviation([row.final_error for row in values]),
+            mean_and_deviation([row.best_error for row in values]), penalty, norms,
+            f"{statistics.median(row.wall_seconds for row in values) / 60:.1f}"]
+
+
+def section(name: str, study: Study, rows: Sequence[Row]) -> str:
+    """Returns the section on a study in Markdown."""
+    text = f"## {study.title}\n\n{study.question}\n\n"
+    if not rows:
+        return f"{text}**Not run** yet: `python benchmarks/experiments.py --study={name}" + (
+            " --images=DIR`.\n\n" if study.needs_images else "`.\n\n")
+    facts = {key: ", ".join(dict.fromkeys(str(getattr(row, key)) for row in rows))
+             for key in ("device", "jax", "epochs", "commit")}
+    dates = sorted(row.date for row in rows)
+    span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    return (f"{text}{len(rows)} runs of {facts['epochs']} epochs, {span}, {facts['device']}, JAX {facts['jax']}, "
+            f"commit {facts['commit']}: `results/study-{name}.csv`, by `python benchmarks/experiments.py "
+            f"--study={name}`.\n\n"
+            f"{markdown(table(study, rows))}\n")

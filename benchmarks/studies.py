@@ -1,0 +1,106 @@
+"""What is trained to answer whether sharing with orthogonality wins: studies, each a table of networks and settings."""
+
+from __future__ import annotations
+
+import dataclasses
+
+JPEG = "CIFAR-10 (JPEG copy)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One row of a study: a network, and what is set beside its recipe."""
+
+    label: str
+    network: str
+    settings: tuple[str, ...] = ()
+    """Flags of main.py."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Networks that are trained alike, over several seeds."""
+
+    title: str
+    question: str
+    config: str
+    """The recipe, a file of configs/."""
+    seeds: int
+    groups: tuple[tuple[Variant, ...], ...]
+    """Variants that are compared with one another; the first one of each is the reference."""
+    settings: tuple[str, ...] = ()
+    """Flags of main.py for all of them."""
+    needs_images: bool = False
+    """Whether a directory of images has to be named."""
+    published: str = ""
+    """The data set under which `shared_basis.published` has figures that these can be compared with."""
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """All of them, in order."""
+        return tuple(variant for group in self.groups for variant in group)
+
+
+NO_PENALTY = "--config.orthogonality.method=none"
+EXACT = "--config.orthogonality.method=exact"
+
+
+def _ways(depth: int, rank: int) -> tuple[Variant, ...]:
+    """Returns the ways of sharing for a ResNet of `depth` with `rank` shared elements in its first group."""
+    net, shared = f"resnet{depth}", f"s{rank}u1"
+    return (
+        Variant(f"{net} plain", net),
+        Variant(f"{net} single", f"{net}-{shared}"),
+        Variant(f"{net} double", f"{net}-{shared}-double"),
+        Variant(f"{net} double, no penalty", f"{net}-{shared}-double", (NO_PENALTY,)),
+        Variant(f"{net} double, exact", f"{net}-{shared}-double", (EXACT,)),
+        Variant(f"{net} shared only", f"{net}-s{rank}u0-double"),
+        Variant(f"{net} non-shared", f"{net}-s0u{rank}"),
+        Variant(f"{net} tied", f"{net}-tied"),
+        Variant(f"{net} template2", f"{net}-template2"),
+    )
+
+
+def _cifar(epochs: int) -> tuple[str, ...]:
+    """Returns the published recipe scaled to `epochs`, on a directory of images."""
+    return (f"--config.train.epochs={epochs}", f"--config.optimizer.boundaries=({epochs * 0.5}, {epochs * 0.75})",
+            f"--config.train.evaluate_every={max(1, epochs // 60)}", "--config.data.name=folder")
+
+
+_CLAIM = (
+    (Variant("R32 plain", "resnet32"), Variant("R32-S8U1", "resnet32-s8u1"), Variant("R32-S16U1", "resnet32-s16u1"),
+     Variant("R32-S16U1*", "resnet32-s16u1-double"),
+     Variant("R32-S16U1*, no penalty", "resnet32-s16u1-double", (NO_PENALTY,)),
+     Variant("R32-S16U0*, shared only", "resnet32-s16u0-double"), Variant("R32-U16, non-shared", "resnet32-s0u16"),
+     Variant("R32 tied", "resnet32-tied"), Variant("R32 template2", "resnet32-template2")),
+    (Variant("R56 plain", "resnet56"), Variant("R56-S16U1", "resnet56-s16u1"),
+     Variant("R56-S16U1*", "resnet56-s16u1-double"),
+     Variant("R56-S16U1*, no penalty", "resnet56-s16u1-double", (NO_PENALTY,))),
+)
+
+_WEIGHTS = tuple(
+    Variant(f"R56-S16U1*, λ={weight} {reduction}", "resnet56-s16u1-double",
+            (f"--config.orthogonality.weight={float(weight)}", f"--config.orthogonality.reduction={reduction}"))
+    for reduction in ("mean", "sum") for weight in ("0.1", "1", "10", "100"))
+
+STUDIES = {
+    "digits": Study(
+        "Handwritten digits", "Do small networks on small images show what the paper claims of large ones?",
+        "configs/digits_resnet.py", 5, (_ways(20, 8), _ways(56, 8)),
+        ("--config.train.epochs=12", "--config.train.evaluate_every=3")),
+    "cifar60": Study(
+        f"{JPEG}, 60 epochs", "Does the claim hold on the published recipe, scaled to 60 epochs?",
+        "configs/cifar_resnet.py", 3, _CLAIM, _cifar(60), needs_images=True),
+    "cifar300": Study(
+        f"{JPEG}, 300 epochs", "Does the claim hold on the published recipe?",
+        "configs/cifar_resnet.py", 3, _CLAIM, _cifar(300), needs_images=True),
+    "weights": Study(
+        f"{JPEG}, 60 epochs: the penalty's weight", "How much do λ, its reduction and exact orthogonality matter?",
+        "configs/cifar_resnet.py", 3,
+        ((Variant("R56-S16U1*, no penalty", "resnet56-s16u1-double", (NO_PENALTY,)), *_WEIGHTS,
+          Variant("R56-S16U1*, exact", "resnet56-s16u1-double", (EXACT,))),), _cifar(60), needs_images=True),
+    "cifar10": Study(
+        "CIFAR-10, 300 epochs", "The published table, on the original images.", "configs/cifar_resnet.py", 3, _CLAIM,
+        published="CIFAR-10"),
+}
+"""By the name that --study takes."""
