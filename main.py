@@ -6,6 +6,7 @@
     python main.py --mode=predict --workdir=DIR --images=PATH       classifies image files, and those in directories
     python main.py --mode=export --workdir=DIR --format=onnx       the inference function as a file (or stablehlo)
     python main.py --mode=inspect --workdir=DIR                    what a run holds, without loading its arrays
+    python main.py --mode=analyze --workdir=DIR                    pictures and numbers of its bases and gradients
     python main.py --mode=summary --config=…                       parameters and multiply-accumulates
     python main.py --mode=prepare --config=…                       downloads and prepares a data set
     python main.py --mode=import --checkpoint=FILE.pth --config=…  published weights into a workdir
@@ -31,7 +32,7 @@ from shared_basis.errors import UserError, end_with
 
 FLAGS = flags.FLAGS
 _DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "digits_resnet.py")
-_TRAINED = ("evaluate", "predict", "export", "inspect")  # modes of a run, which has its own configuration
+_TRAINED = ("evaluate", "predict", "export", "inspect", "analyze")  # modes of a run, which has its own configuration
 _MODES = ("train", *_TRAINED, "summary", "prepare", "import")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as FILE.py[:network]; default: digits_resnet.py.")
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
@@ -39,12 +40,12 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: 
 _JSON = flags.DEFINE_bool("json", False, "Print the result as one JSON object; other lines go to standard error.")
 _DEBUG_NANS = flags.DEFINE_bool("debug_nans", False, "Stop at the operation that gives the first NaN; slow.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best or a step; for import the file.")
-_AGAINST = flags.DEFINE_string("against", "", "inspect: compare with this step, or with WORKDIR or WORKDIR:STEP.")
+_AGAINST = flags.DEFINE_string("against", "", "inspect, analyze: compare with this step, or WORKDIR or WORKDIR:STEP.")
 _IMAGES = flags.DEFINE_multi_string("images", [], "predict: an image file, or a directory of them; may be repeated.")
 _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "train: write metrics as TensorBoard event files too.")
 _QUIET = flags.DEFINE_bool("quiet", False, "Print warnings and the result alone.")
 _VERBOSE = flags.DEFINE_bool("verbose", False, "Print details too, such as each step.")
-_OUTPUT = flags.DEFINE_string("output", "", "predict: write all probabilities to this file, as CSV. export: the file.")
+_OUTPUT = flags.DEFINE_string("output", "", "predict: a CSV of all probabilities; export: the file; analyze: a directory.")
 _FORMAT = flags.DEFINE_enum("format", "onnx", ("onnx", "stablehlo"), "export: what to write.")
 _FOLD = flags.DEFINE_enum("fold", "auto", ("auto", "basis", "composed", "none"), "export: see docs/export.md.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes, which TPU pods and SLURM tell.")

@@ -176,7 +176,7 @@ def plot(points: Sequence[Point], path: Path, session: Session) -> bool:
     try:
         import matplotlib
     except ImportError:
-        session.tell("matplotlib is not installed and the plot is left out: pip install -e '.[bench]'")
+        session.tell("matplotlib is not installed and the plot is left out: pip install matplotlib")
         return False
     matplotlib.use("agg")  # needs no screen
     from matplotlib import pyplot

@@ -226,11 +226,15 @@ class TrainConfig:
     eval_batch_size: int = 1000
     evaluate_every: int = 1
     """Epochs between evaluations; each is followed by a checkpoint. The last epoch always counts."""
+    record_gradients: bool = False
+    """Whether each evaluation adds a line to gradients.jsonl: the norm of the cross entropy's gradient with respect to
+    each basis, coefficients and kernel, averaged over the steps of the epoch (--mode=analyze draws them). What is
+    trained does not change; the averages belong to the optimizer's state, so that they survive a stop."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            _require(1 <= value < 2**31, f"train.{field.name}", value, "a positive whole number below 2^31")
+        for field in ("epochs", "batch_size", "eval_batch_size", "evaluate_every"):
+            value = getattr(self, field)
+            _require(1 <= value < 2**31, f"train.{field}", value, "a positive whole number below 2^31")
 
 
 @dataclasses.dataclass(frozen=True)

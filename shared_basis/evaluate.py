@@ -121,10 +121,17 @@ class Trained:
             step = checkpoints.find(which)
             spec = data.Spec(tuple(record["data"]["image_shape"]), tuple(record["data"]["classes"]))
             model = build_model(config, spec)
-            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
-                                  dict(abstract_variables(model, spec.image_shape)))
-            variables = checkpoints.restore_variables(step, target)
+            variables = _restore(checkpoints, step, model, spec, mesh)
         return cls(run, config, spec, mesh, checkpoints, step, model, variables)
+
+    def at(self, step: int) -> Trained:
+        """Restores another checkpoint of the same run.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        variables = _restore(self.checkpoints, step, self.model, self.spec, self.mesh)
+        return dataclasses.replace(self, step=step, variables=variables)
 
     def open_source(self) -> data.Source:
         """Opens the run's test images, which must have its classes and shape."""
@@ -138,6 +145,12 @@ class Trained:
             return logits
 
         return functools.partial(classify, self.variables)
+
+
+def _restore(checkpoints: Checkpoints, step: int, model: Network, spec: data.Spec, mesh: Mesh) -> Variables:
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
+                          dict(abstract_variables(model, spec.image_shape)))
+    return checkpoints.restore_variables(step, target)
 
 
 def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None,

@@ -38,7 +38,7 @@ def inspect(workdir: str | Path, which: str = "latest", against: str = "") -> di
     """
     one = _read(Path(workdir), which)
     if against:
-        one["differences"] = {"against": against, **compare(one, _read(*_other(one, against)))}
+        one["differences"] = {"against": against, **compare(one, _read(*other_checkpoint(workdir, against)))}
     return one
 
 
@@ -69,10 +69,10 @@ def _kind(array: Mapping[str, Any]) -> str:
     return f"{array['dtype']}[{'×'.join(map(str, array['shape']))}]"
 
 
-def _other(one: Mapping[str, Any], against: str) -> tuple[Path, str]:
-    """Returns the workdir and the checkpoint that `against` means."""
+def other_checkpoint(workdir: str | Path, against: str) -> tuple[Path, str]:
+    """Returns the workdir and the checkpoint that `against` means, for the run in `workdir`."""
     if against in ("best", "latest") or against.isdecimal():
-        return Path(one["workdir"]), against
+        return Path(workdir), against
     path, colon, step = against.rpartition(":")
     return (Path(path), step) if colon and not os.path.isdir(against) else (Path(against), "latest")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from shared_basis import data, evaluate, export, importing, inspection, prediction, summary, train
+from shared_basis import analyze, data, evaluate, export, importing, inspection, prediction, summary, train
 from shared_basis.config import Config
 from shared_basis.devices import leads
 from shared_basis.errors import UserError
@@ -92,6 +92,12 @@ def _inspect(request: Request) -> Result:
     return result, inspection.render(result)
 
 
+def _analyze(request: Request) -> Result:
+    result = analyze.analyze(request.workdir, request.checkpoint, request.overrides, request.against, request.output,
+                             request.screen.line)
+    return result, analyze.render(result)
+
+
 def _summary(request: Request) -> Result:
     config = Workdir(request.workdir).load()[0] if request.workdir_given else request.config
     spec = data.describe(config.data)
@@ -112,4 +118,4 @@ def _import(request: Request) -> Result:
 
 MODES: dict[str, Callable[[Request], Result]] = {
     "train": _train, "evaluate": _evaluate, "predict": _predict, "export": _export, "inspect": _inspect,
-    "summary": _summary, "prepare": _prepare, "import": _import}
+    "analyze": _analyze, "summary": _summary, "prepare": _prepare, "import": _import}

@@ -10,6 +10,7 @@ import optax
 
 from shared_basis.basis import ElementSet
 from shared_basis.config import OptimizerConfig, OrthogonalityConfig
+from shared_basis.gradients import record_gradient_norms
 from shared_basis.orthogonality import add_orthogonality_penalty
 from shared_basis.orthonormality import keep_orthonormal
 from shared_basis.params import label_parameters
@@ -33,14 +34,17 @@ def learning_rate_schedule(config: OptimizerConfig, epochs: int, steps_per_epoch
 
 
 def make_optimizer(config: OptimizerConfig, orthogonality: OrthogonalityConfig, element_sets: Sequence[ElementSet],
-                   schedule: optax.Schedule) -> optax.GradientTransformation:
+                   schedule: optax.Schedule, recorded_steps: int = 0) -> optax.GradientTransformation:
     """Returns the chain: orthogonality penalty, weight decay, SGD with momentum.
 
     Both additions come before momentum, so that the chain equals descent on cross entropy + weight · penalty
     + ½ weight_decay · ‖decaying parameters‖². With exact orthogonality the chain ends with `keep_orthonormal` in place
     of the penalty.
+
+    Args:
+      recorded_steps: the steps over which `record_gradient_norms`, before all, averages; 0 leaves it out.
     """
-    links = []
+    links = [record_gradient_norms(recorded_steps)] if recorded_steps else []
     if orthogonality.method == "penalty" and orthogonality.weight and element_sets:
         links.append(add_orthogonality_penalty(orthogonality.weight, element_sets, orthogonality.reduction))
     exact = element_sets if orthogonality.method == "exact" else ()

@@ -24,6 +24,7 @@ from shared_basis.config import Config, differences
 from shared_basis.devices import agreed, check_batch_size, divided, leads, make_mesh, replicated
 from shared_basis.errors import UserError
 from shared_basis.evaluate import Evaluator, build_model, make_evaluator
+from shared_basis.gradients import recorded_norms
 from shared_basis.models import create_model
 from shared_basis.optimizer import learning_rate_schedule, make_optimizer
 from shared_basis.orthogonality import orthogonality_diagnostics
@@ -136,7 +137,8 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
     steps_per_epoch = images.count("train") // config.train.batch_size
     element_sets = model.element_sets(config.orthogonality.elements)
     schedule = learning_rate_schedule(config.optimizer, config.train.epochs, steps_per_epoch)
-    optimizer = make_optimizer(config.optimizer, config.orthogonality, element_sets, schedule)
+    optimizer = make_optimizer(config.optimizer, config.orthogonality, element_sets, schedule,
+                               steps_per_epoch if config.train.record_gradients else 0)
     everywhere = replicated(mesh)
     seed = np.int32(config.seed)  # an argument of the compiled functions, which then serve all seeds
     create = jax.jit(functools.partial(create_train_state, model, optimizer, image_shape=images.spec.image_shape),
@@ -304,6 +306,9 @@ class Training:
         self.checkpoints.wait()  # for the one before, so that a kill costs one evaluated interval at most
         if leads():
             self.run.append_metrics(line)
+            if self.config.train.record_gradients:
+                self.run.append_gradients({"step": step, "epoch": line["epoch"],
+                                           "norms": recorded_norms(state.params, state.opt_state)})
         self.screen.line(render_metrics(line, self.config.train.epochs))
         self.checkpoints.save(step, state, self.record, line)
         self.screen.detail(f"checkpoint {step} is being written to {self.run.checkpoints}")

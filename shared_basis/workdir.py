@@ -3,8 +3,9 @@
     run.json        configuration, versions, data facts: all that evaluation needs beside a checkpoint
     metrics.jsonl   one JSON object for each evaluation
     metrics.csv     the same as a table
+    gradients.jsonl norms of gradients, a JSON object for each evaluation, if asked for
     log.txt         what was printed, with time, process and step; log-1.txt that of process 1, …
-    tensorboard/    the same as event files, if asked for
+    tensorboard/    the metrics as event files, if asked for
     checkpoints/    see `shared_basis.checkpoints`
     damaged/        checkpoints that could not be restored, set aside
     .lock           held by the process that writes
@@ -189,7 +190,14 @@ class Workdir:
         Raises:
           UserError: the file cannot be read.
         """
-        path = self.path / "metrics.jsonl"
+        return self._lines("metrics.jsonl")
+
+    def gradients(self) -> list[dict[str, Any]]:
+        """Returns likewise the lines of gradients.jsonl: `step`, `epoch`, and `norms` by path of the parameter."""
+        return self._lines("gradients.jsonl")
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / name
         try:
             text = path.read_text(errors="replace") if path.exists() else ""
         except OSError as error:
@@ -205,10 +213,13 @@ class Workdir:
         return lines
 
     def rewind_metrics(self, step: int) -> None:
-        """Drops the metrics after `step`: a run that resumes there computes them again."""
+        """Drops the metrics, and norms of gradients, after `step`: a run that resumes there computes them again."""
         kept = [line for line in self.metrics() if line["step"] <= step]
         self._replace("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
         self._write_table(kept)
+        if (self.path / "gradients.jsonl").exists():
+            self._replace("gradients.jsonl", "".join(
+                json.dumps(line) + "\n" for line in self.gradients() if line["step"] <= step))
         if self._tensorboard:
             with self._writing("tensorboard"):
                 self._events = Events(self.path / "tensorboard", kept, step)
@@ -221,6 +232,11 @@ class Workdir:
         if self._events is not None:
             with self._writing("tensorboard"):
                 self._events.add(line)
+
+    def append_gradients(self, line: Mapping[str, Any]) -> None:
+        """Adds one JSON object to gradients.jsonl."""
+        with self._writing("gradients.jsonl"), (self.path / "gradients.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def _write_table(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Writes metrics.csv: it is small, and never of another state than metrics.jsonl so."""

@@ -312,7 +312,7 @@ def test_trainer_and_evaluator_are_measured(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_growth_is_measured_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed; the extra 'bench' brings it")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     for module in (cases, growth):
         monkeypatch.setattr(module, "build_model", lambda config, spec: tiny_network(len(spec.classes)))
     monkeypatch.setattr(cases, "SECONDS", 0.01)

@@ -1,0 +1,64 @@
+"""What the record of gradients' norms (`train.record_gradients`) takes of a step, and of its compilation.
+
+    python -m benchmarks.recording [--network=resnet32-s16u1-double] [--batch=64] [--rounds=9] [--steps=8]
+
+measures the step with the record and without it in turns, and prints the median of the rounds' ratios, of wall time and
+of the process's CPU time, which neighbours on a shared machine disturb less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+from benchmarks.common import machine
+
+Times = tuple[float, float]
+"""Seconds of wall time, and of CPU time."""
+
+
+def timed(function: Callable[[], object]) -> Times:
+    """Returns what calling `function` takes."""
+    wall, used = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - wall, time.process_time() - used
+
+
+def ratios(without: list[Times], recording: list[Times]) -> str:
+    """Returns the medians of the rounds' ratios as text."""
+    wall, used = (statistics.median(a[i] / b[i] for a, b in zip(recording, without, strict=True)) for i in (0, 1))
+    return f"{wall:.3f} of the wall time, {used:.3f} of the CPU time (medians of {len(without)} rounds)"
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--network", default="resnet32-s16u1-double")
+    for name, default in (("batch", 64), ("rounds", 9), ("steps", 8)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    arguments = parser.parse_args()
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the first import of JAX reads it
+
+    from benchmarks.cases import Case, make_step
+    case = Case(arguments.network, arguments.batch)
+    made = {recording: make_step(case, **{"train.record_gradients": recording}) for recording in (False, True)}
+
+    steps: dict[bool, list[Times]] = {False: [], True: []}
+    compilations: dict[bool, list[Times]] = {False: [], True: []}
+    print(f"{arguments.network}, batches of {arguments.batch}; {machine(('jax', 'jaxlib'))}")
+    for _ in range(arguments.rounds):
+        for recording, step in made.items():
+            steps[recording].append(timed(lambda step=step: step.run(arguments.steps)))  # type: ignore[misc]
+    print(f"a step with the record takes {ratios(steps[False], steps[True])}", flush=True)
+    for _ in range(3):
+        for recording in made:
+            compilations[recording].append(timed(lambda recording=recording: make_step(  # type: ignore[misc]
+                case, **{"train.record_gradients": recording})))
+    print(f"compiling it takes {ratios(compilations[False], compilations[True])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Pictures: one look for all of them, in a light and a dark scheme, as PNG.
+
+A picture is painted by a function of a Matplotlib figure and a `Theme`, once for each scheme. Matplotlib's settings are
+its defaults and ours while it is painted, and the caller's again afterwards; pyplot, which keeps figures and opens
+windows, is never imported.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import functools
+import io
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shared_basis.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 180
+"""Pixels an inch: twice what a screen of 1280 pixels shows of a picture, for those that have more."""
+
+PANEL = (4.8, 3.3)
+"""Width and height in inches of a picture with one pair of axes: its letters can be read on a telephone too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Theme:
+    """The colours of a scheme, as '#rrggbb'."""
+
+    background: str
+    ink: str
+    """Text and axes."""
+    faint: str
+    """Grid lines and what should step back."""
+    colors: tuple[str, ...]
+    """For data, each 3:1 or more against the background, to be told apart by the colour-blind (after Okabe and Ito).
+    Lines have a dash and a marker of their own as well."""
+    colormap: str
+    """Matplotlib's name of a map from the background's brightness, for the smallest value, to the opposite."""
+
+
+LIGHT = Theme("#ffffff", "#1f2328", "#d0d7de",
+              ("#0072b2", "#d55e00", "#007a5a", "#a3408a", "#7a6200", "#56606b"), "Blues")
+DARK = Theme("#16191d", "#e6e9ed", "#3a4149",
+             ("#56b4e9", "#f0a030", "#2dc79a", "#e08ac6", "#e8dc5a", "#a5afba"), "Blues_r")
+
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2)), "-")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+"""The dash and the marker of line i, as `Theme.colors[i]` is its colour."""
+
+Paint = Callable[["Figure", Theme], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture in both schemes: PNG files as bytes."""
+
+    name: str
+    """Of its file, without the ending."""
+    text: str
+    """What it shows, for those who cannot see it."""
+    light: bytes
+    dark: bytes
+
+
+def picture(name: str, text: str, paint: Paint, size: tuple[float, float] = PANEL) -> Picture:
+    """Paints a picture in both schemes; `size` is its width and height in inches.
+
+    Raises:
+      UserError: Matplotlib is not installed.
+    """
+    return Picture(name, text, png(paint, LIGHT, size), png(paint, DARK, size))
+
+
+def png(paint: Paint, theme: Theme = LIGHT, size: tuple[float, float] = PANEL) -> bytes:
+    """Paints a picture in one scheme, and returns it as a PNG file.
+
+    Raises:
+      UserError: Matplotlib is not installed.
+    """
+    with _style(theme):
+        from matplotlib.figure import Figure
+        figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+        paint(figure, theme)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", metadata={"Software": None})
+    return _palette(file.getvalue())
+
+
+def data_uri(png: bytes) -> str:
+    """Returns a PNG file as an address that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def label_lines(axes: Axes) -> None:
+    """Writes the label of each line of `axes` at its right end, in its colour; those that would meet move apart."""
+    axes.autoscale_view()
+    ends = []
+    for line in axes.get_lines():
+        points = np.asarray(line.get_xydata(), float)
+        points = points[np.isfinite(points).all(1)]
+        if len(points) and not str(line.get_label()).startswith("_"):
+            ends.append((float(axes.transData.transform(points[-1])[1]), tuple(points[-1]), line))
+    points_a_pixel = 72 / DPI
+    last = float("-inf")
+    for y, end, line in sorted(ends, key=lambda each: each[0]):
+        last = max(y, last + 11 / points_a_pixel)
+        axes.annotate(str(line.get_label()), end, xytext=(7, (last - y) * points_a_pixel), textcoords="offset points",
+                      va="center", color=line.get_color(), fontsize=9, annotation_clip=False)
+
+
+def drawable(text: str, otherwise: str, limit: int = 18) -> str:
+    """Returns `text`, cut to `limit` characters, if the pictures' font has its letters, and else `otherwise`."""
+    if not text or not text.isprintable() or not set(map(ord, text)) <= _letters():
+        return otherwise
+    return text if len(text) <= limit else text[:limit - 1] + "…"
+
+
+@functools.cache
+def _letters() -> set[int]:
+    """Returns the code points that the pictures' font has."""
+    with _style(LIGHT):
+        from matplotlib import font_manager, ft2font
+        path = font_manager.findfont("DejaVu Sans")
+        return set(ft2font.FT2Font(path).get_charmap())
+
+
+@contextlib.contextmanager
+def _style(theme: Theme) -> Iterator[None]:
+    """Sets Matplotlib's defaults and ours, whatever the user's own settings are, until the context ends."""
+    try:
+        import matplotlib
+        from cycler import cycler
+    except ImportError:
+        raise UserError("Matplotlib, which draws the pictures, is not installed: pip install matplotlib.") from None
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({
+            "font.family": ["DejaVu Sans"], "font.size": 9.5, "axes.titlesize": 10.5, "axes.titlelocation": "left",
+            "text.parse_math": False,  # names hold dollars
+            "figure.facecolor": theme.background, "savefig.facecolor": theme.background,
+            "axes.facecolor": theme.background, "axes.edgecolor": theme.ink, "axes.labelcolor": theme.ink,
+            "text.color": theme.ink, "xtick.color": theme.ink, "ytick.color": theme.ink,
+            "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+            "grid.color": theme.faint, "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 9,
+            "lines.linewidth": 1.7, "lines.markersize": 4, "axes.prop_cycle": cycler(color=theme.colors)})
+        yield
+
+
+def _palette(png: bytes) -> bytes:
+    """Returns the PNG file with 128 colours, a third of its size; lines, letters and one colour map need no more."""
+    from PIL import Image
+    file = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+    return file.getvalue()
