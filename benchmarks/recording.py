@@ -44,7 +44,7 @@ def main() -> None:
 
     from benchmarks.cases import Case, make_step
     case = Case(arguments.network, arguments.batch)
-    made = {recording: make_step(case, **{"train.record_gradients": recording}) for recording in (False, True)}
+    made = {recording: make_step(case, train__record_gradients=recording) for recording in (False, True)}
 
     steps: dict[bool, list[Times]] = {False: [], True: []}
     compilations: dict[bool, list[Times]] = {False: [], True: []}
@@ -56,7 +56,7 @@ def main() -> None:
     for _ in range(3):
         for recording in made:
             compilations[recording].append(timed(lambda recording=recording: make_step(  # type: ignore[misc]
-                case, **{"train.record_gradients": recording})))
+                case, train__record_gradients=recording)))
     print(f"compiling it takes {ratios(compilations[False], compilations[True])}")
 
 
