@@ -14,7 +14,7 @@ from shared_basis import analyze, data, evaluate, export, importing, inspection,
 from shared_basis.config import Config
 from shared_basis.devices import leads
 from shared_basis.errors import UserError
-from shared_basis.report import single
+from shared_basis.report import comparison_page, single
 from shared_basis.screen import Screen
 from shared_basis.workdir import Workdir
 
@@ -93,6 +93,12 @@ def _export(request: Request) -> Result:
 
 
 def _report(request: Request) -> Result:
+    if request.runs:
+        if request.overrides or request.checkpoint != "latest":
+            raise UserError("--runs compares what metrics.jsonl says: give neither --checkpoint nor --config.")
+        own = [request.workdir] if request.workdir_given else []
+        result = comparison_page.compare([*own, *request.runs], request.output or "comparison")
+        return result, comparison_page.render(result)
     result = single.report(request.workdir, request.checkpoint, request.overrides, request.screen, request.output)
     return result, single.render(result)
 

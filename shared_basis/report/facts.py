@@ -69,7 +69,7 @@ class Facts:
         return images / speed if speed > 0 else math.nan
 
     def series(self, name: str) -> np.ndarray:
-        """Returns a metric at each evaluation, float64; NaN where it is missing or no number."""
+        """Returns a metric at each evaluation, float64; NaN where it is missing or no finite number."""
         return np.array([_number(line.get(name)) for line in self.lines])
 
 
@@ -102,4 +102,5 @@ def _is_evaluation(line: Mapping[str, Any]) -> bool:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else math.nan

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -116,6 +116,33 @@ def label_lines(axes: Axes) -> None:
         last = max(y, last + 11 / points_a_pixel)
         axes.annotate(str(line.get_label()), end, xytext=(7, (last - y) * points_a_pixel), textcoords="offset points",
                       va="center", color=line.get_color(), fontsize=9, annotation_clip=False)
+
+
+def place_labels(axes: Axes, points: Sequence[tuple[float, float]], labels: Sequence[str], theme: Theme) -> None:
+    """Writes each label beside its point, where it meets no other label and no point, if there is such a place."""
+    axes.autoscale_view()
+    height, width = 11.0, 5.6  # of a letter, in points, as are all that follow
+    spots = [axes.transData.transform(point) * 72 / DPI for point in points]
+    taken: list[tuple[Any, ...]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
+    left_end, _, right_end, top_end = np.asarray(axes.get_window_extent().extents) * 72 / DPI
+    for (x, y), point, label in zip(spots, points, labels, strict=True):
+        wide = width * len(label)
+
+        def box(offset: tuple[float, float], x: float = x, y: float = y, wide: float = wide) -> tuple[Any, ...]:
+            left, middle = x + offset[0] - (0 if offset[0] > 0 else wide if offset[0] < 0 else wide / 2), y + offset[1]
+            return left, middle - height / 2, left + wide, middle + height / 2
+
+        def clash(offset: tuple[float, float]) -> float:
+            one = box(offset)
+            outside = max(0.0, left_end - one[0]) + max(0.0, one[2] - right_end) + max(0.0, one[3] - top_end - height)
+            return outside + sum(max(0.0, min(one[2], other[2]) - max(one[0], other[0]))
+                                 * max(0.0, min(one[3], other[3]) - max(one[1], other[1])) for other in taken)
+
+        offset = min(((side * (7 if side else 0), up) for up in (0, 12, -12, 24, -24, 36, -36) for side in (1, -1, 0)
+                      if side or up), key=clash)
+        taken.append(box(offset))
+        axes.annotate(label, point, offset, textcoords="offset points", va="center", fontsize=8.5, color=theme.ink,
+                      ha="left" if offset[0] > 0 else "right" if offset[0] < 0 else "center", annotation_clip=False)
 
 
 def set_log(axes: Axes, which: Literal["x", "y"]) -> None:
