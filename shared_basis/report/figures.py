@@ -68,13 +68,14 @@ class Picture:
     """The PNG file."""
 
 
-def picture(name: str, text: str, paint: Paint, size: tuple[float, float] = PANEL) -> Picture:
-    """Paints a picture; `size` is its width and height in inches.
+def picture(name: str, text: str, paint: Paint, size: tuple[float, float] = PANEL,
+            colors: int | None = 128) -> Picture:
+    """Paints a picture; `size` and `colors` as in `png`.
 
     Raises:
       UserError: Matplotlib is not installed.
     """
-    return Picture(name, text, png(paint, size=size))
+    return Picture(name, text, png(paint, size=size, colors=colors))
 
 
 def png(paint: Paint, theme: Theme = LIGHT, size: tuple[float, float] = PANEL, colors: int | None = 128) -> bytes:
@@ -82,7 +83,8 @@ def png(paint: Paint, theme: Theme = LIGHT, size: tuple[float, float] = PANEL, c
 
     Args:
       size: width and height in inches.
-      colors: the number that the file is limited to, for a third of its size; None, for photographs, is no limit.
+      colors: the number that the file is limited to, for a third of its size; None, for photographs and colour maps, is
+        no limit.
 
     Raises:
       UserError: Matplotlib is not installed.

@@ -199,7 +199,7 @@ def confusion(scores: Scores, classes: Sequence[str]) -> Picture:
                       color=theme.background if shares[row, column] > 25 else theme.ink)
 
     side = 4.4 if many else 1.2 + 0.36 * max(8, len(classes))
-    return picture("confusion", told, paint, (side, side + 0.8))
+    return picture("confusion", told, paint, (side, side + 0.8), colors=None)
 
 
 def _pooled(shares: np.ndarray) -> np.ndarray:

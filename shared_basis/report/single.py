@@ -47,7 +47,7 @@ def report(workdir: str | Path, which: str = "latest", overrides: Mapping[str, A
         if scoring:
             scores = score(evaluate.Trained.open(workdir, which, overrides), screen or Screen(verbosity="quiet"))
         else:
-            missing = "the run has several processes, and these parts need one alone that sees all"
+            missing = "the training had several processes, and this takes one alone."
     except UserError as error:
         if overrides or which != "latest":  # the user asks for these very images, or this checkpoint
             raise
