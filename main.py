@@ -10,6 +10,7 @@
     python main.py --mode=summary --config=…                       parameters and multiply-accumulates
     python main.py --mode=prepare --config=…                       downloads and prepares a data set
     python main.py --mode=import --checkpoint=FILE.pth --config=…  published weights into a workdir
+    python main.py --mode=compress --source=DIR --config=…         a trained plain network into one with shared bases
 """
 
 import json
@@ -33,7 +34,7 @@ from shared_basis.errors import UserError, end_with
 FLAGS = flags.FLAGS
 _DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "digits_resnet.py")
 _TRAINED = ("evaluate", "predict", "export", "inspect", "analyze")  # modes of a run, which has its own configuration
-_MODES = ("train", *_TRAINED, "summary", "prepare", "import")
+_MODES = ("train", *_TRAINED, "summary", "prepare", "import", "compress")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as FILE.py[:network]; default: digits_resnet.py.")
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/<config>-<network>.")
@@ -43,9 +44,14 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best or a ste
 _AGAINST = flags.DEFINE_string("against", "", "inspect, analyze: compare with this step, or WORKDIR or WORKDIR:STEP.")
 _IMAGES = flags.DEFINE_multi_string("images", [], "predict: an image file, or a directory of them; may be repeated.")
 _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "train: write metrics as TensorBoard event files too.")
+_SOURCE = flags.DEFINE_string("source", "", "compress: the workdir of a trained plain network.")
+_CALIBRATION = flags.DEFINE_integer("calibration", None, "compress: training images to measure on; 0 is none.")
+_BUDGET = flags.DEFINE_float("budget", None, "compress: choose the ranks for this part of the plain network.")
+_BUDGET_OF = flags.DEFINE_string("budget_of", "parameters", "compress: what the budget is of, parameters or macs.")
+_SPECTRA = flags.DEFINE_bool("spectra", False, "compress: tell how much can be shared, and write no run.")
 _QUIET = flags.DEFINE_bool("quiet", False, "Print warnings and the result alone.")
 _VERBOSE = flags.DEFINE_bool("verbose", False, "Print details too, such as each step.")
-_OUTPUT = flags.DEFINE_string("output", "", "predict: a CSV file; export: the file; analyze: a directory.")
+_OUTPUT = flags.DEFINE_string("output", "", "predict, compress: a CSV file; export: the file; analyze: a directory.")
 _FORMAT = flags.DEFINE_enum("format", "onnx", ("onnx", "stablehlo"), "export: what to write.")
 _FOLD = flags.DEFINE_enum("fold", "auto", ("auto", "basis", "composed", "none"), "export: see docs/export.md.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes, which TPU pods and SLURM tell.")
@@ -89,7 +95,9 @@ def run() -> None:
             os.path.expanduser(_WORKDIR.value or os.path.join("runs", _CONFIG.value.name)), bool(_WORKDIR.value),
             json=_JSON.value, quiet=_QUIET.value, verbose=_VERBOSE.value, tensorboard=_TENSORBOARD.value,
             checkpoint=_CHECKPOINT.value, against=_AGAINST.value, images=_IMAGES.value, output=_OUTPUT.value,
-            format=_FORMAT.value, fold=_FOLD.value))
+            format=_FORMAT.value, fold=_FOLD.value,
+            source=os.path.expanduser(_SOURCE.value), calibration=_CALIBRATION.value, budget=_BUDGET.value,
+            budget_of=_BUDGET_OF.value, spectra=_SPECTRA.value))
         print(json.dumps(result) if _JSON.value else text)
 
 
