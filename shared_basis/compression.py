@@ -106,8 +106,10 @@ def left_over(layer: Layer, basis: Matrix) -> Matrix:
 
 def remaining_energy(layer: Layer, basis: Matrix) -> Matrix:
     """Returns the error over the layer's energy for `basis` and u = 0, 1, … T unique elements, the best for each u."""
-    rest = left_over(layer, basis)
-    squares = np.maximum(np.linalg.eigvalsh(rest.T @ rest), 0)  # rising
+    seen = layer.factor @ basis  # by the normal equations: many ranks are asked for, and this is the quickest form
+    inverse = np.linalg.inv(np.linalg.cholesky(seen.T @ seen))
+    fitted = inverse @ (seen.T @ layer.seen)
+    squares = np.maximum(np.linalg.eigvalsh(layer.seen.T @ layer.seen - fitted.T @ fitted), 0)  # rising
     return np.append(np.cumsum(squares)[::-1], 0.0) / (layer.energy or 1.0)
 
 

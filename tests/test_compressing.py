@@ -272,13 +272,13 @@ def test_a_compressed_run_is_trained_on(run: Path, main: CommandLine, tmp_path: 
 
 
 def test_images_are_scored_before_and_after(run: Path, tmp_path: Path) -> None:
-    result = compress(run, tmp_path / "new", "resnet14-s144u0", calibration=0)
+    result = compress(run, tmp_path / "new", "resnet14-s0u16", calibration=0)  # as many elements as channels
     assert result["test_accuracy"]["plain"] == result["test_accuracy"]["compressed"]
     assert result["test_loss"]["plain"] == pytest.approx(result["test_loss"]["compressed"], abs=1e-4)
     assert (result["test_examples"], result["calibration"]) == (50, 0)
     assert all(layer["activations"] is None for layer in result["layers"])
     text = compressing.render(result)
-    assert "resnet14-s144u0" in text
+    assert "resnet14-s0u16" in text
     assert "relative errors of filters:" in text
     images = jnp.asarray(make_images(9)[0])
     new, old = Trained.open(tmp_path / "new"), Trained.open(run)
@@ -302,7 +302,7 @@ def test_costs_are_those_that_are_counted(candidates: ranks.Candidates, measure:
 @pytest.mark.parametrize("measure", ranks.MEASURES)
 def test_the_network_within_a_budget_captures_most(candidates: ranks.Candidates, measure: str) -> None:
     best = 0.0
-    for budget in (0.75, 0.85, 1.0):
+    for budget in (0.7, 0.8):
         lines: list[str] = []
         name = ranks.choose(candidates, budget, measure, lines.append)
         sharing = "double" if name.endswith("-double") else "single"
