@@ -26,7 +26,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def take(source: str, screen: Screen, *, which: str = "latest", overrides: Mapping[str, Any] | None = None,
-            calibration: int | None = None, output: str = "") -> dict[str, Any]:
+         calibration: int | None = None, output: str = "") -> dict[str, Any]:
     """Writes what networks with shared bases can capture of the plain one in `source`, as a table and a picture.
 
     Args:
