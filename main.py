@@ -4,8 +4,10 @@
     python main.py --config=configs/cifar_resnet.py:resnet56       another recipe and network
     python main.py --mode=evaluate --workdir=DIR                   scores a trained run
     python main.py --mode=predict --workdir=DIR --images=PATH       classifies image files, and those in directories
+    python main.py --mode=export --workdir=DIR --format=onnx       the inference function as a file (or stablehlo)
     python main.py --mode=inspect --workdir=DIR                    what a run holds, without loading its arrays
     python main.py --mode=analyze --workdir=DIR                    pictures and numbers of its bases and gradients
+    python main.py --mode=report --workdir=DIR                     a page on the run; of several: --runs=DIR --runs=DIR
     python main.py --mode=summary --config=…                       parameters and multiply-accumulates
     python main.py --mode=prepare --config=…                       downloads and prepares a data set
     python main.py --mode=import --checkpoint=FILE.pth --config=…  published weights into a workdir
@@ -31,7 +33,7 @@ from shared_basis.errors import UserError, end_with
 
 FLAGS = flags.FLAGS
 _DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "digits_resnet.py")
-_TRAINED = ("evaluate", "predict", "inspect", "analyze")  # modes of a run, which has its own configuration
+_TRAINED = ("evaluate", "predict", "export", "inspect", "analyze", "report")  # of a run, with a recipe of its own
 _MODES = ("train", *_TRAINED, "summary", "prepare", "import")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as FILE.py[:network]; default: digits_resnet.py.")
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
@@ -41,10 +43,14 @@ _DEBUG_NANS = flags.DEFINE_bool("debug_nans", False, "Stop at the operation that
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best or a step; for import the file.")
 _AGAINST = flags.DEFINE_string("against", "", "inspect, analyze: compare with this step, or WORKDIR or WORKDIR:STEP.")
 _IMAGES = flags.DEFINE_multi_string("images", [], "predict: an image file, or a directory of them; may be repeated.")
-_OUTPUT = flags.DEFINE_string("output", "", "predict: a CSV of all probabilities; analyze: a directory.")
 _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "train: write metrics as TensorBoard event files too.")
 _QUIET = flags.DEFINE_bool("quiet", False, "Print warnings and the result alone.")
 _VERBOSE = flags.DEFINE_bool("verbose", False, "Print details too, such as each step.")
+_OUTPUT = flags.DEFINE_string("output", "", "predict: a CSV file; export: the file; analyze, report: a directory.")
+_FORMAT = flags.DEFINE_enum("format", "onnx", ("onnx", "stablehlo"), "export: what to write.")
+_FOLD = flags.DEFINE_enum("fold", "auto", ("auto", "basis", "composed", "none"), "export: see docs/export.md.")
+_RUNS = flags.DEFINE_multi_string("runs", [], "report: runs to compare, or directories of runs; may be repeated.")
+_REPORT = flags.DEFINE_bool("report", True, "train: write report.html at the end.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes, which TPU pods and SLURM tell.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing tells it.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, likewise.")
@@ -85,7 +91,8 @@ def run() -> None:
             config, config_flags.get_override_values(FLAGS["config"]),
             os.path.expanduser(_WORKDIR.value or os.path.join("runs", _CONFIG.value.name)), bool(_WORKDIR.value),
             json=_JSON.value, quiet=_QUIET.value, verbose=_VERBOSE.value, tensorboard=_TENSORBOARD.value,
-            checkpoint=_CHECKPOINT.value, against=_AGAINST.value, images=_IMAGES.value, output=_OUTPUT.value))
+            checkpoint=_CHECKPOINT.value, against=_AGAINST.value, images=_IMAGES.value, output=_OUTPUT.value,
+            format=_FORMAT.value, fold=_FOLD.value, report=_REPORT.value, runs=_RUNS.value))
         print(json.dumps(result) if _JSON.value else text)
 
 

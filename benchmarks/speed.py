@@ -69,29 +69,31 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     """Returns the parser, for later mistakes, and the options."""
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--subjects", type=functools.partial(_names, choices=tuple(SUBJECTS)),
+    parser.add_argument("--subjects", type=functools.partial(names, choices=tuple(SUBJECTS)),
                         default=tuple(SUBJECTS), help=f"some of {','.join(SUBJECTS)}; default: all")
-    parser.add_argument("--networks", type=_names, default=(),
+    parser.add_argument("--networks", type=names, default=(),
                         help="networks to measure in place of each subject's usual ones, e.g. resnet56,resnet56-s16u1")
-    parser.add_argument("--batch", type=_positive,
+    parser.add_argument("--batch", type=positive,
                         help="images a step, and a batch of an evaluation; default: what is usual")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="what to compute in")
-    parser.add_argument("--rounds", type=_positive, default=5, help="measurements of each; the median counts")
+    parser.add_argument("--rounds", type=positive, default=5, help="measurements of each; the median counts")
     parser.add_argument("--append", action="store_true", help="add the rows to results/speed.csv")
     parser.add_argument("--write", action="store_true", help="replace the figures in benchmarks/README.md")
     return parser, parser.parse_args(arguments)
 
 
-def _names(text: str, choices: Sequence[str] = ()) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    unknown = [name for name in names if choices and name not in choices]
-    if unknown or not names:
+def names(text: str, choices: Sequence[str] = ()) -> tuple[str, ...]:
+    """Returns the names in a list with commas; raises argparse's error for one that is none of `choices`, or none."""
+    given = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    unknown = [name for name in given if choices and name not in choices]
+    if unknown or not given:
         known = f"; choose from {', '.join(choices)}" if choices else ""
         raise argparse.ArgumentTypeError(f"{', '.join(map(repr, unknown)) or 'nothing'} given{known}")
-    return names
+    return given
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Returns a whole number from 1 to 999,999; raises argparse's error for any other text."""
     if not re.fullmatch(r"[1-9]\d{0,5}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)

@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 
-from shared_basis import analyze, data, evaluate, importing, inspection, prediction, summary, train
+from shared_basis import analyze, data, evaluate, export, importing, inspection, prediction, summary, train
 from shared_basis.config import Config
 from shared_basis.devices import leads
 from shared_basis.errors import UserError
+from shared_basis.report import comparison_page, single
 from shared_basis.screen import Screen
 from shared_basis.workdir import Workdir
 
@@ -37,6 +38,10 @@ class Request:
     images: Sequence[str] = ()
     output: str = ""
     tensorboard: bool = False
+    format: str = "onnx"
+    fold: str = "auto"
+    report: bool = True
+    runs: Sequence[str] = ()
 
     @functools.cached_property
     def screen(self) -> Screen:
@@ -63,6 +68,8 @@ def run(mode: str, request: Request) -> Result:
 def _train(request: Request) -> Result:
     with request.screen:
         result = train.train(request.config, request.workdir, request.screen, tensorboard=request.tensorboard)
+        if request.report and leads():
+            result["report"] = single.after_training(request.workdir, request.screen, jax.process_count() == 1)
     return result, train.render(result) if leads() else ""
 
 
@@ -77,6 +84,23 @@ def _predict(request: Request) -> Result:
         result = prediction.predict(request.workdir, request.images, request.checkpoint, request.overrides,
                                     request.output, request.screen.counting("classifying images"))
     return result, prediction.render(result)
+
+
+def _export(request: Request) -> Result:
+    result = export.export(request.workdir, request.format, request.fold, request.checkpoint, request.overrides,
+                           request.output)
+    return result, export.render(result)
+
+
+def _report(request: Request) -> Result:
+    if request.runs:
+        if request.overrides or request.checkpoint != "latest":
+            raise UserError("--runs compares what metrics.jsonl says: give neither --checkpoint nor --config.")
+        own = [request.workdir] if request.workdir_given else []
+        result = comparison_page.compare([*own, *request.runs], request.output or "comparison")
+        return result, comparison_page.render(result)
+    result = single.report(request.workdir, request.checkpoint, request.overrides, request.screen, request.output)
+    return result, single.render(result)
 
 
 def _inspect(request: Request) -> Result:
@@ -109,5 +133,5 @@ def _import(request: Request) -> Result:
 
 
 MODES: dict[str, Callable[[Request], Result]] = {
-    "train": _train, "evaluate": _evaluate, "predict": _predict, "inspect": _inspect, "analyze": _analyze,
-    "summary": _summary, "prepare": _prepare, "import": _import}
+    "train": _train, "evaluate": _evaluate, "predict": _predict, "export": _export, "inspect": _inspect,
+    "analyze": _analyze, "report": _report, "summary": _summary, "prepare": _prepare, "import": _import}

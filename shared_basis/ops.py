@@ -7,9 +7,11 @@ several times as long as others (`benchmarks/README.md` has the figures).
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -32,6 +34,19 @@ FEW_FILTERS = 8
 _NHWC = ("NHWC", "HWIO", "NHWC")
 _KEPT = "kept"
 """Names what a loop keeps for its gradient: results of convolutions, and statistics of batches."""
+
+
+_PORTABLE = contextvars.ContextVar("portable", default=False)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Within it operations are traced as they are written down, in no backend's own form: for programs to export."""
+    token = _PORTABLE.set(True)
+    try:
+        yield
+    finally:
+        _PORTABLE.reset(token)
 
 
 def compiler_options() -> dict[str, Any]:
@@ -72,7 +87,11 @@ def prefers_loops() -> bool:
     On CPU it takes less time and memory, and compiles as fast at any depth. Elsewhere it has not been measured. Where
     NaNs are traced (--debug_nans) a loop would hide their place.
     """
-    return jax.default_backend() == "cpu" and not jax.config.jax_debug_nans  # type: ignore[attr-defined]
+    return _suits_cpu() and not jax.config.jax_debug_nans  # type: ignore[attr-defined]
+
+
+def _suits_cpu() -> bool:
+    return jax.default_backend() == "cpu" and not _PORTABLE.get()
 
 
 def loop(body: Callable[[Tree, Tree], tuple[Tree, Tree]], carry: Tree, inputs: list[Tree]) -> tuple[Tree, list[Tree]]:
@@ -91,7 +110,7 @@ def loop(body: Callable[[Tree, Tree], tuple[Tree, Tree]], carry: Tree, inputs: l
 def convolve(x: Array, kernel: Array, strides: int, padding: int, dtype: Dtype) -> Array:
     """Convolves `x [N, H, W, C]` by `kernel [k, k, C / groups, T]`, zero-padded on all sides; computes in `dtype`."""
     x, kernel = x.astype(dtype), kernel.astype(dtype)
-    if jax.default_backend() != "cpu" or x.shape[-1] != kernel.shape[2]:
+    if not _suits_cpu() or x.shape[-1] != kernel.shape[2]:
         y = _convolve(x, kernel, strides, padding)
     elif kernel.shape[-1] <= FEW_FILTERS and strides == 1:
         y = _convolve_by_few(x, kernel, padding)
@@ -215,6 +234,8 @@ class BatchNorm(nn.Module):
         Both are linear: factors go into the matrix and the rest into an offset of the product, so that normalised
         arrays are neither written nor read, and gradients need no further sums over the batch.
         """
+        if _PORTABLE.get():
+            return self(x) @ matrix.astype(self.dtype)
         mean, var, scale, bias = self._variables(x.shape[-1])
         moments = mean.value, var.value
         if self.train:

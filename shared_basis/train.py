@@ -9,7 +9,7 @@ import math
 import signal
 import time
 import traceback
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -82,9 +82,11 @@ def train(config: Config, workdir: str | Path, screen: Screen, *, tensorboard: b
             raise UserError(f"train.batch_size={config.train.batch_size}: there are only {examples} training images.")
     with agreed(), memory.explained(config):  # apart, as processes settle something in it
         images = feeds.load(source, config.data, mesh, screen)
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    device = f"{mesh.size} × {jax.devices()[0].device_kind}{processes}"
     record = make_record(config, {
         "classes": list(source.spec.classes), "image_shape": list(source.spec.image_shape),
-        **{f"{name}_examples": images.count(name) for name in images.splits}})
+        **{f"{name}_examples": images.count(name) for name in images.splits}}, device)
     with contextlib.ExitStack() as stack:
         with agreed():
             if leads():
@@ -99,8 +101,6 @@ def train(config: Config, workdir: str | Path, screen: Screen, *, tensorboard: b
             screen.detail(f"{field}: {value!r}, by default {default!r}")
         *parts, last = (f"{count(images.count(name))} {'training' if name == 'train' else name}"
                         for name in images.splits)
-        processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        device = f"{mesh.size} × {jax.devices()[0].device_kind}{processes}"
         screen.line(f"data {config.data.name}: {', '.join(parts)} and {last} images of "
                     f"{'×'.join(map(str, source.spec.image_shape))}, {len(source.spec.classes)} classes; "
                     f"{device}; workdir {run.path}")
@@ -394,6 +394,11 @@ def result(run: Workdir) -> dict[str, Any]:
     if not lines:
         raise UserError(f"{run.path / 'metrics.jsonl'} is missing or empty; the checkpoints are there: score them with "
                         f"--mode=evaluate --workdir={run.path}.")
+    return last_and_best(lines)
+
+
+def last_and_best(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns likewise what `lines` of metrics.jsonl, one at least, say."""
     chosen = chosen_on(lines[-1])
     best = max(reversed(lines), key=lambda line: line[f"{chosen}_accuracy"])  # of equal ones the last, as Orbax
     return {**lines[-1], "chosen_on": chosen, "best_epoch": best["epoch"], "best_test_accuracy": best["test_accuracy"]}

@@ -47,9 +47,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def make_record(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the record of a run: plain data that JSON can hold."""
-    return {"config": to_dict(config), "data": dict(data), "versions": versions()}
+def make_record(config: Config, data: Mapping[str, Any], devices: str | None = None) -> dict[str, Any]:
+    """Returns the record of a run: plain data that JSON can hold; `devices` are those that it begins on."""
+    return {"config": to_dict(config), "data": dict(data), "versions": versions(), "devices": devices}
 
 
 class Workdir:
@@ -93,7 +93,9 @@ class Workdir:
                 raise TypeError("its data facts are not lists")
             if not isinstance(record["versions"], dict):
                 raise TypeError("its versions are no dict")
-            return {key: record[key] for key in ("config", "data", "versions")}
+            devices = record.get("devices")  # runs of earlier versions did not note them
+            return {**{key: record[key] for key in ("config", "data", "versions")},
+                    "devices": devices if isinstance(devices, str) else None}
         except FileNotFoundError:
             return None
         except OSError as error:

@@ -184,7 +184,8 @@ while line := sys.stdin.readline():
 class CommandLine:
     """Runs `main.py` as `python main.py ...` does, many times over: the imports, two seconds, are done once.
 
-    Each command runs in a process of its own, forked from one that has imported the packages and nothing else.
+    Each command runs in a process of its own, forked from one that has imported the packages and nothing else. Training
+    writes no report, which takes seconds, unless it is told to with --report.
     """
 
     def __init__(self, scratch: Path) -> None:
@@ -197,7 +198,8 @@ class CommandLine:
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         paths = {name: self._scratch / name for name in ("stdout", "stderr")}
-        request = {"argv": [str(MAIN), *arguments], "cwd": str(cwd), **{k: str(path) for k, path in paths.items()}}
+        request = {"argv": [str(MAIN), "--noreport", *arguments], "cwd": str(cwd),
+                   **{k: str(path) for k, path in paths.items()}}
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         code = int(self._server.stdout.readline())

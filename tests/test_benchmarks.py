@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, tiny_network, user_error
+from helpers import ROOT, save_run, tiny_network, user_error
 
 sys.path.insert(0, str(ROOT))  # pytest, called as such, does not look there
 
@@ -21,6 +21,7 @@ from benchmarks import cases, common, comparison, growth, processes, records, sp
 from benchmarks.cases import Case
 from benchmarks.records import COLUMNS, Session
 from shared_basis import evaluate
+from shared_basis.config import Config, DataConfig, ModelConfig, replace
 from shared_basis.models import create_model
 from shared_basis.orthogonality import orthogonality_penalty
 from shared_basis.params import abstract_variables
@@ -386,3 +387,32 @@ def test_penalty_is_measured_from_the_command_line(real: bool, tmp_path: Path, m
     assert float(rows["ratio: exact orthogonality alone over step"]["median"]) > 0
     assert rows["seconds per step"]["rounds"] == "3"
     assert str(tmp_path) not in (tmp_path / "speed.csv").read_text()
+
+
+def test_exported_files_are_measured_beside_plain_and_held_to_their_runs(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; the extra 'export' brings it")
+    from benchmarks import export
+    config = replace(Config(model=ModelConfig(name="resnet14-s4u1"), data=DataConfig(
+        name="digits", mean=(0.3,), std=(0.38,))), {"train.eval_batch_size": 200})
+    run = save_run(tmp_path / "run", config, {1: 0.5})
+    monkeypatch.setattr(export, "FILE", tmp_path / "export.csv")
+    monkeypatch.setattr(cases, "SECONDS", 0.01)
+    export.main(["--networks=resnet14-s4u1", "--rounds=2", f"--workdirs={run}", "--append"])
+    printed = capsys.readouterr().out
+    with (tmp_path / "export.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    sizes = {(row["network"], row["subject"]): float(row["median"]) for row in rows
+             if row["quantity"] == "file (bytes)"}
+    assert len(sizes) == 4  # plain, and three folds
+    assert sizes["resnet14-s4u1", "export --fold=basis"] < 0.6 * sizes["resnet14", "export --fold=auto"]
+    latencies = [row for row in rows if row["quantity"] == "latency (s)"]
+    assert [row["rounds"] for row in latencies] == ["2"] * 4
+    differing = [row for row in rows if row["quantity"] == "predictions that differ"]
+    assert [(row["network"], row["batch"], float(row["median"])) for row in differing] == [
+        ("resnet14-s4u1", "355", 0.0)] * 4
+    assert "| resnet14-s4u1, composed | 355 |" in printed
+    assert str(tmp_path) not in printed  # nor in results that are kept
+    for wrong in ("--networks=resnet15", "--rounds=0"):
+        with pytest.raises(SystemExit):
+            export.main([wrong])

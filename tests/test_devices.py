@@ -346,7 +346,8 @@ def test_only_the_first_process_prints_and_errors_name_theirs(
 # From the command line
 
 def main(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(MAIN), *arguments], cwd=cwd, env={**user_environment(), **environment},
+    return subprocess.run([sys.executable, str(MAIN), "--noreport", *arguments], cwd=cwd,
+                          env={**user_environment(), **environment},
                           text=True, capture_output=True, timeout=300)
 
 

@@ -82,7 +82,7 @@ class Job:
             with out.open("w") as stdout, err.open("w") as stderr:
                 self.processes.append(subprocess.Popen(
                     [sys.executable, "-c", _START, str(ROOT / "tests"), str(ROOT), str(wait_for or ""), str(MAIN),
-                     *arguments],
+                     "--noreport", *arguments],
                     stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=environment, cwd=logs))
 
     def __enter__(self) -> Job:

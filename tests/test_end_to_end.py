@@ -147,7 +147,7 @@ def test_a_folder_of_images_trains_and_evaluates(main: CommandLine, tmp_path: Pa
 @pytest.mark.parametrize("fields", [(), ("--config.data.placement=stream", "--config.data.workers=1")],
                          ids=["resident", "streamed"])
 def test_signals_stop_a_run_that_the_same_command_continues(tmp_path: Path, fields: tuple[str, ...]) -> None:
-    command = [sys.executable, str(MAIN), *SMALL[:1], *SMALL[2:], "--config.train.epochs=1000",
+    command = [sys.executable, str(MAIN), "--noreport", *SMALL[:1], *SMALL[2:], "--config.train.epochs=1000",
                "--config.train.evaluate_every=500", "--workdir=run", *fields]
     saved = None
     for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):

@@ -353,8 +353,9 @@ def test_a_run_is_locked_while_it_trains_and_no_longer(tmp_path: Path, impatient
 
 # The command line
 
-RECIPE = (f"--config={ROOT / 'configs' / 'digits_resnet.py'}:resnet14-s4u1-double", "--config.train.epochs=3",
-          "--config.train.evaluate_every=1", "--config.data.train_examples=200", "--config.train.batch_size=40")
+RECIPE = (f"--config={ROOT / 'configs' / 'digits_resnet.py'}:resnet14-s4u1-double", "--noreport",
+          "--config.train.epochs=3", "--config.train.evaluate_every=1", "--config.data.train_examples=200",
+          "--config.train.batch_size=40")
 
 
 @pytest.fixture(scope="module")

@@ -210,3 +210,32 @@ def test_options_are_those_of_the_backend(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert ops.compiler_options() == ops.quick_compiler_options() == {}
+
+
+def test_portable_programs_have_each_operation_as_it_is_written_down():
+    x, kernel, scale = draw(0, (2, 6, 6, 4), (3, 3, 4, 2), (2,))
+    variables = {"params": {"scale": scale, "bias": scale + 1},
+                 "batch_stats": {"mean": scale - 1, "var": np.square(scale)}}
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = ops.convolve(x, kernel, 1, 1, jnp.float32)
+            return ops.batch_norm(False, jnp.float32, "norm").followed_by(y, kernel[0, 0, :2].T @ kernel[0, 0, :2])
+
+    def program(x):
+        return Layer().apply({kind: {"norm": tree} for kind, tree in variables.items()}, x)
+
+    def primitives():
+        return [eqn.primitive.name for eqn in jax.make_jaxpr(lambda x: program(x))(x).eqns]
+    usual = primitives()
+    with ops.portable():
+        assert not ops.prefers_loops()
+        portable, result = primitives(), program(x)
+    assert "custom_vjp_call" in usual
+    assert "conv_general_dilated" not in usual  # two filters are one matrix product on CPU
+    assert [name for name in portable if name in ("conv_general_dilated", "sub", "dot_general")] == [
+        "conv_general_dilated", "sub", "dot_general"]
+    assert "custom_vjp_call" not in portable
+    assert primitives() == usual
+    np.testing.assert_allclose(result, program(x), atol=1e-5)

@@ -383,8 +383,8 @@ def test_validation_figures_are_those_of_the_images_held_out(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_the_default_learns_digits(tmp_path: Path) -> None:
     def main(*arguments: str) -> dict[str, Any]:
-        done = subprocess.run([sys.executable, MAIN, "--json", *arguments], cwd=MAIN.parent, env=user_environment(),
-                              text=True, capture_output=True, timeout=900, check=True)
+        done = subprocess.run([sys.executable, MAIN, "--json", "--noreport", *arguments], cwd=MAIN.parent,
+                              env=user_environment(), text=True, capture_output=True, timeout=900, check=True)
         return json.loads(done.stdout)
 
     trained = main(f"--workdir={tmp_path / 'run'}")

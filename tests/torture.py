@@ -119,7 +119,8 @@ def play(workdir: Path, epochs: int, aim: str | None = None, seconds: float = 0.
          delay: float = 0.0) -> Round:
     """Starts the run, kills it where `aim` says, or lets it end, and asserts what must hold of every round."""
     saved = max(kept(workdir), default=0)
-    command = [sys.executable, ROOT / "main.py", *RECIPE, f"--config.train.epochs={epochs}", f"--workdir={workdir}"]
+    command = [sys.executable, ROOT / "main.py", "--noreport", *RECIPE, f"--config.train.epochs={epochs}",
+               f"--workdir={workdir}"]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
              "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     began, output = time.monotonic(), workdir.with_suffix(".txt")

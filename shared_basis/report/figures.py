@@ -1,8 +1,8 @@
-"""Pictures: one look for all of them, in a light and a dark scheme, as PNG.
+"""Pictures: one look for all of them, as PNG.
 
-A picture is painted by a function of a Matplotlib figure and a `Theme`, once for each scheme. Matplotlib's settings are
-its defaults and ours while it is painted, and the caller's again afterwards; pyplot, which keeps figures and opens
-windows, is never imported.
+A picture is painted by a function of a Matplotlib figure and its `Theme`. Matplotlib's settings are its defaults and
+ours while it is painted, and the caller's again afterwards; pyplot, which keeps figures and opens windows, is never
+imported. Pictures are light; a page turns them dark (`shared_basis.report.html`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import contextlib
 import dataclasses
 import functools
 import io
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -32,7 +32,7 @@ PANEL = (4.8, 3.3)
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-    """The colours of a scheme, as '#rrggbb'."""
+    """The colours of pictures, as '#rrggbb'."""
 
     background: str
     ink: str
@@ -40,16 +40,14 @@ class Theme:
     faint: str
     """Grid lines and what should step back."""
     colors: tuple[str, ...]
-    """For data, each 3:1 or more against the background, to be told apart by the colour-blind (after Okabe and Ito).
-    Lines have a dash and a marker of their own as well."""
+    """For data, each 3:1 or more against the background, and to be told apart by the colour-blind (after Okabe and
+    Ito). Lines have a dash and a marker of their own as well."""
     colormap: str
-    """Matplotlib's name of a map from the background's brightness, for the smallest value, to the opposite."""
+    """Matplotlib's name of a map from the background, for the smallest value, to its opposite."""
 
 
 LIGHT = Theme("#ffffff", "#1f2328", "#d0d7de",
               ("#0072b2", "#d55e00", "#007a5a", "#a3408a", "#7a6200", "#56606b"), "Blues")
-DARK = Theme("#16191d", "#e6e9ed", "#3a4149",
-             ("#56b4e9", "#f0a030", "#2dc79a", "#e08ac6", "#e8dc5a", "#a5afba"), "Blues_r")
 
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2)), "-")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -60,27 +58,31 @@ Paint = Callable[["Figure", Theme], None]
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture in both schemes: PNG files as bytes."""
+    """A picture."""
 
     name: str
     """Of its file, without the ending."""
     text: str
     """What it shows, for those who cannot see it."""
     light: bytes
-    dark: bytes
+    """The PNG file."""
 
 
 def picture(name: str, text: str, paint: Paint, size: tuple[float, float] = PANEL) -> Picture:
-    """Paints a picture in both schemes; `size` is its width and height in inches.
+    """Paints a picture; `size` is its width and height in inches.
 
     Raises:
       UserError: Matplotlib is not installed.
     """
-    return Picture(name, text, png(paint, LIGHT, size), png(paint, DARK, size))
+    return Picture(name, text, png(paint, size=size))
 
 
-def png(paint: Paint, theme: Theme = LIGHT, size: tuple[float, float] = PANEL) -> bytes:
-    """Paints a picture in one scheme, and returns it as a PNG file.
+def png(paint: Paint, theme: Theme = LIGHT, size: tuple[float, float] = PANEL, colors: int | None = 128) -> bytes:
+    """Paints a picture, and returns it as a PNG file.
+
+    Args:
+      size: width and height in inches.
+      colors: the number that the file is limited to, for a third of its size; None, for photographs, is no limit.
 
     Raises:
       UserError: Matplotlib is not installed.
@@ -91,12 +93,12 @@ def png(paint: Paint, theme: Theme = LIGHT, size: tuple[float, float] = PANEL) -
         paint(figure, theme)
         file = io.BytesIO()
         figure.savefig(file, format="png", metadata={"Software": None})
-    return _palette(file.getvalue())
+    return file.getvalue() if colors is None else _limit_colors(file.getvalue(), colors)
 
 
-def data_uri(png: bytes) -> str:
-    """Returns a PNG file as an address that holds it."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def data_uri(image: bytes, kind: str = "png") -> str:
+    """Returns an image file, of the `kind` 'png' or 'jpeg', as an address that holds it."""
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 def label_lines(axes: Axes) -> None:
@@ -114,6 +116,43 @@ def label_lines(axes: Axes) -> None:
         last = max(y, last + 11 / points_a_pixel)
         axes.annotate(str(line.get_label()), end, xytext=(7, (last - y) * points_a_pixel), textcoords="offset points",
                       va="center", color=line.get_color(), fontsize=9, annotation_clip=False)
+
+
+def place_labels(axes: Axes, points: Sequence[tuple[float, float]], labels: Sequence[str], theme: Theme) -> None:
+    """Writes each label beside its point, where it meets no other label and no point, if there is such a place."""
+    axes.autoscale_view()
+    height, width = 11.0, 5.6  # of a letter, in points, as are all that follow
+    spots = [axes.transData.transform(point) * 72 / DPI for point in points]
+    taken: list[tuple[Any, ...]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
+    left_end, _, right_end, top_end = np.asarray(axes.get_window_extent().extents) * 72 / DPI
+    for (x, y), point, label in zip(spots, points, labels, strict=True):
+        wide = width * len(label)
+
+        def box(offset: tuple[float, float], x: float = x, y: float = y, wide: float = wide) -> tuple[Any, ...]:
+            left, middle = x + offset[0] - (0 if offset[0] > 0 else wide if offset[0] < 0 else wide / 2), y + offset[1]
+            return left, middle - height / 2, left + wide, middle + height / 2
+
+        def clash(offset: tuple[float, float]) -> float:
+            one = box(offset)
+            outside = max(0.0, left_end - one[0]) + max(0.0, one[2] - right_end) + max(0.0, one[3] - top_end - height)
+            return outside + sum(max(0.0, min(one[2], other[2]) - max(one[0], other[0]))
+                                 * max(0.0, min(one[3], other[3]) - max(one[1], other[1])) for other in taken)
+
+        offset = min(((side * (7 if side else 0), up) for up in (0, 12, -12, 24, -24, 36, -36) for side in (1, -1, 0)
+                      if side or up), key=clash)
+        taken.append(box(offset))
+        axes.annotate(label, point, offset, textcoords="offset points", va="center", fontsize=8.5, color=theme.ink,
+                      ha="left" if offset[0] > 0 else "right" if offset[0] < 0 else "center", annotation_clip=False)
+
+
+def set_log(axes: Axes, which: Literal["x", "y"]) -> None:
+    """Gives one axis of `axes` a logarithmic scale, with plain numbers at its ticks."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def drawable(text: str, otherwise: str, limit: int = 18) -> str:
@@ -154,9 +193,9 @@ def _style(theme: Theme) -> Iterator[None]:
         yield
 
 
-def _palette(png: bytes) -> bytes:
-    """Returns the PNG file with 128 colours, a third of its size; lines, letters and one colour map need no more."""
+def _limit_colors(png: bytes, colors: int) -> bytes:
     from PIL import Image
     file = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(colors, dither=Image.Dither.NONE).save(
+        file, "png", optimize=True)
     return file.getvalue()

@@ -1,0 +1,179 @@
+"""How large exported files are and how fast, beside the plain network's; and whether they say what the network does.
+
+    python benchmarks/export.py --append --write
+    python benchmarks/export.py --workdirs=runs/NAME
+
+Files are ONNX and computed by onnxruntime. Networks that are named have random weights; runs in workdirs have their own
+and are held to their network on all of their test images. --append adds the rows to results/export.csv; --write puts
+the tables into benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
+
+import jax
+import numpy as np
+
+from benchmarks import records, speed
+from benchmarks.cases import Case, Timed, make_case, repeated
+from benchmarks.common import README, Table, in_turns, machine, replace_section
+from benchmarks.processes import ask
+from benchmarks.records import ROOT, Part, Session, spread
+from shared_basis import feeds
+from shared_basis.config import DataConfig
+from shared_basis.errors import UserError
+from shared_basis.evaluate import Trained
+from shared_basis.export import onnx_file
+from shared_basis.export.folding import CHOICES, fold
+from shared_basis.export.graph import Node, count_macs
+from shared_basis.export.trace import trace
+from shared_basis.models import create_model
+from shared_basis.params import abstract_variables
+from shared_basis.screen import Screen
+from shared_basis.steps import normalize
+
+FILE = ROOT / "results" / "export.csv"
+BEGIN, END = "<!-- export -->\n", "<!-- end of export -->\n"
+NETWORKS = ("resnet32-s16u1-double", "resnet56-s8u1", "resnet34-s32u1", "densenet121-s64u4", "mobilenetv2-shared")
+"""What is measured unless others are named."""
+FOLDS = tuple(choice for choice in CHOICES if choice != "none")
+
+Key = tuple[str, str]
+"""Of a file: its network and fold."""
+
+
+def graph_of(case: Case) -> Node:
+    """Returns the graph of a network with weights at random: how fast it is does not depend on them."""
+    model = create_model(case.network, num_classes=case.classes, stem=case.stem, loop=False)
+    shape, random = (case.image_size, case.image_size, 3), np.random.default_rng(0)
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        if path[-1].key in ("scale", "var"):
+            return random.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+        width = math.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 10  # offsets and means are small, and not 0
+        return random.normal(0, width**-0.5, leaf.shape).astype(np.float32)
+
+    variables = jax.tree_util.tree_map_with_path(draw, dict(abstract_variables(model, shape)))
+    return trace(model, variables, shape, lambda images: normalize(images, DataConfig(name="digits")))
+
+
+def session_of(content: bytes) -> Any:
+    """Returns what computes an ONNX model."""
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+
+
+def files(session: Session, cases: Sequence[Case]) -> Table:
+    """Measures size and latency of each case's files beside those of its plain network, which is folded too."""
+    contents: dict[Key, bytes] = {}
+    macs: dict[Key, int] = {}
+    by_network = {name: case for case in cases for name in (case.plain, case.network)}
+    made = {name: make_case(name, "cpu", case.batch) for name, case in by_network.items()}
+    for name, case in made.items():
+        session.tell(f"export: {name}")
+        graph = graph_of(case)
+        for choice in FOLDS if case.form else ("auto",):
+            folded = fold(graph, choice)[0]
+            contents[name, choice], macs[name, choice] = onnx_file.serialise(folded, {})[""], count_macs(folded)
+    images = {name: np.random.default_rng(0).integers(0, 256, (case.batch, case.image_size, case.image_size, 3),
+                                                      dtype=np.uint8) for name, case in made.items()}
+    timed = {key: Timed(repeated(functools.partial(session_of(content).run, None, {"images": images[key[0]]})))
+             for key, content in contents.items()}
+    for measure in timed.values():
+        measure()  # finds out how often
+    seconds = in_turns(timed, session.rounds)
+    table = [["network, fold", "MACs, million", "file, KiB", "over plain's", "latency, ms", "over plain's"]]
+    for (name, choice), content in contents.items():
+        case, plain = made[name], (made[name].plain, "auto")
+        for quantity, values in (("file (bytes)", [float(len(content))]), ("latency (s)", seconds[name, choice])):
+            session.add(f"export --fold={choice}", case, quantity, values, framework="onnxruntime")
+        ratios = [one / other for one, other in zip(seconds[name, choice], seconds[plain], strict=True)]
+        table.append([f"{name}, {choice}" if case.form else name, f"{macs[name, choice] / 1e6:,.1f}",
+                      f"{len(content) / 1024:,.0f}", f"{len(content) / len(contents[plain]):.2f}",
+                      spread(seconds[name, choice], 1000), spread(ratios) if case.form else "1"])
+    return table
+
+
+def agreement(session: Session, workdirs: Sequence[str]) -> Table:
+    """Holds the files of runs to their networks on all test images of these."""
+    table = [["network, fold", "test images", "largest difference of logits", "predictions that differ",
+              "narrowest margin"]]
+    for workdir in workdirs:
+        trained = Trained.open(workdir)
+        name, data = trained.config.model.name, trained.config.data
+        session.tell(f"export: {name}, test images")
+        images = feeds.load(trained.open_source(), data, trained.mesh, Screen(sys.stderr))
+        classify, parts = trained.classifier(), []
+        for pixels, labels in images.batches("test", trained.config.train.eval_batch_size, trained.mesh)():
+            counts = np.asarray(labels) >= 0
+            parts.append((np.asarray(pixels)[counts], np.asarray(classify(pixels))[counts]))
+        graph = trace(trained.model.clone(dtype=np.float32, loop=False), jax.device_get(dict(trained.variables)),
+                      trained.spec.image_shape, functools.partial(normalize, config=data))
+        expected = np.concatenate([logits for _, logits in parts])
+        best = np.sort(expected, axis=-1)
+        case = Case(name, len(expected), trained.spec.image_shape[0])
+        for choice in CHOICES:
+            model = session_of(onnx_file.serialise(fold(graph, choice)[0], {})[""])
+            found = np.concatenate([model.run(None, {"images": pixels})[0] for pixels, _ in parts])
+            figures = {"largest difference of logits": float(np.abs(found - expected).max()),
+                       "predictions that differ": float(np.sum(found.argmax(-1) != expected.argmax(-1))),
+                       "narrowest margin": float((best[:, -1] - best[:, -2]).min())}
+            cells = [session.add(f"export --fold={choice}", case, quantity, [value], framework="onnxruntime")
+                     for quantity, value in figures.items()]
+            table.append([f"{name}, {choice}", f"{len(expected):,}", *cells])
+    return table
+
+
+def run(options: Any) -> None:
+    """Measures, prints, and keeps what is to be kept.
+
+    Raises:
+      UserError: a network or a run does not exist, or a package is missing.
+    """
+    onnx_file.require_packages()
+    records.check_file(FILE)
+    cases = [make_case(network, "cpu", options.batch) for network in options.networks]
+    words = [f"--networks={','.join(options.networks)}", f"--batch={options.batch}", f"--rounds={options.rounds}"]
+    if options.workdirs:
+        words.append(f"--workdirs={','.join(Path(workdir).name for workdir in options.workdirs)}")
+    device = ask("device")
+    session = Session(device["device"], device["platform"], " ".join(["python benchmarks/export.py", *words]),
+                      options.rounds)
+    tables = [files(session, cases)] if cases else []
+    if options.workdirs:
+        tables.append(agreement(session, options.workdirs))
+    text = f"`{session.command}`, {machine(('jax', 'onnx', 'onnxruntime'))}:\n\n{Part(tables).render()}"
+    print(text)
+    if options.append:
+        records.append(FILE, session.rows)
+    if options.write:
+        replace_section(README, BEGIN, END, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Does what the command line says."""
+    parser = speed.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--networks", type=speed.names, default=NETWORKS, help="in place of the usual ones")
+    parser.add_argument("--workdirs", type=speed.names, default=(), help="runs to hold to their networks")
+    parser.add_argument("--batch", type=speed.positive, default=1, help="images at once")
+    parser.add_argument("--rounds", type=speed.positive, default=5, help="measurements of each; the median counts")
+    parser.add_argument("--append", action="store_true", help="add the rows to results/export.csv")
+    parser.add_argument("--write", action="store_true", help="replace the figures in benchmarks/README.md")
+    options = parser.parse_args(arguments)
+    try:
+        run(options)
+    except UserError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What is known of a run without its network and its images: its record, its metrics, its counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared_basis import summary, train
+from shared_basis.checkpoints import chosen_on
+from shared_basis.config import Config, ModelConfig, differences
+from shared_basis.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """A run."""
+
+    path: Path
+    config: Config
+    record: Mapping[str, Any]
+    """See `shared_basis.workdir.make_record`."""
+    lines: Sequence[Mapping[str, Any]]
+    """Of metrics.jsonl: the evaluations, in the order of their epochs."""
+    counts: Mapping[str, Any]
+    """See `shared_basis.summary.compare_with_plain`."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The names of the classes, by label."""
+        return [str(name) for name in self.record["data"]["classes"]]
+
+    @property
+    def outcome(self) -> dict[str, Any] | None:
+        """What training returned: the counts, the last evaluation, and the best one; None without any evaluation."""
+        return {**self.counts, **train.last_and_best(self.lines)} if self.lines else None
+
+    @property
+    def changed(self) -> dict[str, tuple[Any, Any]]:
+        """The configuration where it is not the default: values and defaults by dotted path."""
+        return differences(self.config, Config())
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the last evaluation; 0 without any."""
+        return self.lines[-1]["epoch"] if self.lines else 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates an epoch, as the last evaluation tells."""
+        return self.lines[-1]["step"] // self.lines[-1]["epoch"]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, NaN where they are not known: the images trained on, over the images per second.
+
+        Compilation, evaluations and what a process does before its second step are left out. A run that was
+        interrupted counts as if its last process had done all of it.
+        """
+        if not self.lines:
+            return math.nan
+        speed = self.series("images_per_second")[-1]
+        images = self.lines[-1]["step"] * self.config.train.batch_size
+        return images / speed if speed > 0 else math.nan
+
+    def series(self, name: str) -> np.ndarray:
+        """Returns a metric at each evaluation, float64; NaN where it is missing or no finite number."""
+        return np.array([_number(line.get(name)) for line in self.lines])
+
+
+def gather(workdir: str | Path) -> Facts:
+    """Returns what is known of the run in `workdir`.
+
+    Raises:
+      UserError: there is no run, or its record is damaged.
+    """
+    run = Workdir(workdir)
+    config, record = run.load()
+    counts = _count(config.model, len(record["data"]["classes"]), tuple(record["data"]["image_shape"]))
+    lines = [line for line in run.metrics() if _is_evaluation(line)]
+    chooses = f"{chosen_on(lines[-1])}_accuracy" if lines else ""
+    lines = [line for line in lines if math.isfinite(_number(line.get(chooses)))]
+    return Facts(run.path, config, record, lines, counts)
+
+
+@functools.cache
+def _count(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Counts a network once, as runs that are compared often have the same."""
+    return summary.compare_with_plain(config, num_classes, image_shape)
+
+
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    """Returns whether a line of metrics.jsonl, which anyone may have edited, holds what makes it an evaluation."""
+    counted = all(type(line.get(name)) is int and line[name] > 0 for name in ("step", "epoch"))
+    return counted and line["step"] >= line["epoch"] and all(
+        math.isfinite(_number(line.get(name))) for name in ("test_accuracy", "test_loss", "images_per_second"))
+
+
+def _number(value: Any) -> float:
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else math.nan

@@ -1,0 +1,47 @@
+"""The files of a report: `report.html`, and in `report/` its pictures and the data behind them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from shared_basis.errors import UserError
+from shared_basis.report.figures import Picture
+
+PAGE = "report.html"
+FOLDER = "report"
+
+
+def pictures_as_files(pictures: Iterable[Picture]) -> dict[str, bytes]:
+    """Returns the PNG files of pictures by name."""
+    return {f"{each.name}.png": each.light for each in pictures}
+
+
+def write(directory: Path, page: bytes, files: Mapping[str, bytes], known: Iterable[str]) -> None:
+    """Writes a report into `directory`: its page last, each file whole or not at all.
+
+    Args:
+      page: the file of the page.
+      files: those beside it, by name.
+      known: names that reports write; those that this one does not are removed, as they tell of an earlier one.
+
+    Raises:
+      UserError: `directory` cannot be written.
+    """
+    folder = directory / FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in set(known) - set(files):
+            (folder / name).unlink(missing_ok=True)
+        for path, content in [*((folder / name, content) for name, content in files.items()),
+                              (directory / PAGE, page)]:
+            temporary = path.with_name(f"{path.name}.tmp")
+            try:
+                temporary.write_bytes(content)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory / PAGE} and {folder} cannot be written: {error.strerror}; choose another place "
+                        "with --output=DIR.") from error

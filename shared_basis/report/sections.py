@@ -1,0 +1,227 @@
+"""The parts of the page of one run."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image as Pillow
+
+from shared_basis import train
+from shared_basis.config import OrthogonalityConfig
+from shared_basis.report import files, plots
+from shared_basis.report.facts import Facts
+from shared_basis.report.figures import Picture, data_uri
+from shared_basis.report.html import Html, element, join, section, shown, table
+from shared_basis.report.scores import Image, Scores
+from shared_basis.screen import duration
+from shared_basis.summary import render_saving
+
+PAIRS = 12
+"""Of the classes that are taken for another, the page lists so many pairs."""
+
+IMAGE_SIDE = 96
+"""Images of the page are enlarged by a whole factor to about so many pixels; larger ones are reduced to twice that."""
+
+
+def headline(facts: Facts) -> str:
+    """Returns how the run ended, in `train.render`'s words."""
+    outcome = facts.outcome
+    return (train.render(outcome).partition("\n")[0] + "." if outcome else
+            f"{facts.config.model.name}: no evaluation is in metrics.jsonl, as of weights that were imported.")
+
+
+def cards(facts: Facts) -> Html:
+    """Returns the figures that one looks for first."""
+    outcome = facts.outcome
+    saving = {key: f"{abs(100 * share):.1f} % {'fewer' if share > 0 else 'more'} than plain" if share else "as plain"
+              for key, share in facts.counts["saving"].items()}
+    cards = []
+    if outcome:
+        cards += [(f"{100 - 100 * outcome['test_accuracy']:.2f} %", f"test error after epoch {outcome['epoch']}"),
+                  (f"{100 - 100 * outcome['best_test_accuracy']:.2f} %",
+                   f"test error of the best {outcome['chosen_on']} epoch, {outcome['best_epoch']}")]
+    cards += [(plots.short_number(facts.counts[key]), f"{unit}, {saving[key]}")
+              for key, unit in (("parameters", "parameters"), ("macs", "MACs"))]
+    if outcome:
+        cards += [(_time(facts.seconds), "training"),
+                  (f"{outcome['images_per_second']:,.0f}", "training images per second")]
+    return element("div", *(element("div", element("b", _unbroken(value)), _unbroken(text), class_="card")
+                            for value, text in cards), class_="cards")
+
+
+def _time(seconds: float) -> str:
+    """Returns `seconds` for a person: h:mm:ss, or seconds alone where there are few."""
+    if math.isnan(seconds):
+        return "–"
+    return f"{seconds:.3g} s" if seconds < 60 else duration(seconds)
+
+
+def _unbroken(text: str) -> str:
+    """Returns `text` with numbers kept together with their percent signs."""
+    return text.replace(" %", "\u00a0%")
+
+
+def learning_curves(facts: Facts, pictures: Sequence[Picture]) -> Html:
+    """Returns the part with `plots.learning_curves`, and all evaluations."""
+    if not pictures:
+        return section("Learning curves", element("p", "There are none: metrics.jsonl holds no evaluation."))
+    marked = "; dotted vertical lines stand where the learning rate changes its course" if plots.boundaries(
+        facts.config) else ""
+    return section(
+        "Learning curves",
+        element("p", f"Train: means over the epoch, with augmentation. {_evaluated(facts)}{marked}.", class_="soft"),
+        element("div", *(shown(each, files.FOLDER) for each in pictures), class_="panels"), _evaluations(facts))
+
+
+def _evaluated(facts: Facts) -> str:
+    names = " and ".join(name for name in ("validation", "test") if np.isfinite(facts.series(f"{name}_loss")).any())
+    return f"{names.capitalize()}: all images at the end of the epoch"
+
+
+def _evaluations(facts: Facts) -> Html:
+    """Returns all evaluations as a table, folded."""
+    names = [name for name in dict.fromkeys(key for line in facts.lines for key in line)
+             if np.isfinite(facts.series(name)).any()]
+    whole = [bool((facts.series(name) % 1 == 0).all()) for name in names]
+    rows = [[f"{value:,.0f}" if exact else "–" if math.isnan(value) else f"{value:.5g}"
+             for exact, value in zip(whole, values, strict=True)]
+            for values in zip(*(facts.series(name) for name in names), strict=True)]
+    return element("details", element("summary", f"All {len(rows)} evaluations as a table"),
+                   table([name.replace("_", " ") for name in names], rows, "Evaluations",
+                         numbers=range(len(names))))
+
+
+def filter_bases(facts: Facts, pictures: Sequence[Picture]) -> Html:
+    """Returns the part with `plots.basis_curves`."""
+    if not pictures:
+        return section("Filter bases", element("p", "No penalty was noted" + (
+            ": metrics.jsonl holds no evaluation." if not facts.lines else
+            "; the network has no basis elements that count for it.")))
+    config = facts.config.orthogonality
+    return section(
+        "Filter bases", element("p", f"Of the basis elements that count (orthogonality.elements={config.elements!r}). "
+                                     f"{_method(config)} An orthonormal basis has penalty 0, norms 1 and "
+                                     "coherence 0.", class_="soft"),
+        element("div", *(shown(each, files.FOLDER) for each in pictures), class_="panels"))
+
+
+def _method(config: OrthogonalityConfig) -> str:
+    """Returns what keeps the bases orthogonal."""
+    if config.method == "penalty":
+        return (f"The penalty, the {config.reduction} over pairs, enters the loss with the weight λ = "
+                f"{config.weight:g}.")
+    return f"The penalty is shown and not trained on (orthogonality.method={config.method!r})."
+
+
+def confusion_matrix(picture: Picture, scores: Scores, facts: Facts, which: str) -> Html:
+    """Returns the part with `plots.confusion` and the most frequent confusions; `which` is the checkpoint asked for."""
+    classes, totals = facts.classes, scores.confusion.sum(1)
+    right = int(np.trace(scores.confusion))
+    pairs = table(["true class", "predicted as", "images", "share"], [
+        (classes[row], classes[column], f"{count:,}", f"{100 * count / totals[row]:.1f} %")
+        for row, column, count in scores.pairs(PAIRS)], "Most confused classes", numbers=(2, 3))
+    asked = "" if which == str(scores.step) else f" ({which})"
+    return section(
+        "Confusion matrix",
+        element("p", f"The checkpoint of step {scores.step:,}{asked} on {scores.count:,} test images: {right:,} right "
+                     f"({100 * scores.accuracy:.2f} %), {scores.count - right:,} wrong, loss {scores.loss:.4f}."),
+        element("div", shown(picture, files.FOLDER), element(
+            "div", element("h3", "Most confused classes"),
+            pairs if right < scores.count else element("p", "None: every image is classified rightly.")),
+            class_="beside"))
+
+
+def worst_images(scores: Scores, classes: Sequence[str]) -> Html:
+    """Returns the part with the images of the highest loss."""
+    return section(
+        "Images with the highest loss",
+        element("p", f"The {len(scores.worst)} test images that the network finds hardest, that of the highest loss "
+                     "first. p is the probability that it gives to a class.", class_="soft"),
+        element("div", *(_image(image, classes) for image in scores.worst), class_="gallery"))
+
+
+def _image(image: Image, classes: Sequence[str]) -> Html:
+    right = image.label == image.predicted
+    truth = element("b", classes[image.label])
+    guess = element("b", f"{'✓' if right else '✗'} {classes[image.predicted]}", class_="right" if right else "wrong")
+    return element("figure", _pixels(image.pixels, f"test image {image.name}"), element(
+        "figcaption", element("div", "true ", truth, f" p\u00a0{image.probability_of_label:.3f}"),
+        element("div", "predicted ", guess, f" p\u00a0{image.probability:.3f}"),
+        element("div", f"loss {image.loss:.3f}"), element("div", image.name)))
+
+
+def _pixels(pixels: np.ndarray, text: str) -> Html:
+    """Returns an image uint8 `[H, W, C]` as a part of the page, enlarged so that each pixel is a square."""
+    height, width, channels = pixels.shape
+    picture, file = Pillow.fromarray(pixels.squeeze(-1) if channels == 1 else pixels), io.BytesIO()
+    times = max(1, round(IMAGE_SIDE / max(height, width)))
+    if max(height, width) <= IMAGE_SIDE:
+        picture.save(file, "png")
+        return element("img", src=data_uri(file.getvalue()), alt=text, width=str(width * times),
+                       height=str(height * times), class_="small")
+    picture.thumbnail((2 * IMAGE_SIDE, 2 * IMAGE_SIDE))
+    picture.save(file, "jpeg", quality=85)
+    return element("img", src=data_uri(file.getvalue(), "jpeg"), alt=text, width=str(picture.width),
+                   height=str(picture.height))
+
+
+def counts(facts: Facts, pictures: Sequence[Picture]) -> Html:
+    """Returns the part with `plots.count_bars`, and the counts as a table."""
+    own, plain = facts.counts, facts.counts["plain"]
+    rows = [[name, f"{row['parameters']:,}", f"{row['shared_parameters']:,}", f"{row['macs']:,}",
+             f"{plain['groups'][name]['parameters']:,}", f"{plain['groups'][name]['macs']:,}"]
+            for name, row in own["groups"].items()]
+    shared = sum(row["shared_parameters"] for row in own["groups"].values())
+    rows.append(["total", f"{own['parameters']:,}", f"{shared:,}", f"{own['macs']:,}", f"{plain['parameters']:,}",
+                 f"{plain['macs']:,}"])
+    return section(
+        "Parameters and multiply-accumulates", element("p", _unbroken(render_saving(dict(own))) + "."),
+        element("div", *(shown(each, files.FOLDER) for each in pictures), class_="panels"),
+        table(["group", "parameters", "of these shared", "MACs", "plain parameters", "plain MACs"], rows,
+              "Parameters and MACs by group", numbers=range(1, 6)),
+        element("p", "MACs: multiply-accumulates of convolutions and linear layers for one image.", class_="soft"))
+
+
+def run_facts(facts: Facts) -> Html:
+    """Returns the part with what the run is and was made with."""
+    data, config = facts.record["data"], facts.config
+    images = ", ".join(f"{data[f'{name}_examples']} {name}" for name in ("train", "validation", "test")
+                       if f"{name}_examples" in data)
+    shape = "×".join(map(str, data["image_shape"]))
+    rows = [("workdir", str(facts.path)),
+            ("data", f"{config.data.name}: {images + ' ' if images else ''}images of {shape}, {len(facts.classes)} "
+                     "classes"),
+            ("epochs", f"{facts.epoch} of {config.train.epochs}" + ("" if facts.epoch == config.train.epochs else
+                                                                    "; the run is not finished")),
+            ("began on", facts.record["devices"] or "not noted")]
+    if facts.lines:
+        rows += [("steps", f"{facts.lines[-1]['step']:,}, of {config.train.batch_size} images each"),
+                 ("speed", f"{facts.lines[-1]['images_per_second']:,.0f} training images per second"),
+                 ("time of training",
+                  f"{_time(facts.seconds)} (images over speed; without compilation and evaluations)")]
+    changed = [(path, _value(value), _value(default)) for path, (value, default) in facts.changed.items()]
+    versions = [(str(name), str(version)) for name, version in facts.record["versions"].items()]
+    return section("The run", element(
+        "div",
+        element("div", element("h3", "Facts"), table(["fact", "value"], rows, "Facts of the run"),
+                element("h3", "Versions that it began with"), table(["package", "version"], versions, "Versions")),
+        element("div", element("h3", "Configuration, where it is not the default"),
+                table(["field", "value", "default"], changed, "Changed fields")),
+        class_="beside"))
+
+
+def _value(value: Any) -> Html:
+    """Returns a field's value as it would be written in Python."""
+    return element("code", repr(value))
+
+
+def file_list(names: Sequence[str]) -> Html:
+    """Returns the part that names the files beside the page."""
+    folder = files.FOLDER
+    return section("Files", element("p", "Beside this page, as files: ", join(
+        piece for name in names for piece in (element("a", f"{folder}/{name}", href=f"{folder}/{name}"), " ")),
+        "; the evaluations are in metrics.jsonl."))
