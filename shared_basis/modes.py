@@ -105,8 +105,9 @@ def _predict(request: Request) -> Result:
 
 
 def _export(request: Request) -> Result:
-    result = export.export(request.workdir, request.format, request.fold, request.checkpoint, request.overrides,
-                           request.output)
+    with request.screen:
+        result = export.export(request.workdir, request.format, request.fold, request.checkpoint, request.overrides,
+                               request.output, request.screen.counting("exporting: stage"))
     return result, export.render(result)
 
 
