@@ -105,8 +105,11 @@ def _scatter(points: Sequence[Point], axis: str) -> Picture | None:
         axes.margins(0.15)
         if max(means) > 8 * min(means):
             set_log(axes, "x")
+        elif axes.get_xlim()[0] < 0:
+            axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        place_labels(axes, [(where.mean, point.error.mean) for _, point, where in at], labels, theme)
+        place_labels(axes, [(where.mean, point.error.mean) for _, point, where in at],
+                     [(_bar(where) or 0.0, _bar(point.error) or 0.0) for _, point, where in at], labels, theme)
 
     told = "; ".join(f"{point.label} {spread_text(point.error)} % at {short_number(where.mean)}"
                      for _, point, where in at)

@@ -118,12 +118,23 @@ def label_lines(axes: Axes) -> None:
                       va="center", color=line.get_color(), fontsize=9, annotation_clip=False)
 
 
-def place_labels(axes: Axes, points: Sequence[tuple[float, float]], labels: Sequence[str], theme: Theme) -> None:
-    """Writes each label beside its point, where it meets no other label and no point, if there is such a place."""
+def place_labels(axes: Axes, points: Sequence[tuple[float, float]], bars: Sequence[tuple[float, float]],
+                 labels: Sequence[str], theme: Theme) -> None:
+    """Writes each label beside its point, where it meets no other label, point or bar, if there is such a place.
+
+    Args:
+      points: x and y of each point.
+      bars: by how much the error bars of each reach out in x and y.
+    """
+    from matplotlib.patheffects import withStroke
     axes.autoscale_view()
     height, width = 11.0, 5.6  # of a letter, in points, as are all that follow
     spots = [axes.transData.transform(point) * 72 / DPI for point in points]
     taken: list[tuple[Any, ...]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
+    for (x, y), (x_bar, y_bar) in zip(points, bars, strict=True):
+        for ends in ([(x - x_bar, y), (x + x_bar, y)], [(x, y - y_bar), (x, y + y_bar)]):
+            (left, bottom), (right, top) = axes.transData.transform(ends) * 72 / DPI
+            taken.append((left - 1, bottom - 1, right + 1, top + 1))
     left_end, _, right_end, top_end = np.asarray(axes.get_window_extent().extents) * 72 / DPI
     for (x, y), point, label in zip(spots, points, labels, strict=True):
         wide = width * len(label)
@@ -135,13 +146,15 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float]], labels: Sequ
         def clash(offset: tuple[float, float]) -> float:
             one = box(offset)
             outside = max(0.0, left_end - one[0]) + max(0.0, one[2] - right_end) + max(0.0, one[3] - top_end - height)
-            return outside + sum(max(0.0, min(one[2], other[2]) - max(one[0], other[0]))
+            far = abs(offset[1])  # a thin bar across a label is better than a label that may be another point's
+            return outside + far + sum(max(0.0, min(one[2], other[2]) - max(one[0], other[0]))
                                  * max(0.0, min(one[3], other[3]) - max(one[1], other[1])) for other in taken)
 
         offset = min(((side * (7 if side else 0), up) for up in (0, 12, -12, 24, -24, 36, -36) for side in (1, -1, 0)
                       if side or up), key=clash)
         taken.append(box(offset))
         axes.annotate(label, point, offset, textcoords="offset points", va="center", fontsize=8.5, color=theme.ink,
+                      path_effects=[withStroke(linewidth=2.5, foreground=theme.background)],
                       ha="left" if offset[0] > 0 else "right" if offset[0] < 0 else "center", annotation_clip=False)
 
 
