@@ -11,12 +11,14 @@
     python main.py --mode=summary --config=…                       parameters and multiply-accumulates
     python main.py --mode=prepare --config=…                       downloads and prepares a data set
     python main.py --mode=import --checkpoint=FILE.pth --config=…  published weights into a workdir
+    python main.py --mode=compress --source=DIR --config=…         a trained plain network into one with shared bases
 """
 
 import json
 import os
 import signal
 import sys
+from typing import Any
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the process at once and silently, from the first import on
 
@@ -34,23 +36,29 @@ from shared_basis.errors import UserError, end_with
 FLAGS = flags.FLAGS
 _DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "digits_resnet.py")
 _TRAINED = ("evaluate", "predict", "export", "inspect", "analyze", "report")  # of a run, with a recipe of its own
-_MODES = ("train", *_TRAINED, "summary", "prepare", "import")
+_MODES = ("train", *_TRAINED, "summary", "prepare", "import", "compress")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as FILE.py[:network]; default: digits_resnet.py.")
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/<config>-<network>.")
-_JSON = flags.DEFINE_bool("json", False, "Print the result as one JSON object; other lines go to standard error.")
 _DEBUG_NANS = flags.DEFINE_bool("debug_nans", False, "Stop at the operation that gives the first NaN; slow.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best or a step; for import the file.")
-_AGAINST = flags.DEFINE_string("against", "", "inspect, analyze: compare with this step, or WORKDIR or WORKDIR:STEP.")
-_IMAGES = flags.DEFINE_multi_string("images", [], "predict: an image file, or a directory of them; may be repeated.")
-_TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "train: write metrics as TensorBoard event files too.")
-_QUIET = flags.DEFINE_bool("quiet", False, "Print warnings and the result alone.")
-_VERBOSE = flags.DEFINE_bool("verbose", False, "Print details too, such as each step.")
-_OUTPUT = flags.DEFINE_string("output", "", "predict: a CSV file; export: the file; analyze, report: a directory.")
-_FORMAT = flags.DEFINE_enum("format", "onnx", ("onnx", "stablehlo"), "export: what to write.")
-_FOLD = flags.DEFINE_enum("fold", "auto", ("auto", "basis", "composed", "none"), "export: see docs/export.md.")
-_RUNS = flags.DEFINE_multi_string("runs", [], "report: runs to compare, or directories of runs; may be repeated.")
-_REPORT = flags.DEFINE_bool("report", True, "train: write report.html at the end.")
+_OPTIONS: list[flags.FlagHolder[Any]] = [  # fields of `shared_basis.modes.Request`
+    flags.DEFINE_bool("json", False, "Print the result as one JSON object; other lines go to standard error."),
+    flags.DEFINE_bool("quiet", False, "Print warnings and the result alone."),
+    flags.DEFINE_bool("verbose", False, "Print details too, such as each step."),
+    flags.DEFINE_bool("tensorboard", False, "train: write metrics as TensorBoard event files too."),
+    flags.DEFINE_bool("report", True, "train: write report.html at the end."),
+    flags.DEFINE_string("checkpoint", "latest", "latest, best or a step; for import the file."),
+    flags.DEFINE_string("against", "", "inspect, analyze: compare with this step, or WORKDIR or WORKDIR:STEP."),
+    flags.DEFINE_multi_string("runs", [], "report: runs to compare, or directories of runs; may be repeated."),
+    flags.DEFINE_multi_string("images", [], "predict: an image file, or a directory of them; may be repeated."),
+    flags.DEFINE_string("output", "", "predict, compress: a CSV file; export: the file; analyze, report: a directory."),
+    flags.DEFINE_enum("format", "onnx", ("onnx", "stablehlo"), "export: what to write."),
+    flags.DEFINE_enum("fold", "auto", ("auto", "basis", "composed", "none"), "export: see docs/export.md."),
+    flags.DEFINE_string("source", "", "compress: the workdir of a trained plain network."),
+    flags.DEFINE_integer("calibration", None, "compress: training images to measure on; 0 is none."),
+    flags.DEFINE_float("budget", None, "compress: choose the ranks for this part of the plain network."),
+    flags.DEFINE_string("budget_of", "parameters", "compress: what the budget is of, parameters or macs."),
+    flags.DEFINE_bool("spectra", False, "compress: tell how much can be shared, and write no run.")]
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes, which TPU pods and SLURM tell.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing tells it.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, likewise.")
@@ -75,7 +83,7 @@ def parse() -> None:
         text = str(error).replace("\\n", "\n") or type(error).__name__
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         raise UserError(" ".join(dict.fromkeys((lines[0], lines[-1], *files[-1:])))) from error
-    if _QUIET.value and _VERBOSE.value:
+    if FLAGS.quiet and FLAGS.verbose:
         raise UserError("--quiet --verbose: choose one of the two.")
     if rest[1:]:
         raise UserError(f"unexpected argument {rest[1]!r}; flags look like --mode=train, see --help.")
@@ -87,13 +95,12 @@ def run() -> None:
     with devices.started(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DEBUG_NANS.value):
         # What is set here of a trained run's configuration need suit that one alone.
         config = Config() if _MODE.value in _TRAINED else from_config_dict(_CONFIG.value)
-        result, text = modes.run(_MODE.value, modes.Request(
+        request = modes.Request(
             config, config_flags.get_override_values(FLAGS["config"]),
             os.path.expanduser(_WORKDIR.value or os.path.join("runs", _CONFIG.value.name)), bool(_WORKDIR.value),
-            json=_JSON.value, quiet=_QUIET.value, verbose=_VERBOSE.value, tensorboard=_TENSORBOARD.value,
-            checkpoint=_CHECKPOINT.value, against=_AGAINST.value, images=_IMAGES.value, output=_OUTPUT.value,
-            format=_FORMAT.value, fold=_FOLD.value, report=_REPORT.value, runs=_RUNS.value))
-        print(json.dumps(result) if _JSON.value else text)
+            **{option.name: option.value for option in _OPTIONS})
+        result, text = modes.run(_MODE.value, request)
+        print(json.dumps(result) if request.json else text)
 
 
 if __name__ == "__main__":

@@ -138,8 +138,8 @@ def train(name: str, study: Study, variant: Variant, seed: int, options: argpars
     arguments = command(name, study, variant, seed, options.images, options.workdirs)
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device else {})}
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "main.py", *arguments, "--json", "--quiet"], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "main.py", *arguments, "--json", "--quiet", "--noreport"], cwd=ROOT,
+                          env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
     shown = [word for word in arguments if not word.startswith(("--config.data.directory=", "--workdir="))]

@@ -2,8 +2,8 @@
 
     python -m benchmarks.recording [--network=resnet32-s16u1-double] [--batch=64] [--rounds=9] [--steps=8]
 
-measures the step with the record and without it in turns, and prints the median of the rounds' ratios, of wall time and
-of the process's CPU time, which neighbours on a shared machine disturb less.
+measures the step with the record and without it in turns, and writes the median of the rounds' ratios, of wall time and
+of the process's CPU time, which neighbours on a shared machine disturb less, to docs/analysis.md.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-from benchmarks.common import machine
+from benchmarks.common import machine, replace_section
+
+PAGE = Path(__file__).parents[1] / "docs" / "analysis.md"
 
 Times = tuple[float, float]
 """Seconds of wall time, and of CPU time."""
@@ -30,7 +33,7 @@ def timed(function: Callable[[], object]) -> Times:
 def ratios(without: list[Times], recording: list[Times]) -> str:
     """Returns the medians of the rounds' ratios as text."""
     wall, used = (statistics.median(a[i] / b[i] for a, b in zip(recording, without, strict=True)) for i in (0, 1))
-    return f"{wall:.3f} of the wall time, {used:.3f} of the CPU time (medians of {len(without)} rounds)"
+    return f"{wall:.3f} times the wall time and {used:.3f} times the CPU time (medians of {len(without)} rounds)"
 
 
 def main() -> None:
@@ -48,16 +51,18 @@ def main() -> None:
 
     steps: dict[bool, list[Times]] = {False: [], True: []}
     compilations: dict[bool, list[Times]] = {False: [], True: []}
-    print(f"{arguments.network}, batches of {arguments.batch}; {machine(('jax', 'jaxlib'))}")
     for _ in range(arguments.rounds):
         for recording, step in made.items():
             steps[recording].append(timed(lambda step=step: step.run(arguments.steps)))  # type: ignore[misc]
-    print(f"a step with the record takes {ratios(steps[False], steps[True])}", flush=True)
     for _ in range(3):
         for recording in made:
             compilations[recording].append(timed(lambda recording=recording: make_step(  # type: ignore[misc]
                 case, train__record_gradients=recording)))
-    print(f"compiling it takes {ratios(compilations[False], compilations[True])}")
+    text = (f"{arguments.network}, batches of {arguments.batch}; {machine(('jax', 'jaxlib'))}: a step with the record "
+            f"takes {ratios(steps[False], steps[True])} of one without; compiling it and initialisation takes "
+            f"{ratios(compilations[False], compilations[True])}.")
+    print(text)
+    replace_section(PAGE, "<!-- recording -->\n", "<!-- end of recording -->\n", f"{text}\n")
 
 
 if __name__ == "__main__":

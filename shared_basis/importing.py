@@ -12,7 +12,8 @@ from shared_basis import data
 from shared_basis.checkpoints import Checkpoints
 from shared_basis.config import Config
 from shared_basis.errors import UserError
-from shared_basis.evaluate import build_model
+from shared_basis.evaluate import Variables, build_model
+from shared_basis.models import Network
 from shared_basis.official import load_official
 from shared_basis.optimizer import learning_rate_schedule, make_optimizer
 from shared_basis.params import count_parameters
@@ -36,10 +37,24 @@ def import_weights(config: Config, workdir: str | Path, file: str) -> dict[str, 
     spec = data.describe(config.data)
     model = build_model(config, spec)
     variables = load_official(file, model)
+    require_new(workdir)
+    parameters = start_run(config, workdir, model, spec, variables)
+    return {"workdir": str(workdir), "model": config.model.name, "file": str(file), "parameters": parameters}
+
+
+def require_new(workdir: str | Path) -> None:
+    """Raises `UserError` if `workdir` holds checkpoints."""
     run = Workdir(workdir)
-    checkpoints = Checkpoints(run.checkpoints, read_only=True)
-    if checkpoints.steps:
+    if Checkpoints(run.checkpoints, read_only=True).steps:
         raise UserError(f"workdir {run.path} holds checkpoints already; choose a new --workdir.")
+
+
+def start_run(config: Config, workdir: str | Path, model: Network, spec: data.Spec, variables: Variables) -> int:
+    """Writes `variables` (`params`, `batch_stats`) of `model` as step 0 of a run of `config`; returns their parameters.
+
+    Raises:
+      UserError: the workdir holds another run, or cannot be written.
+    """
     # The structure of the optimizer's state does not depend on the number of steps.
     schedule = learning_rate_schedule(config.optimizer, config.train.epochs, steps_per_epoch=1000)
     optimizer = make_optimizer(config.optimizer, config.orthogonality,
@@ -47,13 +62,13 @@ def import_weights(config: Config, workdir: str | Path, file: str) -> dict[str, 
                                recorded_steps=int(config.train.record_gradients))
     state = start_from(jax.tree.map(jnp.asarray, variables), optimizer)
     record = make_record(config, {"classes": list(spec.classes), "image_shape": list(spec.image_shape)})
+    run = Workdir(workdir)
     with run.locked():
         run.claim(record)
         checkpoints = Checkpoints(run.checkpoints)
         checkpoints.save(0, state, record, None)
         checkpoints.close()
-    return {"workdir": str(run.path), "model": config.model.name, "file": str(file),
-            "parameters": sum(count_parameters(state.params).values())}
+    return sum(count_parameters(state.params).values())
 
 
 def render(result: dict[str, Any]) -> str:

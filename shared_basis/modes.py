@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from shared_basis import analyze, data, evaluate, export, importing, inspection, prediction, summary, train
+from shared_basis import (
+    analyze,
+    compressing,
+    data,
+    evaluate,
+    export,
+    importing,
+    inspection,
+    prediction,
+    spectra,
+    summary,
+    train,
+)
 from shared_basis.config import Config
 from shared_basis.devices import leads
 from shared_basis.errors import UserError
@@ -42,6 +55,11 @@ class Request:
     fold: str = "auto"
     report: bool = True
     runs: Sequence[str] = ()
+    source: str = ""
+    calibration: int | None = None
+    budget: float | None = None
+    budget_of: str = "parameters"
+    spectra: bool = False
 
     @functools.cached_property
     def screen(self) -> Screen:
@@ -87,8 +105,9 @@ def _predict(request: Request) -> Result:
 
 
 def _export(request: Request) -> Result:
-    result = export.export(request.workdir, request.format, request.fold, request.checkpoint, request.overrides,
-                           request.output)
+    with request.screen:
+        result = export.export(request.workdir, request.format, request.fold, request.checkpoint, request.overrides,
+                               request.output, request.screen.counting("exporting: stage"))
     return result, export.render(result)
 
 
@@ -132,6 +151,23 @@ def _import(request: Request) -> Result:
     return result, importing.render(result)
 
 
+def _compress(request: Request) -> Result:
+    source = os.path.expanduser(request.source)
+    if request.spectra:
+        with request.screen:
+            result = spectra.take(source, request.screen, which=request.checkpoint,
+                                  overrides=request.overrides, calibration=request.calibration,
+                                  output=request.output)
+        return result, spectra.render(result)
+    workdir = request.workdir if request.workdir_given else f"{request.workdir}-compressed"
+    with request.screen:
+        result = compressing.compress(
+            request.config, workdir, source, request.screen, which=request.checkpoint,
+            calibration=request.calibration, budget=request.budget, measure=request.budget_of)
+    return result, compressing.render(result)
+
+
 MODES: dict[str, Callable[[Request], Result]] = {
     "train": _train, "evaluate": _evaluate, "predict": _predict, "export": _export, "inspect": _inspect,
-    "analyze": _analyze, "report": _report, "summary": _summary, "prepare": _prepare, "import": _import}
+    "analyze": _analyze, "report": _report, "summary": _summary, "prepare": _prepare, "import": _import,
+    "compress": _compress}

@@ -335,8 +335,7 @@ class Training:
     def follow_scoring(self, name: str, step: int, scored: int) -> None:
         """Shows how far an evaluation is; raises `StopNow` if it is time to stop."""
         self.screen.progress(step, self.steps, f"epoch {step // self.program.steps_per_epoch}/"
-                             f"{self.config.train.epochs}  scoring {name} images  {count(scored)}/"
-                             f"{count(self.record['data'][f'{name}_examples'])}")
+                             f"{self.config.train.epochs}  {count(scored)} {name} images scored")
         self.signals.check()
 
     def require_finite(self, values: Mapping[str, float], step: int) -> None:

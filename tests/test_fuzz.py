@@ -64,7 +64,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.name": ("digits", "folder", "tfds:absent", "tfds:", "tfds:../x", "tfds:a/b:1.0.0", "cifar10", "cifar"),
     "data.crop": ("center", "random_resized"), "data.on_broken": ("fail", "skip"),
     "data.placement": ("auto", "device", "stream"), "orthogonality.elements": ("shared", "shared+unique"),
-    "orthogonality.reduction": ("mean", "sum"), "optimizer.schedule": ("piecewise", "cosine")}
+    "orthogonality.method": ("penalty", "exact", "none"), "orthogonality.reduction": ("mean", "sum"),
+    "optimizer.schedule": ("piecewise", "cosine")}
 
 USUAL: dict[str, st.SearchStrategy[Any]] = {
     **{name: st.sampled_from(choices) for name, choices in CHOICES.items()},
@@ -83,7 +84,7 @@ USUAL: dict[str, st.SearchStrategy[Any]] = {
         st.floats(0, 10), max_size=3),
     "optimizer.accumulate": st.integers(1, 4), "train.epochs": st.integers(1, 3),
     "train.batch_size": st.sampled_from((4, 8, 12, 16, 10)), "train.eval_batch_size": st.integers(1, 50),
-    "train.evaluate_every": st.integers(1, 4)}
+    "train.evaluate_every": st.integers(1, 4), "train.record_gradients": st.booleans()}
 """Values that are mostly allowed, and small enough to be tried."""
 
 SMALL = {"data.train_examples": 40, "data.test_examples": 20, "train.epochs": 1, "train.batch_size": 8,

@@ -131,7 +131,7 @@ def _leaf(tree: Any, path: tuple[str, ...]) -> Any:
     return tree
 
 
-@pytest.mark.parametrize("at", [2, 4, 7])  # amid the first epoch, as it is evaluated, and amid the second
+@pytest.mark.parametrize("at", [2, 4])  # amid the first epoch, and as it is evaluated
 def test_a_run_that_was_stopped_has_the_same_record_bit_for_bit(finished: Path, tmp_path: Path, at: int) -> None:
     with pytest.raises(Interrupted):
         train(CONFIG, tmp_path / "run", Watcher([at], signal.SIGTERM))

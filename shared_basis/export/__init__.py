@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shared_basis import ops
+from shared_basis.data import Progress, unseen
 from shared_basis.errors import UserError
 from shared_basis.evaluate import Trained, Variables
 from shared_basis.export import onnx_file, stablehlo_file
@@ -28,6 +29,8 @@ from shared_basis.workdir import versions
 FORMATS = {"onnx": onnx_file, "stablehlo": stablehlo_file}
 """The modules that write, by what they write."""
 
+STAGES = 4
+"""Of an export, as its progress counts."""
 CHECKED = 8
 """Images of random pixels on which the file is held to the network."""
 TOLERANCE = 1e-3
@@ -35,7 +38,8 @@ TOLERANCE = 1e-3
 
 
 def export(workdir: str | Path, kind: str, choice: str = "auto", which: str = "latest",
-           overrides: Mapping[str, Any] | None = None, output: str = "") -> dict[str, Any]:
+           overrides: Mapping[str, Any] | None = None, output: str = "",
+           progress: Progress = unseen) -> dict[str, Any]:
     """Writes a checkpoint of `workdir` as a function from images uint8 `[N, H, W, C]` to logits float32 `[N, classes]`.
 
     Normalisation is inside, N is any number, and arithmetic is float32 whatever the run computed in.
@@ -45,6 +49,7 @@ def export(workdir: str | Path, kind: str, choice: str = "auto", which: str = "l
       choice: one of `folding.CHOICES`.
       which, overrides: as in `Trained.open`.
       output: the file; by default WORKDIR/export/model.onnx or model.stablehlo.
+      progress: is told of the four stages: restored, folded, serialised, verified.
 
     Returns:
       `workdir`, `step`, `model`, `classes`, `image_shape`, `format`, `file`, its `bytes`, `fold`; `layers`: how many
@@ -62,9 +67,11 @@ def export(workdir: str | Path, kind: str, choice: str = "auto", which: str = "l
     FORMATS[kind].require_packages()
     trained = Trained.open(workdir, which, overrides)
     data, shape = trained.config.data, trained.spec.image_shape
+    progress(1, STAGES)
     model = trained.model.clone(dtype=jnp.float32, loop=False)
     variables = jax.device_get(dict(trained.variables))
     graph, outcome = fold(trace(model, variables, shape, lambda images: normalize(images, data)), choice)
+    progress(2, STAGES)
     counts = {
         "macs": {"network": sum(count_macs_of(model, variables, shape).values()), "exported": count_macs(graph)},
         "parameters": {"network": sum(count_parameters(variables["params"]).values()),
@@ -75,8 +82,10 @@ def export(workdir: str | Path, kind: str, choice: str = "auto", which: str = "l
         **about, "input": "images: uint8 [N, H, W, C], normalised inside: (images / 255 - mean) / std",
         "output": "logits: float32 [N, classes]", "mean": list(data.mean), "std": list(data.std), "fold": choice,
         **counts, "versions": versions()})
+    progress(3, STAGES)
     images = np.random.default_rng(0).integers(0, 256, (CHECKED, *shape), dtype=np.uint8)
     verified = _compare(FORMATS[kind].run(files[""], images), _logits(trained, model, variables, images))
+    progress(STAGES, STAGES)
     path = Path(os.path.expanduser(output)) if output else trained.run.path / "export" / f"model.{kind}"
     _write(path, files, make_directory=not output)
     return {"workdir": str(trained.run.path), **about, "format": kind, "file": str(path), "bytes": len(files[""]),

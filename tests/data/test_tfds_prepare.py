@@ -362,7 +362,7 @@ def test_an_interrupted_preparation_leaves_nothing_prepared(error, put, monkeypa
 def preparing(config: DataConfig, gate: Path) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
     """Starts a process that prepares the fake CIFAR-10, and stops at its tenth image until the file `gate` exists."""
     return python(f"""
-import time
+import itertools, time
 from pathlib import Path
 import tfds_fakes
 from shared_basis import data
@@ -371,7 +371,7 @@ from shared_basis.data import tfds_builders
 
 manual = {config.manual_directory!r}
 tfds_fakes.publish_all_in("cifar10", manual)
-convert, calls = tfds_builders.Image.fromarray, iter(range(100))
+convert, calls = tfds_builders.Image.fromarray, itertools.count()
 def stopping(array):
     while next(calls) >= 9 and not Path({str(gate)!r}).exists():
         time.sleep(0.05)

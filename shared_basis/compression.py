@@ -1,0 +1,167 @@
+"""Closed forms that turn plain kernels into filter bases: no network, no files, NumPy in float64.
+
+A kernel `[k, k, C, T]` is the matrix W `[D, T]`, D = k²C, whose columns are filters: a patch p of the input gives Wᵀp.
+With a basis E `[D, R]`, whose columns are elements, and coefficients A `[R, T]`, the factorised layer gives (E A)ᵀp.
+The error of a layer is measured in a metric Σ `[D, D]`:
+
+    error = trace((W − E A)ᵀ Σ (W − E A)) = ‖M (W − E A)‖²,    Σ = MᵀM
+
+Σ = I compares filters; the second moment of the layer's input patches compares what the layer gives on them. Given Σ:
+
+- coefficients are the least-squares fit, for whatever elements;
+- given the shared elements, the best u unique ones are the truncated SVD of what least squares leaves of M W;
+- the best s shared elements of several layers are the truncated SVD of their stacked kernels M [W₁ W₂ …], in a metric
+  that they have in common. Layers with metrics of their own are a weighted low-rank approximation, which has no closed
+  form: the mean of the metrics stands in for them, for the choice of the shared elements alone.
+
+A change of basis within its span leaves E A as it is, so that all elements of a layer are made orthonormal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Matrix = np.ndarray
+
+RIDGE = 1e-4
+"""Of the mean of Σ's diagonal, added to it: patches may not fill the space, and few images tell little of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A plain layer, and what the error of its factorised form is measured by."""
+
+    kernel: Matrix
+    """W, float64 `[D, T]`."""
+    factor: Matrix
+    """M, invertible, float64 `[D, D]`."""
+
+    @functools.cached_property
+    def seen(self) -> Matrix:
+        """M W, `[D, T]`, whose squared norm is the layer's energy."""
+        return self.factor @ self.kernel
+
+    @property
+    def energy(self) -> float:
+        """The error of an approximation by 0."""
+        return float(np.sum(self.seen**2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Factorised:
+    """What a layer has of its own when factorised."""
+
+    unique: Matrix
+    """`[D, u]`, orthonormal columns, orthogonal to the shared elements."""
+    coefficients: Matrix
+    """`[u + s, T]`, those of unique elements first."""
+
+
+def factor_of(metric: Matrix) -> Matrix:
+    """Returns M, upper triangular and invertible, with MᵀM = `metric` and a little of the identity (`RIDGE`)."""
+    size = len(metric)
+    ridge = RIDGE * np.trace(metric) / size
+    return np.linalg.cholesky(metric + (ridge or 1.0) * np.eye(size)).T
+
+
+def shared_directions(layers: Sequence[Layer]) -> Matrix:
+    """Returns orthonormal columns `[D, D]`, the first s of which are the shared basis of rank s, for every s.
+
+    That is the best one for all `layers` together, each of which weighs by its share of its own energy. Where metrics
+    differ, their mean is taken, each scaled to one trace.
+    """
+    if all(layer.factor is layers[0].factor for layer in layers):
+        factor = layers[0].factor
+    else:
+        factor = np.linalg.cholesky(sum(
+            (layer.factor.T @ layer.factor / np.sum(layer.factor**2) for layer in layers),
+            np.zeros_like(layers[0].factor))).T
+    stacked = factor @ np.concatenate([layer.kernel / np.sqrt(layer.energy or 1.0) for layer in layers], axis=1)
+    directions = np.linalg.eigh(stacked @ stacked.T)[1][:, ::-1]
+    return np.linalg.qr(np.linalg.solve(factor, directions))[0]
+
+
+def orthonormal_together(bases: Sequence[Matrix]) -> list[Matrix]:
+    """Returns orthonormal bases `[D, s]` of one space, moved as little as makes all of them one orthonormal set.
+
+    They stay where they are if there is one, or if the space cannot hold them all.
+    """
+    stacked = np.concatenate(bases, axis=1)
+    if len(bases) == 1 or stacked.shape[1] > len(stacked):
+        return list(bases)
+    left, _, right = np.linalg.svd(stacked, full_matrices=False)  # the polar factor is the nearest orthonormal set
+    return np.split(left @ right, len(bases), axis=1)
+
+
+def left_over(layer: Layer, basis: Matrix) -> Matrix:
+    """Returns what least squares by `basis` `[D, s]` leaves of M W, `[D, T]`."""
+    span = np.linalg.qr(layer.factor @ basis)[0]
+    return layer.seen - span @ (span.T @ layer.seen)
+
+
+def remaining_energy(layer: Layer, basis: Matrix) -> Matrix:
+    """Returns the error over the layer's energy for `basis` and u = 0, 1, … T unique elements, the best for each u."""
+    seen = layer.factor @ basis  # by the normal equations: many ranks are asked for, and this is the quickest form
+    inverse = np.linalg.inv(np.linalg.cholesky(seen.T @ seen))
+    fitted = inverse @ (seen.T @ layer.seen)
+    squares = np.maximum(np.linalg.eigvalsh(layer.seen.T @ layer.seen - fitted.T @ fitted), 0)  # rising
+    return np.append(np.cumsum(squares)[::-1], 0.0) / (layer.energy or 1.0)
+
+
+def factorise(layer: Layer, basis: Matrix, unique_rank: int) -> Factorised:
+    """Returns the best `unique_rank` unique elements beside the shared ones `basis` `[D, s]`, and coefficients."""
+    rest = left_over(layer, basis)
+    left = np.linalg.svd(rest, full_matrices=unique_rank > min(rest.shape))[0][:, :unique_rank]
+    directions = np.concatenate([basis, np.linalg.solve(layer.factor, left)], axis=1)
+    unique = np.linalg.qr(directions)[0][:, basis.shape[1]:]  # whole rank even where there is nothing left over
+    elements = np.concatenate([unique, basis], axis=1)
+    return Factorised(unique, fit(layer, elements))
+
+
+def fit(layer: Layer, elements: Matrix) -> Matrix:
+    """Returns the least-squares coefficients `[R, T]` of `elements` `[D, R]`."""
+    return np.linalg.lstsq(layer.factor @ elements, layer.seen, rcond=None)[0]
+
+
+def relative_error(kernel: Matrix, approximation: Matrix, factor: Matrix | None = None) -> float:
+    """Returns ‖M (W − Ŵ)‖ / ‖M W‖ for W `kernel` and Ŵ `approximation`, both `[D, T]`; `factor` None is M = I."""
+    difference = kernel - approximation
+    if factor is not None:
+        difference, kernel = factor @ difference, factor @ kernel
+    return float(np.linalg.norm(difference) / (np.linalg.norm(kernel) or 1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The layers of a residual group that are factorised together."""
+
+    layers: Mapping[Any, Layer]
+    """By any key."""
+    uses: Mapping[Any, str]
+    """The shared basis that each layer uses; layers that use none are absent."""
+
+    @functools.cached_property
+    def _directions(self) -> dict[str, Matrix]:
+        return {name: shared_directions([self.layers[layer] for layer, used in self.uses.items() if used == name])
+                for name in sorted(set(self.uses.values()))}
+
+    def bases(self, rank: int) -> dict[str, Matrix]:
+        """Returns the shared bases `[D, rank]` by name, orthonormal, and together so as far as there is room."""
+        if not self._directions:
+            return {}
+        parts = orthonormal_together([directions[:, :rank] for directions in self._directions.values()])
+        return dict(zip(self._directions, parts, strict=True))
+
+    def basis_of(self, layer: Any, bases: Mapping[str, Matrix]) -> Matrix:
+        """Returns the shared elements that `layer` uses, `[D, 0]` where it uses none."""
+        return bases[self.uses[layer]] if layer in self.uses else np.zeros((len(self.layers[layer].kernel), 0))
+
+    def remaining(self, rank: int) -> Matrix:
+        """Returns the mean over the layers of `remaining_energy` by shared bases of `rank`."""
+        bases = self.bases(rank)
+        return np.mean([remaining_energy(layer, self.basis_of(name, bases)) for name, layer in self.layers.items()], 0)

@@ -1,0 +1,421 @@
+"""Compression of networks and of runs: what becomes of a plain network at full rank and below, and of mistakes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from helpers import CommandLine, make_images, read_metrics, tiny_network, user_error, write_folder
+from PIL import Image
+
+from configs import digits_resnet
+from shared_basis import compressing, data, plain, ranks, spectra
+from shared_basis.calibration import input_moments, patches
+from shared_basis.compression import relative_error
+from shared_basis.config import Config, DataConfig, ModelConfig, from_config_dict, replace
+from shared_basis.evaluate import Trained, build_model
+from shared_basis.importing import start_run
+from shared_basis.models.densenet import DenseNet
+from shared_basis.models.network import Network, Sharing
+from shared_basis.orthogonality import orthogonality_penalty
+from shared_basis.params import abstract_variables
+from shared_basis.screen import Screen
+from shared_basis.steps import normalize
+from shared_basis.summary import count_network
+
+QUIET = Screen(verbosity="quiet")
+SINGLE, DOUBLE = (("first", "shared"), ("second", "shared")), (("first", "first"), ("second", "second"))
+SHAPE = (8, 8, 1)
+DATA = DataConfig(mean=(0.3,), std=(0.4,))
+
+
+def sharing(layers: tuple[tuple[str, str], ...], shared: int, unique: int) -> Sharing:
+    return Sharing(layers, shared, unique)
+
+
+def plain_network(**changes: Any) -> Network:
+    return tiny_network(sharing=Sharing(), blocks=(3,), loop=False, **changes)
+
+
+def dense_network(layers: tuple[tuple[str, str], ...] = (), shared: int = 0, unique: int = 0) -> Network:
+    return DenseNet(blocks=(3, 2), growth=2, num_classes=10, sharing=sharing(layers, shared, unique))
+
+
+def trained_like(network: Network) -> Any:
+    """Returns variables that are random, batch statistics too, as a training might leave them."""
+    rng = np.random.default_rng(0)
+    def draw(path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+        if path[-1] in ("scale", "var"):
+            return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+        return (rng.normal(size=shape) / np.sqrt(np.prod(shape[:-1]) or 1)).astype(np.float32)
+    return unflatten_dict({path: draw(path, leaf.shape) for path, leaf in
+                           flatten_dict(dict(abstract_variables(network, SHAPE))).items()})
+
+
+def take_apart(network: Network, count: int = 40) -> tuple[Any, plain.Plain]:
+    """Returns the variables of a plain `network`, and its layers measured on random images in two batches."""
+    variables = trained_like(network)
+    images, labels = make_images(count)
+    paths = [path for group in plain.layer_paths(network).values() for path in group]
+    half = count // 2
+    moments = input_moments(network, variables, DATA, paths,
+                            [(jnp.asarray(images[part]), jnp.asarray(labels[part]))
+                             for part in (slice(half), slice(half, None))])
+    return variables, plain.Plain(flatten_dict(variables), moments)
+
+
+@pytest.fixture(scope="module")
+def resnet() -> tuple[Any, plain.Plain]:
+    return take_apart(plain_network())
+
+
+def logits(network: Network, variables: Any, images: np.ndarray, train: bool = False) -> np.ndarray:
+    found = jax.jit(lambda v, x: network.apply(v, normalize(x, DATA), train=train,
+                                               mutable=["batch_stats"] if train else []))(variables, images)
+    return np.asarray(found[0])
+
+
+def compressed(source: plain.Plain, network: Network) -> tuple[Any, list[dict[str, Any]]]:
+    arrays, layers = compressing.factorised(source, network, SHAPE)
+    return unflatten_dict(arrays), layers
+
+
+# What the layers see
+
+
+def test_moments_are_those_of_the_patches_that_count() -> None:
+    network = plain_network()
+    variables = trained_like(network)
+    images, labels = make_images(12)
+    labels[[2, 7]] = -1
+    path = ("group1", "block2", "first")
+    moments = input_moments(network, variables, DATA, [path], [
+        (jnp.asarray(images[part]), jnp.asarray(labels[part])) for part in (slice(8), slice(8, None))])[path]
+    seen = network.apply(variables, normalize(jnp.asarray(images[labels >= 0]), DATA), train=False,
+                         capture_intermediates=lambda module, _: module.path == (*path[:1], "block1"))[1]
+    x = np.pad(np.asarray(seen["intermediates"]["group1"]["block1"]["__call__"][0]), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    rows = np.array([x[n, i:i + 3, j:j + 3].ravel() for n in range(10) for i in range(8) for j in range(8)])
+    np.testing.assert_allclose(moments.mean, rows.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(moments.second, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(moments.covariance, np.cov(rows.T, bias=True), rtol=1e-3, atol=1e-5)
+
+
+def test_patches_are_those_of_a_convolution() -> None:
+    rng = np.random.default_rng(1)
+    x, kernel = rng.normal(size=(2, 5, 6, 3)), rng.normal(size=(3, 3, 3, 4))
+    by_lax = jax.lax.conv_general_dilated(jnp.asarray(x), jnp.asarray(kernel), (1, 1), "SAME",
+                                          dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_allclose(patches(jnp.asarray(x), 3) @ plain.matrix(kernel), by_lax, atol=1e-5)
+
+
+# Networks
+
+
+@pytest.mark.parametrize(("layers", "shared", "unique"), [
+    (SINGLE, 36, 0), (SINGLE, 30, 6), (SINGLE, 2, 4), (DOUBLE, 36, 0), (DOUBLE, 18, 18), ((), 0, 36), ((), 0, 4)])
+@pytest.mark.parametrize("measured", [True, False])
+def test_at_full_rank_the_logits_are_those_of_the_plain_network(
+        resnet: tuple[Any, plain.Plain], layers: Any, shared: int, unique: int, measured: bool) -> None:
+    """Full is k²C = 36 together, or as many unique elements as a layer has channels, 4."""
+    variables, source = resnet
+    source = source if measured else plain.Plain(source.arrays, {})
+    images = make_images(30)[0][10:]
+    network = tiny_network(sharing=sharing(layers, shared, unique), blocks=(3,))
+    found, errors = compressed(source, network)
+    np.testing.assert_allclose(logits(network, found, images), logits(plain_network(), variables, images), atol=1e-4)
+    assert max(layer["filters"] for layer in errors) < 1e-5
+    assert len(errors) == 4
+
+
+def test_at_full_rank_densenet_is_itself_too() -> None:
+    variables, source = take_apart(dense_network())
+    target = dense_network((("second", "shared"),), 60, 12)
+    images = make_images(20)[0]
+    np.testing.assert_allclose(logits(target, compressed(source, target)[0], images),
+                               logits(dense_network(), variables, images), atol=1e-4)
+
+
+@pytest.mark.parametrize(("layers", "shared", "unique"), [(SINGLE, 3, 0), (DOUBLE, 3, 1), ((), 0, 2)])
+def test_what_is_written_is_orthonormal_and_what_is_not_factorised_is_copied(
+        resnet: tuple[Any, plain.Plain], layers: Any, shared: int, unique: int) -> None:
+    _, source = resnet
+    network = tiny_network(sharing=sharing(layers, shared, unique), blocks=(3,))
+    found, errors = compressed(source, network)
+    flat = flatten_dict(found)
+    expected = flatten_dict(dict(abstract_variables(network, SHAPE)))
+    assert {path: (leaf.shape, leaf.dtype) for path, leaf in flat.items()} == {
+        path: (leaf.shape, leaf.dtype) for path, leaf in expected.items()}
+    sets = network.element_sets("shared+unique")
+    assert not sets or float(orthogonality_penalty(found["params"], sets)) < (1e-10 if layers != DOUBLE else 0.02)
+    if shared:  # together, of double sharing too
+        assert float(orthogonality_penalty(found["params"], network.element_sets("shared"))) < 1e-10
+    moved = {("batch_stats", *plain.following_norm(tuple(layer["path"].split("/")))) for layer in errors}
+    for path in flat.keys() & source.arrays.keys():
+        if path[:-1] not in moved:
+            np.testing.assert_array_equal(flat[path], source.arrays[path], err_msg=str(path))
+    assert len(moved) == 4
+
+
+def test_batch_norms_are_told_the_statistics_that_they_will_see(resnet: tuple[Any, plain.Plain]) -> None:
+    """In the first block that shares, whose inputs are those of the plain network."""
+    variables, source = resnet
+    network = tiny_network(sharing=sharing(SINGLE, 3, 1), blocks=(3,), loop=False)
+    found, _ = compressed(source, network)
+    inputs, _ = make_images(40)
+    path = ("group1", "block2")
+
+    def outputs(model: Network, variables: Any, name: str) -> np.ndarray:
+        wanted = (*path, *name.split("/"))
+        _, state = model.apply(variables, normalize(jnp.asarray(inputs), DATA), train=False,
+                               capture_intermediates=lambda module, _: module.path == wanted)
+        leaf: Any = state["intermediates"]
+        for part in wanted:
+            leaf = leaf[part]
+        return np.asarray(leaf["__call__"][0], np.float64).reshape(-1, leaf["__call__"][0].shape[-1])
+
+    norm, stats = found["params"]["group1"]["block2"]["first"]["norm"], found["batch_stats"]["group1"]["block2"]
+    x = outputs(plain_network(), variables, "first")  # the layer in the plain network, and the compressed one
+    y = outputs(network, found, "first")
+    before = variables["batch_stats"]["group1"]["block2"]["first_norm"]
+    np.testing.assert_allclose(stats["first_norm"]["mean"] - before["mean"], y.mean(0) - x.mean(0), atol=1e-4)
+    np.testing.assert_allclose(stats["first_norm"]["var"] / before["var"], y.var(0) / x.var(0), rtol=1e-3)
+    shared = found["params"]["bases"]["group1"]["shared"]
+    elements = np.concatenate([found["params"]["group1"]["block2"]["first"]["unique"], shared], axis=-1)
+    seen = network.apply(found, normalize(jnp.asarray(inputs), DATA), train=False,
+                         capture_intermediates=lambda module, _: module.path == ("group1", "block1"))[1]
+    products = patches(seen["intermediates"]["group1"]["block1"]["__call__"][0], 3) @ plain.matrix(elements)
+    products = np.asarray(products, np.float64).reshape(-1, 4)
+    np.testing.assert_allclose(stats["first"]["norm"]["mean"], products.mean(0), atol=1e-4)
+    np.testing.assert_allclose(stats["first"]["norm"]["var"], products.var(0), rtol=1e-3)
+    np.testing.assert_allclose(norm["scale"], np.sqrt(products.var(0) + 1e-5), rtol=1e-3)
+    np.testing.assert_allclose(norm["bias"], products.mean(0), atol=1e-4)
+
+
+def test_measured_on_images_the_activations_err_less_than_by_filters_alone(resnet: tuple[Any, plain.Plain]) -> None:
+    _, source = resnet
+    network = tiny_network(sharing=sharing(DOUBLE, 3, 1), blocks=(3,))
+    _, measured = compressed(source, network)
+    group = plain.Plain(source.arrays, {}).group(network, "group1")
+    bases = group.bases(3)
+    for layer in measured:
+        path = tuple(layer["path"].split("/"))
+        own = compressing.factorise(group.layers[path], group.basis_of(path, bases), 1)
+        elements = np.concatenate([own.unique, group.basis_of(path, bases)], axis=1)
+        by_filters = relative_error(group.layers[path].kernel, elements @ own.coefficients,
+                                    source.layer(path).factor)
+        assert layer["activations"] < by_filters
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def main(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
+    command = CommandLine(tmp_path_factory.mktemp("output"))
+    yield command
+    command.close()
+
+
+def config_of(name: str, **changes: Any) -> Config:
+    return replace(from_config_dict(digits_resnet.get_config(name)), {
+        "train.epochs": 1, "optimizer.warmup_epochs": 0.0, "train.batch_size": 32, "data.train_examples": 64,
+        "data.test_examples": 50, **changes})
+
+
+FLAGS = ("--config.train.epochs=1", "--config.optimizer.warmup_epochs=0.", "--config.train.batch_size=32",
+         "--config.data.train_examples=64", "--config.data.test_examples=50")
+"""What makes `config_of` out of the recipe."""
+
+
+def make_run(path: Path, config: Config, change: Any = lambda arrays: arrays) -> Path:
+    spec = data.describe(config.data)
+    model = build_model(config, spec)
+    arrays = change(flatten_dict(trained_like(model)))
+    start_run(config, path, model, spec, unflatten_dict(arrays))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "plain", config_of("resnet14"))
+
+
+def compress(run: Path, workdir: Path, name: str = "resnet14-s4u1", changes: Any = {},  # noqa: B006
+             **options: Any) -> dict[str, Any]:
+    return compressing.compress(config_of(name, **changes), workdir, str(run), QUIET, **options)
+
+
+def test_a_compressed_run_is_trained_on(run: Path, main: CommandLine, tmp_path: Path) -> None:
+    recipe = f"--config={Path(digits_resnet.__file__)}:resnet14-s4u1-double"
+    done = main("--mode=compress", f"--source={run}", recipe, *FLAGS, "--json", "--calibration=40", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    workdir = Path("runs/digits_resnet-resnet14-s4u1-double-compressed")
+    assert (result["workdir"], result["calibration"], len(result["layers"])) == (str(workdir), 40, 6)
+    assert result["parameters"] < result["plain"]["parameters"]
+    evaluated = main("--mode=evaluate", f"--workdir={workdir}", "--json", cwd=tmp_path)
+    scores = json.loads(evaluated.stdout)
+    assert (scores["step"], scores["test_accuracy"]) == (0, result["test_accuracy"]["compressed"])
+    again = main("--mode=compress", f"--source={run}", recipe, *FLAGS, cwd=tmp_path)
+    assert (again.returncode, "holds checkpoints already" in again.stderr) == (2, True)
+    trained = main(f"--workdir={workdir}", recipe, *FLAGS, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert [line["step"] for line in read_metrics(tmp_path / workdir)] == [2]
+
+
+def test_images_are_scored_before_and_after(run: Path, tmp_path: Path) -> None:
+    result = compress(run, tmp_path / "new", "resnet14-s0u16", calibration=0)  # as many elements as channels
+    assert result["test_accuracy"]["plain"] == result["test_accuracy"]["compressed"]
+    assert result["test_loss"]["plain"] == pytest.approx(result["test_loss"]["compressed"], abs=1e-4)
+    assert (result["test_examples"], result["calibration"]) == (50, 0)
+    assert all(layer["activations"] is None for layer in result["layers"])
+    text = compressing.render(result)
+    assert "resnet14-s0u16" in text
+    assert "relative errors of filters:" in text
+    images = jnp.asarray(make_images(9)[0])
+    new, old = Trained.open(tmp_path / "new"), Trained.open(run)
+    np.testing.assert_allclose(new.classifier()(images), old.classifier()(images), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def candidates(run: Path) -> ranks.Candidates:
+    trained = plain.open_plain(str(run))
+    return ranks.Candidates(plain.take_apart(trained, trained.config, None, QUIET), trained)
+
+
+@pytest.mark.parametrize("measure", ranks.MEASURES)
+def test_costs_are_those_that_are_counted(candidates: ranks.Candidates, measure: str) -> None:
+    for sharing, shared, unique in (("single", 9, 4), ("double", 5, 0), ("single", 0, 3)):
+        name = candidates.name(sharing, shared, unique)
+        assert candidates.cost(sharing, measure, shared, unique) == count_network(
+            ModelConfig(name), 10, SHAPE)[measure]
+
+
+@pytest.mark.parametrize("measure", ranks.MEASURES)
+def test_the_network_within_a_budget_captures_most(candidates: ranks.Candidates, measure: str) -> None:
+    best = 0.0
+    for budget in (0.7, 0.8):
+        lines: list[str] = []
+        name = ranks.choose(candidates, budget, measure, lines.append)
+        sharing = "double" if name.endswith("-double") else "single"
+        shared, unique = map(int, name.removesuffix("-double").rpartition("-s")[2].split("u"))
+        assert candidates.cost(sharing, measure, shared, unique) <= budget * candidates.plain_cost(measure)
+        captured = candidates.mean_captured(sharing, shared, unique)
+        assert all(float(line.split(", ")[-1].split(" %")[0]) <= 100 * captured + 0.006 for line in lines)
+        assert len(lines) >= 3
+        assert captured >= best
+        best = captured
+
+
+def test_what_a_network_captures_is_what_it_has(run: Path, candidates: ranks.Candidates, tmp_path: Path) -> None:
+    layers = compress(run, tmp_path / "new", "resnet14-s5u2-double", calibration=0)["layers"]
+    assert candidates.mean_captured("double", 5, 2) == pytest.approx(
+        1 - np.mean([layer["filters"] ** 2 for layer in layers]), abs=1e-6)
+
+
+def test_a_budget_names_the_network_and_its_run(run: Path, tmp_path: Path) -> None:
+    result = compress(run, tmp_path / "new", "resnet14", budget=0.8, calibration=20)
+    assert result["parameters"] <= 0.8 * result["plain"]["parameters"]
+    config = Trained.open(tmp_path / "new").config
+    assert config == config_of(result["model"])  # the recipe for this network trains on
+
+
+def test_spectra_are_written_as_a_table_and_a_picture(run: Path, tmp_path: Path) -> None:
+    found = spectra.take(str(run), QUIET, calibration=30, output=str(tmp_path / "here.csv"))
+    with (tmp_path / "here.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(found["rows"])
+    assert {row["group"] for row in rows} == {"group1", "group2", "group3", "all"}
+    at = {(row["sharing"], row["group"], int(row["S"]), int(row["U"])): float(row["captured"]) for row in rows}
+    for (sharing, group, shared, unique), captured in at.items():
+        assert 0 <= captured <= 1
+        if unique:
+            assert captured >= at[sharing, group, shared, 0]
+        if sharing == "single" and shared == 8:
+            assert captured > at[sharing, group, 4, unique]
+    assert all(float(row["parameters"]) > 0 for row in rows if row["group"] == "all")
+    with Image.open(tmp_path / "here.png") as picture:
+        assert picture.size[0] > 2000
+    assert "single U=1" in spectra.render(found)
+    assert "30 training images" in spectra.render(found)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(("name", "options", "parts"), [
+    ("resnet14", {}, ("resnet14 is plain", "resnet14-s16u1-double")),
+    ("resnet14-tied", {}, ("resnet14-tied", "no low-rank form")),
+    ("resnet14-template4", {}, ("resnet14-template4", "no low-rank form")),
+    ("resnet20-s4u1", {}, ("resnet20-s4u1 cannot come from resnet14", "depths and widths")),
+    ("resnext50_32x4d-s64u4", {}, ("resnext50_32x4d cannot be compressed", "ReLU")),
+    ("resnet50-shared", {"changes": {"model.stem": "imagenet"}}, ("resnet50 cannot be compressed", "whole filters")),
+    ("mobilenetv2-shared", {}, ("mobilenetv2 cannot be compressed",)),
+    ("resnet14-s200u0", {}, ("basis of 200 elements", "144")),
+    ("resnet14-s4u1", {"calibration": 65}, ("--calibration=65", "at most 64")),
+    ("resnet14-s4u1", {"calibration": -1}, ("--calibration=-1", "0 for none")),
+    ("resnet14-s4u1", {"budget": 0.5}, ("--budget=0.5 chooses the ranks", "resnet14")),
+    ("resnet14", {"budget": 0.0}, ("--budget=0", "above 0 and at most 1")),
+    ("resnet14", {"budget": 1.5}, ("--budget=1.5", "above 0 and at most 1")),
+    ("resnet14", {"budget": float("nan")}, ("--budget=nan", "above 0 and at most 1")),
+    ("resnet14", {"budget": 0.01}, ("--budget=0.01 of parameters", "the least network has 0.")),
+    ("resnet14", {"budget": 0.5, "measure": "bytes"}, ("--budget_of=bytes", "parameters, macs")),
+    ("resnet14-s4u1", {"which": "7"}, ("checkpoint '7'",)),
+    ("resnet14-s4u1", {"changes": {"data.mean": (0.5,)}}, ("data.mean=(0.5,)", "(0.3,)")),
+])
+def test_a_mistake_is_told_and_nothing_is_written(run: Path, tmp_path: Path, name: str, options: Any,
+                                                  parts: tuple[str, ...]) -> None:
+    with user_error(*parts):
+        compress(run, tmp_path / "new", name, **{"calibration": 20, **options})
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_stem_is_told(run: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "source", replace(config_of("resnet18"), {"data.train_examples": 32}))
+    with user_error("model.stem='imagenet'", "'cifar'"):
+        compress(other, tmp_path / "new", "resnet18-s4u1", {"model.stem": "imagenet"})
+
+
+def test_a_source_that_is_not_plain_not_there_or_not_finite_is_told(run: Path, tmp_path: Path) -> None:
+    with user_error("--source=RUN"):
+        compressing.compress(config_of("resnet14-s4u1"), tmp_path / "new", "", QUIET)
+    with user_error("holds no run"):
+        compress(tmp_path / "nowhere", tmp_path / "new")
+    shared = make_run(tmp_path / "shared", config_of("resnet14-s2u1"))
+    with user_error("holds resnet14-s2u1, which shares already", "plain resnet14"):
+        compress(shared, tmp_path / "new")
+
+    def spoil(arrays: Any) -> Any:
+        arrays["params", "group1", "block2", "first", "kernel"][0, 0, 0, 0] = np.nan
+        return arrays
+    with user_error("params/group1/block2/first/kernel of checkpoint 0 is not finite"):
+        compress(make_run(tmp_path / "nan", config_of("resnet14"), spoil), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_other_images_are_told(run: Path, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "images", [f"{i}" for i in range(3)], 4)
+    with user_error("the images of data.name='folder' have other image shape than those of the run"):
+        compress(run, tmp_path / "new", changes={"data.name": "folder", "data.directory": str(folder)})
+
+
+def test_a_run_is_not_overwritten(run: Path, tmp_path: Path) -> None:
+    before = (run / "run.json").read_bytes()
+    with user_error("holds checkpoints already"):
+        compress(run, run)
+    assert (run / "run.json").read_bytes() == before
+
+
+def test_spectra_need_a_table_to_write(run: Path, tmp_path: Path) -> None:
+    with user_error("--output=x.png", ".csv"):
+        spectra.take(str(run), QUIET, output="x.png")
+    with user_error("there is no directory"):
+        spectra.take(str(run), QUIET, output=str(tmp_path / "no" / "x.csv"))
