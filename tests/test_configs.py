@@ -74,11 +74,12 @@ def test_cifar_resnet_is_the_published_recipe():
         "model": {"name": "resnet32-s8u1", "stem": "cifar", "dtype": "float32", "loop": "auto"},
         "data": {**ALL_IMAGES, "name": "cifar10", "image_size": 0, "crop": "center", "mean": [0.485, 0.456, 0.406],
                  "std": [0.229, 0.224, 0.225], "pad": 4, "flip": True},
-        "orthogonality": {"weight": 10.0, "elements": "shared+unique", "reduction": "mean"},
+        "orthogonality": {"method": "penalty", "weight": 10.0, "elements": "shared+unique", "reduction": "mean"},
         "optimizer": {"learning_rate": 0.1, "momentum": 0.9, "nesterov": False, "accumulate": 1, "weight_decay": 5e-4,
                       "decay": ["basis", "coefficients", "kernel", "norm", "bias"], "schedule": "piecewise",
                       "boundaries": [150.0, 225.0], "factors": [0.1, 0.1], "warmup_epochs": 0.0},
-        "train": {"epochs": 300, "batch_size": 256, "eval_batch_size": 1000, "evaluate_every": 1},
+        "train": {"epochs": 300, "batch_size": 256, "eval_batch_size": 1000, "evaluate_every": 1,
+                  "record_gradients": False},
     }
 
 
@@ -101,7 +102,7 @@ def test_the_recipes_are_the_published_ones(recipe, variant, published):
     config = to_dict(from_config_dict(load(CONFIGS / f"{recipe}.py").get_config(variant)))
     assert {**config["optimizer"], **{key: config["train"][key] for key in ("epochs", "batch_size")}} == {
         **STEPS, **published}
-    assert config["orthogonality"] == {"weight": 10.0, "elements": "shared", "reduction": "mean"}
+    assert config["orthogonality"] == {"method": "penalty", "weight": 10.0, "elements": "shared", "reduction": "mean"}
     cifar = {"name": "cifar100", "mean": [0.507, 0.487, 0.441], "std": [0.267, 0.256, 0.276], "pad": 4, "image_size": 0,
              "crop": "center"}
     imagenet = {"name": "imagenet2012", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "pad": 0,
