@@ -311,6 +311,7 @@ def test_trainer_and_evaluator_are_measured(monkeypatch: pytest.MonkeyPatch) -> 
     assert seconds["resnet14", "images/s"] == pytest.approx(24 / seconds["resnet14", "seconds per batch"], rel=1)
 
 
+@pytest.mark.slow
 def test_growth_is_measured_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     for module in (cases, growth):
