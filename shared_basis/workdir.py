@@ -91,6 +91,9 @@ class Workdir:
             record = json.loads((self.path / "run.json").read_text())
             if not all(isinstance(record["data"][key], list) for key in ("classes", "image_shape")):
                 raise TypeError("its data facts are not lists")
+            shape = record["data"]["image_shape"]
+            if len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape):
+                raise TypeError("its image shape is none")
             if not isinstance(record["versions"], dict):
                 raise TypeError("its versions are no dict")
             devices = record.get("devices")  # runs of earlier versions did not note them
