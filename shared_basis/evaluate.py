@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +12,6 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from shared_basis import data, feeds, memory, ops
@@ -67,11 +67,11 @@ def make_evaluator(model: nn.Module, config: DataConfig, batches: Callable[[], I
     def evaluator(variables: Variables, between: Callable[[int], None] = lambda scored: None) -> dict[str, float]:
         # Fetched one by one: several collectives in flight can deadlock virtual CPU devices. Added in float64 on the
         # host, so that counts stay exact and the batch size does not show in the loss.
-        sums = []
+        total: dict[str, float] = defaultdict(float)
         for images, labels in batches():
-            sums.append(jax.device_get(step(variables, images, labels)))
-            between(int(sum(batch["count"] for batch in sums)))
-        total = {name: float(sum(np.float64(batch[name]) for batch in sums)) for name in sums[0]}
+            for name, value in jax.device_get(step(variables, images, labels)).items():
+                total[name] += float(value)
+            between(int(total["count"]))
         count = total["count"]
         if not count:
             raise UserError("none of the images to be scored can be decoded.")
