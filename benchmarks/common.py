@@ -1,18 +1,20 @@
-"""What the benchmarks have in common: measuring in turns, tables, sections of README.md, and the trainer to measure."""
+"""What the benchmarks have in common: measuring in turns, tables, sections of README.md, options, the trainer."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import importlib.metadata
 import io
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:  # JAX is imported by what needs it: benchmarks/data.py measures the memory of a process without it
     from jax.sharding import Mesh
@@ -27,6 +29,41 @@ README = Path(__file__).parent / "README.md"
 Table = list[list[str]]
 Measure = Callable[[], float]
 Key = TypeVar("Key", bound=Hashable)
+Result = TypeVar("Result")
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends at a mistake with one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """See `argparse.ArgumentParser`."""
+        self.exit(2, f"error: {message}\n")
+
+    def end_with(self, run: Callable[..., Result], *arguments: Any) -> Result:
+        """Returns what `run` returns; a `UserError` is a mistake in the arguments."""
+        from shared_basis.errors import UserError  # imports JAX, which some benchmarks prepare for first
+
+        try:
+            return run(*arguments)
+        except UserError as error:
+            self.error(str(error))
+
+
+def names(text: str, choices: Sequence[str] = ()) -> tuple[str, ...]:
+    """Returns the names in a list with commas; raises argparse's error for one that is none of `choices`, or none."""
+    given = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    unknown = [name for name in given if choices and name not in choices]
+    if unknown or not given:
+        known = f"; choose from {', '.join(choices)}" if choices else ""
+        raise argparse.ArgumentTypeError(f"{', '.join(map(repr, unknown)) or 'nothing'} given{known}")
+    return given
+
+
+def positive(text: str) -> int:
+    """Returns a whole number from 1 to 999,999; raises argparse's error for any other text."""
+    if not re.fullmatch(r"[1-9]\d{0,5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
 
 
 def in_turns(subjects: Mapping[Key, Measure], rounds: int) -> dict[Key, list[float]]:

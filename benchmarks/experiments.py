@@ -23,13 +23,13 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
 
-from benchmarks.common import replace_section, versions
-from benchmarks.findings import Row, append, of, read, section
-from benchmarks.records import ROOT, commit
+from benchmarks.common import Parser, positive, replace_section, versions
+from benchmarks.findings import COLUMNS, Row, of, read, section
+from benchmarks.records import ROOT, append, commit
 from benchmarks.studies import STUDIES, Study, Variant
 from shared_basis.errors import UserError
 
@@ -38,32 +38,18 @@ PAGE = ROOT / "docs" / "results.md"
 BASES = ("penalty", "norm_min", "norm_mean", "norm_max", "coherence")
 
 
-class Parser(argparse.ArgumentParser):
-    """Ends at a mistake with one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """See `argparse.ArgumentParser`."""
-        self.exit(2, f"error: {message}\n")
-
-
 def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     """Returns the parser, for later mistakes, and the options."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--study", choices=tuple(STUDIES), help="what to train; without it nothing is")
-    parser.add_argument("--seeds", type=_positive, help="how many; default: the study's own")
+    parser.add_argument("--seeds", type=positive, help="how many; default: the study's own")
     parser.add_argument("--variants", default="", help="only those whose label holds one of these words, a,b")
     parser.add_argument("--images", type=Path, help="the directory of images, where the study needs one")
-    parser.add_argument("--jobs", type=_positive, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
     parser.add_argument("--devices", default="", help="numbers of the GPUs to divide the jobs among, e.g. 0,1")
     parser.add_argument("--workdirs", type=Path, default=Path("runs") / "studies", help="where the runs are kept")
     parser.add_argument("--write", action="store_true", help="replace the tables of docs/results.md (also at the end)")
     return parser, parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
-    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,13 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser, options = parse(arguments)
     if not options.study and not options.write:
         parser.error(f"name a --study ({', '.join(STUDIES)}), or --write the tables again")
-    failed = 0
-    try:
-        if options.study:
-            failed = run_study(options.study, STUDIES[options.study], options)
-        write_page()
-    except UserError as error:
-        parser.error(str(error))
+    failed = parser.end_with(run_study, options.study, STUDIES[options.study], options) if options.study else 0
+    parser.end_with(write_page)
     return int(failed > 0)
 
 
@@ -108,7 +89,7 @@ def run_study(name: str, study: Study, options: argparse.Namespace) -> int:
         device = slots.get()
         try:
             print(f"{number + 1}/{len(todo)}: {variant.label}, seed {seed}", file=sys.stderr, flush=True)
-            append(path, train(name, study, variant, seed, options, device))
+            append(path, [train(name, study, variant, seed, options, device)], COLUMNS)
         except UserError as error:
             failures.append(f"{variant.label}, seed {seed}: {error}")
             print(failures[-1], file=sys.stderr, flush=True)

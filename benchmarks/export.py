@@ -22,14 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run
 import jax
 import numpy as np
 
-from benchmarks import records, speed
+from benchmarks import records
 from benchmarks.cases import Case, Timed, make_case, repeated
-from benchmarks.common import README, Table, in_turns, machine, replace_section
+from benchmarks.common import README, Parser, Table, in_turns, machine, names, positive, replace_section
 from benchmarks.processes import ask
 from benchmarks.records import ROOT, Part, Session, spread
 from shared_basis import feeds
 from shared_basis.config import DataConfig
-from shared_basis.errors import UserError
 from shared_basis.evaluate import Trained
 from shared_basis.export import onnx_file
 from shared_basis.export.folding import CHOICES, fold
@@ -161,18 +160,14 @@ def run(options: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
-    parser = speed.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--networks", type=speed.names, default=NETWORKS, help="in place of the usual ones")
-    parser.add_argument("--workdirs", type=speed.names, default=(), help="runs to hold to their networks")
-    parser.add_argument("--batch", type=speed.positive, default=1, help="images at once")
-    parser.add_argument("--rounds", type=speed.positive, default=5, help="measurements of each; the median counts")
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--networks", type=names, default=NETWORKS, help="in place of the usual ones")
+    parser.add_argument("--workdirs", type=names, default=(), help="runs to hold to their networks")
+    parser.add_argument("--batch", type=positive, default=1, help="images at once")
+    parser.add_argument("--rounds", type=positive, default=5, help="measurements of each; the median counts")
     parser.add_argument("--append", action="store_true", help="add the rows to results/export.csv")
     parser.add_argument("--write", action="store_true", help="replace the figures in benchmarks/README.md")
-    options = parser.parse_args(arguments)
-    try:
-        run(options)
-    except UserError as error:
-        parser.error(str(error))
+    parser.end_with(run, parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -73,17 +73,6 @@ def read(path: Path) -> list[Row]:
             raise UserError(f"{path.name}, line {reader.line_num}: {error}.") from error
 
 
-def append(path: Path, row: Row) -> None:
-    """Adds a row at the end of the file, which gets its header if it is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(COLUMNS)
-        writer.writerow(dataclasses.astuple(row))
-
-
 def of(rows: Sequence[Row], variant: Variant) -> dict[int, Row]:
     """Returns the runs of a variant by seed, the latest of each."""
     return {row.seed: row for row in rows if row.variant == variant.label and row.network == variant.network}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cases import Case
 from benchmarks.common import Table, markdown, versions
@@ -111,26 +112,26 @@ def plain_number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1e5 else f"{value:.6g}"
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, columns: Sequence[str] = COLUMNS) -> None:
     """Raises `UserError` unless rows can be appended to `path`: it is absent, empty, or has these columns."""
     try:
         with path.open(newline="") as file:
-            found = next(csv.reader(file), list(COLUMNS))
+            found = next(csv.reader(file), list(columns))
     except FileNotFoundError:
         return
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path.name} cannot be read: {error}.") from error
-    if found != list(COLUMNS):
-        raise UserError(f"{path.name} has the columns {', '.join(found)}; rows to append have {', '.join(COLUMNS)}.")
+    if found != list(columns):
+        raise UserError(f"{path.name} has the columns {', '.join(found)}; rows to append have {', '.join(columns)}.")
 
 
-def append(path: Path, rows: Sequence[Row]) -> None:
-    """Adds `rows` to the end of the file, which gets its header if it is new.
+def append(path: Path, rows: Sequence[Any], columns: Sequence[str] = COLUMNS) -> None:
+    """Adds `rows`, dataclasses with the fields `columns`, to the end of the file, which gets its header if it is new.
 
     Raises:
       UserError: as `check_file`.
     """
-    check_file(path)
+    check_file(path, columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists() or not path.stat().st_size
     whole = new or path.read_bytes().endswith(b"\n")  # not so if an editor, or a full disk, left it
@@ -139,7 +140,7 @@ def append(path: Path, rows: Sequence[Row]) -> None:
             file.write("\n")
         writer = csv.writer(file, lineterminator="\n")
         if new:
-            writer.writerow(COLUMNS)
+            writer.writerow(columns)
         for row in rows:
             writer.writerow([plain_number(value) if isinstance(value, float) else value
                              for value in dataclasses.astuple(row)])

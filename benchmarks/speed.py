@@ -16,7 +16,6 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
 # As in main.py; PyTorch is measured in the same process and has huge pages too.
@@ -29,9 +28,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs
 
 from benchmarks import growth, processes, records, subjects
 from benchmarks.cases import Case, default_networks, make_case
-from benchmarks.common import README, machine, replace_section
+from benchmarks.common import README, Parser, machine, names, positive, replace_section
 from benchmarks.records import ROOT, Part, Session
-from shared_basis.errors import UserError
 from shared_basis.models import create_model
 
 RESULTS = ROOT / "results"
@@ -58,14 +56,6 @@ _SHARING_ALONE = ("trainer", "penalty")
 """Subjects that leave out the plain ones among the default networks."""
 
 
-class Parser(argparse.ArgumentParser):
-    """Ends at a mistake with one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """See `argparse.ArgumentParser`."""
-        self.exit(2, f"error: {message}\n")
-
-
 def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     """Returns the parser, for later mistakes, and the options."""
     parser = Parser(description=__doc__.split("\n")[0])
@@ -80,23 +70,6 @@ def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--append", action="store_true", help="add the rows to results/speed.csv")
     parser.add_argument("--write", action="store_true", help="replace the figures in benchmarks/README.md")
     return parser, parser.parse_args(arguments)
-
-
-def names(text: str, choices: Sequence[str] = ()) -> tuple[str, ...]:
-    """Returns the names in a list with commas; raises argparse's error for one that is none of `choices`, or none."""
-    given = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    unknown = [name for name in given if choices and name not in choices]
-    if unknown or not given:
-        known = f"; choose from {', '.join(choices)}" if choices else ""
-        raise argparse.ArgumentTypeError(f"{', '.join(map(repr, unknown)) or 'nothing'} given{known}")
-    return given
-
-
-def positive(text: str) -> int:
-    """Returns a whole number from 1 to 999,999; raises argparse's error for any other text."""
-    if not re.fullmatch(r"[1-9]\d{0,5}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
 
 
 def cases_of(subject: str, options: argparse.Namespace, platform: str) -> list[Case]:
@@ -172,10 +145,7 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
     parser, options = parse(arguments)
-    try:
-        run(options)
-    except UserError as error:
-        parser.error(str(error))
+    parser.end_with(run, options)
 
 
 if __name__ == "__main__":

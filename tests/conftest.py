@@ -4,10 +4,17 @@ Four virtual CPU devices stand in for a data-parallel machine. Compiled programs
 a second run of the tests spends its time on testing.
 """
 
+from __future__ import annotations
+
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from helpers import CommandLine
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,6 +33,16 @@ def reference() -> Path:
     if not path.is_dir():
         pytest.skip(f"no reference files in {path}; name their directory in SHARED_BASIS_REFERENCE")
     return path
+
+
+@pytest.fixture(scope="module")
+def main(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
+    """Runs `main.py`, as a user does."""
+    from helpers import CommandLine  # imports JAX
+
+    command_line = CommandLine(tmp_path_factory.mktemp("output"))
+    yield command_line
+    command_line.close()
 
 
 def pytest_configure(config: pytest.Config) -> None:

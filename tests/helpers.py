@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
@@ -42,6 +43,15 @@ def tiny_network(num_classes: int = 10, **changes: Any) -> ResNet:
     double = Sharing((("first", "first"), ("second", "second")), shared_rank=2, unique_rank=1)
     return ResNet(**{"blocks": (2,), "widths": (4,), "num_classes": num_classes, "sharing": double, "project": False,
                      **changes})
+
+
+@contextlib.contextmanager
+def small_networks(*modules: ModuleType, **changes: Any) -> Iterator[None]:
+    """Has `modules` build a network that compiles fast, whatever the name: what uses it does not look into it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            patch.setattr(module, "build_model", lambda config, spec: tiny_network(len(spec.classes), **changes))
+        yield
 
 
 class Linear(nn.Module):

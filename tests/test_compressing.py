@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,13 +214,6 @@ def test_measured_on_images_the_activations_err_less_than_by_filters_alone(resne
 
 
 # Runs
-
-
-@pytest.fixture(scope="module")
-def main(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
-    command = CommandLine(tmp_path_factory.mktemp("output"))
-    yield command
-    command.close()
 
 
 def config_of(name: str, **changes: Any) -> Config:

@@ -22,7 +22,7 @@ from helpers import (
     assert_trees_equal,
     read_arrays_anywhere,
     read_metrics,
-    tiny_network,
+    small_networks,
     user_environment,
     user_error,
     write_folder,
@@ -160,9 +160,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Job]:
 @pytest.fixture(autouse=True, scope="module")
 def small_network() -> Iterator[None]:
     """Has this process, too, train and score the network that compiles fast."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (train_module, evaluate_module):
-            patch.setattr(module, "build_model", lambda config, spec: tiny_network(len(spec.classes)))
+    with small_networks(train_module, evaluate_module):
         yield
 
 

@@ -292,13 +292,6 @@ def test_a_run_without_nan_computes_the_same_with_and_without(tmp_path: Path, mo
     assert read_metrics(tmp_path / "watched") == read_metrics(tmp_path / "plain")
 
 
-@pytest.fixture(scope="module")
-def main(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
-    command_line = CommandLine(tmp_path_factory.mktemp("output"))
-    yield command_line
-    command_line.close()
-
-
 def test_the_command_line_ends_with_one_line(main: CommandLine, tmp_path: Path) -> None:
     command = (f"--config={ROOT / 'configs' / 'digits_resnet.py'}:resnet14-s4u1-double",
                "--config.data.train_examples=80", "--config.train.batch_size=40", "--config.train.epochs=3",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,13 +38,6 @@ def test_every_command_is_run_or_marked_why_not() -> None:
     assert len(NOT_RUN) >= 8
     for page, mark, _ in ALL:
         assert re.fullmatch(r"<!-- (run|not run: .+|(main|test) command) -->", mark), f"{page}: {mark!r}"
-
-
-@pytest.fixture(scope="module")
-def main(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
-    command = CommandLine(tmp_path_factory.mktemp("output"))
-    yield command
-    command.close()
 
 
 @pytest.fixture(scope="module")

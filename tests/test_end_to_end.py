@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,6 @@ from PIL import Image
 RECIPE = f"--config={ROOT / 'configs' / 'digits_resnet.py'}"
 SMALL = (f"{RECIPE}:resnet14-s4u1-double", "--config.train.epochs=2", "--config.data.train_examples=200",
          "--config.train.batch_size=40")
-
-
-@pytest.fixture(scope="module")
-def main(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
-    """Runs `main.py`."""
-    command_line = CommandLine(tmp_path_factory.mktemp("output"))
-    yield command_line
-    command_line.close()
 
 
 @pytest.fixture(scope="module")

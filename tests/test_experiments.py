@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import experiments, findings
-from benchmarks.findings import Row, append, difference, interval, mean_and_deviation, read, section, table
+from benchmarks import experiments
+from benchmarks.findings import COLUMNS, Row, difference, interval, mean_and_deviation, read, section, table
+from benchmarks.records import append
 from benchmarks.studies import STUDIES, Study, Variant
 from shared_basis.config import Config
 from shared_basis.errors import UserError
@@ -43,15 +44,15 @@ def test_every_variant_is_a_network_and_settings_that_exist(name: str) -> None:
 
 
 def test_a_row_comes_back_from_its_file(tmp_path: Path) -> None:
-    rows = [row(PLAIN, 0, 1.25), row(SHARED, 1, 0.1 + 0.2, penalty="1e-05", settings="a, b\"c")]
+    rows = [row(PLAIN, 0, 1.25), row(SHARED, 1, 12.3457, penalty="1e-05", settings="a, b\"c")]
     for each in rows:
-        append(tmp_path / "results" / "x.csv", each)
+        append(tmp_path / "results" / "x.csv", [each], COLUMNS)
     assert read(tmp_path / "results" / "x.csv") == rows
     assert read(tmp_path / "absent.csv") == []
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("a,b\n1,2\n", "x.csv has other columns"), (",".join(findings.COLUMNS) + "\n" + "x," * 25 + "x\n", "line 2")])
+    ("a,b\n1,2\n", "x.csv has other columns"), (",".join(COLUMNS) + "\n" + "x," * 25 + "x\n", "line 2")])
 def test_rows_that_are_none_are_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -125,7 +126,7 @@ def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
 
 
 def test_runs_what_has_no_row_and_goes_on_after_a_failure(study: list[list[str]], tmp_path: Path) -> None:
-    append(tmp_path / "study-tiny.csv", row(PLAIN, 0, 12.0))
+    append(tmp_path / "study-tiny.csv", [row(PLAIN, 0, 12.0)], COLUMNS)
     assert experiments.main(["--study=tiny", "--workdirs=w"]) == 1
     assert [(words[0].partition(":")[2], words[1]) for words in study] == [
         ("resnet20-s8u1", "--config.seed=0"), ("resnet20", "--config.seed=1"), ("resnet20-s8u1", "--config.seed=1")]
@@ -145,7 +146,7 @@ def test_runs_what_has_no_row_and_goes_on_after_a_failure(study: list[list[str]]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ([], "name a --study (tiny)"), (["--study=tiny", "--seeds=0"], "'0' is no positive whole number"),
+    ([], "name a --study (tiny)"), (["--study=tiny", "--seeds=0"], "'0' is not a positive whole number"),
     (["--study=tiny", "--variants=absent"], "none of plain, shared")])
 def test_mistakes_end_in_one_line(arguments: list[str], message: str, study: list[list[str]],
                                   capsys: pytest.CaptureFixture[str]) -> None:

@@ -358,14 +358,6 @@ RECIPE = (f"--config={ROOT / 'configs' / 'digits_resnet.py'}:resnet14-s4u1-doubl
           "--config.train.batch_size=40")
 
 
-@pytest.fixture(scope="module")
-def main(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
-    """Runs `main.py`."""
-    command_line = CommandLine(tmp_path_factory.mktemp("output"))
-    yield command_line
-    command_line.close()
-
-
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Returns a function that mounts a file system of memory with these options, or mounts it anew with others."""

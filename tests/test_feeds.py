@@ -21,7 +21,7 @@ from helpers import (
     mesh_of,
     read_arrays,
     read_metrics,
-    tiny_network,
+    small_networks,
     user_error,
     write_folder,
 )
@@ -98,8 +98,7 @@ def test_streamed_and_resident_images_are_evaluated_in_the_same_batches(batch_si
 @pytest.fixture(autouse=True, scope="module")
 def small_network() -> Iterator[None]:
     """Trains a network that compiles fast, whatever the name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "build_model", lambda config, spec: tiny_network(len(spec.classes)))
+    with small_networks(train_module):
         yield
 
 

@@ -281,14 +281,6 @@ def test_a_name_is_that_of_a_network_or_refused(name: str, stem: str | None, siz
 
 # Command lines
 
-@pytest.fixture(scope="module")
-def main(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
-    """Runs `main.py`."""
-    command_line = CommandLine(tmp_path_factory.mktemp("output"))
-    yield command_line
-    command_line.close()
-
-
 RECIPES = tuple(sorted(path.name for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py"))
 
 typed = st.one_of(st.sampled_from([str(number) for number in ODD_NUMBERS if abs(number) < 1e300 or number != number]),

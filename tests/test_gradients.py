@@ -14,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import Watcher, assert_trees_equal, mesh_of, read_arrays, read_metrics, tiny_network, user_error
+from helpers import (
+    Watcher,
+    assert_trees_equal,
+    mesh_of,
+    read_arrays,
+    read_metrics,
+    small_networks,
+    tiny_network,
+    user_error,
+)
 
 from shared_basis import data
 from shared_basis import evaluate as evaluate_module
@@ -65,9 +74,7 @@ def test_the_link_changes_nothing_and_averages_over_the_steps_of_an_epoch() -> N
 @pytest.fixture(autouse=True, scope="module")
 def small_network() -> Iterator[None]:
     """Trains a network that compiles fast, whatever the name."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (train_module, evaluate_module):
-            patch.setattr(module, "build_model", lambda config, spec: tiny_network(len(spec.classes)))
+    with small_networks(train_module, evaluate_module):
         yield
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -330,13 +329,6 @@ def test_another_failure_in_training_is_not_taken_for_want_of_memory(tmp_path: P
 
 
 # The command line
-
-@pytest.fixture(scope="module")
-def main(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
-    command_line = CommandLine(tmp_path_factory.mktemp("output"))
-    yield command_line
-    command_line.close()
-
 
 def test_a_configuration_that_is_far_too_large_is_refused_before_its_first_step(main: CommandLine,
                                                                                 tmp_path: Path) -> None:

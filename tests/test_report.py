@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -481,14 +481,6 @@ def test_runs_without_evaluations_are_compared_in_a_table(tmp_path: Path) -> Non
 
 
 # From the command line
-
-@pytest.fixture(scope="module")
-def main(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
-    """Runs `main.py`."""
-    command_line = CommandLine(tmp_path_factory.mktemp("output"))
-    yield command_line
-    command_line.close()
-
 
 SMALL = (f"--config={ROOT / 'configs' / 'digits_resnet.py'}:resnet14-s4u1-double", "--config.train.epochs=2",
          "--config.data.train_examples=200", "--config.train.batch_size=40")

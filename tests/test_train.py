@@ -22,6 +22,7 @@ from helpers import (
     assert_trees_equal,
     read_arrays,
     read_metrics,
+    small_networks,
     tiny_network,
     user_environment,
     user_error,
@@ -58,9 +59,7 @@ CONFIG = Config(
 @pytest.fixture(autouse=True, scope="module")
 def small_network() -> Iterator[None]:
     """Trains a network that compiles fast, whatever the name: the loop does not look into it."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (train_module, evaluate_module):
-            patch.setattr(module, "build_model", lambda config, spec: tiny_network(len(spec.classes)))
+    with small_networks(train_module, evaluate_module):
         yield
 
 
