@@ -100,6 +100,8 @@ def check_target(config: Config, budget: float | None, measure: str) -> None:
         if not is_plain:
             raise UserError(f"--budget={budget:g} chooses the ranks, which {name} has; name the plain network "
                             f"{plain_counterpart(name)} in --config, or leave --budget out.")
+    elif measure != "parameters":
+        raise UserError(f"--budget_of={measure} says what a budget is of; give one too, e.g. --budget=0.5.")
     elif is_plain:
         raise UserError(f"{name} is plain: name the network to compress to, e.g. --config=FILE:{name}-s16u1-double, or "
                         "give --budget=0.5 to have its ranks chosen.")

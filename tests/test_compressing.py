@@ -359,6 +359,7 @@ def test_spectra_are_written_as_a_table_and_a_picture(run: Path, tmp_path: Path)
     ("resnet14", {"budget": 1.5}, ("--budget=1.5", "above 0 and at most 1")),
     ("resnet14", {"budget": float("nan")}, ("--budget=nan", "above 0 and at most 1")),
     ("resnet14", {"budget": 0.01}, ("--budget=0.01 of parameters", "the least network has 0.")),
+    ("resnet14-s4u1", {"measure": "macs"}, ("--budget_of=macs", "--budget=0.5")),
     ("resnet14", {"budget": 0.5, "measure": "bytes"}, ("--budget_of=bytes", "parameters, macs")),
     ("resnet14-s4u1", {"which": "7"}, ("checkpoint '7'",)),
     ("resnet14-s4u1", {"changes": {"data.mean": (0.5,)}}, ("data.mean=(0.5,)", "(0.3,)")),
