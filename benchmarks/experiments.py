@@ -28,8 +28,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
 
 from benchmarks.common import Parser, positive, replace_section, versions
-from benchmarks.findings import COLUMNS, Row, of, read, section
-from benchmarks.records import ROOT, append, commit
+from benchmarks.findings import COLUMNS, Row, of, section
+from benchmarks.records import ROOT, append, commit, read
 from benchmarks.studies import STUDIES, Study, Variant
 from shared_basis.errors import UserError
 
@@ -75,7 +75,7 @@ def run_study(name: str, study: Study, options: argparse.Namespace) -> int:
     if not variants:
         raise UserError(f"--variants={options.variants}: none of {', '.join(v.label for v in study.variants)}.")
     path = RESULTS / f"study-{name}.csv"
-    rows = read(path)
+    rows = read(path, Row)
     # Seeds last, so that one run of each variant is there early, and neighbours use the same compiled program.
     todo = [(variant, seed) for seed in range(options.seeds or study.seeds) for variant in variants
             if seed not in of(rows, variant)]
@@ -150,7 +150,7 @@ def write_page() -> None:
         begin, end = f"<!-- study: {name} -->\n", f"<!-- end of study: {name} -->\n"
         if begin not in PAGE.read_text():
             raise UserError(f"{PAGE.name} has no mark {begin.strip()}.")
-        replace_section(PAGE, begin, end, section(name, study, read(RESULTS / f"study-{name}.csv")))
+        replace_section(PAGE, begin, end, section(name, study, read(RESULTS / f"study-{name}.csv", Row)))
 
 
 if __name__ == "__main__":

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 import statistics
-import typing
 from collections.abc import Sequence
-from pathlib import Path
 
 from benchmarks.common import Table, markdown
 from benchmarks.studies import Study, Variant
-from shared_basis.errors import UserError
 from shared_basis.published import PUBLISHED
 
 NOT_RUN = "not run"
@@ -52,25 +48,6 @@ class Row:
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
-
-
-def read(path: Path) -> list[Row]:
-    """Returns the rows of a file, none where there is no file.
-
-    Raises:
-      UserError: it has other columns, or a value is none.
-    """
-    if not path.exists():
-        return []
-    hints = typing.get_type_hints(Row)
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise UserError(f"{path.name} has other columns than {', '.join(COLUMNS)}; move it away.")
-        try:
-            return [Row(**{name: hints[name](value) for name, value in line.items()}) for line in reader]
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path.name}, line {reader.line_num}: {error}.") from error
 
 
 def of(rows: Sequence[Row], variant: Variant) -> dict[int, Row]:

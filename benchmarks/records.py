@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 from benchmarks.cases import Case
 from benchmarks.common import Table, markdown, versions
 from shared_basis.errors import UserError
+
+Kind = typing.TypeVar("Kind")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -122,7 +125,24 @@ def check_file(path: Path, columns: Sequence[str] = COLUMNS) -> None:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path.name} cannot be read: {error}.") from error
     if found != list(columns):
-        raise UserError(f"{path.name} has the columns {', '.join(found)}; rows to append have {', '.join(columns)}.")
+        raise UserError(f"{path.name} has the columns {', '.join(found)}; ours have {', '.join(columns)}.")
+
+
+def read(path: Path, kind: type[Kind]) -> list[Kind]:
+    """Returns the rows of a file as the dataclass `kind`, whose fields are the columns; none where there is no file.
+
+    Raises:
+      UserError: it has other columns, or a value is none.
+    """
+    if not path.exists():
+        return []
+    check_file(path, tuple(hints := typing.get_type_hints(kind)))
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        try:
+            return [kind(**{name: hint(line[name]) for name, hint in hints.items()}) for line in reader]
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path.name}, line {reader.line_num}: {error}.") from error
 
 
 def append(path: Path, rows: Sequence[Any], columns: Sequence[str] = COLUMNS) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from benchmarks import experiments
-from benchmarks.findings import COLUMNS, Row, difference, interval, mean_and_deviation, read, section, table
-from benchmarks.records import append
+from benchmarks.findings import COLUMNS, Row, difference, interval, mean_and_deviation, section, table
+from benchmarks.records import append, read
 from benchmarks.studies import STUDIES, Study, Variant
 from shared_basis.config import Config
 from shared_basis.errors import UserError
@@ -47,16 +47,16 @@ def test_a_row_comes_back_from_its_file(tmp_path: Path) -> None:
     rows = [row(PLAIN, 0, 1.25), row(SHARED, 1, 12.3457, penalty="1e-05", settings="a, b\"c")]
     for each in rows:
         append(tmp_path / "results" / "x.csv", [each], COLUMNS)
-    assert read(tmp_path / "results" / "x.csv") == rows
-    assert read(tmp_path / "absent.csv") == []
+    assert read(tmp_path / "results" / "x.csv", Row) == rows
+    assert read(tmp_path / "absent.csv", Row) == []
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("a,b\n1,2\n", "x.csv has other columns"), (",".join(COLUMNS) + "\n" + "x," * 25 + "x\n", "line 2")])
+    ("a,b\n1,2\n", "x.csv has the columns a, b; ours have"), (",".join(COLUMNS) + "\n" + "x," * 25 + "x\n", "line 2")])
 def test_rows_that_are_none_are_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text(text)
     with pytest.raises(UserError, match=message):
-        read(tmp_path / "x.csv")
+        read(tmp_path / "x.csv", Row)
 
 
 def test_means_deviations_and_paired_intervals_by_hand() -> None:
@@ -132,7 +132,7 @@ def test_runs_what_has_no_row_and_goes_on_after_a_failure(study: list[list[str]]
         ("resnet20-s8u1", "--config.seed=0"), ("resnet20", "--config.seed=1"), ("resnet20-s8u1", "--config.seed=1")]
     assert all(word in study[0] for word in ("--config.train.epochs=3", "--config.seed_of_all=1", "--json"))
     assert len({word for words in study for word in words if word.startswith("--workdir=w/tiny/")}) == 3
-    rows = read(tmp_path / "study-tiny.csv")
+    rows = read(tmp_path / "study-tiny.csv", Row)
     assert [(each.variant, each.seed, each.final_error) for each in rows] == [
         ("plain", 0, 12.0), ("shared", 0, 10.0), ("plain", 1, 10.0)]
     assert "--workdir" not in rows[1].command
