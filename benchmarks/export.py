@@ -102,27 +102,39 @@ def files(session: Session, cases: Sequence[Case]) -> Table:
     return table
 
 
+def graph_of_run(trained: Trained) -> Node:
+    """Returns the graph of a trained network, from images to logits."""
+    return trace(trained.model.clone(dtype=np.float32, loop=False), jax.device_get(dict(trained.variables)),
+                 trained.spec.image_shape, functools.partial(normalize, config=trained.config.data))
+
+
+def load_tests(trained: Trained, screen: Screen) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns all test images of a run, uint8 `[N, H, W, C]`, and their classes, `[N]`, in batches."""
+    images = feeds.load(trained.open_source(), trained.config.data, trained.mesh, screen)
+    batches = images.batches("test", trained.config.train.eval_batch_size, trained.mesh)()
+    arrays = [(np.asarray(pixels), np.asarray(labels)) for pixels, labels in batches]
+    return [(pixels[labels >= 0], labels[labels >= 0]) for pixels, labels in arrays]  # the last batch is filled up
+
+
+def classify(model: Any, tests: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Returns the logits of an ONNX model for all images."""
+    return np.concatenate([model.run(None, {"images": pixels})[0] for pixels, _ in tests])
+
+
 def agreement(session: Session, workdirs: Sequence[str]) -> Table:
     """Holds the files of runs to their networks on all test images of these."""
     table = [["network, fold", "test images", "largest difference of logits", "predictions that differ",
               "narrowest margin"]]
     for workdir in workdirs:
         trained = Trained.open(workdir)
-        name, data = trained.config.model.name, trained.config.data
+        name = trained.config.model.name
         session.tell(f"export: {name}, test images")
-        images = feeds.load(trained.open_source(), data, trained.mesh, Screen(sys.stderr))
-        classify, parts = trained.classifier(), []
-        for pixels, labels in images.batches("test", trained.config.train.eval_batch_size, trained.mesh)():
-            counts = np.asarray(labels) >= 0
-            parts.append((np.asarray(pixels)[counts], np.asarray(classify(pixels))[counts]))
-        graph = trace(trained.model.clone(dtype=np.float32, loop=False), jax.device_get(dict(trained.variables)),
-                      trained.spec.image_shape, functools.partial(normalize, config=data))
-        expected = np.concatenate([logits for _, logits in parts])
+        tests, network = load_tests(trained, Screen(sys.stderr)), trained.classifier()
+        expected = np.concatenate([np.asarray(network(jax.numpy.asarray(pixels))) for pixels, _ in tests])
         best = np.sort(expected, axis=-1)
-        case = Case(name, len(expected), trained.spec.image_shape[0])
+        case, graph = Case(name, len(expected), trained.spec.image_shape[0]), graph_of_run(trained)
         for choice in CHOICES:
-            model = session_of(onnx_file.serialise(fold(graph, choice)[0], {})[""])
-            found = np.concatenate([model.run(None, {"images": pixels})[0] for pixels, _ in parts])
+            found = classify(session_of(onnx_file.serialise(fold(graph, choice)[0], {})[""]), tests)
             figures = {"largest difference of logits": float(np.abs(found - expected).max()),
                        "predictions that differ": float(np.sum(found.argmax(-1) != expected.argmax(-1))),
                        "narrowest margin": float((best[:, -1] - best[:, -2]).min())}
