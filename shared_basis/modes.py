@@ -142,7 +142,7 @@ def _summary(request: Request) -> Result:
 
 def _prepare(request: Request) -> Result:
     with request.screen:
-        text = data.prepare(request.config.data, request.screen.counting("checking images"))
+        text = data.prepare(request.config.data, request.screen.counting("preparing images"))
     return {"name": request.config.data.name, "prepared": text}, text
 
 

@@ -105,6 +105,9 @@ class Screen:
         began = time.monotonic()
 
         def show(done: int, total: int) -> None:
+            nonlocal began
+            if not done:
+                began = time.monotonic()  # what came before is no part of it
             left = (time.monotonic() - began) / max(done, 1) * (total - done)
             self.progress(done, total, f"{what}  {count(done)}/{count(total)}  {duration(left)} left")
             if done >= total:

@@ -110,6 +110,12 @@ def test_counting_shows_how_many_and_the_time_left(clock: list[float]) -> None:
         count_images(1000, 4000)
         shown._progress.refresh()
         assert "decoding [images]  1,000/4,000  0:00:30 left" in written.getvalue()
+        clock[0] += 100
+        count_images(0, 4000)  # begins only now
+        clock[0] += 4
+        count_images(2000, 4000)
+        shown._progress.refresh()
+        assert "2,000/4,000  0:00:04 left" in written.getvalue()
         count_images(4000, 4000)
         assert shown._progress is None  # done: the line is gone
 

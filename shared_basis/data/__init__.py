@@ -37,7 +37,7 @@ def prepare(config: DataConfig, progress: Progress = unseen) -> str:
     """Makes the data set ready for training, if that takes more than opening it, and returns what is there.
 
     Args:
-      progress: is told of images that are checked; TFDS, which prepares the others, shows bars of its own.
+      progress: is told of images that are checked, or written; downloads show the bars of TFDS.
 
     Raises:
       UserError: source files are missing, damaged or not the published ones, or it cannot be written.
@@ -45,11 +45,13 @@ def prepare(config: DataConfig, progress: Progress = unseen) -> str:
     return _room(config).prepare(config, progress)
 
 
-def open_source(config: DataConfig, names: Sequence[str] = SPLITS, known: Spec | None = None) -> Source:
+def open_source(config: DataConfig, names: Sequence[str] = SPLITS, known: Spec | None = None,
+                progress: Progress = unseen) -> Source:
     """Opens the splits `names` of a data set, and the validation images if 'train' is among them and there are any.
 
     Args:
       known: the spec of the run that is evaluated, which the data must fit.
+      progress: as in `prepare`, where the data set has to be prepared first.
 
     Raises:
       UserError: the data cannot be found, opened or prepared, is not that of `known`, or has fewer images than
@@ -58,7 +60,7 @@ def open_source(config: DataConfig, names: Sequence[str] = SPLITS, known: Spec |
     for name in names:
         if name not in SPLITS:
             raise ValueError(f"names={names!r}: must be of {', '.join(SPLITS)}.")
-    source = _room(config).open_source(config, names, known)
+    source = _room(config).open_source(config, names, known, progress)
     for field in ("classes", "image_shape") if known else ():
         if getattr(source.spec, field) != getattr(known, field):
             raise UserError(f"the images of data.name={config.name!r} have other {field.replace('_', ' ')} than those "

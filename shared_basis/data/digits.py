@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from shared_basis.config import DataConfig
-from shared_basis.data.splits import ArrayExamples, Progress, Source, Spec
+from shared_basis.data.splits import ArrayExamples, Progress, Source, Spec, unseen
 
 TEST_EVERY = 5
 """Of every class, each fifth image is a test image; the rest are for training."""
@@ -20,11 +20,12 @@ def describe(config: DataConfig) -> Spec:
     return Spec((config.image_size or 8, config.image_size or 8, 1), CLASSES)
 
 
-def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = None) -> Source:
+def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = None,
+                progress: Progress = unseen) -> Source:
     """Opens the splits `names`; the original grey values 0..16 become 0..255, rounded."""
     from sklearn.datasets import load_digits  # importing scikit-learn takes a second that other data sets don't need
 
-    del known
+    del known, progress
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     whole = ArrayExamples(images, digits.target.astype(np.int32))

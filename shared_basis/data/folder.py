@@ -22,7 +22,7 @@ import numpy as np
 from shared_basis.config import DataConfig
 from shared_basis.data import stream
 from shared_basis.data.images import BrokenImage, size_of
-from shared_basis.data.splits import Encoded, Progress, Source, Spec
+from shared_basis.data.splits import Encoded, Progress, Source, Spec, unseen
 from shared_basis.errors import UserError
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -85,7 +85,8 @@ def describe(config: DataConfig) -> Spec:
     return open_source(config, ("train", "test")).spec
 
 
-def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = None) -> Source:
+def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = None,
+                progress: Progress = unseen) -> Source:
     """Lists the images of the splits `names`, and of a validation split if there is one and train is asked for.
 
     The order is that of class names and then paths, by code point, the same on every machine.
@@ -97,6 +98,7 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
     Raises:
       UserError: the directory is not laid out as it must be, or holds other classes than `known`.
     """
+    del progress
     root = _root(config)
     directories = _split_directories(root, names if known else ("train", "test"))
     least = 1 if known else 2  # classes

@@ -32,6 +32,8 @@ class Cifar10(cifar.Cifar10, skip_registration=True):  # type: ignore[call-arg]
     """CIFAR-10 from its binary archive."""
 
     BY_HAND = False
+    EXAMPLES = 60_000
+    """Of all splits."""
 
     def sources(self) -> dict[str, Any]:
         """Returns what TFDS knows of the source files (file name, size, checksum), by address."""
@@ -65,6 +67,7 @@ class FashionMNIST(mnist.FashionMNIST, skip_registration=True):  # type: ignore[
     """Fashion-MNIST from its four gzipped IDX files."""
 
     BY_HAND = False
+    EXAMPLES = 70_000
     FILES = (("train", "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
              ("test", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"))
 
@@ -90,6 +93,7 @@ class Imagenet2012(imagenet.Builder, skip_registration=True):  # type: ignore[ca
     name = "imagenet2012"
     pkg_dir_path = imagenet.Builder._get_pkg_dir_path()  # of the description and the names of the classes
     BY_HAND = True
+    EXAMPLES = 1_281_167 + 50_000
     ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 
     def sources(self) -> dict[str, Any]:

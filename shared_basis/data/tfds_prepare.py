@@ -11,21 +11,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import io
+import itertools
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from shared_basis.config import DataConfig
+from shared_basis.data.splits import Progress
 from shared_basis.data.tfds_sets import damaged, data_directory, one_line, tfds_name
 from shared_basis.errors import UserError
 
 PROBE_SECONDS = 5
 """How long a server may take to answer before a download counts as impossible."""
+
+SHOWN_EVERY = 100
+"""Examples between two reports of progress."""
 
 RETRIES = 3
 """TFDS itself tries ten times, for minutes."""
@@ -79,8 +85,8 @@ def _check_metadata(directory: Path) -> None:
             raise damaged(path.parent, one_line(error)) from error
 
 
-def prepare(config: DataConfig) -> str:
-    """Prepares the data set unless it is, and returns where it lies.
+def prepare(config: DataConfig, progress: Progress) -> str:
+    """Prepares the data set unless it is, and returns where it lies; `progress` is told of images that are read.
 
     Raises:
       UserError: source files are missing or are not the published ones, or the data cannot be written.
@@ -97,7 +103,7 @@ def prepare(config: DataConfig) -> str:
         with _locked(Path(builder.data_dir_root), builder.name):
             if not builder.data_path.exists():  # another process may have been at it
                 _remove_leftovers(builder)
-                _write(builder, config, sources)
+                _write(builder, config, sources, progress)
         builder = find_builder(config)
         if builder is None:
             raise UserError(f"{config.name} was prepared and cannot be found in {data_directory(config)}.")
@@ -212,7 +218,7 @@ def _remove_leftovers(builder: Any) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _write(builder: Any, config: DataConfig, sources: Mapping[str, Any]) -> None:
+def _write(builder: Any, config: DataConfig, sources: Mapping[str, Any], progress: Progress) -> None:
     """Writes the data set as ArrayRecord into the TFDS data directory; a failure leaves no directory of that name."""
     import requests
     import tensorflow_datasets as tfds
@@ -225,8 +231,9 @@ def _write(builder: Any, config: DataConfig, sources: Mapping[str, Any]) -> None
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     try:
-        # TFDS prints, and standard output is for results.
-        with _checked_sources(builder, config, sources) as manual, contextlib.redirect_stdout(sys.stderr):
+        # TFDS prints what we have said, and standard output is for results.
+        with (_checked_sources(builder, config, sources) as manual, contextlib.redirect_stdout(io.StringIO()),
+              _counted(builder, progress) if sources else contextlib.nullcontext()):
             builder.download_and_prepare(file_format="array_record", download_config=tfds.download.DownloadConfig(
                 manual_dir=manual, try_download_gcs=False))
     except NonMatchingChecksumError as error:
@@ -243,6 +250,32 @@ def _write(builder: Any, config: DataConfig, sources: Mapping[str, Any]) -> None
             raise UserError(f"TFDS cannot prepare {config.name}: {one_line(error)}") from error
         raise UserError(f"cannot prepare {config.name} in {builder.data_dir}; its source files may not be what they "
                         f"should be: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _counted(builder: Any, progress: Progress) -> Iterator[None]:
+    """Has `progress` told of the examples that our `builder` reads, in place of TFDS's bars, which know no total."""
+    import tensorflow_datasets as tfds
+
+    divide, numbers = builder._split_generators, itertools.count(1)
+
+    def count(examples: Iterable[Any]) -> Iterator[Any]:
+        for example, number in zip(examples, numbers, strict=False):
+            if number % SHOWN_EVERY == 0:
+                progress(min(number, builder.EXAMPLES - 1), builder.EXAMPLES)
+            yield example
+
+    def counted(manager: Any) -> dict[str, Iterator[Any]]:
+        generators = divide(manager)  # downloads, which TFDS shows
+        tfds.disable_progress_bar()
+        progress(0, builder.EXAMPLES)
+        return {name: count(examples) for name, examples in generators.items()}
+
+    builder._split_generators = counted
+    try:
+        yield
+    finally:
+        progress(builder.EXAMPLES, builder.EXAMPLES)  # removes the bar, after a failure too
 
 
 @contextlib.contextmanager

@@ -79,7 +79,8 @@ def describe(config: DataConfig) -> Spec:
     return _spec_of(config, builder)
 
 
-def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = None) -> Source:
+def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = None,
+                progress: Progress = unseen) -> Source:
     """Opens the splits `names`, in the order of TFDS; prepares the data set first where it is not, if that can be done.
 
     Raises:
@@ -89,7 +90,7 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
 
     del known
     if find_builder(config) is None:
-        prepare(config, unseen)
+        prepare(config, progress)
     builder = find_builder(config)
     if builder is None:
         raise _unprepared(config)
@@ -112,15 +113,14 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
 
 
 def prepare(config: DataConfig, progress: Progress) -> str:
-    """Prepares the data set unless it is prepared, and returns where it lies; TFDS shows the progress itself.
+    """Prepares the data set unless it is prepared, and returns where it lies.
 
     Raises:
       UserError: source files are missing or are not the published ones, or the data cannot be written.
     """
     from shared_basis.data import tfds_prepare  # imports TFDS
 
-    del progress
-    return tfds_prepare.prepare(config)
+    return tfds_prepare.prepare(config, progress)
 
 
 @dataclasses.dataclass(frozen=True)

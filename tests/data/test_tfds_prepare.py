@@ -68,6 +68,18 @@ def test_preparing_tells_where_and_how_much_and_a_second_time_changes_nothing(pu
     assert all(name.startswith(("cifar10/3.0.2/", ".cifar10.lock")) for name in before)
 
 
+def test_progress_is_told_of_examples_that_are_read(put, monkeypatch):
+    monkeypatch.setattr(tfds_prepare, "SHOWN_EVERY", 10)
+    monkeypatch.setattr(tfds_builders.Cifar10, "EXAMPLES", 32)
+    told = []
+    config = put("cifar10", cifar10_files())
+    data.open_source(config, progress=lambda done, total: told.append((done, total)))  # first use prepares
+    assert told == [(0, 32), (10, 32), (20, 32), (30, 32), (32, 32)]
+    told.clear()
+    data.open_source(config, progress=lambda done, total: told.append((done, total)))
+    assert told == []
+
+
 def test_preparing_twice_writes_the_same(put, tmp_path):
     config = put("cifar10", cifar10_files())
     data.prepare(config)
