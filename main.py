@@ -89,6 +89,12 @@ def parse() -> None:
         raise UserError(f"unexpected argument {rest[1]!r}; flags look like --mode=train, see --help.")
 
 
+def _at_home(value: Any) -> Any:
+    """Returns a flag's value with the user's home for a ~, which no shell expands after a =."""
+    return os.path.expanduser(value) if isinstance(value, str) else list(map(_at_home, value)) if isinstance(
+        value, list) else value
+
+
 def run() -> None:
     """Does what the flags say, and prints the result."""
     from shared_basis import devices, modes  # here, so that mistakes in flags do not wait for them
@@ -98,7 +104,7 @@ def run() -> None:
         request = modes.Request(
             config, config_flags.get_override_values(FLAGS["config"]),
             os.path.expanduser(_WORKDIR.value or os.path.join("runs", _CONFIG.value.name)), bool(_WORKDIR.value),
-            **{option.name: option.value for option in _OPTIONS})
+            **{option.name: _at_home(option.value) for option in _OPTIONS})
         result, text = modes.run(_MODE.value, request)
         print(json.dumps(result) if request.json else text)
 

@@ -152,8 +152,11 @@ def run(options: Any) -> None:
     """
     onnx_file.require_packages()
     records.check_file(FILE)
-    cases = [make_case(network, "cpu", options.batch) for network in options.networks]
-    words = [f"--networks={','.join(options.networks)}", f"--batch={options.batch}", f"--rounds={options.rounds}"]
+    networks = options.networks or (() if options.workdirs else NETWORKS)
+    cases = [make_case(network, "cpu", options.batch) for network in networks]
+    words = [f"--batch={options.batch}", f"--rounds={options.rounds}"]
+    if networks:
+        words.insert(0, f"--networks={','.join(networks)}")
     if options.workdirs:
         words.append(f"--workdirs={','.join(Path(workdir).name for workdir in options.workdirs)}")
     device = ask("device")
@@ -173,7 +176,7 @@ def run(options: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--networks", type=names, default=NETWORKS, help="in place of the usual ones")
+    parser.add_argument("--networks", type=names, help="in place of the usual ones; with --workdirs none are usual")
     parser.add_argument("--workdirs", type=names, default=(), help="runs to hold to their networks")
     parser.add_argument("--batch", type=positive, default=1, help="images at once")
     parser.add_argument("--rounds", type=positive, default=5, help="measurements of each; the median counts")

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ from shared_basis.steps import normalize
 
 Flow = dict[int, dict[str, dict[str, float]]]
 """By step (0 is initialisation) `blocks` and `parameters`: norms by path, see `gradient_flow`."""
+
+_OURS = re.compile(r"((products|filters|coefficients|similarity)_\w+|stem|bases|singular_values|effective_rank|"
+                   r"gradient_flow|gradient_training)(\.against)?\.(csv|png)")
+"""The names of the files of an analysis."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +143,7 @@ def analyze(workdir: str | Path, which: str = "latest", overrides: Mapping[str, 
     Args:
       which, overrides: as in `Trained.open`.
       against: another checkpoint to draw beside it: a step of this run, or a workdir, or WORKDIR:STEP.
-      output: the directory to write to; empty is `workdir`/analysis.
+      output: the directory to write to; empty is `workdir`/analysis. Files of an earlier analysis in it are removed.
       tell: is given what is going on, line by line.
 
     Returns:
@@ -150,15 +155,15 @@ def analyze(workdir: str | Path, which: str = "latest", overrides: Mapping[str, 
     Raises:
       UserError: as `Trained.open`, or the directory cannot be written.
     """
-    directory = Path(os.path.expanduser(output) if output else Path(workdir) / "analysis")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(directory, error) from error
     runs = [Trained.open(workdir, which, overrides)]
     if against:
         path, step = inspection.other_checkpoint(workdir, against)
         runs.append(Trained.open(path, step, overrides))
+    directory = Path(os.path.expanduser(output) if output else Path(workdir) / "analysis")
+    try:  # before what takes minutes
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(directory, error) from error
     analyses = _labelled([Analysis.of(trained, tell) for trained in runs])
     tell("drawing …")
     written: list[str] = []
@@ -166,9 +171,20 @@ def analyze(workdir: str | Path, which: str = "latest", overrides: Mapping[str, 
         _write(directory / f"{name}.csv", _csv(table), written)
     for name, (_, paint, size) in analysis_figures.paintings(analyses).items():
         _write(directory / f"{name}.png", figures.png(paint, size=size), written)
+    _remove_others(directory, written)
     one, *others = ({"workdir": str(trained.run.path), "step": each.step, "model": each.model, "notes": each.notes,
                      **numbers(each)} for trained, each in zip(runs, analyses, strict=True))
     return {**one, "output": str(directory), "files": written, **({"against": others[0]} if others else {})}
+
+
+def _remove_others(directory: Path, written: Sequence[str]) -> None:
+    """Removes the files of an earlier analysis that this one has not written again, as they tell of another one."""
+    try:
+        for path in directory.iterdir():
+            if _OURS.fullmatch(path.name) and path.name not in written:
+                path.unlink()
+    except OSError as error:
+        raise _unwritable(directory, error) from error
 
 
 def _labelled(analyses: list[Analysis]) -> list[Analysis]:

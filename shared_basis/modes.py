@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -68,6 +67,13 @@ class Request:
                       "quiet" if self.quiet else "verbose" if self.verbose else "normal", jax.process_index())
 
 
+TAKEN_BY = {
+    "checkpoint": ("evaluate", "predict", "export", "inspect", "analyze", "report", "import", "compress"),
+    "against": ("inspect", "analyze"), "images": ("predict",), "runs": ("report",),
+    "output": ("predict", "compress", "export", "analyze", "report"), "tensorboard": ("train",), "format": ("export",),
+    "fold": ("export",), **dict.fromkeys(("source", "calibration", "budget", "budget_of", "spectra"), ("compress",))}
+"""The modes that a field of `Request` is for; the others are for all modes."""
+
 Result = tuple[dict[str, Any], str]
 """The result of a mode for a program, and the same for a person."""
 
@@ -80,6 +86,10 @@ def run(mode: str, request: Request) -> Result:
     """
     if jax.process_count() > 1 and mode not in ("train", "evaluate"):
         raise UserError(f"--distributed: --mode={mode} is for one process; only train and evaluate are shared.")
+    for field in dataclasses.fields(Request):
+        modes = TAKEN_BY.get(field.name, (mode,))
+        if mode not in modes and getattr(request, field.name) not in (field.default, []):
+            raise UserError(f"--{field.name} is for --mode={' or '.join(modes)}; --mode={mode} does not take it.")
     return MODES[mode](request)
 
 
@@ -152,17 +162,18 @@ def _import(request: Request) -> Result:
 
 
 def _compress(request: Request) -> Result:
-    source = os.path.expanduser(request.source)
     if request.spectra:
         with request.screen:
-            result = spectra.take(source, request.screen, which=request.checkpoint,
+            result = spectra.take(request.source, request.screen, which=request.checkpoint,
                                   overrides=request.overrides, calibration=request.calibration,
                                   output=request.output)
         return result, spectra.render(result)
+    if request.output:
+        raise UserError("--output: the file of --spectra; the run of --mode=compress goes to --workdir.")
     workdir = request.workdir if request.workdir_given else f"{request.workdir}-compressed"
     with request.screen:
         result = compressing.compress(
-            request.config, workdir, source, request.screen, which=request.checkpoint,
+            request.config, workdir, request.source, request.screen, which=request.checkpoint,
             calibration=request.calibration, budget=request.budget, measure=request.budget_of)
     return result, compressing.render(result)
 

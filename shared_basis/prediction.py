@@ -60,6 +60,8 @@ def predict(workdir: str | Path, images: Sequence[str], which: str = "latest",
     found = [{"file": file, "class": spec.classes[int(row.argmax())],
               "probabilities": dict(zip(spec.classes, map(float, row), strict=True))}
              for file, row, label in zip(files, probabilities, labels, strict=True) if label >= 0]
+    if not found:
+        raise UserError(f"none of the {len(files)} images can be decoded; see the warnings.")
     if output:
         write_csv(Path(output), spec.classes, found)
     return {"workdir": str(trained.run.path), "step": trained.step, "model": config.model.name,
@@ -105,7 +107,7 @@ def write_csv(path: Path, classes: Sequence[str], found: Sequence[Mapping[str, A
                 writer.writerow([image["file"], image["class"], f"{values[image['class']]:.6f}",
                                  *(f"{values[name]:.6f}" for name in classes)])
     except OSError as error:
-        raise UserError(f"--output={path}: cannot be written ({error.strerror}).") from error
+        raise UserError(f"--output={path}: cannot be written ({error.strerror}); choose another file.") from error
 
 
 def render(result: Mapping[str, Any]) -> str:
@@ -114,7 +116,9 @@ def render(result: Mapping[str, Any]) -> str:
         best: Callable[[str], float] = image["probabilities"].get
         return ", ".join(f"{name} {100 * image['probabilities'][name]:.1f} %" for name in sorted(
             image["probabilities"], key=best, reverse=True)[:SHOWN])
-    width = max((len(image["file"]) for image in result["images"]), default=0)
-    return "\n".join([f"{result['model']} at step {result['step']:,} of {result['workdir']}:", *(
-        f"  {image['file'].ljust(width)}  {classes(image)}" for image in result["images"])]).encode(
-            errors="backslashreplace").decode()
+    names = ["".join(char if char.isprintable() else repr(char)[1:-1] for char in image["file"])
+             for image in result["images"]]  # a file's name may hold anything
+    width = max(map(len, names))
+    lines = [f"  {name.ljust(width)}  {classes(image)}" for name, image in zip(names, result["images"], strict=True)]
+    return "\n".join([f"{result['model']} at step {result['step']:,} of {result['workdir']}:", *lines]).encode(
+        errors="backslashreplace").decode()

@@ -197,18 +197,24 @@ class Workdir:
         """
         return self._lines("metrics.jsonl")
 
+    def count_metrics(self) -> int:
+        """Returns the number of lines of metrics.jsonl, those that are damaged too."""
+        return sum(bool(line.strip()) for line in self._text("metrics.jsonl").splitlines())
+
     def gradients(self) -> list[dict[str, Any]]:
         """Returns likewise the lines of gradients.jsonl: `step`, `epoch`, and `norms` by path of the parameter."""
         return self._lines("gradients.jsonl")
 
-    def _lines(self, name: str) -> list[dict[str, Any]]:
+    def _text(self, name: str) -> str:
         path = self.path / name
         try:
-            text = path.read_text(errors="replace") if path.exists() else ""
+            return path.read_text(errors="replace") if path.exists() else ""
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}; mend or remove it.") from error
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
         lines: list[dict[str, Any]] = []
-        for line in text.splitlines():
+        for line in self._text(name).splitlines():
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):

@@ -322,7 +322,8 @@ def test_without_its_images_a_run_is_analysed_but_for_gradients(runs: tuple[Path
 
 def test_mistakes_are_told(runs: tuple[Path, Path], tmp_path: Path) -> None:
     with user_error("holds no run"):
-        analyze.analyze(tmp_path)
+        analyze.analyze(tmp_path / "absent")
+    assert not list(tmp_path.iterdir())
     with user_error("checkpoint '7'", "5, 10"):
         analyze.analyze(runs[0], "7")
     with user_error("holds no run"):
@@ -330,6 +331,15 @@ def test_mistakes_are_told(runs: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with user_error(f"--output={tmp_path / 'file'}", "cannot be written"):
         analyze.analyze(runs[0], output=str(tmp_path / "file"))
+
+
+def test_files_of_an_earlier_analysis_are_removed_and_others_are_not(tmp_path: Path) -> None:
+    ours = ["products_group1.against.csv", "gradient_flow.png", "filters_group1_both.csv", "stem.csv"]
+    others = ["products.csv", "notes.txt", "filters_group1.jpg", "numbers.txt"]
+    for name in (*ours, *others):
+        (tmp_path / name).write_text("")
+    analyze._remove_others(tmp_path, ["stem.csv"])
+    assert {path.name for path in tmp_path.iterdir()} == {"stem.csv", *others}
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet14-tied", "resnet14-template4", "resnet14-s0u4", "resnet14-s4u0",

@@ -367,6 +367,12 @@ def test_a_mistake_is_told(run: Path, tmp_path: Path) -> None:
         export.export(run, "onnx", "all")
     with user_error(str(tmp_path / "absent" / "model.onnx"), "cannot be written", "--output=FILE"):
         export.export(run, "onnx", output=str(tmp_path / "absent" / "model.onnx"))
+    (tmp_path / "file").write_text("")
+    with user_error(str(tmp_path / "file" / "model.onnx"), "cannot be written", "--output=FILE"):
+        export.export(run, "onnx", output=str(tmp_path / "file" / "model.onnx"))
+    with user_error("cannot be written", "--output=FILE"):
+        export.export(run, "onnx", output=str(tmp_path / ("x" * 253)))
+    (tmp_path / "file").unlink()
     with user_error(str(tmp_path), "is a directory"):
         export.export(run, "onnx", output=str(tmp_path))
     with user_error("holds no run"):

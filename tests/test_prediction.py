@@ -97,6 +97,13 @@ def test_a_broken_image_ends_it_or_is_left_out(run: Path, tmp_path: Path, capsys
     found = prediction.predict(run, [str(tmp_path)], overrides={"data.on_broken": "skip"})["images"]
     assert [image["file"] for image in found] == [str(tmp_path / "b.png")]
     assert "a.png" in capsys.readouterr().err
+    with user_error("none of the 1 images can be decoded"):
+        prediction.predict(run, [str(tmp_path / "a.png")], overrides={"data.on_broken": "skip"})
+    odd = tmp_path / "two\nlines.png"
+    odd.write_bytes(good.read_bytes())
+    shown = prediction.render(prediction.predict(run, [str(odd)]))
+    assert shown.count("\n") == 1
+    assert "two\\nlines.png" in shown
 
 
 def test_a_mistake_is_told(run: Path, tmp_path: Path) -> None:

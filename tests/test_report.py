@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -23,7 +24,18 @@ from PIL import Image
 
 from shared_basis.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, replace
 from shared_basis.evaluate import Trained
-from shared_basis.report import comparison, comparison_page, facts, figures, files, html, plots, scores, single
+from shared_basis.report import (
+    comparison,
+    comparison_page,
+    facts,
+    figures,
+    files,
+    html,
+    plots,
+    scores,
+    sections,
+    single,
+)
 from shared_basis.screen import Screen
 from shared_basis.workdir import Workdir, make_record
 
@@ -190,7 +202,7 @@ def test_the_page_says_what_the_run_was(run: Path, written: Any) -> None:
     for part in (
         "37.02 % test accuracy after 3 epochs, 24.68 % after 2 (best validation epoch)",
         "62.98 % test error after epoch 3",
-        "75.32 % test error of the best validation epoch, 2", "epochs 3 of 300; the run is not finished",
+        "75.32 % test error of the best validation epoch, 2", "epochs 3 of 300 evaluated; the run is not finished",
         "model.name 'resnet14-s4u1' 'resnet20-s16u1-double'", "optimizer.boundaries (2.0, 40.0) ()",
         "step 6 (latest) on 9 test images", "All 3 evaluations as a table", "6, of 4 images each",
         "150 training images per second", "0.16 s", *(f"{name} {version}" for name, version in known.items()),
@@ -243,6 +255,8 @@ def test_without_its_images_a_run_is_reported_in_part(run: Path, written: Any, t
     assert "without what needs the test images" in single.render(result)
     assert {path.name for path in (tmp_path / "report" / "report").iterdir()} == set(single.FILES) - {
         "confusion.png", "confusion.csv", "errors.png", "errors.csv"} | {"mine.txt"}
+    result = single.report(workdir)
+    assert result["removed"] == []
     with user_error("nowhere"):  # images that the user names must be there
         single.report(workdir, overrides={"data.directory": str(tmp_path / "nowhere")}, output=str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
@@ -253,7 +267,7 @@ def test_a_run_without_metrics_is_reported(run: Path, tmp_path: Path) -> None:
     (workdir / "metrics.jsonl").unlink()
     single.report(workdir)
     text = Page(workdir / "report.html").text
-    assert "no evaluation is in metrics.jsonl" in text
+    assert f"saved at step {LINES[-1]['step']}, without an evaluation in metrics.jsonl" in text
     assert "on 9 test images" in text
     assert not (workdir / "report" / "loss.png").exists()
     assert (workdir / "report" / "confusion.png").is_file()
@@ -271,6 +285,22 @@ def test_damaged_lines_are_left_out(run: Path, tmp_path: Path) -> None:
     assert [line["epoch"] for line in found.lines] == [1, 2, 3]
     np.testing.assert_array_equal(found.series("penalty"), [0.1, 0.01, math.nan])
     assert single.compose(found, None, "latest", "gone")[1].keys() >= {"loss.png", "penalty.png"}
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "epo')  # what a killed run leaves
+    result = single.report(workdir, scoring=False)
+    assert f"6 damaged lines of {workdir / 'metrics.jsonl'} left out" in Page(workdir / "report.html").text
+    assert "warning: 6 damaged lines" in single.render(result)
+    assert "warning: 6 damaged lines" in comparison_page.render(
+        comparison_page.compare([str(workdir)], str(tmp_path / "compared")))
+
+
+def test_a_run_that_is_not_trained_says_so(run: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    shutil.copy(run / "run.json", workdir)
+    assert "no checkpoint is saved" in sections.headline(facts.gather(workdir))
+    imported = dataclasses.replace(facts.gather(workdir), saved=0)
+    assert "as they were imported or compressed" in sections.headline(imported)
 
 
 def test_boundaries_of_the_learning_rate_are_marked(run: Path) -> None:
@@ -445,6 +475,18 @@ def test_seeds_are_one_point_with_mean_and_deviation(several: Path) -> None:
     alone = found["resnet14-s4u1"]
     assert (alone.error.mean, math.isnan(alone.error.deviation)) == (pytest.approx(25), True)
     assert math.isnan(found["resnet20"].error.mean)
+
+
+def test_what_does_not_change_the_outcome_makes_no_point_and_epochs_are_told_once(tmp_path: Path) -> None:
+    make_run(tmp_path / "one", (0.5, 0.9))
+    make_run(tmp_path / "two", (0.5, 0.8), seed=1, train__record_gradients=True, data__workers=1)
+    make_run(tmp_path / "longer", (0.5, 0.8, 0.9), train__epochs=3)
+    points, fields = comparison.gather_points([str(tmp_path)])
+    assert {point.label: len(point.runs) for point in points} == {"resnet14 (epochs 2)": 2, "resnet14 (epochs 3)": 1}
+    assert fields == ["train.epochs"]
+    header, rows, _ = comparison_page._rows(points, fields)
+    assert header[1:4] == ["network", "error (%)", "best (%)"]  # what matters is seen without scrolling
+    assert [row[2] for row in rows] == ["15.00 ± 7.07", "10.00"]
 
 
 def test_the_comparison_page_holds_points_and_runs(several: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -136,7 +137,8 @@ def _write(path: Path, files: Mapping[str, bytes], make_directory: bool) -> None
             os.replace(source, target)
     except OSError as error:
         for source in temporary.values():
-            source.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there may be no such directory
+                source.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another with --output=FILE.") from error
 
 

@@ -64,7 +64,7 @@ def paintings(analyses: Sequence[Analysis]) -> dict[str, Painting]:
     for name, layers, matrices in analysis.compared(one.sets):
         found[f"similarity_{name.replace('/', '_')}"] = (
             f"How alike the coefficients of the layers of {name} are.",
-            functools.partial(_paint_similarity, name, layers, matrices), (8.2, 4.0))
+            functools.partial(_paint_similarity, one, name, layers, matrices), (8.2, 4.3))
     found["stem"] = ("The filters of the first layer.", functools.partial(_paint_stem, one), (4.8, 5.0))
     bases = [run for run in analyses if run.sets]
     if bases:
@@ -183,7 +183,8 @@ def _paint_filters(run: Analysis, found: BasisSet, images: dict[str, tuple[np.nd
     for axes, (name, (image, shown)) in zip(grid, images.items(), strict=True):
         _image(axes, image, limit, theme)
         axes.set_title(f"{name}\n{shown}", fontsize=8.5)
-    figure.suptitle(f"{found.name}: a row for each element, a column for each channel. {_title(run)}", fontsize=9.5)
+    figure.suptitle(f"{found.name}: a row for each element, a column for each channel; red is {limit:.2g}, blue "
+                    f"−{limit:.2g}, white 0. {_title(run)}", fontsize=9.5)
 
 
 def _image(axes: Axes, image: np.ndarray, limit: float, theme: Theme) -> None:
@@ -213,9 +214,10 @@ def _paint_stem(run: Analysis, figure: Figure, theme: Theme) -> None:
     if channels == 3:
         light = np.array([int(theme.background[at:at + 2], 16) / 255 for at in (1, 3, 5)])
         axes.imshow(np.where(np.isnan(tiles), light, 0.5 + tiles / (2 * limit)), interpolation="nearest")
-        how = "red, green and blue; grey is 0"
+        how = f"red, green and blue from −{limit:.2g} to {limit:.2g}; grey is 0"
     else:
-        how = "white is 0" if channels == 1 else f"the mean over {channels} channels; white is 0"
+        how = f"red is {limit:.2g}, blue −{limit:.2g}, white 0" + (
+            f"; means over {channels} channels" if channels > 1 else "")
         _image(axes, tiles.mean(-1), limit, theme)
     _bare(axes)
     axes.set_title(f"stem: {count} filters of {size}×{size}×{channels}\n{how}. {_title(run)}", fontsize=8.5)
@@ -244,7 +246,7 @@ def _paint_coefficients(run: Analysis, found: BasisSet, figure: Figure, theme: T
                     f"{_title(run)}", fontsize=9.5)
 
 
-def _paint_similarity(name: str, layers: Sequence[str], matrices: list[np.ndarray], figure: Figure,
+def _paint_similarity(run: Analysis, name: str, layers: Sequence[str], matrices: list[np.ndarray], figure: Figure,
                       theme: Theme) -> None:
     del theme
     left, right = figure.subplots(1, 2)
@@ -258,6 +260,7 @@ def _paint_similarity(name: str, layers: Sequence[str], matrices: list[np.ndarra
     left.set_title(f"{name}: cosine of\ncoefficient matrices")
     right.set_title("alignment of elements\n"
                     f"(by chance {analysis.chance_alignment(matrices[0]):.2f})")
+    figure.suptitle(_title(run), fontsize=9.5)
 
 
 # Spectra
@@ -276,11 +279,13 @@ def _paint_singular_values(runs: Sequence[Analysis], names: Sequence[str], figur
                 axes.plot(range(1, len(values) + 1), values, color=colour, linestyle=dash,
                           label=f"{drawable(run.label, run.model, 30)}: {basis['basis'].removeprefix(f'{name}/')}")
         axes.set_ylim(bottom=0)
+        axes.locator_params("x", integer=True)
         axes.set_title(name)
     handles, labels = max((axes.get_legend_handles_labels() for axes in grid), key=lambda both: len(both[1]))
     if len(labels) <= 9:
         figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
     figure.supylabel("singular value", fontsize=9)
+    figure.supxlabel("number of the singular value", fontsize=9)
 
 
 def _paint_effective_rank(runs: Sequence[Analysis], figure: Figure, theme: Theme) -> None:
@@ -327,13 +332,15 @@ def _paint_flow(runs: Sequence[Analysis], figure: Figure, theme: Theme) -> None:
             label = f"{drawable(run.label, run.model, 40)}, " + ("initialisation" if not step else f"step {step:,}")
             norms = list(run.flow[step]["blocks"].values())
             blocks.plot(range(1, len(norms) + 1), norms, color=colour, linestyle=dash, marker=marker, label=label)
-            parameters.plot(*_own_norms(run.layers, run.flow[step]["parameters"]), color=colour, linestyle=dash,
-                                marker=marker, markersize=3)
+            depths, own = _own_norms(run.layers, run.flow[step]["parameters"])
+            parameters.plot([depth + 1 for depth in depths], own, color=colour, linestyle=dash, marker=marker,
+                            markersize=3)
     blocks.set_title("gradient with respect to the output of each block")
     blocks.set_xlabel("block, in order of depth")
     parameters.set_title("gradient with respect to each layer's own parameters")
     parameters.set_xlabel("layer, in order of depth")
     for axes in (blocks, parameters):
+        axes.locator_params("x", integer=True)
         _logarithmic(axes)
         axes.set_ylabel("norm")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
@@ -350,7 +357,7 @@ def _paint_training(runs: Sequence[Analysis], figure: Figure, theme: Theme) -> N
     values = np.log10(np.concatenate([np.ravel(matrix) for _, matrix in depths if matrix.size]))
     for run, (paths, matrix), (heat, lines) in zip(runs, depths, grid, strict=True):
         epochs = [line["epoch"] for line in run.recorded]
-        image = heat.pcolormesh(epochs, range(len(paths)), np.log10(matrix), cmap=_colours("viridis"),
+        image = heat.pcolormesh(epochs, range(1, len(paths) + 1), np.log10(matrix), cmap=_colours("viridis"),
                                 vmin=values.min(), vmax=values.max(), shading="nearest")
         heat.invert_yaxis()
         heat.grid(False)
@@ -363,6 +370,9 @@ def _paint_training(runs: Sequence[Analysis], figure: Figure, theme: Theme) -> N
             lines.plot(epochs, row, color=colour, linestyle=dash, label=name.removeprefix("bases/"))
         lines.set_title("shared arrays", fontsize=9)
         _logarithmic(lines)
+        lines.set_ylabel("norm")
+        heat.locator_params(integer=True)
+        lines.locator_params("x", integer=True)
     limits = [axes.get_ylim() for axes in grid[:, 1]]
     for axes in grid[:, 1]:
         axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))

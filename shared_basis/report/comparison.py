@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from shared_basis.config import replace
 from shared_basis.errors import UserError
 from shared_basis.report.facts import Facts, gather
 
-LABELS = ("name", "seed")
-"""Fields of the configuration that runs of one point may differ in: the seed, and what the run is called."""
+LABELS = ("name", "seed", "train.record_gradients", "data.directory", "data.manual_directory", "data.placement",
+          "data.workers")
+"""Fields of the configuration that runs of one point may differ in: the seed, and what does not change the outcome."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +118,7 @@ def group(runs: Sequence[Facts]) -> tuple[list[Point], list[str]]:
 
 
 def _alike(one: Facts, other: Facts) -> bool:
-    names = {name: getattr(one.config, name) for name in LABELS}
+    names = {name: operator.attrgetter(name)(one.config) for name in LABELS}
     return (not config_differences(one.config, replace(other.config, names)) and one.epoch == other.epoch
             and one.record["data"] == other.record["data"])
 
@@ -127,16 +129,14 @@ def _label(run: Facts, groups: Sequence[Sequence[Facts]], fields: Sequence[str])
     rivals = [each[0] for each in groups if each[0] is not run and each[0].config.model.name == name]
     told = [f"{field.rpartition('.')[2]} {value(run, field)}" for field in fields
             if any(value(rival, field) != value(run, field) for rival in rivals)]
-    if any(rival.epoch != run.epoch for rival in rivals):
+    if "train.epochs" not in fields and any(rival.epoch != run.epoch for rival in rivals):
         told.append(f"{run.epoch} epochs")
     return f"{name} ({', '.join(told)})" if told else name
 
 
 def value(run: Facts, field: str) -> str:
     """Returns a field of the run's configuration, given by its dotted path, as text."""
-    found: Any = run.config
-    for name in field.split("."):
-        found = getattr(found, name)
+    found = operator.attrgetter(field)(run.config)
     return f"{found:g}" if isinstance(found, float) else str(found)
 
 

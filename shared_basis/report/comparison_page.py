@@ -32,7 +32,8 @@ def compare(directories: Sequence[str], output: str) -> dict[str, Any]:
     """Writes `report.html` and `report/` about the runs in `directories` into the directory `output`.
 
     Returns:
-      `report` (the page's path), `files` (the others' paths), and `points`: see `comparison.as_result`.
+      `report` (the page's path), `files` (the others' paths), `points`: see `comparison.as_result`, and `warnings`, of
+      damaged metrics.
 
     Raises:
       UserError: as `comparison.gather_points`, or the report cannot be written.
@@ -42,15 +43,18 @@ def compare(directories: Sequence[str], output: str) -> dict[str, Any]:
     header, rows, numbers = _rows(points, fields)
     beside = files.pictures_as_files([each for each in pictures if each]) | {"comparison.csv": to_csv(_csv(points))}
     count = sum(len(point.runs) for point in points)
+    warnings = [run.warning for point in points for run in point.runs if run.warning]
     content = page(
         f"{count} run{'s' * (count > 1)} compared", element("p", _explanation(points), class_="soft"),
+        *(element("p", f"Warning: {warning}.") for warning in warnings),
         section("Test error", element("div", *(shown(each, files.FOLDER) for each in pictures if each), class_="panels")
                 if any(pictures) else element("p", "No run has been evaluated: there is nothing to draw.")),
         section("Networks", table(header, rows, "Networks", numbers=numbers)),
         section("Runs", _runs(points)))
     files.write(Path(output), content, beside, FILES)
     return {"report": str(Path(output) / files.PAGE),
-            "files": [str(Path(output) / files.FOLDER / name) for name in beside], "points": as_result(points)}
+            "files": [str(Path(output) / files.FOLDER / name) for name in beside], "points": as_result(points),
+            "warnings": warnings}
 
 
 def render(result: Mapping[str, Any]) -> str:
@@ -61,7 +65,7 @@ def render(result: Mapping[str, Any]) -> str:
             point["test_error_mean"], point["test_error_deviation"])))))
         lines.append(f"  {point['label']}: test error {error} %, n = {point['n']}, {point['parameters']:,} parameters, "
                      f"{point['macs']:,} MACs")
-    return "\n".join([result["report"], *lines])
+    return "\n".join([result["report"], *lines, *(f"warning: {warning}" for warning in result["warnings"])])
 
 
 def spread_text(spread: Spread, digits: int = 2) -> str:
@@ -75,8 +79,8 @@ def _explanation(points: Sequence[Point]) -> str:
     protocols = {point.chosen_on for point in points} - {None}
     best = {"validation": "best validation epoch", "test": "best test epoch, the published protocol, which is chosen "
                                                            "on the test images"}
-    return ("Runs that differ in nothing but the seed are one point: mean ± standard deviation (n − 1) of n runs. "
-            "Error: test images that are misclassified, after the last epoch"
+    return ("Runs that differ in the seed alone, or in what does not change the outcome, are one point: mean ± "
+            "standard deviation (n − 1) of n runs. Error: test images that are misclassified, after the last epoch"
             + (f"; best: that of the {' or '.join(best[str(name)] for name in sorted(map(str, protocols)))}"
                if protocols else "")
             + ". Time: images trained on, over images per second, without compilation and evaluations; it compares "
@@ -127,12 +131,12 @@ def _bar(spread: Spread) -> float | None:
 def _rows(points: Sequence[Point], fields: Sequence[str]) -> tuple[list[str], list[list[str]], range]:
     """Returns the header and the rows of the table of points, and which of its columns are numbers."""
     differing = [field for field in fields if field != "model.name"]
-    header = ["", "network", *differing, "n", "epochs", "parameters", "MACs", "time (s)", "error (%)", "best (%)"]
-    rows = [[str(number), point.first.config.model.name, *(value(point.first, field) for field in differing),
+    header = ["", "network", "error (%)", "best (%)", "n", "epochs", "parameters", "MACs", "time (s)", *differing]
+    rows = [[str(number), point.first.config.model.name, spread_text(point.error), spread_text(point.best_error),
              str(len(point.runs)), _epochs(point), f"{point.parameters:,}", f"{point.macs:,}",
-             spread_text(point.seconds, 1), spread_text(point.error), spread_text(point.best_error)]
+             spread_text(point.seconds, 1), *(value(point.first, field) for field in differing)]
             for number, point in enumerate(points, start=1)]
-    return header, rows, range(2 + len(differing), len(header))
+    return header, rows, range(2, len(header) - len(differing))
 
 
 def _epochs(point: Point) -> str:

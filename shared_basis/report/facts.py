@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from shared_basis import summary, train
-from shared_basis.checkpoints import chosen_on
+from shared_basis.checkpoints import Checkpoints, chosen_on
 from shared_basis.config import Config, ModelConfig, differences
 from shared_basis.workdir import Workdir
 
@@ -29,6 +30,10 @@ class Facts:
     """Of metrics.jsonl: the evaluations, in the order of their epochs."""
     counts: Mapping[str, Any]
     """See `shared_basis.summary.compare_with_plain`."""
+    damaged: int = 0
+    """Lines of metrics.jsonl that are no evaluation, and are left out."""
+    saved: int | None = None
+    """The step of the latest checkpoint, if there is one."""
 
     @property
     def classes(self) -> Sequence[str]:
@@ -54,6 +59,12 @@ class Facts:
     def steps_per_epoch(self) -> int:
         """Updates an epoch, as the last evaluation tells."""
         return self.lines[-1]["step"] // self.lines[-1]["epoch"]
+
+    @property
+    def warning(self) -> str:
+        """What a reader must know of the figures; empty where there is nothing."""
+        return (f"{self.damaged} damaged line{'s' * (self.damaged > 1)} of {self.path / 'metrics.jsonl'} left out: the "
+                "last evaluation that can be read need not be the run's last") if self.damaged else ""
 
     @property
     def seconds(self) -> float:
@@ -85,7 +96,11 @@ def gather(workdir: str | Path) -> Facts:
     lines = [line for line in run.metrics() if _is_evaluation(line)]
     chooses = f"{chosen_on(lines[-1])}_accuracy" if lines else ""
     lines = [line for line in lines if math.isfinite(_number(line.get(chooses)))]
-    return Facts(run.path, config, record, lines, counts)
+    steps: list[int] = []
+    if run.checkpoints.is_dir():
+        with contextlib.closing(Checkpoints(run.checkpoints, read_only=True)) as checkpoints:
+            steps = checkpoints.steps
+    return Facts(run.path, config, record, lines, counts, run.count_metrics() - len(lines), max(steps, default=None))
 
 
 @functools.cache

@@ -18,7 +18,7 @@ def pictures_as_files(pictures: Iterable[Picture]) -> dict[str, bytes]:
     return {f"{each.name}.png": each.light for each in pictures}
 
 
-def write(directory: Path, page: bytes, files: Mapping[str, bytes], known: Iterable[str]) -> None:
+def write(directory: Path, page: bytes, files: Mapping[str, bytes], known: Iterable[str]) -> list[str]:
     """Writes a report into `directory`: its page last, each file whole or not at all.
 
     Args:
@@ -26,14 +26,18 @@ def write(directory: Path, page: bytes, files: Mapping[str, bytes], known: Itera
       files: those beside it, by name.
       known: names that reports write; those that this one does not are removed, as they tell of an earlier one.
 
+    Returns:
+      The names of those that were removed.
+
     Raises:
       UserError: `directory` cannot be written.
     """
     folder = directory / FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in set(known) - set(files):
-            (folder / name).unlink(missing_ok=True)
+        removed = sorted(name for name in set(known) - set(files) if (folder / name).exists())
+        for name in removed:
+            (folder / name).unlink()
         for path, content in [*((folder / name, content) for name, content in files.items()),
                               (directory / PAGE, page)]:
             temporary = path.with_name(f"{path.name}.tmp")
@@ -45,3 +49,4 @@ def write(directory: Path, page: bytes, files: Mapping[str, bytes], known: Itera
     except OSError as error:
         raise UserError(f"{directory / PAGE} and {folder} cannot be written: {error.strerror}; choose another place "
                         "with --output=DIR.") from error
+    return removed

@@ -46,7 +46,7 @@ def basis_curves(facts: Facts) -> list[Picture]:
     return [_curves(facts, "penalty", "Orthogonality penalty", "penalty (before its weight λ)",
                     [("penalty", "penalty")], log=True),
             _curves(facts, "norms", "Norms of basis elements", "Euclidean norm (1 is orthonormal)", norms),
-            _curves(facts, "coherence", "Coherence", "largest |inner product| of two elements",
+            _curves(facts, "coherence", "Coherence", "largest |product| of two elements",
                     [("coherence", "coherence")])]
 
 
@@ -65,10 +65,10 @@ def _curves(facts: Facts, name: str, title: str, unit: str, metrics: Sequence[tu
         for place, label, values in series:
             axes.plot(epochs, values, label=label, color=theme.colors[place], linestyle=DASHES[place],
                       marker=MARKERS[place], markevery=-(-len(epochs) // 12))
+        axes.locator_params("x", integer=True)
         _mark_boundaries(axes, facts, theme, named=False)
         if len(series) > 1:
             label_lines(axes)
-            axes.legend()
 
     told = "; ".join(f"{label} {_first_and_last(values)}" for _, label, values in series)
     return picture(name, f"{title} over {facts.epoch} epochs: {told}.", paint)
@@ -94,6 +94,7 @@ def _learning_rate(facts: Facts) -> Picture:
                   color=theme.colors[0], label="schedule")
         axes.plot(facts.series("epoch"), facts.series("learning_rate"), color=theme.colors[1], linestyle="",
                   marker=MARKERS[0], label="at evaluations")
+        axes.locator_params("x", integer=True)
         if piecewise:
             set_log(axes, "y")
         _mark_boundaries(axes, facts, theme, named=True)

@@ -28,10 +28,18 @@ IMAGE_SIDE = 96
 
 
 def headline(facts: Facts) -> str:
-    """Returns how the run ended, in `train.render`'s words."""
-    outcome = facts.outcome
-    return (train.render(outcome).partition("\n")[0] + "." if outcome else
-            f"{facts.config.model.name}: no evaluation is in metrics.jsonl, as of weights that were imported.")
+    """Returns how the run ended, in `train.render`'s words, or how far it came; and what must be known of that."""
+    outcome, name = facts.outcome, facts.config.model.name
+    if outcome:
+        text = train.render(outcome).partition("\n")[0]
+    elif facts.saved:
+        text = (f"{name}: saved at step {facts.saved:,}, without an evaluation in metrics.jsonl: it was stopped before "
+                "its first one, or the file is lost")
+    elif facts.saved == 0:
+        text = f"{name}: weights as they were imported or compressed; not trained here yet"
+    else:
+        text = f"{name}: no checkpoint is saved"
+    return f"{text}. {f'Warning: {facts.warning}.' if facts.warning else ''}".rstrip()
 
 
 def cards(facts: Facts) -> Html:
@@ -90,7 +98,8 @@ def _evaluations(facts: Facts) -> Html:
     rows = [[f"{value:,.0f}" if exact else "–" if math.isnan(value) else f"{value:.5g}"
              for exact, value in zip(whole, values, strict=True)]
             for values in zip(*(facts.series(name) for name in names), strict=True)]
-    return element("details", element("summary", f"All {len(rows)} evaluations as a table"),
+    return element("details", element("summary", f"All {len(rows)} evaluations as a table" if len(rows) > 1 else
+                                      "The evaluation as a table"),
                    table([name.replace("_", " ") for name in names], rows, "Evaluations",
                          numbers=range(len(names))))
 
@@ -195,8 +204,8 @@ def run_facts(facts: Facts) -> Html:
     rows = [("workdir", str(facts.path)),
             ("data", f"{config.data.name}: {images + ' ' if images else ''}images of {shape}, {len(facts.classes)} "
                      "classes"),
-            ("epochs", f"{facts.epoch} of {config.train.epochs}" + ("" if facts.epoch == config.train.epochs else
-                                                                    "; the run is not finished")),
+            ("epochs", f"{facts.epoch} of {config.train.epochs} evaluated" + (
+                "" if facts.epoch == config.train.epochs else "; the run is not finished")),
             ("began on", facts.record["devices"] or "not noted")]
     if facts.lines:
         rows += [("steps", f"{facts.lines[-1]['step']:,}, of {config.train.batch_size} images each"),

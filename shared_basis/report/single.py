@@ -34,7 +34,8 @@ def report(workdir: str | Path, which: str = "latest", overrides: Mapping[str, A
 
     Returns:
       `workdir`, `model`, `report` (the page's path), `files` (the others' paths), `step` and `test_accuracy` of the
-      checkpoint, and `missing`: why they are None, or None.
+      checkpoint, and `missing`: why they are None, or None; `removed`: files of an earlier report that this one has no
+      counterpart of; `warning`: of damaged metrics, or None.
 
     Raises:
       UserError: there is no such run or checkpoint, the images named by `overrides` cannot be read, or the report
@@ -54,17 +55,19 @@ def report(workdir: str | Path, which: str = "latest", overrides: Mapping[str, A
         missing = str(error)
     directory = Path(output or workdir)
     content, beside = compose(facts, scores, which, missing)
-    files.write(directory, content, beside, FILES)
+    removed = files.write(directory, content, beside, FILES)
     return {"workdir": str(facts.path), "model": facts.config.model.name, "report": str(directory / files.PAGE),
             "files": [str(directory / files.FOLDER / name) for name in beside],
             "step": scores.step if scores else None, "test_accuracy": scores.accuracy if scores else None,
-            "missing": missing}
+            "missing": missing, "removed": removed, "warning": facts.warning or None}
 
 
 def render(result: Mapping[str, Any]) -> str:
     """Returns `report`'s result as lines for a person."""
     missing = f"\nwithout what needs the test images: {result['missing']}" if result["missing"] else ""
-    return f"{result['report']}, and {len(result['files'])} pictures and tables beside it{missing}"
+    removed = f"\nremoved, of an earlier report: {', '.join(result['removed'])}" if result["removed"] else ""
+    warning = f"\nwarning: {result['warning']}" if result["warning"] else ""
+    return f"{result['report']}, and {len(result['files'])} pictures and tables beside it{missing}{removed}{warning}"
 
 
 def after_training(workdir: str | Path, screen: Screen, scoring: bool) -> str | None:

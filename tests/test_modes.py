@@ -1,0 +1,52 @@
+"""What a mode takes, and what it refuses before it begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import ROOT, CommandLine, user_error
+
+from shared_basis import modes
+from shared_basis.config import Config
+from shared_basis.modes import MODES, TAKEN_BY, Request
+
+
+def request(**fields: Any) -> Request:
+    return Request(Config(), {}, "absent", True, **fields)
+
+
+@pytest.mark.parametrize(("mode", "fields", "parts"), [
+    ("evaluate", {"against": "5"}, ("--against is for --mode=inspect or analyze;", "--mode=evaluate")),
+    ("report", {"against": "5"}, ("--against",)), ("inspect", {"output": "x"}, ("--output",)),
+    ("summary", {"checkpoint": "12"}, ("--checkpoint",)), ("train", {"images": ["a.png"]}, ("--images", "predict")),
+    ("evaluate", {"runs": ["a"]}, ("--runs",)), ("predict", {"fold": "none"}, ("--fold", "export")),
+    ("predict", {"format": "stablehlo"}, ("--format",)), ("evaluate", {"tensorboard": True}, ("--tensorboard",)),
+    ("train", {"budget": 0.5}, ("--budget", "compress")), ("report", {"spectra": True}, ("--spectra",)),
+    ("compress", {"output": "x.csv"}, ("--output", "--spectra", "--workdir"))])
+def test_flags_of_other_modes_are_refused(mode: str, fields: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with user_error(*parts):
+        modes.run(mode, request(**fields))
+
+
+def test_what_a_mode_takes_and_defaults_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = set(Request.__dataclass_fields__)
+    assert names >= set(TAKEN_BY)
+    assert all(set(taken) <= set(MODES) for taken in TAKEN_BY.values())
+    for mode in MODES:
+        monkeypatch.setitem(MODES, mode, lambda _: ({}, "done"))
+        assert modes.run(mode, request(images=[], runs=[], report=False)) == ({}, "done")  # --noreport suits all
+        for name in (name for name, taken in TAKEN_BY.items() if mode in taken):
+            assert modes.run(mode, request(**{name: "7"})) == ({}, "done")
+
+
+def test_a_tilde_is_the_users_home(main: CommandLine, tmp_path: Path) -> None:
+    for flag in ("--mode=inspect --workdir=~/absent", "--mode=report --runs=~/absent",
+                 "--mode=compress --source=~/absent --config=configs/digits_resnet.py:resnet20-s8u1"):
+        done = main(*flag.split(), cwd=ROOT)
+        assert done.returncode == 2
+        assert str(Path.home() / "absent") in done.stderr
+    done = main("--mode=report", "--workdir=absent", "--output=~", cwd=tmp_path)
+    assert done.returncode == 2
+    assert not list(tmp_path.iterdir())
