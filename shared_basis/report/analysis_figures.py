@@ -280,12 +280,12 @@ def _paint_singular_values(runs: Sequence[Analysis], names: Sequence[str], figur
                           label=f"{drawable(run.label, run.model, 30)}: {basis['basis'].removeprefix(f'{name}/')}")
         axes.set_ylim(bottom=0)
         axes.locator_params("x", integer=True)
+        axes.set_xlabel("singular value number")
         axes.set_title(name)
     handles, labels = max((axes.get_legend_handles_labels() for axes in grid), key=lambda both: len(both[1]))
     if len(labels) <= 9:
         figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
     figure.supylabel("singular value", fontsize=9)
-    figure.supxlabel("number of the singular value", fontsize=9)
 
 
 def _paint_effective_rank(runs: Sequence[Analysis], figure: Figure, theme: Theme) -> None:
