@@ -291,6 +291,7 @@ def test_readme_has_the_marks_and_names_every_subject_and_option() -> None:
         assert f"`--{option}" in described
 
 
+@pytest.mark.slow
 def test_trainer_and_evaluator_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (cases, evaluate):
         monkeypatch.setattr(module, "build_model", lambda config, spec: tiny_network(len(spec.classes)))

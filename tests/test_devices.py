@@ -105,6 +105,7 @@ for placement in ("device", "stream"):
 """
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_on_eight_devices(one: Path, tmp_path: Path) -> None:
     environment = {**user_environment(), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     subprocess.run([sys.executable, "-c", _EIGHT, str(ROOT / "tests"), str(ROOT), str(tmp_path)], env=environment,

@@ -223,6 +223,7 @@ def stop(workdir: Path, process: int, signum: int) -> tuple[Job, list[int]]:
         return job, job.wait()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_preempted_and_stopped_equals_one_that_nothing_befell(undisturbed: tuple[Path, Job],
                                                                                    tmp_path: Path) -> None:
     workdir = tmp_path / "run"

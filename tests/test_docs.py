@@ -10,6 +10,7 @@ import pytest
 from helpers import ROOT, CommandLine, save_run
 
 from shared_basis.config import from_config_dict
+from shared_basis.modes import TAKEN_BY
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -65,7 +66,13 @@ def test_a_command_that_is_not_run_is_understood(page: str, arguments: list[str]
     apart = ("--distributed", "--coordinator", "--process", "--workdir", "--json")
     kept = [word for word in arguments if not word.startswith(apart)]
     config = [word for word in kept if word.startswith("--config=")] or ["--config=configs/digits_resnet.py"]
-    others = [word for word in kept if not word.startswith("--config=")]
+    mode = next((word.removeprefix("--mode=") for word in kept if word.startswith("--mode=")), "train")
+    others = []
+    for word in kept:
+        name = word.lstrip("-").partition("=")[0]
+        assert mode in TAKEN_BY.get(name, (mode,)), f"--{name} is not for --mode={mode}"
+        if name not in ("config", "mode", *TAKEN_BY):
+            others.append(word)
     done = main(*config, *others, "--mode=prepare", "--config.data.name=digits", "--config.data.mean=(0.5,)",
                 "--config.data.std=(0.5,)", cwd=checkout)
     assert done.returncode == 0, done.stderr

@@ -147,7 +147,9 @@ def test_gradient_of_what_is_shared_is_the_sum_over_the_layers_that_use_it(name,
     _assert_every_parameter_has_a_gradient(gradient)
 
 
-@pytest.mark.parametrize(("name", "stem", "smaller"), [row for row in STRUCTURES if not row[0].startswith("dense")])
+@pytest.mark.parametrize(("name", "stem", "smaller"), [
+    pytest.param(*row, marks=[pytest.mark.slow] if row[0].startswith(("mobilenet", "resnet50", "resnext")) else [])
+    for row in STRUCTURES if not row[0].startswith("dense")])
 def test_a_loop_computes_what_blocks_do_one_after_another(name, stem, smaller):
     one, other = (create_model(name, num_classes=5, stem=stem, loop=loop).clone(**smaller) for loop in (True, False))
     size = 64 if stem == "imagenet" else 16

@@ -16,6 +16,7 @@ from helpers import MAIN, save_run, user_environment
 from shared_basis.config import Config, ModelConfig
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_ends_as_one_that_was_not(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, MAIN.parent / "tests" / "torture.py", "--kills=3", "--seed=12",
                            f"--write={tmp_path / 'report.md'}"], env=user_environment(), text=True, capture_output=True,
