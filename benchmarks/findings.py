@@ -78,7 +78,8 @@ def difference(rows: dict[int, Row], reference: dict[int, Row]) -> str:
         return NONE
     mean, low, high = interval([rows[seed].final_error - reference[seed].final_error for seed in seeds])
     verdict = "" if low <= 0 <= high else " better" if mean < 0 else " worse"
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{verdict}"
+    shown = [round(value, 2) + 0.0 for value in (mean, low, high)]  # -0.0 + 0.0 is 0.0
+    return f"{shown[0]:+.2f} [{shown[1]:+.2f}, {shown[2]:+.2f}]{verdict}"
 
 
 def table(study: Study, rows: Sequence[Row]) -> Table:
@@ -113,6 +114,14 @@ def _cells(runs: dict[int, Row]) -> list[str]:
             f"{statistics.median(row.wall_seconds for row in values) / 60:.1f}"]
 
 
+def contrasts(study: Study, rows: Sequence[Row]) -> Table:
+    """Returns the paired differences of a study's contrasts that were run."""
+    by_label = {variant.label: of(rows, variant) for variant in study.variants}
+    return [["change", "final error of the second less the first's"], *(
+        [f"{one} → {other}", difference(by_label[other], by_label[one])] for one, other in study.contrasts
+        if by_label[one] and by_label[other])]
+
+
 def section(name: str, study: Study, rows: Sequence[Row]) -> str:
     """Returns the section on a study in Markdown."""
     text = f"## {study.title}\n\n{study.question}\n\n"
@@ -126,4 +135,5 @@ def section(name: str, study: Study, rows: Sequence[Row]) -> str:
     return (f"{text}{len(rows)} runs of {facts['epochs']} epochs, {span}, {facts['device']}, JAX {facts['jax']}, "
             f"commit {facts['commit']}: `results/study-{name}.csv`, by `python benchmarks/experiments.py "
             f"--study={name}`.\n\n"
-            f"{markdown(table(study, rows))}\n")
+            f"{markdown(table(study, rows))}\n"
+            + (f"{markdown(contrasts(study, rows))}\n" if study.contrasts else ""))

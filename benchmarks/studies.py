@@ -30,6 +30,8 @@ class Study:
     """Variants that are compared with one another; the first one of each is the reference."""
     settings: tuple[str, ...] = ()
     """Flags of main.py for all of them."""
+    contrasts: tuple[tuple[str, str], ...] = ()
+    """Labels of variants, the second of which is to differ from the first in one thing."""
     needs_images: bool = False
     """Whether a directory of images has to be named."""
     published: str = ""
@@ -61,6 +63,13 @@ def _ways(depth: int, rank: int) -> tuple[Variant, ...]:
     )
 
 
+def _contrasts(*nets: str) -> tuple[tuple[str, str], ...]:
+    """Returns what of double sharing matters in the networks that are labelled `nets`."""
+    ends = ((" double, no penalty", " double"), (" double", " double, exact"), (" single", " double"),
+            (" shared only", " double"), (" non-shared", " double"), (" tied", " double"), (" template2", " double"))
+    return tuple((net + one, net + other) for net in nets for one, other in ends)
+
+
 def _cifar(epochs: int) -> tuple[str, ...]:
     """Returns the published recipe scaled to `epochs`, on a directory of images."""
     return (f"--config.train.epochs={epochs}", f"--config.optimizer.boundaries=({epochs * 0.5}, {epochs * 0.75})",
@@ -78,6 +87,9 @@ _CLAIM = (
      Variant("R56-S16U1*, no penalty", "resnet56-s16u1-double", (NO_PENALTY,))),
 )
 
+_CLAIM_CONTRASTS = (("R32-S16U1*, no penalty", "R32-S16U1*"), ("R56-S16U1*, no penalty", "R56-S16U1*"),
+                    ("R32-S16U1", "R32-S16U1*"), ("R56-S16U1", "R56-S16U1*"))
+
 _WEIGHTS = tuple(
     Variant(f"R56-S16U1*, λ={weight} {reduction}", "resnet56-s16u1-double",
             (f"--config.orthogonality.weight={float(weight)}", f"--config.orthogonality.reduction={reduction}"))
@@ -87,13 +99,13 @@ STUDIES = {
     "digits": Study(
         "Handwritten digits", "Do small networks on small images show what the paper claims of large ones?",
         "configs/digits_resnet.py", 5, (_ways(20, 8), _ways(56, 8)),
-        ("--config.train.epochs=12", "--config.train.evaluate_every=3")),
+        ("--config.train.epochs=12", "--config.train.evaluate_every=3"), _contrasts("resnet20", "resnet56")),
     "cifar60": Study(
         f"{JPEG}, 60 epochs", "Does the claim hold on the published recipe, scaled to 60 epochs?",
-        "configs/cifar_resnet.py", 3, _CLAIM, _cifar(60), needs_images=True),
+        "configs/cifar_resnet.py", 3, _CLAIM, _cifar(60), _CLAIM_CONTRASTS, needs_images=True),
     "cifar300": Study(
         f"{JPEG}, 300 epochs", "Does the claim hold on the published recipe?",
-        "configs/cifar_resnet.py", 3, _CLAIM, _cifar(300), needs_images=True),
+        "configs/cifar_resnet.py", 3, _CLAIM, _cifar(300), _CLAIM_CONTRASTS, needs_images=True),
     "weights": Study(
         f"{JPEG}, 60 epochs: the penalty's weight", "How much do λ, its reduction and exact orthogonality matter?",
         "configs/cifar_resnet.py", 3,
@@ -101,6 +113,6 @@ STUDIES = {
           Variant("R56-S16U1*, exact", "resnet56-s16u1-double", (EXACT,))),), _cifar(60), needs_images=True),
     "cifar10": Study(
         "CIFAR-10, 300 epochs", "The published table, on the original images.", "configs/cifar_resnet.py", 3, _CLAIM,
-        published="CIFAR-10"),
+        contrasts=_CLAIM_CONTRASTS, published="CIFAR-10"),
 }
 """By the name that --study takes."""

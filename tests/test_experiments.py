@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import experiments
-from benchmarks.findings import COLUMNS, Row, difference, interval, mean_and_deviation, section, table
+from benchmarks.findings import COLUMNS, Row, contrasts, difference, interval, mean_and_deviation, section, table
 from benchmarks.records import append, read
 from benchmarks.studies import STUDIES, Study, Variant
 from shared_basis.config import Config
@@ -49,6 +49,22 @@ def test_a_row_comes_back_from_its_file(tmp_path: Path) -> None:
         append(tmp_path / "results" / "x.csv", [each], COLUMNS)
     assert read(tmp_path / "results" / "x.csv", Row) == rows
     assert read(tmp_path / "absent.csv", Row) == []
+
+
+def test_contrasts_are_paired_by_seed_and_those_not_run_are_left_out() -> None:
+    study = dataclasses.replace(STUDY, contrasts=(("plain", "shared"), ("shared", "plain")))
+    rows = [row(PLAIN, seed, 10.0 + seed) for seed in range(3)] + [row(SHARED, seed, 9.0 + seed) for seed in range(3)]
+    assert contrasts(study, rows)[1:] == [["plain → shared", "-1.00 [-1.00, -1.00] better"],
+                                          ["shared → plain", "+1.00 [+1.00, +1.00] worse"]]
+    assert "| plain → shared | -1.00" in section("name", study, rows)
+    assert contrasts(study, rows[:3])[1:] == []
+    level = [row(SHARED, seed, 10.0 + seed - 1e-12 * (seed - 1)) for seed in range(3)]
+    assert contrasts(study, rows[:3] + level)[1][1].startswith("+0.00 [+0.00, +0.00]")
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+def test_contrasts_are_of_variants(study: Study) -> None:
+    assert {label for pair in study.contrasts for label in pair} <= {variant.label for variant in study.variants}
 
 
 @pytest.mark.parametrize(("text", "message"), [
