@@ -489,6 +489,17 @@ def test_what_does_not_change_the_outcome_makes_no_point_and_epochs_are_told_onc
     assert [row[2] for row in rows] == ["15.00 ± 7.07", "10.00"]
 
 
+def test_errors_of_many_magnitudes_are_drawn_on_a_logarithmic_axis(tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    scales: list[str] = []
+    monkeypatch.setattr(comparison_page, "set_log", lambda axes, which: scales.append(which))
+    make_run(tmp_path / "good", (0.995,))
+    make_run(tmp_path / "other seed", (0.6,), seed=1, model__name="resnet20")  # its bar reaches below 0
+    make_run(tmp_path / "bad", (0.99,), model__name="resnet20")
+    comparison_page.compare([str(tmp_path)], str(tmp_path / "out"))
+    assert scales == ["y"] * 3
+
+
 def test_the_comparison_page_holds_points_and_runs(several: Path) -> None:
     result = comparison_page.compare([str(several)], str(several / "out"))
     page = Page(several / "out" / "report.html")

@@ -105,13 +105,16 @@ def _scatter(points: Sequence[Point], axis: str) -> Picture | None:
             kind = place % len(theme.colors)
             axes.errorbar(where.mean, point.error.mean, xerr=_bar(where), yerr=_bar(point.error), capsize=3,
                           color=theme.colors[kind], marker="os^DvP"[kind], markersize=6)
-        means = [where.mean for _, _, where in at]
+        means, errors = [where.mean for _, _, where in at], [point.error.mean for _, point, _ in at]
         axes.margins(0.15)
         if max(means) > 8 * min(means):
             set_log(axes, "x")
         elif axes.get_xlim()[0] < 0:
             axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if max(errors) > 8 * min(errors) > 0:
+            set_log(axes, "y")
+            axes.set_ylim(min(errors) / 3, min(100.0, max(errors) * 2))  # bars may reach below 0
         place_labels(axes, [(where.mean, point.error.mean) for _, point, where in at],
                      [(_bar(where) or 0.0, _bar(point.error) or 0.0) for _, point, where in at], labels, theme)
 
