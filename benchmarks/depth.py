@@ -166,10 +166,10 @@ def train(layers: int, variant: Variant, seed: int) -> Iterator[Row]:
             outputs, parameters = jax.device_get(flow(state.params, state.batch_stats, *batch))
             scores = program.evaluate["test"]({"params": state.params, "batch_stats": state.batch_stats}, _nothing)
             loss = float(state.totals["loss"] / state.totals["count"]) if epoch else 0.0
+            norms = _joined(outputs[name] for name in _blocks(blocks)), _joined(_own(blocks, parameters))
             yield Row(datetime.date.today().isoformat(), commit(), jax.devices()[0].device_kind, known["jax"], layers,
                       variant.label, seed, epoch, loss, 100 * (1 - scores["accuracy"]),
-                      *_singular_values(state.params), _joined(outputs.values()), _joined(_own(blocks, parameters)),
-                      f"python benchmarks/depth.py --layers={layers}")
+                      *_singular_values(state.params), *norms, f"python benchmarks/depth.py --layers={layers}")
     batches.close()
 
 
@@ -196,10 +196,14 @@ def _singular_values(params: Any) -> tuple[float, float]:
     return (float(min(map(min, values))), float(max(map(max, values)))) if values else (0.0, 0.0)
 
 
+def _blocks(blocks: Sequence[int]) -> list[str]:
+    """Returns the names of all blocks in order of depth; compiled functions return dicts in that of the alphabet."""
+    return [f"group{group + 1}/block{block + 1}" for group, count in enumerate(blocks) for block in range(count)]
+
+
 def _own(blocks: Sequence[int], norms: dict[str, Any]) -> list[Any]:
     """Returns of `norms` those of the coefficients, or kernels, of the 3×3 layers in order of depth."""
-    layers = [f"group{group + 1}/block{block + 1}/{layer}" for group, count in enumerate(blocks)
-              for block in range(count) for layer in ("first", "second")]
+    layers = [f"{block}/{layer}" for block in _blocks(blocks) for layer in ("first", "second")]
     return [norms.get(f"{layer}/coefficients", norms.get(f"{layer}/kernel")) for layer in layers]
 
 
@@ -247,7 +251,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 def _paint(rows: Sequence[Row], figure: Figure, theme: Theme) -> None:
     """Draws the gradient by depth: a row of axes for each number of sharing layers, a column for each moment."""
-    from shared_basis.report.figures import DASHES
+    from shared_basis.report.figures import DASHES, set_log
 
     numbers = sorted({row.layers for row in rows})
     grid = figure.subplots(len(numbers), len(MEASURED), sharex="row", sharey="row", squeeze=False)
@@ -260,7 +264,7 @@ def _paint(rows: Sequence[Row], figure: Figure, theme: Theme) -> None:
                     means = [statistics.geometric_mean(norms) for norms in zip(*runs, strict=True)]
                     axes.plot(range(1, len(means) + 1), means, color=theme.colors[index],
                               linestyle=DASHES[index], linewidth=1.2, label=variant.label)
-            axes.set_yscale("log")
+            set_log(axes, "y")
             if layers == numbers[0]:
                 axes.set_title("initialisation" if epoch == 0 else f"after epoch {epoch}")
             if layers == numbers[-1]:
