@@ -333,6 +333,11 @@ def test_mistakes_are_told(runs: tuple[Path, Path], tmp_path: Path) -> None:
         analyze.analyze(runs[0], output=str(tmp_path / "file"))
 
 
+def test_paths_come_by_their_numbers() -> None:
+    paths = [f"group{group}/block{block}" for group in (1, 2) for block in range(1, 13)]
+    assert sorted(paths[::-1], key=analyze._natural) == paths
+
+
 def test_files_of_an_earlier_analysis_are_removed_and_others_are_not(tmp_path: Path) -> None:
     ours = ["products_group1.against.csv", "gradient_flow.png", "filters_group1_both.csv", "stem.csv"]
     others = ["products.csv", "notes.txt", "filters_group1.jpg", "numbers.txt"]
