@@ -20,7 +20,7 @@ import datetime
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +138,7 @@ def train(layers: int, variant: Variant, seed: int) -> Iterator[Row]:
     from shared_basis.config import from_config_dict, replace
     from shared_basis.devices import make_mesh
     from shared_basis.evaluate import build_model
-    from shared_basis.gradients import gradient_flow
+    from shared_basis.gradients import by_depth, gradient_flow, layer_paths
     from shared_basis.screen import Screen
     from shared_basis.steps import normalize
 
@@ -146,11 +146,11 @@ def train(layers: int, variant: Variant, seed: int) -> Iterator[Row]:
         "seed": seed, "orthogonality.method": variant.method, "train.epochs": EPOCHS})
     mesh = make_mesh()
     images = feeds.load(data.open_source(config.data), config.data, mesh, Screen(verbosity="quiet"))
-    blocks = (layers // 2 + 1,) * 3  # the first one of each group is plain
-    model = build_model(config, images.spec).clone(blocks=blocks)
+    model = build_model(config, images.spec).clone(blocks=(layers // 2 + 1,) * 3)  # the first of a group is plain
     split, size = data.load_split(config.data, "train"), config.train.batch_size
     batch = normalize(jax.numpy.asarray(split.images[:size]), config.data), split.labels[:size]
     flow = gradient_flow(model)
+    order = ["/".join(path) for path in layer_paths(model, images.spec.image_shape)]
     with tempfile.TemporaryDirectory() as root:
         state, program = build(config, images, model, mesh, Path(root))
     if variant.spread:
@@ -163,13 +163,15 @@ def train(layers: int, variant: Variant, seed: int) -> Iterator[Row]:
                 state, _ = program.step(state, *next(batches))
             jax.block_until_ready(state)
         if epoch in MEASURED:
-            outputs, parameters = jax.device_get(flow(state.params, state.batch_stats, *batch))
+            outputs, parameters = flow(state.params, state.batch_stats, *batch)
+            own = [parameters[path] for path in by_depth(order, parameters)
+                   if path.startswith("group") and path.endswith(("/coefficients", "/kernel"))]
             scores = program.evaluate["test"]({"params": state.params, "batch_stats": state.batch_stats}, _nothing)
             loss = float(state.totals["loss"] / state.totals["count"]) if epoch else 0.0
-            norms = _joined(outputs[name] for name in _blocks(blocks)), _joined(_own(blocks, parameters))
             yield Row(datetime.date.today().isoformat(), commit(), jax.devices()[0].device_kind, known["jax"], layers,
                       variant.label, seed, epoch, loss, 100 * (1 - scores["accuracy"]),
-                      *_singular_values(state.params), *norms, f"python benchmarks/depth.py --layers={layers}")
+                      *_singular_values(state.params), _joined(outputs.values()), _joined(own),
+                      f"python benchmarks/depth.py --layers={layers}")
     batches.close()
 
 
@@ -196,19 +198,8 @@ def _singular_values(params: Any) -> tuple[float, float]:
     return (float(min(map(min, values))), float(max(map(max, values)))) if values else (0.0, 0.0)
 
 
-def _blocks(blocks: Sequence[int]) -> list[str]:
-    """Returns the names of all blocks in order of depth; compiled functions return dicts in that of the alphabet."""
-    return [f"group{group + 1}/block{block + 1}" for group, count in enumerate(blocks) for block in range(count)]
-
-
-def _own(blocks: Sequence[int], norms: dict[str, Any]) -> list[Any]:
-    """Returns of `norms` those of the coefficients, or kernels, of the 3×3 layers in order of depth."""
-    layers = [f"{block}/{layer}" for block in _blocks(blocks) for layer in ("first", "second")]
-    return [norms.get(f"{layer}/coefficients", norms.get(f"{layer}/kernel")) for layer in layers]
-
-
-def _joined(norms: Any) -> str:
-    return " ".join(f"{float(norm):.4g}" for norm in norms)
+def _joined(norms: Iterable[float]) -> str:
+    return " ".join(f"{norm:.4g}" for norm in norms)
 
 
 # What the rows say
@@ -224,7 +215,8 @@ def growth(row: Row) -> float:
     return statistics.geometric_mean(norms[group * blocks] / norms[(group + 1) * blocks - 1] for group in range(3))
 
 
-def _means(rows: Sequence[Row], value: Any, layers: int, label: str, epoch: int) -> list[float]:
+def _values(rows: Sequence[Row], value: Callable[[Row], Any], layers: int, label: str, epoch: int) -> list[Any]:
+    """Returns a figure of each run, one for each seed, at one moment."""
     return [value(row) for row in rows if (row.layers, row.variant, row.epoch) == (layers, label, epoch)]
 
 
@@ -242,9 +234,9 @@ def table(rows: Sequence[Row]) -> Table:
             singular = (f"{min(row.singular_min for row in last):.2f} – {max(row.singular_max for row in last):.2f}"
                         if variant.form else "–")
             lines.append([str(layers), variant.label, *(
-                f"{statistics.geometric_mean(_means(rows, growth, layers, variant.label, epoch)):.2f}"
+                f"{statistics.geometric_mean(_values(rows, growth, layers, variant.label, epoch)):.2f}"
                 for epoch in MEASURED), singular, *(
-                f"{statistics.mean(_means(rows, lambda row: row.train_loss, layers, variant.label, epoch)):.3f}"
+                f"{statistics.mean(_values(rows, lambda row: row.train_loss, layers, variant.label, epoch)):.3f}"
                 for epoch in (1, EPOCHS)), f"{statistics.mean(row.test_error for row in last):.2f}"])
     return lines
 
@@ -258,7 +250,7 @@ def _paint(rows: Sequence[Row], figure: Figure, theme: Theme) -> None:
     for axes_of_number, layers in zip(grid, numbers, strict=True):
         for axes, epoch in zip(axes_of_number, MEASURED, strict=True):
             for index, variant in enumerate(VARIANTS):
-                runs = _means(rows, lambda row: [float(norm) for norm in row.blocks.split()], layers, variant.label,
+                runs = _values(rows, lambda row: [float(norm) for norm in row.blocks.split()], layers, variant.label,
                               epoch)
                 if runs:
                     means = [statistics.geometric_mean(norms) for norms in zip(*runs, strict=True)]
@@ -287,12 +279,12 @@ def write_page() -> None:
     PICTURE.write_bytes(png(lambda figure, theme: _paint(rows, figure, theme), size=(11, 7.5)))
     facts = {name: ", ".join(dict.fromkeys(str(getattr(row, name)) for row in rows))
              for name in ("date", "device", "jax", "commit")}
-    seeds = len({row.seed for row in rows})
-    text = (f"{len({(row.layers, row.variant, row.seed) for row in rows})} runs of {EPOCHS} epochs, {seeds} seeds "
-            f"(means), {facts['date']}, {facts['device']}, JAX {facts['jax']}, commit {facts['commit']}: "
-            f"`results/depth.csv`, by `python benchmarks/depth.py`. *Growth* is the norm of the gradient at the output "
-            "of a group's first block over that at its last block, the geometric mean of the three groups: what the "
-            "layers that share a basis, with their shortcuts, multiply gradients by on their way back.\n\n"
+    runs, seeds = len({(row.layers, row.variant, row.seed) for row in rows}), len({row.seed for row in rows})
+    text = (f"{runs} runs of {EPOCHS} epochs, means over {seeds} seed{'s' * (seeds > 1)}, {facts['date']}, "
+            f"{facts['device']}, JAX {facts['jax']}, commit {facts['commit']}: `results/depth.csv`, by "
+            "`python benchmarks/depth.py`. *Growth* is the norm of the gradient at the output of a group's first block "
+            "over that at its last block, the geometric mean of the three groups: what the layers that share a basis, "
+            "with their shortcuts, multiply gradients by on their way back.\n\n"
             f"{markdown(table(rows))}\n![Gradient by depth](../results/{PICTURE.name})\n\n")
     replace_section(PAGE, BEGIN, END, text)
 

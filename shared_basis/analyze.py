@@ -129,17 +129,9 @@ def flows(trained: Trained, images: jax.Array, labels: jax.Array) -> Flow:
     first = (trained.at(0).variables if 0 in trained.checkpoints.steps else
              jax.jit(initial, compiler_options=ops.quick_compiler_options())())
     with memory.explained(trained.config, "train.batch_size"):
-        found = {step: jax.device_get(flow(variables["params"], variables["batch_stats"], images, labels))
-                 for step, variables in {0: first, **steps}.items()}
-    # Compiled functions return dicts in the order of the alphabet, in which block10 precedes block2.
-    return {step: {name: {path: float(norms[path]) for path in sorted(norms, key=_natural)}
-                   for name, norms in zip(("blocks", "parameters"), both, strict=True)}
-            for step, both in found.items()}
-
-
-def _natural(path: str) -> list[str | int]:
-    """Returns what to sort paths by, so that their numbers rise."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
+        return {step: dict(zip(("blocks", "parameters"), flow(
+            variables["params"], variables["batch_stats"], images, labels), strict=True))
+            for step, variables in {0: first, **steps}.items()}
 
 
 def analyze(workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None,

@@ -76,11 +76,22 @@ def recorded_norms(params: Tree, opt_state: optax.OptState) -> dict[str, float]:
 
 def layer_paths(network: Network, image_shape: tuple[int, int, int]) -> list[Path]:
     """Returns the paths of all convolution-like layers and of the classifier, in the order of the computation."""
-    called: list[Path] = []
+    return [module.path for module in _called(network, image_shape) if isinstance(module, (BasisConv, nn.Dense))]
+
+
+@functools.cache
+def block_paths(network: Network, image_shape: tuple[int, int, int]) -> list[Path]:
+    """Returns likewise the paths of the blocks."""
+    return [module.path for module in _called(network, image_shape) if _is_block(module.path)]
+
+
+def _called(network: Network, image_shape: tuple[int, int, int]) -> list[nn.Module]:
+    """Returns the modules that `network` calls, in this order."""
+    called: list[nn.Module] = []
 
     def note(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if context.method_name == "__call__" and isinstance(context.module, (BasisConv, nn.Dense)):
-            called.append(context.module.path)
+        if context.method_name == "__call__":
+            called.append(context.module)
         return call(*args, **kwargs)
 
     with nn.intercept_methods(note):
@@ -99,8 +110,8 @@ def _is_block(path: Path) -> bool:
 
 
 @functools.cache
-def gradient_flow(network: Network) -> Callable[..., tuple[dict[str, Array], dict[str, Array]]]:
-    """Returns the compiled function of how large the cross entropy's gradient is by depth, with batch statistics.
+def gradient_flow(network: Network) -> Callable[..., tuple[dict[str, float], dict[str, float]]]:
+    """Returns the function, compiled, of how large the cross entropy's gradient is by depth, with batch statistics.
 
     It maps `params`, `batch_stats`, normalised images `[N, H, W, C]` and labels `[N]` to two dicts of norms by path:
 
@@ -123,7 +134,7 @@ def gradient_flow(network: Network) -> Callable[..., tuple[dict[str, Array], dic
         return logits
 
     @functools.partial(jax.jit, compiler_options=ops.quick_compiler_options())
-    def flow(params: Tree, stats: Tree, images: Array, labels: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+    def norms(params: Tree, stats: Tree, images: Array, labels: Array) -> tuple[dict[str, Array], dict[str, Array]]:
         shapes: dict[Path, Any] = {}
 
         def note(path: Path, output: Array) -> Array:
@@ -140,5 +151,11 @@ def gradient_flow(network: Network) -> Callable[..., tuple[dict[str, Array], dic
         names = map("/".join, recorded_paths(params))
         return ({name: optax.tree.norm(by_block[name].astype(jnp.float32)) * len(labels) ** 0.5 for name in probes},
                 dict(zip(names, gradient_norms(gradient), strict=True)))
+
+    def flow(params: Tree, stats: Tree, images: Array, labels: Array) -> tuple[dict[str, float], dict[str, float]]:
+        blocks, parameters = jax.device_get(norms(params, stats, images, labels))
+        # JAX returns dicts in the order of the alphabet, in which block10 precedes block2.
+        paths = map("/".join, block_paths(unrolled, images.shape[1:]))
+        return {path: float(blocks[path]) for path in paths}, {path: float(norm) for path, norm in parameters.items()}
 
     return flow

@@ -186,13 +186,13 @@ def test_layers_come_in_the_order_of_the_computation() -> None:
 # Gradients
 
 def test_gradients_at_blocks_are_those_of_the_network_cut_there() -> None:
-    network = tiny_network(blocks=(3,), loop=True)
+    network = tiny_network(blocks=(10,), loop=True)
     pixels, labels = make_images(6)
     images = jnp.asarray(pixels / np.float32(255))
     variables = network.init(jax.random.key(0), images[:1], train=False)
     params, stats = variables["params"], variables["batch_stats"]
     blocks, parameters = gradient_flow(network)(params, stats, images, labels)
-    assert list(blocks) == ["group1/block1", "group1/block2", "group1/block3"]
+    assert list(blocks) == [f"group1/block{number}" for number in range(1, 11)]  # not in the order of the alphabet
 
     def loss(params: Any, scale: Any) -> Any:
         logits, _ = network.apply({"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"])
@@ -210,10 +210,10 @@ def test_gradients_at_blocks_are_those_of_the_network_cut_there() -> None:
         return -jnp.sum(jax.nn.log_softmax(logits)[jnp.arange(6), labels])
     _, captured = network.clone(loop=False).apply(
         variables, images, train=True, mutable=["batch_stats", "intermediates"],
-        capture_intermediates=lambda module, _: module.name == "block3")
-    output = captured["intermediates"]["group1"]["block3"]["__call__"][0]
+        capture_intermediates=lambda module, _: module.name == "block10")
+    output = captured["intermediates"]["group1"]["block10"]["__call__"][0]
     by_image = np.asarray(jax.grad(head)(output)).reshape(6, -1)
-    assert float(blocks["group1/block3"]) == pytest.approx(np.sqrt((by_image**2).sum(1).mean()), rel=1e-4)
+    assert float(blocks["group1/block10"]) == pytest.approx(np.sqrt((by_image**2).sum(1).mean()), rel=1e-4)
 
 
 # The mode
@@ -331,12 +331,6 @@ def test_mistakes_are_told(runs: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with user_error(f"--output={tmp_path / 'file'}", "cannot be written"):
         analyze.analyze(runs[0], output=str(tmp_path / "file"))
-
-
-def test_paths_come_by_their_numbers() -> None:
-    paths = [f"group{group}/block{block}" for group in (1, 2) for block in range(1, 13)]
-    assert sorted(set(paths), key=analyze._natural) == paths
-    assert sorted(paths) != paths
 
 
 def test_files_of_an_earlier_analysis_are_removed_and_others_are_not(tmp_path: Path) -> None:

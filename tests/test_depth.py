@@ -28,14 +28,6 @@ def test_growth_is_the_mean_of_what_each_group_multiplies_by() -> None:
     assert growth(row(blocks="8 5 2 27 9 1 64 7 1")) == pytest.approx((4 * 27 * 64) ** (1 / 3))
 
 
-def test_blocks_come_in_order_of_depth() -> None:
-    names = depth._blocks((11, 2))
-    assert names[8:] == ["group1/block9", "group1/block10", "group1/block11", "group2/block1", "group2/block2"]
-    norms = {f"{name}/{layer}/kernel": number for number, (name, layer) in enumerate(
-        (name, layer) for name in names for layer in ("first", "second"))}
-    assert depth._own((11, 2), norms) == list(range(26))
-
-
 def test_spread_bases_keep_their_directions_and_change_their_singular_values() -> None:
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=(36, 6)))[0].reshape(3, 3, 4, 6).astype(np.float32)
     spread = depth._spread(basis)
@@ -76,7 +68,7 @@ def test_what_was_trained_is_not_trained_again(monkeypatch: pytest.MonkeyPatch, 
                        if (layers, variant) != (4, PENALTY)]
     assert len(read(tmp_path / "depth.csv", Row)) == (1 + len(trained)) * len(MEASURED)
     page = (tmp_path / "results.md").read_text()
-    assert page.startswith("before\n<!-- depth -->\n10 runs of 12 epochs, 1 seeds")
+    assert page.startswith("before\n<!-- depth -->\n10 runs of 12 epochs, means over 1 seed, ")
     assert page.endswith("after\n")
     assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")
 
