@@ -91,8 +91,9 @@ def parse() -> None:
 
 def _at_home(value: Any) -> Any:
     """Returns a flag's value with the user's home for a ~, which no shell expands after a =."""
-    return os.path.expanduser(value) if isinstance(value, str) else list(map(_at_home, value)) if isinstance(
-        value, list) else value
+    if isinstance(value, list):
+        return [_at_home(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def run() -> None:
@@ -103,7 +104,7 @@ def run() -> None:
         config = Config() if _MODE.value in _TRAINED else from_config_dict(_CONFIG.value)
         request = modes.Request(
             config, config_flags.get_override_values(FLAGS["config"]),
-            os.path.expanduser(_WORKDIR.value or os.path.join("runs", _CONFIG.value.name)), bool(_WORKDIR.value),
+            _at_home(_WORKDIR.value or os.path.join("runs", _CONFIG.value.name)), bool(_WORKDIR.value),
             **{option.name: _at_home(option.value) for option in _OPTIONS})
         result, text = modes.run(_MODE.value, request)
         print(json.dumps(result) if request.json else text)

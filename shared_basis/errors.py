@@ -9,6 +9,11 @@ from collections.abc import Callable
 from typing import NoReturn
 
 
+def printable(text: str, also: str = "") -> str:
+    """Returns `text` in one line, with what cannot be printed written out, but for the characters `also`."""
+    return "".join(char if char.isprintable() or char in also else repr(char)[1:-1] for char in text)
+
+
 class UserError(ValueError):
     """A mistake that the user can mend; `main.py` prints its message alone, without a traceback, and exits with 2.
 
@@ -16,7 +21,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in message))
+        super().__init__(printable(message))
 
 
 def end_with(*commands: Callable[[], None]) -> NoReturn:

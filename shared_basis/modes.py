@@ -86,10 +86,9 @@ def run(mode: str, request: Request) -> Result:
     """
     if jax.process_count() > 1 and mode not in ("train", "evaluate"):
         raise UserError(f"--distributed: --mode={mode} is for one process; only train and evaluate are shared.")
-    for field in dataclasses.fields(Request):
-        modes = TAKEN_BY.get(field.name, (mode,))
-        if mode not in modes and getattr(request, field.name) not in (field.default, []):
-            raise UserError(f"--{field.name} is for --mode={' or '.join(modes)}; --mode={mode} does not take it.")
+    for name, modes in TAKEN_BY.items():
+        if mode not in modes and getattr(request, name) not in (getattr(Request, name), []):  # no files is () or []
+            raise UserError(f"--{name} is for --mode={' or '.join(modes)}; --mode={mode} does not take it.")
     return MODES[mode](request)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from shared_basis import data, memory
 from shared_basis.data.folder import SUFFIXES, FileExamples
-from shared_basis.errors import UserError
+from shared_basis.errors import UserError, printable
 from shared_basis.evaluate import Trained
 from shared_basis.feeds import Images
 
@@ -116,8 +116,7 @@ def render(result: Mapping[str, Any]) -> str:
         best: Callable[[str], float] = image["probabilities"].get
         return ", ".join(f"{name} {100 * image['probabilities'][name]:.1f} %" for name in sorted(
             image["probabilities"], key=best, reverse=True)[:SHOWN])
-    names = ["".join(char if char.isprintable() else repr(char)[1:-1] for char in image["file"])
-             for image in result["images"]]  # a file's name may hold anything
+    names = [printable(image["file"]) for image in result["images"]]
     width = max(map(len, names))
     lines = [f"  {name.ljust(width)}  {classes(image)}" for name, image in zip(names, result["images"], strict=True)]
     return "\n".join([f"{result['model']} at step {result['step']:,} of {result['workdir']}:", *lines]).encode(

@@ -195,33 +195,32 @@ class Workdir:
         Raises:
           UserError: the file cannot be read.
         """
-        return self._lines("metrics.jsonl")
+        return self.read_metrics()[0]
 
-    def count_metrics(self) -> int:
-        """Returns the number of lines of metrics.jsonl, those that are damaged too."""
-        return sum(bool(line.strip()) for line in self._text("metrics.jsonl").splitlines())
+    def read_metrics(self) -> tuple[list[dict[str, Any]], int]:
+        """Returns likewise the lines, and how many the file has with those that are damaged."""
+        return self._lines("metrics.jsonl")
 
     def gradients(self) -> list[dict[str, Any]]:
         """Returns likewise the lines of gradients.jsonl: `step`, `epoch`, and `norms` by path of the parameter."""
-        return self._lines("gradients.jsonl")
+        return self._lines("gradients.jsonl")[0]
 
-    def _text(self, name: str) -> str:
+    def _lines(self, name: str) -> tuple[list[dict[str, Any]], int]:
         path = self.path / name
         try:
-            return path.read_text(errors="replace") if path.exists() else ""
+            text = path.read_text(errors="replace") if path.exists() else ""
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}; mend or remove it.") from error
-
-    def _lines(self, name: str) -> list[dict[str, Any]]:
         lines: list[dict[str, Any]] = []
-        for line in self._text(name).splitlines():
+        written = [line for line in text.splitlines() if line.strip()]
+        for line in written:
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):
                 continue
             if isinstance(entry, dict) and isinstance(entry.get("step"), int):
                 lines.append(entry)
-        return lines
+        return lines, len(written)
 
     def rewind_metrics(self, step: int) -> None:
         """Drops the metrics, and norms of gradients, after `step`: a run that resumes there computes them again."""

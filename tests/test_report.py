@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 import math
@@ -294,13 +293,13 @@ def test_damaged_lines_are_left_out(run: Path, tmp_path: Path) -> None:
         comparison_page.compare([str(workdir)], str(tmp_path / "compared")))
 
 
-def test_a_run_that_is_not_trained_says_so(run: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_not_trained_says_so(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workdir = tmp_path / "run"
     workdir.mkdir()
     shutil.copy(run / "run.json", workdir)
     assert "no checkpoint is saved" in sections.headline(facts.gather(workdir))
-    imported = dataclasses.replace(facts.gather(workdir), saved=0)
-    assert "as they were imported or compressed" in sections.headline(imported)
+    monkeypatch.setattr(facts.Facts, "saved", 0)
+    assert "as they were imported or compressed" in sections.headline(facts.gather(workdir))
 
 
 def test_boundaries_of_the_learning_rate_are_marked(run: Path) -> None:
@@ -484,6 +483,9 @@ def test_what_does_not_change_the_outcome_makes_no_point_and_epochs_are_told_onc
     points, fields = comparison.gather_points([str(tmp_path)])
     assert {point.label: len(point.runs) for point in points} == {"resnet14 (epochs 2)": 2, "resnet14 (epochs 3)": 1}
     assert fields == ["train.epochs"]
+    make_run(tmp_path / "unfinished" / "run", (0.5,), train__epochs=3)  # of one configuration with "longer"
+    assert {point.label for point in comparison.gather_points([str(tmp_path), str(tmp_path / "unfinished")])[0]} == {
+        "resnet14 (epochs 2)", "resnet14 (epochs 3, 3 evaluated)", "resnet14 (epochs 3, 1 evaluated)"}
     header, rows, _ = comparison_page._rows(points, fields)
     assert header[1:4] == ["network", "error (%)", "best (%)"]  # what matters is seen without scrolling
     assert [row[2] for row in rows] == ["15.00 ± 7.07", "10.00"]

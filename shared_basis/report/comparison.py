@@ -16,9 +16,9 @@ from shared_basis.config import replace
 from shared_basis.errors import UserError
 from shared_basis.report.facts import Facts, gather
 
-LABELS = ("name", "seed", "train.record_gradients", "data.directory", "data.manual_directory", "data.placement",
-          "data.workers")
-"""Fields of the configuration that runs of one point may differ in: the seed, and what does not change the outcome."""
+LABELS = ("name", "seed", "train.record_gradients")
+"""Fields of the configuration that runs of one point may differ in: what the run is called, the seed, and what is only
+noted. (`config.differences` leaves out where things lie.)"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +129,8 @@ def _label(run: Facts, groups: Sequence[Sequence[Facts]], fields: Sequence[str])
     rivals = [each[0] for each in groups if each[0] is not run and each[0].config.model.name == name]
     told = [f"{field.rpartition('.')[2]} {value(run, field)}" for field in fields
             if any(value(rival, field) != value(run, field) for rival in rivals)]
-    if "train.epochs" not in fields and any(rival.epoch != run.epoch for rival in rivals):
-        told.append(f"{run.epoch} epochs")
+    if any(rival.epoch != run.epoch and rival.config.train.epochs == run.config.train.epochs for rival in rivals):
+        told.append(f"{run.epoch} evaluated" if "train.epochs" in fields else f"{run.epoch} epochs")
     return f"{name} ({', '.join(told)})" if told else name
 
 

@@ -30,10 +30,8 @@ class Facts:
     """Of metrics.jsonl: the evaluations, in the order of their epochs."""
     counts: Mapping[str, Any]
     """See `shared_basis.summary.compare_with_plain`."""
-    damaged: int = 0
+    damaged: int
     """Lines of metrics.jsonl that are no evaluation, and are left out."""
-    saved: int | None = None
-    """The step of the latest checkpoint, if there is one."""
 
     @property
     def classes(self) -> Sequence[str]:
@@ -59,6 +57,15 @@ class Facts:
     def steps_per_epoch(self) -> int:
         """Updates an epoch, as the last evaluation tells."""
         return self.lines[-1]["step"] // self.lines[-1]["epoch"]
+
+    @property
+    def saved(self) -> int | None:
+        """The step of the latest checkpoint, if there is one."""
+        directory = Workdir(self.path).checkpoints
+        if not directory.is_dir():
+            return None
+        with contextlib.closing(Checkpoints(directory, read_only=True)) as checkpoints:
+            return max(checkpoints.steps, default=None)
 
     @property
     def warning(self) -> str:
@@ -93,14 +100,11 @@ def gather(workdir: str | Path) -> Facts:
     run = Workdir(workdir)
     config, record = run.load()
     counts = _count(config.model, len(record["data"]["classes"]), tuple(record["data"]["image_shape"]))
-    lines = [line for line in run.metrics() if _is_evaluation(line)]
+    known, written = run.read_metrics()
+    lines = [line for line in known if _is_evaluation(line)]
     chooses = f"{chosen_on(lines[-1])}_accuracy" if lines else ""
     lines = [line for line in lines if math.isfinite(_number(line.get(chooses)))]
-    steps: list[int] = []
-    if run.checkpoints.is_dir():
-        with contextlib.closing(Checkpoints(run.checkpoints, read_only=True)) as checkpoints:
-            steps = checkpoints.steps
-    return Facts(run.path, config, record, lines, counts, run.count_metrics() - len(lines), max(steps, default=None))
+    return Facts(run.path, config, record, lines, counts, written - len(lines))
 
 
 @functools.cache

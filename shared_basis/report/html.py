@@ -5,7 +5,11 @@ from __future__ import annotations
 import html
 from collections.abc import Container, Iterable, Sequence
 
+from shared_basis.errors import printable
 from shared_basis.report.figures import Picture, data_uri
+
+NO_BREAK = "\u00a0"
+"""A space at which no line ends: not printable to Python."""
 
 
 class Html(str):
@@ -15,24 +19,19 @@ class Html(str):
 def element(tag: str, *children: str, **attributes: str) -> Html:
     """Returns an element; an attribute `class_` is its class, and `aria_label` its aria-label."""
     inside = "".join(markup(child) for child in children)
-    names = "".join(f' {name.rstrip("_").replace("_", "-")}="{html.escape(_printable(value))}"'
+    names = "".join(f' {name.rstrip("_").replace("_", "-")}="{html.escape(printable(value, NO_BREAK))}"'
                     for name, value in attributes.items())
     return Html(f"<{tag}{names}>" if tag in ("img", "meta") else f"<{tag}{names}>{inside}</{tag}>")
 
 
 def markup(child: str) -> Html:
     """Returns `child`, escaped unless it is markup already."""
-    return child if isinstance(child, Html) else Html(html.escape(_printable(child)))
+    return child if isinstance(child, Html) else Html(html.escape(printable(child, NO_BREAK)))
 
 
 def join(children: Iterable[str]) -> Html:
     """Returns the children one after another."""
     return Html("".join(map(markup, children)))
-
-
-def _printable(text: str) -> str:
-    """Returns `text` with what no page can hold written out: control characters, and half a surrogate pair."""
-    return "".join(char if char.isprintable() or char == "\u00a0" else repr(char)[1:-1] for char in text)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], label: str, numbers: Container[int] = ()) -> Html:

@@ -29,17 +29,20 @@ IMAGE_SIDE = 96
 
 def headline(facts: Facts) -> str:
     """Returns how the run ended, in `train.render`'s words, or how far it came; and what must be known of that."""
-    outcome, name = facts.outcome, facts.config.model.name
-    if outcome:
-        text = train.render(outcome).partition("\n")[0]
-    elif facts.saved:
-        text = (f"{name}: saved at step {facts.saved:,}, without an evaluation in metrics.jsonl: it was stopped before "
-                "its first one, or the file is lost")
-    elif facts.saved == 0:
-        text = f"{name}: weights as they were imported or compressed; not trained here yet"
-    else:
-        text = f"{name}: no checkpoint is saved"
+    outcome = facts.outcome
+    text = (train.render(outcome).partition("\n")[0] if outcome else
+            f"{facts.config.model.name}: {_unscored(facts.saved)}")
     return f"{text}. {f'Warning: {facts.warning}.' if facts.warning else ''}".rstrip()
+
+
+def _unscored(step: int | None) -> str:
+    """Returns what a run without evaluations is, by the step of its latest checkpoint."""
+    if step is None:
+        return "no checkpoint is saved"
+    if step == 0:
+        return "weights as they were imported or compressed; not trained here yet"
+    return (f"saved at step {step:,}, without an evaluation in metrics.jsonl: it was stopped before its first one, or "
+            "the file is lost")
 
 
 def cards(facts: Facts) -> Html:
