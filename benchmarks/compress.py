@@ -1,7 +1,7 @@
 """A trained network compressed at several budgets: before and after fine-tuning, from scratch, and as a file to ship.
 
     python benchmarks/compress.py --write                                       ResNet-20 on the digits
-    python benchmarks/compress.py --data=fashion_mnist --epochs=4 --tuning=1 --noscratch --write
+    python benchmarks/compress.py --data=fashion_mnist --epochs=3 --tuning=1 --noscratch --write
     python benchmarks/compress.py --data=DIR --network=resnet56 --write         on a directory of images (32×32)
 
 Runs are kept below --runs: the same command goes on where it was stopped. Fine-tuned networks are exported folded, as
@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import datetime
 import functools
 import json
+import math
 import os
 import shlex
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run
 import numpy as np
 
 from benchmarks.cases import Timed, repeated
-from benchmarks.common import Table, in_turns, markdown, replace_section
+from benchmarks.common import Parser, Table, in_turns, markdown, positive, replace_section
 from benchmarks.export import classify, graph_of_run, load_tests, session_of
-from benchmarks.records import ROOT, check_file, commit
+from benchmarks.records import ROOT, commit, read
 from configs import cifar_resnet, digits_resnet
 from shared_basis import compressing, train
 from shared_basis.config import Config, from_config_dict, replace
-from shared_basis.errors import UserError, end_with
+from shared_basis.errors import end_with
 from shared_basis.evaluate import Trained
 from shared_basis.export import onnx_file
 from shared_basis.export.folding import fold
@@ -44,14 +46,41 @@ from shared_basis.screen import Screen
 RECORDS, PAGE = ROOT / "results" / "compress.csv", ROOT / "docs" / "compress.md"
 BEGIN, END = "<!-- compress -->\n", "<!-- end of compress -->\n"
 
-COLUMNS = ("date", "commit", "command", "data", "plain", "seed", "budget", "network", "parameters", "macs",
-           "plain_parameters", "plain_macs", "plain_accuracy", "compressed_accuracy", "tuned_epochs", "tuned_accuracy",
-           "scratch_epochs", "scratch_accuracy", "test_examples", "file_bytes", "plain_file_bytes", "file_accuracy",
-           "latency", "latency_over_plain", "rounds")
-TIMES = ("latency", "latency_over_plain")
-"""Columns that differ from call to call."""
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A network that was compressed; its fields are the columns. Accuracies are parts of 1."""
 
-Row = Mapping[str, Any]
+    date: str
+    commit: str
+    command: str
+    data: str
+    plain: str
+    seed: int
+    budget: float
+    network: str
+    parameters: int
+    macs: int
+    plain_parameters: int
+    plain_macs: int
+    plain_accuracy: float
+    compressed_accuracy: float
+    tuned_epochs: int
+    tuned_accuracy: float
+    scratch_epochs: str
+    """Empty where it was not trained from scratch, as is its accuracy."""
+    scratch_accuracy: str
+    test_examples: int
+    file_bytes: int
+    plain_file_bytes: int
+    file_accuracy: float
+    latency: float
+    """Seconds of one image."""
+    latency_over_plain: float
+    rounds: int
+
+
+NOTED = ("date", "commit", "command", "latency", "latency_over_plain")
+"""Columns that differ from call to call where all else is the same."""
 
 
 def recipe(options: argparse.Namespace, network: str) -> Config:
@@ -76,12 +105,12 @@ def tuning(config: Config, epochs: int) -> Config:
         "optimizer.learning_rate": config.optimizer.learning_rate / 10})
 
 
-def measure(options: argparse.Namespace, screen: Screen) -> list[Row]:
+def measure(options: argparse.Namespace, command: str, screen: Screen) -> list[Row]:
     """Returns a row for each budget; runs that are finished already take no time."""
     runs = Path(options.runs) / f"{Path(options.data).name}-{options.network}-{options.seed}"
     plain = recipe(options, options.network)
     train.train(plain, runs / "plain", screen)
-    rows = []
+    learned: list[dict[str, Any]] = []
     for budget in options.budgets:
         workdir, told = runs / f"{budget:g}", runs / f"{budget:g}.json"
         if not told.exists():
@@ -94,20 +123,22 @@ def measure(options: argparse.Namespace, screen: Screen) -> list[Row]:
         scratch = recipe(options, found["model"])
         tuned = train.train(tuning(scratch, options.tuning), workdir, screen)
         alone = {} if options.noscratch else train.train(scratch, runs / found["model"], screen)
-        rows.append({
+        learned.append({
+            "date": datetime.date.today().isoformat(), "commit": commit(), "command": command,
             "data": Path(options.data).name, "plain": options.network, "seed": options.seed, "budget": budget,
             "network": found["model"], "parameters": found["parameters"], "macs": found["macs"],
             "plain_parameters": found["plain"]["parameters"], "plain_macs": found["plain"]["macs"],
             "plain_accuracy": found["test_accuracy"]["plain"],
             "compressed_accuracy": found["test_accuracy"]["compressed"],
             "tuned_epochs": options.tuning, "tuned_accuracy": tuned["test_accuracy"],
-            "scratch_epochs": scratch.train.epochs if alone else "", "scratch_accuracy": alone.get("test_accuracy", ""),
+            "scratch_epochs": str(scratch.train.epochs) if alone else "",
+            "scratch_accuracy": str(alone["test_accuracy"]) if alone else "",
             "test_examples": found["test_examples"]})
     shipped = ship([runs / "plain", *(runs / f"{budget:g}" for budget in options.budgets)], options.rounds, screen)
-    return [{**row, **file} for row, file in zip(rows, shipped, strict=True)]
+    return [Row(**row, **file) for row, file in zip(learned, shipped, strict=True)]
 
 
-def ship(workdirs: Sequence[Path], rounds: int, screen: Screen) -> list[Row]:
+def ship(workdirs: Sequence[Path], rounds: int, screen: Screen) -> list[dict[str, Any]]:
     """Exports runs, folded, and returns of each but the first, the plain one, how large, right and fast its file is."""
     opened = [Trained.open(workdir) for workdir in workdirs]
     tests = load_tests(opened[0], screen)
@@ -115,104 +146,112 @@ def ship(workdirs: Sequence[Path], rounds: int, screen: Screen) -> list[Row]:
     contents = [onnx_file.serialise(fold(graph_of_run(trained), "auto")[0], {})[""] for trained in opened]
     sessions = [session_of(content) for content in contents]
     one = {"images": tests[0][0][:1]}
+    timed = {index: Timed(repeated(functools.partial(session.run, None, one)))
+             for index, session in enumerate(sessions)}
     screen.line(f"timing {len(sessions)} files, an image at a time …")
-    seconds = in_turns({index: Timed(repeated(functools.partial(session.run, None, one)))
-                        for index, session in enumerate(sessions)}, rounds + 1)
-    del seconds[0][0]  # the first round finds out how often
-    ratios = [[a / b for a, b in zip(each[1:], seconds[0], strict=True)] for each in list(seconds.values())[1:]]
-    return [{"file_bytes": len(contents[index]), "plain_file_bytes": len(contents[0]),
-             "file_accuracy": float(np.mean(classify(sessions[index], tests).argmax(-1) == labels)),
-             "latency": f"{statistics.median(seconds[index][1:]):.4g}",
-             "latency_over_plain": f"{statistics.median(over_plain):.3f}", "rounds": rounds}
-            for index, over_plain in enumerate(ratios, 1)]
+    for measure_one in timed.values():
+        measure_one()  # finds out how often
+    plain, *others = in_turns(timed, rounds).values()
+    return [{"file_bytes": len(content), "plain_file_bytes": len(contents[0]),
+             "file_accuracy": float(np.mean(classify(session, tests).argmax(-1) == labels)),
+             "latency": float(f"{statistics.median(seconds):.4g}"),
+             "latency_over_plain": round(statistics.median(a / b for a, b in zip(seconds, plain, strict=True)), 3),
+             "rounds": rounds} for content, session, seconds in zip(contents[1:], sessions[1:], others, strict=True)]
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """Returns the rows of the file, if there is one; raises `UserError` for one with other columns."""
-    check_file(path, COLUMNS)
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def record(path: Path, row: Row, command: str) -> None:
+def record(path: Path, row: Row) -> None:
     """Adds a row to the file, in place of an older one of the same network, data, seed and budget.
 
     One that finds the same is kept, with the commit that it was found at.
     """
-    new = {name: str(value) for name, value in {"date": datetime.date.today().isoformat(), "commit": commit(),
-                                                "command": command, **row}.items()}
-    if any(all(each[name] == str(value) for name, value in row.items() if name not in TIMES) for each in read(path)):
+    rows = read(path, Row)
+    if any(dataclasses.replace(each, **{name: getattr(row, name) for name in NOTED}) == row for each in rows):
         return
-    kept = [each for each in read(path)
-            if any(each[name] != new[name] for name in ("data", "plain", "seed", "budget"))]
+    kept = [each for each in rows if any(getattr(each, name) != getattr(row, name)
+                                         for name in ("data", "plain", "seed", "budget"))]
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
         writer.writeheader()
-        writer.writerows([*kept, new])
+        writer.writerows(map(dataclasses.asdict, [*kept, row]))
     os.replace(temporary, path)
 
 
-def tables(rows: list[dict[str, str]]) -> str:
+def tables(rows: Sequence[Row]) -> str:
     """Returns the rows as two tables for a person: what was learned, and what is shipped."""
-    def percent(value: str) -> str:
-        return f"{100 * float(value):.2f}"
+    def percent(value: float) -> str:
+        return f"{100 * value:.2f}"
 
-    def part(row: dict[str, str], one: str, other: str) -> str:
-        return f"{100 * int(row[one]) / int(row[other]):.0f} %"
+    def part(one: int, other: int) -> str:
+        return f"{100 * one / other:.0f} %"
     learned: Table = [["data, plain network", "budget", "network", "parameters", "MACs", "plain", "compressed",
                        "fine-tuned", "from scratch", "date"]]
     shipped: Table = [["data, network", "file, KiB", "over plain's", "accuracy of the file", "latency, ms",
                        "over plain's"]]
     for row in rows:
-        learned.append([f"{row['data']}, {row['plain']}", row["budget"], row["network"],
-                        *(part(row, name, f"plain_{name}") for name in ("parameters", "macs")),
-                        *(percent(row[f"{name}_accuracy"]) for name in ("plain", "compressed")),
-                        *(f"{percent(row[f'{name}_accuracy'])} ({row[f'{name}_epochs']})" if row[f"{name}_epochs"]
-                          else "not run" for name in ("tuned", "scratch")), row["date"]])
-        shipped.append([f"{row['data']}, {row['network']}", f"{int(row['file_bytes']) / 1024:.0f}",
-                        part(row, "file_bytes", "plain_file_bytes"), percent(row["file_accuracy"]),
-                        f"{1000 * float(row['latency']):.3g}", f"{float(row['latency_over_plain']):.2f}"])
+        scratch = f"{percent(float(row.scratch_accuracy))} ({row.scratch_epochs})" if row.scratch_epochs else "not run"
+        learned.append([f"{row.data}, {row.plain}", f"{row.budget:g}", row.network,
+                        part(row.parameters, row.plain_parameters), part(row.macs, row.plain_macs),
+                        percent(row.plain_accuracy), percent(row.compressed_accuracy),
+                        f"{percent(row.tuned_accuracy)} ({row.tuned_epochs})", scratch, row.date])
+        shipped.append([f"{row.data}, {row.network}", f"{row.file_bytes / 1024:.0f}",
+                        part(row.file_bytes, row.plain_file_bytes), percent(row.file_accuracy),
+                        f"{1000 * row.latency:.3g}", f"{row.latency_over_plain:.2f}"])
     return f"\n{markdown(learned)}\n{markdown(shipped)}\n"
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Returns the options."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
+    """Returns the parser, for later mistakes, and the options."""
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="digits", help="digits, cifar10, fashion_mnist, or a directory of images")
     parser.add_argument("--network", default="resnet20", help="the plain network")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.35, 0.5, 0.75], help="parts of its parameters")
-    parser.add_argument("--epochs", type=int, default=12, help="of training from scratch; of digits the recipe's 24")
-    parser.add_argument("--tuning", type=int, default=4, help="epochs of fine-tuning")
+    parser.add_argument("--budgets", type=_budget, nargs="+", default=[0.35, 0.5, 0.75],
+                        help="parts of its parameters")
+    parser.add_argument("--epochs", type=positive, default=12, help="of training from scratch; of digits always 24")
+    parser.add_argument("--tuning", type=positive, default=4, help="epochs of fine-tuning")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--noscratch", action="store_true", help="train nothing from scratch but the plain network")
-    parser.add_argument("--rounds", type=int, default=9, help="measurements of each file's latency")
+    parser.add_argument("--rounds", type=positive, default=9, help="measurements of each file's latency")
     parser.add_argument("--runs", default="runs/compress", help="where runs are kept")
-    parser.add_argument("--write", action="store_true", help="replace the table in docs/compress.md")
-    options = parser.parse_args(arguments)
-    if any(not 0 < budget <= 1 for budget in options.budgets):
-        raise UserError(f"--budgets={options.budgets}: each must be above 0 and at most 1.")
-    if min(options.epochs, options.tuning, options.rounds) < 1:
-        raise UserError("--epochs, --tuning and --rounds: must be positive.")
-    return options
+    parser.add_argument("--write", action="store_true", help="replace the tables in docs/compress.md")
+    return parser, parser.parse_args(arguments)
 
 
-def main() -> None:
-    """Measures, records, and writes the table if asked to."""
-    options = parse(sys.argv[1:])
+def _budget(text: str) -> float:
+    """Returns a number above 0 and at most 1; raises argparse's error for other text."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a budget is above 0 and at most 1")
+    return value
+
+
+def run(options: argparse.Namespace, words: Sequence[str]) -> None:
+    """Measures, records, and writes the tables if asked to.
+
+    Args:
+      words: the command line, for the rows.
+    """
     onnx_file.require_packages()
-    words = [f"--data={Path(options.data).name}" if word.startswith("--data=") else word for word in sys.argv[1:]
-             if not word.startswith("--runs")]  # no path of this machine
-    command = shlex.join(["python", "benchmarks/compress.py", *words])
+    read(RECORDS, Row)  # a file of other rows is told before what takes hours
+    command = shlex.join(["python", "benchmarks/compress.py", *(
+        f"--data={Path(options.data).name}" if word.startswith("--data=") else word for word in words
+        if not word.startswith("--runs"))])  # no path of this machine
     with Screen(sys.stderr) as screen:
-        for row in measure(options, screen):
-            record(RECORDS, row, command)
-    text = tables(read(RECORDS))
+        for row in measure(options, command, screen):
+            record(RECORDS, row)
+    text = tables(read(RECORDS, Row))
     print(text)
     if options.write:
         replace_section(PAGE, BEGIN, END, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Does what the command line says."""
+    parser, options = parse(arguments)
+    parser.end_with(run, options, sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":
