@@ -76,7 +76,7 @@ def test_table_of_networks_is_current():
 
 
 FLAGS = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / "main.py").read_text()))
-OTHERS = {"zone", "worker", "command", "nodes", "signal", "kills", "seed", "write", "noreport"}
+OTHERS = {"zone", "worker", "command", "nodes", "signal", "kills", "seed", "write", "noreport", "study"}
 """Flags of gcloud, srun and the torture script, and one of main.py by its negative."""
 
 
