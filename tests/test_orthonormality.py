@@ -40,6 +40,16 @@ def test_polar_factor_is_that_of_the_decomposition(shape: tuple[int, int], seed:
     np.testing.assert_allclose(polar_factor(jnp.asarray(stack, jnp.float32)), u @ vh, atol=3e-5)
 
 
+@pytest.mark.parametrize("least", [0.9, 0.1, 0.01])
+@pytest.mark.parametrize("shape", [(64, 576), (64, 64), (100, 64)])
+def test_polar_factor_of_large_matrices_is_orthonormal(shape: tuple[int, int], least: float) -> None:
+    u, s, vh = np.linalg.svd(np.random.default_rng(0).normal(size=shape), full_matrices=False)
+    found = np.float64(polar_factor(jnp.asarray(u * np.geomspace(least, 1, len(s)) @ vh, jnp.float32)))
+    gram = found.T @ found if shape[0] > shape[1] else found @ found.T
+    np.testing.assert_allclose(gram, np.eye(len(gram)), atol=2e-6)  # rounding does not add up over iterations,
+    np.testing.assert_allclose(found, u @ vh, atol=2e-6 / least)  # which small singular values magnify in the factor
+
+
 @settings(deadline=None, max_examples=40)
 @given(SHAPES, st.integers(0, 2**32 - 1))
 def test_tangent_is_the_orthogonal_projection(shape: tuple[int, int], seed: int) -> None:
