@@ -1,4 +1,6 @@
-"""Trains the networks of a study over several seeds, and regenerates the tables of docs/results.md from all rows.
+"""Trains the networks of a study over several seeds, and regenerates from all rows the tables of the documentation.
+
+These are the studies' sections of docs/results.md, and the overview in README.md.
 
     python benchmarks/experiments.py --study=digits              about an hour on two cores; the same command resumes
     python benchmarks/experiments.py --study=cifar60 --images=DIR --jobs=4 --devices=0,1
@@ -27,14 +29,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
 
-from benchmarks.common import Parser, positive, replace_section, versions
-from benchmarks.findings import COLUMNS, Row, of, section
+from benchmarks.common import Parser, markdown, positive, replace_section, versions
+from benchmarks.findings import COLUMNS, Row, of, overview, section
 from benchmarks.records import ROOT, append, commit, read
 from benchmarks.studies import STUDIES, Study, Variant
 from shared_basis.errors import UserError
 
 RESULTS = ROOT / "results"
-PAGE = ROOT / "docs" / "results.md"
+PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
 BASES = ("penalty", "norm_min", "norm_mean", "norm_max", "coherence")
 
 
@@ -48,7 +50,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
     parser.add_argument("--devices", default="", help="numbers of the GPUs to divide the jobs among, e.g. 0,1")
     parser.add_argument("--workdirs", type=Path, default=Path("runs") / "studies", help="where the runs are kept")
-    parser.add_argument("--write", action="store_true", help="replace the tables of docs/results.md (also at the end)")
+    parser.add_argument("--write", action="store_true",
+                        help="replace the tables of docs/results.md and README.md (also at the end)")
     return parser, parser.parse_args(arguments)
 
 
@@ -58,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.study and not options.write:
         parser.error(f"name a --study ({', '.join(STUDIES)}), or --write the tables again")
     failed = parser.end_with(run_study, options.study, STUDIES[options.study], options) if options.study else 0
-    parser.end_with(write_page)
+    parser.end_with(write_pages)
     return int(failed > 0)
 
 
@@ -144,13 +147,20 @@ def make_row(result: Mapping[str, Any], name: str, variant: Variant, seed: int, 
         command=shown)
 
 
-def write_page() -> None:
-    """Replaces the tables between the marks of docs/results.md."""
-    for name, study in STUDIES.items():
-        begin, end = f"<!-- study: {name} -->\n", f"<!-- end of study: {name} -->\n"
-        if begin not in PAGE.read_text():
-            raise UserError(f"{PAGE.name} has no mark {begin.strip()}.")
-        replace_section(PAGE, begin, end, section(name, study, read(RESULTS / f"study-{name}.csv", Row)))
+def pages() -> list[tuple[Path, str, str]]:
+    """Returns the generated parts of the documentation: file, mark, and what stands there by the rows."""
+    rows = {name: read(RESULTS / f"study-{name}.csv", Row) for name in STUDIES}
+    return [*((PAGE, f"study: {name}", section(name, study, rows[name])) for name, study in STUDIES.items()),
+            (README, "studies", markdown(overview(STUDIES, rows)))]
+
+
+def write_pages() -> None:
+    """Replaces what stands between the marks of docs/results.md and README.md."""
+    for page, mark, text in pages():
+        begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->\n"
+        if begin not in page.read_text():
+            raise UserError(f"{page.name} has no mark {begin.strip()}.")
+        replace_section(page, begin, end, text)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from benchmarks.common import Table, markdown
 from benchmarks.studies import Study, Variant
@@ -120,6 +120,23 @@ def contrasts(study: Study, rows: Sequence[Row]) -> Table:
     return [["change", "final error of the second less the first's"], *(
         [f"{one} → {other}", difference(by_label[other], by_label[one])] for one, other in study.contrasts
         if by_label[one] and by_label[other])]
+
+
+def overview(studies: Mapping[str, Study], rows: Mapping[str, Sequence[Row]]) -> Table:
+    """Returns a line for each study: how much of it was run, and which of its contrasts can be told from noise."""
+    lines: Table = [["study", "runs", "differences of the final error, in points, whose interval leaves 0 out",
+                     "within noise"]]
+    for name, study in studies.items():
+        done = sum(len(of(rows[name], variant)) for variant in study.variants)
+        if not done:
+            lines.append([study.title, NOT_RUN, NONE, NONE])
+            continue
+        judged = contrasts(study, rows[name])[1:]
+        clear = [f"{change}: {found}" for change, found in judged if found.endswith(("better", "worse"))]
+        unclear = sum(found.endswith("]") for _, found in judged)
+        lines.append([study.title, f"{done} of {len(study.variants) * study.seeds}", "; ".join(clear) or "none",
+                      f"{unclear} of {len(clear) + unclear}"])
+    return lines
 
 
 def section(name: str, study: Study, rows: Sequence[Row]) -> str:

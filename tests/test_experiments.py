@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 
 from benchmarks import experiments
-from benchmarks.findings import COLUMNS, Row, contrasts, difference, interval, mean_and_deviation, section, table
+from benchmarks.findings import (
+    COLUMNS,
+    Row,
+    contrasts,
+    difference,
+    interval,
+    mean_and_deviation,
+    overview,
+    section,
+    table,
+)
 from benchmarks.records import append, read
 from benchmarks.studies import STUDIES, Study, Variant
 from shared_basis.config import Config
@@ -60,6 +70,23 @@ def test_contrasts_are_paired_by_seed_and_those_not_run_are_left_out() -> None:
     assert contrasts(study, rows[:3])[1:] == []
     level = [row(SHARED, seed, 10.0 + seed - 1e-12 * (seed - 1)) for seed in range(3)]
     assert contrasts(study, rows[:3] + level)[1][1].startswith("+0.00 [+0.00, +0.00]")
+
+
+def test_the_overview_tells_what_leaves_0_out_from_noise_and_from_what_nobody_ran() -> None:
+    study = dataclasses.replace(STUDY, contrasts=(("plain", "shared"),))
+    rows = [row(PLAIN, seed, 10.0 + seed) for seed in range(2)]
+    apart = rows + [row(SHARED, seed, 9.0 + seed) for seed in range(2)]
+    noise = rows + [row(SHARED, seed, 10.0 - seed) for seed in range(2)]
+    studies = dict.fromkeys(("apart", "noise", "half", "absent"), study)
+    assert overview(studies, {"apart": apart, "noise": noise, "half": rows, "absent": []})[1:] == [
+        ["Title", "4 of 4", "plain → shared: -1.00 [-1.00, -1.00] better", "0 of 1"],
+        ["Title", "4 of 4", "none", "1 of 1"],
+        ["Title", "2 of 4", "none", "0 of 0"], ["Title", "not run", "–", "–"]]
+
+
+def test_the_documentation_says_what_the_rows_say() -> None:
+    for page, mark, text in experiments.pages():
+        assert f"<!-- {mark} -->\n{text}<!-- end of {mark} -->" in page.read_text(), mark
 
 
 @pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
@@ -136,7 +163,9 @@ def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     monkeypatch.setattr(subprocess, "run", call)
     monkeypatch.setattr(experiments, "RESULTS", tmp_path)
     monkeypatch.setattr(experiments, "PAGE", tmp_path / "results.md")
+    monkeypatch.setattr(experiments, "README", tmp_path / "README.md")
     monkeypatch.setattr(experiments, "STUDIES", {"tiny": STUDY})
+    (tmp_path / "README.md").write_text("<!-- studies -->\n<!-- end of studies -->\n")
     (tmp_path / "results.md").write_text("before\n<!-- study: tiny -->\nold\n<!-- end of study: tiny -->\nafter\n")
     return calls
 
@@ -157,6 +186,7 @@ def test_runs_what_has_no_row_and_goes_on_after_a_failure(study: list[list[str]]
     assert page.endswith("after\n")
     assert "old" not in page
     assert "| plain | 1,000 |" in page
+    assert "| Title | 3 of 4 |" in (tmp_path / "README.md").read_text()
     assert experiments.main(["--study=tiny", "--workdirs=w"]) == 1
     assert len(study) == 4  # the failed one alone
 
