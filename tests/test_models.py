@@ -1,5 +1,7 @@
 """The networks: their names, who owns what, what they compute, and that everything learns."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from shared_basis.basis import BasisConv, ElementSet
 from shared_basis.errors import UserError
 from shared_basis.models import GRAMMAR, create_model, plain_counterpart
 from shared_basis.models.resnet import BasicBlock, shortcut
+from shared_basis.ops import quick_compiler_options
 from shared_basis.params import abstract_variables
 
 
@@ -235,6 +238,21 @@ def test_initial_variables_are_those_published():
             np.testing.assert_array_equal(leaf, np.full(leaf.shape, names[-1] in ("scale", "var")), str(names))
     kernel = params["group3"]["block1"]["first"]["kernel"]
     assert abs(np.std(kernel) / np.sqrt(2 / (9 * 64)) - 1) < 5 / np.sqrt(2 * kernel.size)
+
+
+def test_blocks_begin_apart_and_their_number_does_not_lengthen_the_program():
+    def initialise(depth):
+        model = create_model(f"resnet{depth}-s2u1-double")
+        return jax.jit(lambda key: model.init(key, jnp.zeros((1, 8, 8, 3)), train=False)).trace(jax.random.key(0))
+
+    shallow, deep = initialise(20), initialise(32)  # 3 and 5 blocks in a group
+    draws = [str(traced.jaxpr).count("erf_inv") for traced in (shallow, deep)]
+    assert draws[0] == draws[1] > 0
+    group = deep.lower().compile(quick_compiler_options())(jax.random.key(0))["params"]["group1"]
+    coefficients = [group[f"block{index}"]["first"]["coefficients"] for index in range(2, 6)]
+    for one, other in itertools.combinations(coefficients, 2):
+        assert abs(np.corrcoef(np.ravel(one), np.ravel(other))[0, 1]) < 0.6
+    assert np.std(coefficients) == pytest.approx(np.sqrt(2 / 16), rel=0.25)  # He's, by the 16 filters
 
 
 # Learning: one small network of each mode, one compiled program for each

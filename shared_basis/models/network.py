@@ -145,15 +145,27 @@ class Group(nn.Module):
         """Maps `x [N, H, W, C]` through the blocks; `shared` holds the shared array of each layer that uses one."""
         x = self.make_block(True, "block1")(x, {}, train=train)
         names = [f"block{index}" for index in range(2, self.blocks + 1)]
-        if self.loop and len(names) > 1 and not self.is_initializing():
-            return self._loop(names, x, shared, train)
-        for name in names:
-            x = self.make_block(False, name)(x, shared, train=train)
+        blocks = [self.make_block(False, name) for name in names]
+        if len(names) > 1:
+            alike = blocks[0].clone(parent=None, name=None)
+            if self.is_initializing():
+                self._initialise(alike, names, x, shared)
+            if self.loop:
+                return self._loop(alike, names, x, shared, train)
+        for block in blocks:
+            x = block(x, shared, train=train)
         return x
 
-    def _loop(self, names: list[str], x: Array, shared: Mapping[str, Array], train: bool) -> Array:
+    def _initialise(self, block: nn.Module, names: list[str], x: Array, shared: Mapping[str, Array]) -> None:
+        """Makes the variables of the blocks `names` all at once: one by one, deep networks take long to compile."""
+        made = jax.lax.map(lambda key: block.init(key, jnp.zeros_like(x), shared, train=False),
+                           jax.random.split(self.make_rng("params"), len(names)))
+        for index, name in enumerate(names):
+            for kind, variables in made.items():
+                self.put_variable(kind, name, jax.tree.map(lambda leaf, index=index: leaf[index], variables))
+
+    def _loop(self, block: nn.Module, names: list[str], x: Array, shared: Mapping[str, Array], train: bool) -> Array:
         """Maps `x` through the blocks `names`, whose variables stay where they are, each under its block's name."""
-        block = self.make_block(False, names[0]).clone(parent=None, name=None)
 
         def body(x: Array, variables: Mapping[str, Any]) -> tuple[Array, Mapping[str, Any]]:
             return block.apply(variables, x, shared, train=train, mutable=["batch_stats"] if train else [])
