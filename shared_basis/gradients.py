@@ -94,8 +94,10 @@ def _called(network: Network, image_shape: tuple[int, int, int]) -> list[nn.Modu
             called.append(context.module)
         return call(*args, **kwargs)
 
+    unrolled = network.clone(loop=False)  # a loop computes blocks without their names
+    variables = abstract_variables(network, image_shape)
     with nn.intercept_methods(note):
-        abstract_variables(network, image_shape)
+        jax.eval_shape(functools.partial(unrolled.apply, train=False), variables, jnp.zeros((1, *image_shape)))
     return called
 
 

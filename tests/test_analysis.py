@@ -179,6 +179,9 @@ def test_layers_come_in_the_order_of_the_computation() -> None:
     assert paths.index("group1/block6/second") < paths.index("transition1") < paths.index("group2/block1/first")
     assert paths.index("group2/block9/first") < paths.index("group2/block10/first")
     assert len(paths) == 121
+    looped = ["/".join(path) for path in layer_paths(create_model("resnet20-s4u1-double", loop=True), (8, 8, 3))]
+    assert looped[1:5] == ["group1/block1/first", "group1/block1/second", "group1/block2/first", "group1/block2/second"]
+    assert len(looped) == 20
     assert by_depth(["b", "a"], {"a/kernel": 1, "bases/x/y": 1, "b/unique": 1, "b/coefficients": 1}) == [
         "b/coefficients", "b/unique", "a/kernel", "bases/x/y"]
 
