@@ -1,7 +1,7 @@
 """A trained network compressed at several budgets: before and after fine-tuning, from scratch, and as a file to ship.
 
     python benchmarks/compress.py --write                                       ResNet-20 on the digits
-    python benchmarks/compress.py --data=fashion_mnist --epochs=3 --tuning=1 --noscratch --write
+    python benchmarks/compress.py --data=fashion_mnist --epochs=3 --tuning=1 --write           an hour on two cores
     python benchmarks/compress.py --data=DIR --network=resnet56 --write         on a directory of images (32×32)
 
 Runs are kept below --runs: the same command goes on where it was stopped. Fine-tuned networks are exported folded, as
