@@ -298,11 +298,17 @@ def test_images_that_are_all_broken_end_the_search_for_a_whole_one(tmp_path: Pat
 def test_images_of_other_sizes_are_told_unless_they_are_brought_to_one(tmp_path: Path, batches: str) -> None:
     examples = write_images(tmp_path)
     Image.fromarray(np.zeros((45, 61, 3), np.uint8)).save(examples.name(4))
-    spec, config = Spec((45, 60, 3), SPEC.classes), DataConfig(name="folder", directory="/images", on_broken="skip")
-    source: Batches = TrainingBatches(examples, spec, config, seed=0, batch_size=COUNT, epochs=1) if (
-        batches == "training") else TestBatches(examples, spec, config, batch_size=COUNT)
+
+    def read_all(spec: Spec, config: DataConfig) -> list[Any]:
+        source: Batches = TrainingBatches(examples, spec, config, seed=0, batch_size=COUNT, epochs=1) if (
+            batches == "training") else TestBatches(examples, spec, config, batch_size=COUNT)
+        return list(read(source, 0))
+
     with user_error("images differ in size", examples.name(4), "45×61", "45×60", "--config.data.image_size"):
-        list(read(source, 0))
+        read_all(Spec((45, 60, 3), SPEC.classes), DataConfig(name="folder", directory="/images", on_broken="skip"))
+    (batch,) = read_all(SPEC, SKIP)  # which brings them to 6×6
+    assert batch.images.shape == (COUNT, 6, 6, 3)
+    assert not any(batch.skipped)
 
 
 @pytest.mark.parametrize("label", [-1, 4])
