@@ -104,7 +104,12 @@ def loop(body: Callable[[Tree, Tree], tuple[Tree, Tree]], carry: Tree, inputs: l
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
     keeping = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
     carry, outputs = jax.lax.scan(keeping, carry, stacked)
-    return carry, [jax.tree.map(lambda leaf, i=i: leaf[i], outputs) for i in range(len(inputs))]
+    return carry, unstack(outputs, len(inputs))
+
+
+def unstack(tree: Tree, count: int) -> list[Tree]:
+    """Returns the `count` trees that the arrays of `tree`, `[count, …]`, hold one after another."""
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(count)]
 
 
 def convolve(x: Array, kernel: Array, strides: int, padding: int, dtype: Dtype) -> Array:

@@ -20,7 +20,7 @@ from shared_basis.basis import (
     init_shared_bases,
 )
 from shared_basis.errors import UserError
-from shared_basis.ops import loop, prefers_loops
+from shared_basis.ops import loop, prefers_loops, unstack
 
 MANY_BLOCKS = 9
 """From so many blocks a plain group is faster in a loop on CPU (ResNet-110 by a fifth); one of 5 is slower by 8 %."""
@@ -158,11 +158,11 @@ class Group(nn.Module):
 
     def _initialise(self, block: nn.Module, names: list[str], x: Array, shared: Mapping[str, Array]) -> None:
         """Makes the variables of the blocks `names` all at once: one by one, deep networks take long to compile."""
-        made = jax.lax.map(lambda key: block.init(key, jnp.zeros_like(x), shared, train=False),
+        made = jax.lax.map(lambda key: block.init(key, x, shared, train=False),
                            jax.random.split(self.make_rng("params"), len(names)))
-        for index, name in enumerate(names):
-            for kind, variables in made.items():
-                self.put_variable(kind, name, jax.tree.map(lambda leaf, index=index: leaf[index], variables))
+        for name, variables in zip(names, unstack(made, len(names)), strict=True):
+            for kind, values in variables.items():
+                self.put_variable(kind, name, values)
 
     def _loop(self, block: nn.Module, names: list[str], x: Array, shared: Mapping[str, Array], train: bool) -> Array:
         """Maps `x` through the blocks `names`, whose variables stay where they are, each under its block's name."""
