@@ -361,8 +361,7 @@ def test_memory_of_a_process_is_its_own() -> None:
     assert worker.resident_bytes("VmRSS") > large.nbytes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_penalty_is_measured_from_the_command_line(real: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     """Of the network itself, and of one that compiles fast under its name."""

@@ -179,7 +179,7 @@ def test_a_configuration_is_taken_or_refused_by_the_name_of_a_field(changed: dic
     assert {path: type(value) for path, value in config_module._flatten(to_dict(config)).items()} == kinds
 
 
-@settings(THOROUGH, max_examples=8)
+@settings(THOROUGH, max_examples=12)
 @given(changes)
 @example({"data.std": [1e-7]})
 @example({"data.mean": [1e300]})

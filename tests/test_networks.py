@@ -109,16 +109,10 @@ STRUCTURES = [("resnet20-s4u1", "cifar", SMALL), ("resnet20-s4u1-double", "cifar
               ("densenet121-s16u4", "cifar", {"blocks": (2, 2, 2, 3), "growth": 4}),
               ("resnext50_32x4d-s16u4", "cifar", {"blocks": (2, 3), "widths": (32, 64)}),
               ("mobilenetv2-shared", "cifar", {})]
-MOBILENET_WITH_BOTH_SHARED = ("mobilenetv2-shared++", "imagenet", {})
+MOBILENET_WITH_BOTH_SHARED = pytest.param("mobilenetv2-shared++", "imagenet", {}, marks=pytest.mark.slow)
 
 
-def unless(slow, rows):
-    """Returns `rows`, those marked whose network's name begins with one of `slow`."""
-    return [pytest.param(*row, marks=[pytest.mark.slow] if row[0].startswith(slow) else []) for row in rows]
-
-
-@pytest.mark.parametrize(("name", "stem", "smaller"),
-                         unless(("mobilenet", "dense", "resnext"), [*STRUCTURES, MOBILENET_WITH_BOTH_SHARED]))
+@pytest.mark.parametrize(("name", "stem", "smaller"), [*STRUCTURES, MOBILENET_WITH_BOTH_SHARED])
 def test_gradient_of_what_is_shared_is_the_sum_over_the_layers_that_use_it(name, stem, smaller):
     model = create_model(name, num_classes=5, stem=stem, loop=False).clone(**smaller)
     size = 64 if stem == "imagenet" else 16
@@ -153,8 +147,9 @@ def test_gradient_of_what_is_shared_is_the_sum_over_the_layers_that_use_it(name,
     _assert_every_parameter_has_a_gradient(gradient)
 
 
-@pytest.mark.parametrize(("name", "stem", "smaller"), unless(
-    ("mobilenet", "resnet50", "resnext", "resnet34"), [row for row in STRUCTURES if not row[0].startswith("dense")]))
+@pytest.mark.parametrize(("name", "stem", "smaller"), [
+    pytest.param(*row, marks=[pytest.mark.slow] if row[0].startswith(("mobilenet", "resnet34", "resnet50", "resnext"))
+                 else []) for row in STRUCTURES if not row[0].startswith("dense")])
 def test_a_loop_computes_what_blocks_do_one_after_another(name, stem, smaller):
     one, other = (create_model(name, num_classes=5, stem=stem, loop=loop).clone(**smaller) for loop in (True, False))
     size = 64 if stem == "imagenet" else 16
