@@ -114,16 +114,19 @@ def _cells(runs: dict[int, Row]) -> list[str]:
             f"{statistics.median(row.wall_seconds for row in values) / 60:.1f}"]
 
 
-def contrasts(study: Study, rows: Sequence[Row]) -> Table:
-    """Returns the paired differences of a study's contrasts that were run."""
+def paired(study: Study, rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> Table:
+    """Returns the paired differences of those `pairs` of labels that were run, the second less the first."""
     by_label = {variant.label: of(rows, variant) for variant in study.variants}
     return [["change", "final error of the second less the first's"], *(
-        [f"{one} → {other}", difference(by_label[other], by_label[one])] for one, other in study.contrasts
+        [f"{one} → {other}", difference(by_label[other], by_label[one])] for one, other in pairs
         if by_label[one] and by_label[other])]
 
 
 def overview(studies: Mapping[str, Study], rows: Mapping[str, Sequence[Row]]) -> Table:
-    """Returns a line for each study: how much of it was run, and which of its contrasts can be told from noise."""
+    """Returns a line for each study: how much of it was run, and which of its differences can be told from noise.
+
+    These are its contrasts, and those of each variant from the first one of its group.
+    """
     lines: Table = [["study", "runs", "differences of the final error, in points, whose interval leaves 0 out",
                      "within noise"]]
     for name, study in studies.items():
@@ -131,7 +134,8 @@ def overview(studies: Mapping[str, Study], rows: Mapping[str, Sequence[Row]]) ->
         if not done:
             lines.append([study.title, NOT_RUN, NONE, NONE])
             continue
-        judged = contrasts(study, rows[name])[1:]
+        from_first = [(group[0].label, variant.label) for group in study.groups for variant in group[1:]]
+        judged = paired(study, rows[name], list(dict.fromkeys((*from_first, *study.contrasts))))[1:]
         clear = [f"{change}: {found}" for change, found in judged if found.endswith(("better", "worse"))]
         unclear = sum(found.endswith("]") for _, found in judged)
         lines.append([study.title, f"{done} of {len(study.variants) * study.seeds}", "; ".join(clear) or "none",
@@ -153,4 +157,4 @@ def section(name: str, study: Study, rows: Sequence[Row]) -> str:
             f"commit {facts['commit']}: `results/study-{name}.csv`, by `python benchmarks/experiments.py "
             f"--study={name}`.\n\n"
             f"{markdown(table(study, rows))}\n"
-            + (f"{markdown(contrasts(study, rows))}\n" if study.contrasts else ""))
+            + (f"{markdown(paired(study, rows, study.contrasts))}\n" if study.contrasts else ""))

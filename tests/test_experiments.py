@@ -15,11 +15,11 @@ from benchmarks import experiments
 from benchmarks.findings import (
     COLUMNS,
     Row,
-    contrasts,
     difference,
     interval,
     mean_and_deviation,
     overview,
+    paired,
     section,
     table,
 )
@@ -64,23 +64,24 @@ def test_a_row_comes_back_from_its_file(tmp_path: Path) -> None:
 def test_contrasts_are_paired_by_seed_and_those_not_run_are_left_out() -> None:
     study = dataclasses.replace(STUDY, contrasts=(("plain", "shared"), ("shared", "plain")))
     rows = [row(PLAIN, seed, 10.0 + seed) for seed in range(3)] + [row(SHARED, seed, 9.0 + seed) for seed in range(3)]
-    assert contrasts(study, rows)[1:] == [["plain → shared", "-1.00 [-1.00, -1.00] better"],
+    assert paired(study, rows, study.contrasts)[1:] == [["plain → shared", "-1.00 [-1.00, -1.00] better"],
                                           ["shared → plain", "+1.00 [+1.00, +1.00] worse"]]
     assert "| plain → shared | -1.00" in section("name", study, rows)
-    assert contrasts(study, rows[:3])[1:] == []
+    assert paired(study, rows[:3], study.contrasts)[1:] == []
     level = [row(SHARED, seed, 10.0 + seed - 1e-12 * (seed - 1)) for seed in range(3)]
-    assert contrasts(study, rows[:3] + level)[1][1].startswith("+0.00 [+0.00, +0.00]")
+    assert paired(study, rows[:3] + level, study.contrasts)[1][1].startswith("+0.00 [+0.00, +0.00]")
 
 
 def test_the_overview_tells_what_leaves_0_out_from_noise_and_from_what_nobody_ran() -> None:
-    study = dataclasses.replace(STUDY, contrasts=(("plain", "shared"),))
+    study = dataclasses.replace(STUDY, contrasts=(("plain", "shared"), ("shared", "plain")))
     rows = [row(PLAIN, seed, 10.0 + seed) for seed in range(2)]
     apart = rows + [row(SHARED, seed, 9.0 + seed) for seed in range(2)]
     noise = rows + [row(SHARED, seed, 10.0 - seed) for seed in range(2)]
     studies = dict.fromkeys(("apart", "noise", "half", "absent"), study)
     assert overview(studies, {"apart": apart, "noise": noise, "half": rows, "absent": []})[1:] == [
-        ["Title", "4 of 4", "plain → shared: -1.00 [-1.00, -1.00] better", "0 of 1"],
-        ["Title", "4 of 4", "none", "1 of 1"],
+        ["Title", "4 of 4", "plain → shared: -1.00 [-1.00, -1.00] better; shared → plain: +1.00 [+1.00, +1.00] worse",
+         "0 of 2"],  # the first is a contrast and one from the first of the group, and told once
+        ["Title", "4 of 4", "none", "2 of 2"],
         ["Title", "2 of 4", "none", "0 of 0"], ["Title", "not run", "–", "–"]]
 
 
