@@ -80,8 +80,8 @@ def run_study(name: str, study: Study, options: argparse.Namespace) -> int:
     path = RESULTS / f"study-{name}.csv"
     rows = read(path, Row)
     # Seeds last, so that one run of each variant is there early, and neighbours use the same compiled program.
-    todo = [(variant, seed) for seed in range(options.seeds or study.seeds) for variant in variants
-            if seed not in of(rows, variant)]
+    todo = [(variant, seed) for seed in range(study.first_seed, study.first_seed + (options.seeds or study.seeds))
+            for variant in variants if seed not in of(rows, variant)]
     slots: queue.Queue[str] = queue.Queue()
     devices = [device for device in options.devices.split(",") if device]
     for slot in range(options.jobs):
