@@ -79,6 +79,10 @@ def parse() -> None:
     try:  # the file comes first: the fields of the others are its own
         rest = FLAGS([program, *(files or [f"--config={_DEFAULT}"]), *(arg for arg in arguments if arg not in files)])
         _CONFIG.value.to_dict()  # a configuration file that is missing shows only on use
+    except SystemExit:  # --help, for which absl has exit code 1
+        sys.exit()
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"{error} (see --help; fields of the recipe are set like --config.seed=1).") from error
     except Exception as error:  # a configuration file is code and may raise anything
         text = str(error).replace("\\n", "\n") or type(error).__name__
         lines = [line.strip() for line in text.splitlines() if line.strip()]

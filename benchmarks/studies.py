@@ -119,8 +119,8 @@ STUDIES = {
         (("R20-S16U1*, no penalty", "R20-S16U1*"), ("R20-S16U1*", "R20-S16U1*, exact"), ("R20 tied", "R20-S16U1*"))),
     "exact": Study(
         "Fashion-MNIST, a fifteenth of its training images: exact orthogonality",
-        "The study above leaves open whether exact orthogonality is better than the penalty. These are other seeds, whose "
-        "number was decided before any of them ran.",
+        "The study above leaves open whether exact orthogonality is better than the penalty. These are other seeds, "
+        "whose number was decided before any of them ran.",
         "configs/cifar_resnet.py", 5, (
             (Variant("R20-S16U1*", "resnet20-s16u1-double"),
              Variant("R20-S16U1*, exact", "resnet20-s16u1-double", (EXACT,))),), _FASHION, first_seed=3),

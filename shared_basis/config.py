@@ -331,10 +331,18 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _unknown(path: str, known: Sequence[str]) -> str:
-    last = {name.rpartition(".")[2]: name for name in known}  # a whole path would match by its section alone
-    near = [last[name] for name in difflib.get_close_matches(path.rpartition(".")[2], last, n=1, cutoff=0.5)]
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown configuration field {path!r}.{hint} The fields are: {', '.join(known)}."
+    """Returns what to say of a field that is none of the `known`; its section is taken at its word."""
+    section, _, name = path.rpartition(".")
+    beside = [field for field in known if section and field.rpartition(".")[0] == section]
+    near = _nearest(name, beside, 0.5) or _nearest(name, known, 0.8 if beside else 0.5)
+    return (f"unknown configuration field {path!r}.{''.join(f' Did you mean {field!r}?' for field in near)} The fields "
+            f"{f'of {section} ' if beside else ''}are: {', '.join(beside or known)}.")
+
+
+def _nearest(name: str, fields: Sequence[str], cutoff: float) -> list[str]:
+    """Returns the one of the `fields` whose last part is nearest to `name`, or nothing."""
+    last = {field.rpartition(".")[2]: field for field in fields}  # a whole path would match by its section alone
+    return [last[near] for near in difflib.get_close_matches(name, last, n=1, cutoff=cutoff)]
 
 
 def _build(cls: type, tree: Any, prefix: str) -> Any:

@@ -28,7 +28,7 @@ def end_with(*commands: Callable[[], None]) -> NoReturn:
     """Runs `commands` and ends the process.
 
     The exit code is 0, 2 for the user's mistake, which is printed in one line, or 128 + the signal's number when
-    stopped by one (130 for Ctrl-C, 143 for SIGTERM; training catches them, to save).
+    stopped by one (130 for Ctrl-C, 143 for SIGTERM; training catches them, to save). A `SystemExit` goes on as it is.
     """
     sys.unraisablehook = lambda unraisable: None  # writes and reads that Orbax abandons print tracebacks by it
     code = 0
@@ -45,6 +45,4 @@ def end_with(*commands: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt as interrupt:
         print(*interrupt.args or ["stopped"], file=sys.stderr)
         code = getattr(interrupt, "exit_code", 130)
-    except SystemExit:  # --help, for which absl has exit code 1
-        pass
     sys.exit(code)

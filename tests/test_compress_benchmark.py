@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 from benchmarks import compress
 from benchmarks.compress import Row, parse, record, tables
-from benchmarks.records import read
+from benchmarks.records import ROOT, read
 from shared_basis.screen import Screen
 
 ROW = Row("2026-11-24", "abc1234", "python benchmarks/compress.py", "digits", "resnet20", 0, 0.5, "resnet20-s13u0",
@@ -82,3 +84,9 @@ def test_a_mistake_ends_with_one_line(arguments: list[str], capsys: pytest.Captu
 def test_defaults_are_the_digits() -> None:
     options = parse([])[1]
     assert (options.data, options.network, options.budgets) == ("digits", "resnet20", [0.35, 0.5, 0.75])
+
+
+def test_a_mistake_ends_the_process_with_2() -> None:
+    done = subprocess.run([sys.executable, "benchmarks/compress.py", "--budgets=1.5"], cwd=ROOT, text=True,
+                          capture_output=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr

@@ -15,6 +15,7 @@ from shared_basis.config import (
     OptimizerConfig,
     OrthogonalityConfig,
     TrainConfig,
+    check_field,
     differences,
     from_config_dict,
     replace,
@@ -172,13 +173,30 @@ def test_values_are_checked_when_a_part_is_built_by_hand():
 ])
 def test_an_unknown_field_is_refused_with_the_nearest(tree, unknown, nearest):
     message = error(tree)
-    assert message.startswith(f"unknown configuration field '{unknown}'. Did you mean '{nearest}'? The fields are: ")
+    section = unknown.rpartition(".")[0]
+    assert message.startswith(f"unknown configuration field '{unknown}'. Did you mean '{nearest}'? The fields "
+                              f"{f'of {section} ' if section else ''}are: ")
 
 
 def test_an_unknown_field_like_no_other_is_refused_with_all_fields():
     message = error({"xyzzy": 1})
     assert message == ("unknown configuration field 'xyzzy'. The fields are: data, model, name, optimizer, "
                        "orthogonality, seed, train.")
+
+
+def test_the_section_of_an_unknown_field_is_taken_at_its_word():
+    def message(path):
+        with pytest.raises(UserError) as caught:
+            check_field(path)
+        return str(caught.value)
+    # As a whole "lamda" is nearest to "pad", which has nothing to do with it.
+    assert message("orthogonality.lamda") == (
+        "unknown configuration field 'orthogonality.lamda'. The fields of orthogonality are: " + ", ".join(
+            f"orthogonality.{field.name}" for field in sorted(
+                dataclasses.fields(OrthogonalityConfig), key=lambda field: field.name)) + ".")
+    assert "Did you mean 'orthogonality.weight'? The fields of" in message("orthogonality.wieght")
+    assert "Did you mean 'optimizer.weight_decay'? The fields of train are" in message("train.weight_decay")
+    assert "Did you mean 'orthogonality.weight'? The fields are: data." in message("orthogonalty.weight")
 
 
 def test_a_value_in_the_place_of_a_part_is_refused():

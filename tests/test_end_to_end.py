@@ -195,7 +195,7 @@ MISTAKES = {
     "text for a truth value": ((RECIPE, "--config.data.flip=maybe"), ("maybe", "flip")),
     "field without a value": ((RECIPE, "--config.train.epochs"), ("epochs",)),
     "unknown mode": ((RECIPE, "--mode=test"), ("--mode=test", "train", "evaluate", "summary")),
-    "unknown flag": ((RECIPE, "--wrokdir=x"), ("wrokdir",)),
+    "unknown flag": ((RECIPE, "--wrokdir=x"), ("'wrokdir'", "Did you mean: workdir", "see --help", "--config.seed=1")),
     "flag without a value": ((RECIPE, "--workdir"), ("workdir",)),
     "positional argument": ((RECIPE, "train"), ("'train'", "--mode=train")),
     "missing file": (("--config=absent.py",), ("absent.py", "no such file")),

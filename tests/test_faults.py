@@ -34,6 +34,7 @@ from shared_basis import importing
 from shared_basis import train as train_module
 from shared_basis import workdir as workdir_module
 from shared_basis.config import Config, DataConfig, ModelConfig, OptimizerConfig, OrthogonalityConfig, TrainConfig
+from shared_basis.errors import end_with
 from shared_basis.evaluate import evaluate
 from shared_basis.signals import Interrupted
 from shared_basis.train import train
@@ -420,6 +421,15 @@ def test_what_a_failed_save_abandons_prints_no_traceback() -> None:
             "end_with(lambda: print(type(Abandoned()).__name__))")
     done = subprocess.run([sys.executable, "-c", code, ROOT], text=True, capture_output=True, timeout=120, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "Abandoned\n", "")
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_a_command_that_ends_the_process_itself_keeps_its_exit_code(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a benchmark's parser does, whose mistakes once ended with 0."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which `end_with` replaces
+    with pytest.raises(SystemExit) as ended:
+        end_with(lambda: sys.exit(code))
+    assert ended.value.code == code
 
 
 def start(workdir: Path) -> subprocess.Popen[str]:
