@@ -81,6 +81,8 @@ def parse() -> None:
         _CONFIG.value.to_dict()  # a configuration file that is missing shows only on use
     except SystemExit:  # --help, for which absl has exit code 1
         sys.exit()
+    except BrokenPipeError:  # --help | head
+        raise
     except flags.UnrecognizedFlagError as error:
         raise UserError(f"{error} (see --help; fields of the recipe are set like --config.seed=1).") from error
     except Exception as error:  # a configuration file is code and may raise anything

@@ -423,6 +423,16 @@ def test_what_a_failed_save_abandons_prints_no_traceback() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "Abandoned\n", "")
 
 
+@pytest.mark.parametrize("arguments", [["--help"], [*RECIPE, "--mode=summary"]])
+def test_a_reader_who_has_read_enough_is_no_mistake(arguments: list[str]) -> None:
+    with subprocess.Popen([sys.executable, str(MAIN), *arguments], env=user_environment(), text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 1)
+
+
 @pytest.mark.parametrize("code", [0, 1, 2])
 def test_a_command_that_ends_the_process_itself_keeps_its_exit_code(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a benchmark's parser does, whose mistakes once ended with 0."""
