@@ -27,9 +27,9 @@ class UserError(ValueError):
 def end_with(*commands: Callable[[], None]) -> NoReturn:
     """Runs `commands` and ends the process.
 
-    The exit code is 0, 2 for the user's mistake, which is printed in one line, or 128 + the signal's number when
-    stopped by one (130 for Ctrl-C, 143 for SIGTERM; training catches them, to save), 1 silently where nobody reads what
-    is printed. A `SystemExit` goes on as it is.
+    The exit code is 0; 2 for the user's mistake, which is printed in one line; 1, silently, where nobody reads what is
+    printed; or 128 + the number of the signal that stopped it (130 for Ctrl-C, 143 for SIGTERM; training catches them,
+    to save). A `SystemExit` goes on as it is.
     """
     sys.unraisablehook = lambda unraisable: None  # writes and reads that Orbax abandons print tracebacks by it
     code = 0
