@@ -192,6 +192,13 @@ def test_runs_what_has_no_row_and_goes_on_after_a_failure(study: list[list[str]]
     assert len(study) == 4  # the failed one alone
 
 
+def test_a_study_can_take_other_seeds_than_an_earlier_one(study: list[list[str]],
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiments, "STUDIES", {"tiny": dataclasses.replace(STUDY, first_seed=3)})
+    assert experiments.main(["--study=tiny"]) == 0
+    assert [words[1] for words in study] == [f"--config.seed={seed}" for seed in (3, 3, 4, 4)]
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "name a --study (tiny)"), (["--study=tiny", "--seeds=0"], "'0' is not a positive whole number"),
     (["--study=tiny", "--variants=absent"], "none of plain, shared")])
