@@ -266,6 +266,16 @@ def _paint(rows: Sequence[Row], figure: Figure, theme: Theme) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
 
 
+def _seeds(rows: Sequence[Row]) -> str:
+    """Returns how many seeds there are, by number of layers where these differ in it."""
+    layers: dict[int, list[int]] = {}
+    for number in sorted({row.layers for row in rows}):
+        layers.setdefault(len({row.seed for row in rows if row.layers == number}), []).append(number)
+    return ", ".join(
+        f"{seeds} seed{'s' * (seeds > 1)}" + f" ({' and '.join(map(str, numbers))} layers)" * (len(layers) > 1)
+        for seeds, numbers in layers.items())
+
+
 def write_page() -> None:
     """Draws the picture and replaces the section of docs/results.md."""
     from shared_basis.report.figures import png
@@ -279,8 +289,8 @@ def write_page() -> None:
     PICTURE.write_bytes(png(lambda figure, theme: _paint(rows, figure, theme), size=(11, 7.5)))
     facts = {name: ", ".join(dict.fromkeys(str(getattr(row, name)) for row in rows))
              for name in ("date", "device", "jax", "commit")}
-    runs, seeds = len({(row.layers, row.variant, row.seed) for row in rows}), len({row.seed for row in rows})
-    text = (f"{runs} runs of {EPOCHS} epochs, means over {seeds} seed{'s' * (seeds > 1)}, {facts['date']}, "
+    runs = len({(row.layers, row.variant, row.seed) for row in rows})
+    text = (f"{runs} runs of {EPOCHS} epochs, means over {_seeds(rows)}, {facts['date']}, "
             f"{facts['device']}, JAX {facts['jax']}, commit {facts['commit']}: `results/depth.csv`, by "
             "`python benchmarks/depth.py`. *Growth* is the norm of the gradient at the output of a group's first block "
             "over that at its last block, the geometric mean of the three groups: what the layers that share a basis, "

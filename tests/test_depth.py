@@ -71,6 +71,9 @@ def test_what_was_trained_is_not_trained_again(monkeypatch: pytest.MonkeyPatch, 
     assert page.startswith("before\n<!-- depth -->\n10 runs of 12 epochs, means over 1 seed, ")
     assert page.endswith("after\n")
     assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")
+    assert depth.main(["--layers=2", "--seeds=2"]) == 0
+    assert "\n15 runs of 12 epochs, means over 2 seeds (2 layers), 1 seed (4 layers), " in (
+        tmp_path / "results.md").read_text()
 
 
 @pytest.mark.parametrize("text", ["3", "0", "2,x", ""])
