@@ -375,6 +375,7 @@ def test_another_stem_is_told(run: Path, tmp_path: Path) -> None:
     other = make_run(tmp_path / "source", replace(config_of("resnet18"), {"data.train_examples": 32}))
     with user_error("model.stem='imagenet'", "'cifar'"):
         compress(other, tmp_path / "new", "resnet18-s4u1", {"model.stem": "imagenet"})
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_source_that_is_not_plain_not_there_or_not_finite_is_told(run: Path, tmp_path: Path) -> None:
