@@ -145,12 +145,13 @@ class BasisConv(nn.Module):
         if shared is not None:
             elements.append(shared)
         # Two convolutions: few unique elements have a faster form of their own on CPU, see `shared_basis.ops`.
-        y = jnp.concatenate([self._convolve(x, filters) for filters in elements], axis=-1)
+        found = [self._convolve(x, filters) for filters in elements]
         norm = batch_norm(train, self.dtype, "norm")
-        coefficients = self.param("coefficients", he_normal_fan_out, (y.shape[-1], self.features))
+        rank = sum(filters.shape[-1] for filters in elements)
+        coefficients = self.param("coefficients", he_normal_fan_out, (rank, self.features))
         if self.activation is None:
-            return norm.followed_by(y, coefficients)
-        return self.activation(norm(y)) @ coefficients.astype(self.dtype)
+            return norm.followed_by(found, coefficients)
+        return self.activation(norm(jnp.concatenate(found, axis=-1))) @ coefficients.astype(self.dtype)
 
     def _own_shape(self, x: Array, filters: int) -> tuple[int, ...]:
         return (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, filters)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -129,6 +130,16 @@ def _convolve(x: Array, kernel: Array, strides: int, padding: int) -> Array:
                                         dimension_numbers=_NHWC, feature_group_count=x.shape[-1] // kernel.shape[2])
 
 
+def _multiply(x: Array, matrix: Array) -> Array:
+    """Returns `x [..., C] @ matrix [C, T]`, in float32, as one product of matrices.
+
+    XLA turns round an array of more axes for the matrix's gradient, in one fusion with all that has computed it, in an
+    order that misses the cache: on CPU that takes as long as the product itself.
+    """
+    product = jnp.matmul(x.reshape(-1, x.shape[-1]), matrix, preferred_element_type=jnp.float32)
+    return product.reshape(*x.shape[:-1], -1)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolve_by_few(x: Array, kernel: Array, padding: int) -> Array:
     """Is `_convolve` with stride 1: a matrix product for all taps at once, whose columns are then shifted and added.
@@ -137,7 +148,7 @@ def _convolve_by_few(x: Array, kernel: Array, padding: int) -> Array:
     """
     rows, columns, _, filters = kernel.shape
     height, width = x.shape[1] + 2 * padding - rows + 1, x.shape[2] + 2 * padding - columns + 1
-    products = jnp.matmul(x, _taps(kernel), preferred_element_type=jnp.float32)
+    products = _multiply(x, _taps(kernel))
     products = jnp.pad(products, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     products = products.reshape(*products.shape[:3], rows, columns, filters)
     y = sum(products[:, i:i + height, j:j + width, i, j] for i in range(rows) for j in range(columns))
@@ -164,8 +175,8 @@ def _convolve_by_few_bwd(padding: int, saved: tuple[Array, Array], dy: Array) ->
     dy = jax.lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), (before, before, 0), (left, left, 0), (0, 0, 0)])
     shifted = [dy[:, i:i + height, j:j + width] for i in reversed(range(rows)) for j in reversed(range(columns))]
     gathered = jnp.concatenate(shifted, axis=-1)
-    dx = gathered @ _taps(kernel).T
-    dtaps = jnp.einsum("nhwc,nhwt->ct", x, gathered)
+    dx = _multiply(gathered, _taps(kernel).T).astype(x.dtype)
+    dtaps = x.reshape(-1, channels).T @ gathered.reshape(-1, gathered.shape[-1])
     return dx, dtaps.reshape(channels, rows, columns, filters).transpose(1, 2, 0, 3)
 
 
@@ -233,23 +244,29 @@ class BatchNorm(nn.Module):
         self._move(mean, var, *moments)
         return y.astype(self.dtype)
 
-    def followed_by(self, x: Array, matrix: Array) -> Array:
-        """Maps `x [..., C]` to `self(x) @ matrix`, for `matrix [C, T]`.
+    def followed_by(self, parts: Sequence[Array], matrix: Array) -> Array:
+        """Maps `parts [..., C_i]`, whose channels follow one another, to `self(all of them) @ matrix [ΣC_i, T]`.
 
         Both are linear: factors go into the matrix and the rest into an offset of the product, so that normalised
-        arrays are neither written nor read, and gradients need no further sums over the batch.
+        arrays are neither written nor read, and gradients need no further sums over the batch. On CPU the parts are not
+        written side by side either, but each is multiplied by its rows of the matrix.
         """
+        if not _suits_cpu():
+            parts = [jnp.concatenate(parts, axis=-1)]
         if _PORTABLE.get():
-            return self(x) @ matrix.astype(self.dtype)
-        mean, var, scale, bias = self._variables(x.shape[-1])
+            return self(*parts) @ matrix.astype(self.dtype)
+        mean, var, scale, bias = self._variables(len(matrix))
         moments = mean.value, var.value
         if self.train:
-            moments = _moments(x)
+            means, variances = zip(*map(_moments, parts), strict=True)
+            moments = jnp.concatenate(means), jnp.concatenate(variances)
             self._move(mean, var, *moments)
         scaled = (_factor(moments[1], scale)[:, None] * matrix).astype(self.dtype)
         # By the rounded matrix, so that the mean goes exactly; sums, as products would count as those of the network.
         offset = jnp.sum(bias[:, None] * matrix, 0) - jnp.sum(moments[0][:, None] * scaled, 0)
-        return (jnp.matmul(x, scaled, preferred_element_type=jnp.float32) + offset).astype(self.dtype)
+        *ends, _ = itertools.accumulate(part.shape[-1] for part in parts)
+        rows = jnp.split(scaled, ends)
+        return sum(map(_multiply, parts, rows), offset).astype(self.dtype)
 
     @nn.compact
     def _variables(self, channels: int) -> tuple[nn.Variable, nn.Variable, Array, Array]:

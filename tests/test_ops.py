@@ -129,7 +129,10 @@ def test_batch_norm_is_flax_s(shape, dtype):
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_batch_norm_followed_by_a_product_is_the_product_of_what_it_normalises(train, dtype):
+@pytest.mark.parametrize("ends", [(), (1,)])
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_batch_norm_followed_by_a_product_is_the_product_of_what_it_normalises(train, dtype, ends, backend,
+                                                                               monkeypatch):
     x, dy, matrix = draw(2, (6, 5, 4, 3), (6, 5, 4, 9), (3, 9))
     x, variables = jnp.asarray(3 * x + 1, dtype), variables_of(3)
     norm = ops.BatchNorm(train, dtype)
@@ -141,12 +144,27 @@ def test_batch_norm_followed_by_a_product_is_the_product_of_what_it_normalises(t
         y, pull, stats = jax.vjp(apply, variables["params"], x, matrix, has_aux=True)
         assert y.dtype == dtype
         return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), (y, stats, pull(jnp.asarray(dy, dtype))))
-    folded = run(lambda norm, x, matrix: norm.followed_by(x, matrix))
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    folded = run(lambda norm, x, matrix: norm.followed_by(jnp.split(x, ends, axis=-1), matrix))
     plain = run(lambda norm, x, matrix: norm(x) @ matrix.astype(dtype))
     assert jax.tree.structure(folded) == jax.tree.structure(plain)
     for one, other in zip(jax.tree.leaves(folded), jax.tree.leaves(plain), strict=True):
         atol = (1e-5 if dtype == jnp.float32 else 2**-7) * np.abs(other).max()
         np.testing.assert_allclose(one, other, rtol=1e-4 if dtype == jnp.float32 else 2**-5, atol=atol)
+
+
+def test_products_turn_no_array_of_several_axes():
+    """XLA would do that in one fusion with what has computed the array, in an order that misses the cache."""
+    x, kernel, matrix = draw(6, (6, 5, 4, 3), (3, 3, 3, 2), (3, 9))
+    norm = ops.BatchNorm(True)
+
+    def loss(x, kernel, matrix):
+        y, _ = nn.apply(lambda norm: norm.followed_by([x], matrix), norm, mutable=["batch_stats"])(variables_of(3))
+        return jnp.sum(jnp.square(y)) + jnp.sum(jnp.square(ops.convolve(x, kernel, 1, 1, jnp.float32)))
+    program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(x, kernel, matrix)
+    products = [eqn for eqn in program.eqns if eqn.primitive.name == "dot_general"]
+    assert len(products) >= 5
+    assert all(operand.aval.ndim == 2 for eqn in products for operand in eqn.invars)
 
 
 def test_a_loop_is_its_body_again_and_again():
@@ -221,7 +239,7 @@ def test_portable_programs_have_each_operation_as_it_is_written_down():
         @nn.compact
         def __call__(self, x):
             y = ops.convolve(x, kernel, 1, 1, jnp.float32)
-            return ops.batch_norm(False, jnp.float32, "norm").followed_by(y, kernel[0, 0, :2].T @ kernel[0, 0, :2])
+            return ops.batch_norm(False, jnp.float32, "norm").followed_by([y], kernel[0, 0, :2].T @ kernel[0, 0, :2])
 
     def program(x):
         return Layer().apply({kind: {"norm": tree} for kind, tree in variables.items()}, x)
