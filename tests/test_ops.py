@@ -149,7 +149,7 @@ def test_batch_norm_followed_by_a_product_is_the_product_of_what_it_normalises(t
     plain = run(lambda norm, x, matrix: norm(x) @ matrix.astype(dtype))
     assert jax.tree.structure(folded) == jax.tree.structure(plain)
     for one, other in zip(jax.tree.leaves(folded), jax.tree.leaves(plain), strict=True):
-        atol = (1e-5 if dtype == jnp.float32 else 2**-7) * np.abs(other).max()
+        atol = (1e-5 if dtype == jnp.float32 else 2**-6) * np.abs(other).max()  # the plain one rounds more often
         np.testing.assert_allclose(one, other, rtol=1e-4 if dtype == jnp.float32 else 2**-5, atol=atol)
 
 
