@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from shared_basis.errors import UserError
-from shared_basis.ops import Array, Dtype, batch_norm, convolve
+from shared_basis.ops import Array, Dtype, batch_norm, convolve, multiply
 
 Path = tuple[str, ...]
 
@@ -151,7 +151,8 @@ class BasisConv(nn.Module):
         coefficients = self.param("coefficients", he_normal_fan_out, (rank, self.features))
         if self.activation is None:
             return norm.followed_by(found, coefficients)
-        return self.activation(norm(jnp.concatenate(found, axis=-1))) @ coefficients.astype(self.dtype)
+        y = self.activation(norm(jnp.concatenate(found, axis=-1)))
+        return multiply(y, coefficients.astype(self.dtype)).astype(self.dtype)
 
     def _own_shape(self, x: Array, filters: int) -> tuple[int, ...]:
         return (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, filters)

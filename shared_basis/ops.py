@@ -125,19 +125,19 @@ def convolve(x: Array, kernel: Array, strides: int, padding: int, dtype: Dtype) 
     return checkpoint_name(y, _KEPT)
 
 
+def multiply(x: Array, matrix: Array) -> Array:
+    """Returns `x [..., C] @ matrix [C, T]`, in float32.
+
+    On CPU that is one product of matrices: XLA turns round an array of more axes for the matrix's gradient, in one
+    fusion with all that has computed it, in an order that misses the cache, which takes as long as the product itself.
+    """
+    rows = x.reshape(-1, x.shape[-1]) if _suits_cpu() else x
+    return jnp.matmul(rows, matrix, preferred_element_type=jnp.float32).reshape(*x.shape[:-1], -1)
+
+
 def _convolve(x: Array, kernel: Array, strides: int, padding: int) -> Array:
     return jax.lax.conv_general_dilated(x, kernel, (strides, strides), [(padding, padding)] * 2,
                                         dimension_numbers=_NHWC, feature_group_count=x.shape[-1] // kernel.shape[2])
-
-
-def _multiply(x: Array, matrix: Array) -> Array:
-    """Returns `x [..., C] @ matrix [C, T]`, in float32, as one product of matrices.
-
-    XLA turns round an array of more axes for the matrix's gradient, in one fusion with all that has computed it, in an
-    order that misses the cache: on CPU that takes as long as the product itself.
-    """
-    product = jnp.matmul(x.reshape(-1, x.shape[-1]), matrix, preferred_element_type=jnp.float32)
-    return product.reshape(*x.shape[:-1], -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -148,7 +148,7 @@ def _convolve_by_few(x: Array, kernel: Array, padding: int) -> Array:
     """
     rows, columns, _, filters = kernel.shape
     height, width = x.shape[1] + 2 * padding - rows + 1, x.shape[2] + 2 * padding - columns + 1
-    products = _multiply(x, _taps(kernel))
+    products = multiply(x, _taps(kernel))
     products = jnp.pad(products, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     products = products.reshape(*products.shape[:3], rows, columns, filters)
     y = sum(products[:, i:i + height, j:j + width, i, j] for i in range(rows) for j in range(columns))
@@ -175,7 +175,7 @@ def _convolve_by_few_bwd(padding: int, saved: tuple[Array, Array], dy: Array) ->
     dy = jax.lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), (before, before, 0), (left, left, 0), (0, 0, 0)])
     shifted = [dy[:, i:i + height, j:j + width] for i in reversed(range(rows)) for j in reversed(range(columns))]
     gathered = jnp.concatenate(shifted, axis=-1)
-    dx = _multiply(gathered, _taps(kernel).T).astype(x.dtype)
+    dx = multiply(gathered, _taps(kernel).T).astype(x.dtype)
     dtaps = x.reshape(-1, channels).T @ gathered.reshape(-1, gathered.shape[-1])
     return dx, dtaps.reshape(channels, rows, columns, filters).transpose(1, 2, 0, 3)
 
@@ -266,7 +266,7 @@ class BatchNorm(nn.Module):
         offset = jnp.sum(bias[:, None] * matrix, 0) - jnp.sum(moments[0][:, None] * scaled, 0)
         *ends, _ = itertools.accumulate(part.shape[-1] for part in parts)
         rows = jnp.split(scaled, ends)
-        return sum(map(_multiply, parts, rows), offset).astype(self.dtype)
+        return sum(map(multiply, parts, rows), offset).astype(self.dtype)
 
     @nn.compact
     def _variables(self, channels: int) -> tuple[nn.Variable, nn.Variable, Array, Array]:
