@@ -399,6 +399,7 @@ def test_other_images_are_told(run: Path, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "images", [f"{i}" for i in range(3)], 4)
     with user_error("the images of data.name='folder' have other image shape than those of the run"):
         compress(run, tmp_path / "new", changes={"data.name": "folder", "data.directory": str(folder)})
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_run_is_not_overwritten(run: Path, tmp_path: Path) -> None:
