@@ -8,6 +8,7 @@ These are the studies' sections of docs/results.md, and the overview in README.m
 
 Each run is `main.py` in a process of its own, and leaves a row in results/study-<name>.csv when it is finished. What
 has its row is not run again; what was interrupted goes on from its last checkpoint (its time is then that of the rest).
+Ctrl-C or SIGTERM stops the study: the runs that are going on save what they have, and no further one begins.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import platform
 import queue
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -40,6 +42,33 @@ PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
 BASES = ("penalty", "norm_min", "norm_mean", "norm_max", "coherence")
 
 
+class Children:
+    """The running processes of a study; once it is asked to stop, they are, and no further one begins."""
+
+    def __init__(self) -> None:
+        self.stopped_by = 0
+        """The signal that asked for the stop."""
+        self._running: set[subprocess.Popen[str]] = set()
+
+    def stop(self, signum: int, _: Any) -> None:
+        """Asks all processes to save and end: a signal handler."""
+        self.stopped_by = signum
+        for process in tuple(self._running):
+            process.send_signal(signal.SIGTERM)
+
+    def run(self, words: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str, str]:
+        """Returns the exit code and what a process printed on standard output and error."""
+        # A session of its own, so that Ctrl-C of the terminal reaches it once, through this process.
+        with subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True, start_new_session=True) as process:
+            self._running.add(process)
+            if self.stopped_by:  # between the check whether to begin and this line
+                process.send_signal(signal.SIGTERM)
+            out, err = process.communicate()
+            self._running.discard(process)
+        return process.returncode, out, err
+
+
 def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     """Returns the parser, for later mistakes, and the options."""
     parser = Parser(description=__doc__.split("\n")[0])
@@ -56,16 +85,26 @@ def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what is asked for; returns 0, or 1 if a run failed."""
+    """Runs what is asked for; returns 0, 1 if a run failed, or 128 + the number of the signal that stopped it."""
     parser, options = parse(arguments)
     if not options.study and not options.write:
         parser.error(f"name a --study ({', '.join(STUDIES)}), or --write the tables again")
-    failed = parser.end_with(run_study, options.study, STUDIES[options.study], options) if options.study else 0
+    failed, children = 0, Children()
+    if options.study:
+        before = {signum: signal.signal(signum, children.stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            failed = parser.end_with(run_study, options.study, STUDIES[options.study], options, children)
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+    if children.stopped_by:
+        print("stopped; the same command goes on from the last checkpoints", file=sys.stderr)
+        return 128 + children.stopped_by
     parser.end_with(write_pages)
     return int(failed > 0)
 
 
-def run_study(name: str, study: Study, options: argparse.Namespace) -> int:
+def run_study(name: str, study: Study, options: argparse.Namespace, children: Children) -> int:
     """Trains what has no row yet; returns how many runs failed.
 
     Raises:
@@ -91,9 +130,13 @@ def run_study(name: str, study: Study, options: argparse.Namespace) -> int:
     def run(number: int, variant: Variant, seed: int) -> None:
         device = slots.get()
         try:
+            if children.stopped_by:
+                return
             print(f"{number + 1}/{len(todo)}: {variant.label}, seed {seed}", file=sys.stderr, flush=True)
-            append(path, [train(name, study, variant, seed, options, device)], COLUMNS)
+            append(path, [train(name, study, variant, seed, options, device, children)], COLUMNS)
         except UserError as error:
+            if children.stopped_by:
+                return
             failures.append(f"{variant.label}, seed {seed}: {error}")
             print(failures[-1], file=sys.stderr, flush=True)
         finally:
@@ -113,7 +156,8 @@ def command(name: str, study: Study, variant: Variant, seed: int, images: Path |
             f"--workdir={workdirs / name / f'{label}-{seed}'}"]
 
 
-def train(name: str, study: Study, variant: Variant, seed: int, options: argparse.Namespace, device: str) -> Row:
+def train(name: str, study: Study, variant: Variant, seed: int, options: argparse.Namespace, device: str,
+          children: Children) -> Row:
     """Trains one network, or goes on training it, and returns its row.
 
     Raises:
@@ -122,12 +166,12 @@ def train(name: str, study: Study, variant: Variant, seed: int, options: argpars
     arguments = command(name, study, variant, seed, options.images, options.workdirs)
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device else {})}
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "main.py", *arguments, "--json", "--quiet", "--noreport"], cwd=ROOT,
-                          env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+    code, out, err = children.run(
+        [sys.executable, "main.py", *arguments, "--json", "--quiet", "--noreport"], environment)
+    if code:
+        raise UserError((err.strip().splitlines() or [f"exit code {code}"])[-1])
     shown = [word for word in arguments if not word.startswith(("--config.data.directory=", "--workdir="))]
-    return make_row(json.loads(done.stdout), name, variant, seed, time.monotonic() - began,
+    return make_row(json.loads(out), name, variant, seed, time.monotonic() - began,
                     shlex.join(["python", "main.py", *shown]), device)
 
 

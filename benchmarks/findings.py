@@ -82,6 +82,26 @@ def difference(rows: dict[int, Row], reference: dict[int, Row]) -> str:
     return f"{shown[0]:+.2f} [{shown[1]:+.2f}, {shown[2]:+.2f}]{verdict}"
 
 
+def verdicts(study: Study, rows: Sequence[Row]) -> Table:
+    """Returns what became of each hypothesis of the study."""
+    by_label = {variant.label: of(rows, variant) for variant in study.variants}
+    lines: Table = [["hypothesis", "difference of final errors, points", "outcome"]]
+    for hypothesis in study.hypotheses:
+        one, other = by_label[hypothesis.variant], by_label[hypothesis.reference]
+        seeds = sorted(one.keys() & other.keys())
+        differences = [one[seed].final_error - other[seed].final_error for seed in seeds]
+        if len(seeds) < 2:
+            shown = f"{differences[0]:+.2f} (one seed)" if seeds else NONE
+            lines.append([hypothesis.claim, shown, "too few runs" if seeds else NOT_RUN])
+            continue
+        mean, low, high = interval(differences)
+        outcome = ("confirmed" if high < hypothesis.margin else "refuted" if low > hypothesis.margin
+                   else "not decided (within noise)")
+        few = f", by {len(seeds)} of {study.seeds} seeds" if len(seeds) < study.seeds else ""
+        lines.append([hypothesis.claim, f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]", outcome + few])
+    return lines
+
+
 def table(study: Study, rows: Sequence[Row]) -> Table:
     """Returns the table of a study: all of its variants, those that were not run too."""
     head = ["variant", "parameters", "MACs", "final test error, %", "best epoch's, %",
@@ -148,7 +168,8 @@ def section(name: str, study: Study, rows: Sequence[Row]) -> str:
     text = f"## {study.title}\n\n{study.question}\n\n"
     if not rows:
         return f"{text}**Not run** yet: `python benchmarks/experiments.py --study={name}" + (
-            " --images=DIR`.\n\n" if study.needs_images else "`.\n\n")
+            " --images=DIR`.\n\n" if study.needs_images else "`.\n\n") + (
+            f"{markdown(verdicts(study, rows))}\n" if study.hypotheses else "")
     facts = {key: ", ".join(dict.fromkeys(str(getattr(row, key)) for row in rows))
              for key in ("device", "jax", "epochs", "commit")}
     dates = sorted(row.date for row in rows)
@@ -157,4 +178,5 @@ def section(name: str, study: Study, rows: Sequence[Row]) -> str:
             f"commit {facts['commit']}: `results/study-{name}.csv`, by `python benchmarks/experiments.py "
             f"--study={name}`.\n\n"
             f"{markdown(table(study, rows))}\n"
-            + (f"{markdown(paired(study, rows, study.contrasts))}\n" if study.contrasts else ""))
+            + (f"{markdown(paired(study, rows, study.contrasts))}\n" if study.contrasts else "")
+            + (f"{markdown(verdicts(study, rows))}\n" if study.hypotheses else ""))

@@ -18,7 +18,7 @@ from shared_basis.config import Config, replace
 from shared_basis.errors import UserError
 from shared_basis.evaluate import Trained, build_model
 from shared_basis.feeds import Images
-from shared_basis.models import FAMILIES, Network, plain_counterpart
+from shared_basis.models import Network, family_of, plain_counterpart
 from shared_basis.screen import Screen
 
 Arrays = Mapping[Path, np.ndarray]
@@ -102,7 +102,7 @@ def check_family(name: str) -> None:
     if base.startswith("resnext"):
         raise UserError(f"{base} cannot be compressed: a ReLU stands between its basis and the coefficients, so that "
                         "no closed form gives them; train it from scratch.")
-    if BASIS_FORM not in FAMILIES[base].forms:
+    if BASIS_FORM not in family_of(base).forms:
         raise UserError(f"{base} cannot be compressed: it shares whole filters, which are no low-rank form of others; "
                         "train it from scratch.")
 

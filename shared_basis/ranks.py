@@ -11,7 +11,7 @@ import numpy as np
 from shared_basis.config import ModelConfig
 from shared_basis.errors import UserError
 from shared_basis.evaluate import Trained
-from shared_basis.models import FAMILIES, create_model
+from shared_basis.models import create_model, family_of
 from shared_basis.plain import Plain
 from shared_basis.screen import Screen
 from shared_basis.summary import count_network
@@ -28,7 +28,7 @@ class Candidates:
     def __init__(self, plain: Plain, trained: Trained) -> None:
         """Takes the layers of a network, and the run that they are of."""
         self._spec, self._model = trained.spec, trained.config.model
-        forms = FAMILIES[self._model.name].forms
+        forms = family_of(self._model.name).forms
         self.sharings = [sharing for sharing, ending in SHARINGS.items() if f"s<S>u<U>{ending}" in forms]
         networks = {sharing: create_model(self.name(sharing, 1, 1), stem=self._model.stem)
                     for sharing in self.sharings}

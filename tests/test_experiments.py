@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import statistics
-import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,10 @@ from benchmarks.findings import (
     paired,
     section,
     table,
+    verdicts,
 )
 from benchmarks.records import append, read
-from benchmarks.studies import STUDIES, Study, Variant
+from benchmarks.studies import STUDIES, Hypothesis, Study, Variant
 from shared_basis.config import Config
 from shared_basis.errors import UserError
 from shared_basis.models import create_model
@@ -91,8 +96,40 @@ def test_the_documentation_says_what_the_rows_say() -> None:
 
 
 @pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
-def test_contrasts_are_of_variants(study: Study) -> None:
-    assert {label for pair in study.contrasts for label in pair} <= {variant.label for variant in study.variants}
+def test_contrasts_and_hypotheses_are_of_variants(study: Study) -> None:
+    labels = {variant.label for variant in study.variants}
+    assert {label for pair in study.contrasts for label in pair} <= labels
+    assert {label for each in study.hypotheses for label in (each.variant, each.reference)} <= labels
+
+
+def test_hypotheses_are_judged_by_the_interval_and_their_margin() -> None:
+    study = dataclasses.replace(STUDY, seeds=3, hypotheses=(
+        Hypothesis("within half a point", "shared", "plain", 0.5), Hypothesis("better", "shared", "plain")))
+    plain = [row(PLAIN, seed, 10.0) for seed in range(3)]
+
+    def outcomes(*errors: float) -> list[str]:
+        return [line[-1] for line in verdicts(study, plain + [row(SHARED, i, e) for i, e in enumerate(errors)])[1:]]
+    assert outcomes(10.19, 10.2, 10.21) == ["confirmed", "refuted"]
+    assert outcomes(9.8, 9.79, 9.81) == ["confirmed", "confirmed"]
+    assert outcomes(11.0, 11.01, 10.99) == ["refuted", "refuted"]
+    assert outcomes(9.0, 11.0, 10.0) == ["not decided (within noise)"] * 2
+    assert outcomes(9.8, 9.81) == ["confirmed, by 2 of 3 seeds"] * 2
+    assert outcomes(9.8) == ["too few runs"] * 2
+    assert outcomes() == ["not run"] * 2
+    assert "| better | -0.20 (one seed) | too few runs |" in section("name", study, [*plain, row(SHARED, 0, 9.8)])
+
+
+def test_a_stop_ends_the_running_process_and_begins_no_further_one(tmp_path: Path) -> None:
+    children = experiments.Children()
+    began = tmp_path / "began"
+    script = f"import pathlib, time; pathlib.Path({str(began)!r}).touch(); time.sleep(60)"
+    with ThreadPoolExecutor() as threads:
+        running = threads.submit(children.run, [sys.executable, "-c", script], dict(os.environ))
+        while not began.exists() and not running.done():
+            time.sleep(0.05)
+        children.stop(signal.SIGTERM, None)
+        assert running.result()[0] == -signal.SIGTERM
+    assert experiments.run_study("tiny", STUDY, experiments.parse(["--study=digits"])[1], children) == 0
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -152,16 +189,14 @@ def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     """Returns the calls of main.py, none of which is made: runs of seed 1 of the shared network fail."""
     calls: list[list[str]] = []
 
-    def call(words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        if words[1] != "main.py":  # git
-            return subprocess.CompletedProcess(words, 0, "abc1234\n", "")
+    def call(_: Any, words: list[str], __: Any) -> tuple[int, str, str]:
         calls.append(words[2:])
         if "--config.seed=1" in words and any(word.endswith("-s8u1") for word in words):
-            return subprocess.CompletedProcess(words, 2, "", "noise\nerror: no luck\n")
-        return subprocess.CompletedProcess(words, 0, json.dumps({
+            return 2, "", "noise\nerror: no luck\n"
+        return 0, json.dumps({
             "epoch": 3, "device": "1 × cpu", "parameters": 5, "macs": 6, "images_per_second": 7.0,
-            "test_accuracy": 0.9, "best_test_accuracy": 0.95, "best_epoch": 2, "chosen_on": "test"}), "")
-    monkeypatch.setattr(subprocess, "run", call)
+            "test_accuracy": 0.9, "best_test_accuracy": 0.95, "best_epoch": 2, "chosen_on": "test"}), ""
+    monkeypatch.setattr(experiments.Children, "run", call)
     monkeypatch.setattr(experiments, "RESULTS", tmp_path)
     monkeypatch.setattr(experiments, "PAGE", tmp_path / "results.md")
     monkeypatch.setattr(experiments, "README", tmp_path / "README.md")

@@ -51,7 +51,18 @@ def test_a_name_says_depth_ranks_and_sharing(name, blocks, shared, unique, doubl
 
 def test_the_examples_of_the_grammar_are_names():
     examples = GRAMMAR.split("e.g. ")[1].split(", ")
-    assert [create_model(name).sharing.unique_rank for name in examples] == [0, 1, 1, 0]
+    assert [create_model(name).sharing.unique_rank for name in examples] == [0, 1, 1, 0, 0]
+
+
+def test_a_width_in_the_name_is_that_of_the_first_group():
+    narrow = create_model("resnet32w12-s8u1-double")
+    assert (narrow.blocks, narrow.widths) == ((5, 5, 5), (12, 24, 48))
+    assert plain_counterpart("resnet32w12-s8u1-double") == "resnet32w12"
+    # The kernels and norms of ResNet-32 at widths 12, 24, 48, by hand: a block's first layer widens.
+    convolutions = 9 * (3 * 12 + 10 * 12**2 + 12 * 24 + 9 * 24**2 + 24 * 48 + 9 * 48**2)
+    norms = 2 * (11 * 12 + 10 * 24 + 10 * 48)
+    params = abstract_variables(create_model("resnet32w12"), (32, 32, 3))["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == convolutions + norms + 48 * 10 + 10
 
 
 @pytest.mark.parametrize(("name", "words"), [
@@ -63,6 +74,9 @@ def test_the_examples_of_the_grammar_are_names():
     ("resnet20-s8u1-double-double", "no sharing 's8u1-double-double'"),
     ("resnet20-s8u-1", "no sharing 's8u-1'"),
     ("resnet57-s8u1", "Names: <network>[-<sharing>], e.g. resnet56"),
+    ("resnet32w16", "unknown network 'resnet32w16'. The nearest: resnet32"),  # the usual width has no second name
+    ("resnet32w0", "unknown network 'resnet32w0'"),
+    ("resnet34w12", "unknown network 'resnet34w12'. The nearest: resnet34"),
     ("resnet20 ", "unknown network 'resnet20 '"),
     ("resnet20\n", "unknown network 'resnet20\\n'"),
     ("", "unknown network ''. Networks:"),

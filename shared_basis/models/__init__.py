@@ -18,8 +18,8 @@ from shared_basis.models.network import Network, Sharing
 from shared_basis.models.resnet import ResNet
 from shared_basis.models.resnext import ResNeXt
 
-GRAMMAR = "<network>[-<sharing>], e.g. resnet56, resnet56-s16u1-double, resnet34-s32u1, resnet50-shared++"
-"""How a network is named; the sharing is one of `SHARING_FORMS`."""
+GRAMMAR = "<network>[-<sharing>], e.g. resnet56, resnet56-s16u1-double, resnet34-s32u1, resnet50-shared++, resnet32w12"
+"""How a network is named; the sharing is one of `SHARING_FORMS`. ResNet-14 to 110 take a width, w<channels>, too."""
 
 SHARING_FORMS = {
     "s<S>u<U>": "S shared and U unique basis elements in the first group, doubling with each further one",
@@ -67,6 +67,31 @@ def _families() -> dict[str, Family]:
 FAMILIES = _families()
 """Every network by the first part of its name. ResNet-14 is the least in which layers share; the paper has none."""
 
+USUAL_WIDTH = 16
+"""Channels of the first group of ResNet-14 to 110; `resnet32w12` has 12, 24 and 48 where ResNet-32 has 16, 32, 64."""
+
+
+def family_of(name: str) -> Family:
+    """Returns the family of the network `name`; of one with a width, the family with that width.
+
+    Raises:
+      UserError: there is no such network (the nearest known ones are named).
+    """
+    base, dash, form = name.partition("-")
+    known = base
+    if (wide := re.fullmatch(r"(resnet\d+)w([1-9]\d{0,3})", base)) and int(wide[2]) != USUAL_WIDTH:
+        known = wide[1]
+    family = FAMILIES.get(known)
+    if family and wide and known != base:  # ImageNet's ResNets have no such width
+        widths = tuple(int(wide[2]) << group for group in range(3))
+        usual = family.arguments["widths"][0] == USUAL_WIDTH
+        family = dataclasses.replace(family, arguments={**family.arguments, "widths": widths}) if usual else None
+    if family is None or (dash and not form):
+        near = difflib.get_close_matches(base, FAMILIES, n=3, cutoff=0.5)
+        hint = f" The nearest: {', '.join(near)}." if near else ""
+        raise UserError(f"unknown network {name!r}.{hint} Networks: {', '.join(FAMILIES)}. Names: {GRAMMAR}.")
+    return family
+
 
 def create_model(name: str, *, num_classes: int = 10, stem: str | None = None, dtype: Dtype = jnp.float32,
                  loop: bool | None = None) -> Network:
@@ -83,13 +108,8 @@ def create_model(name: str, *, num_classes: int = 10, stem: str | None = None, d
       UserError: the name is unknown (with the nearest known ones), the network has no such sharing or stem, or a rank
         exceeds the space of the filters.
     """
-    base, dash, form = name.partition("-")
-    if base not in FAMILIES or (dash and not form):
-        near = difflib.get_close_matches(base, FAMILIES, n=3, cutoff=0.5)
-        hint = f" The nearest: {', '.join(near)}." if near else ""
-        raise UserError(f"unknown network {name!r}.{hint} Networks: {', '.join(FAMILIES)}. Names: {GRAMMAR}.")
-    family = FAMILIES[base]
-    sharing = _parse_sharing(name, form, family)
+    family = family_of(name)
+    sharing = _parse_sharing(name, name.partition("-")[2], family)
     if num_classes < 2:
         raise UserError(f"num_classes={num_classes}: a classifier needs at least 2 classes.")
     stem = stem or family.stems[0]
