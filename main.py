@@ -41,7 +41,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as FILE.py[:n
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/<config>-<network>.")
 _DEBUG_NANS = flags.DEFINE_bool("debug_nans", False, "Stop at the operation that gives the first NaN; slow.")
-_OPTIONS: list[flags.FlagHolder[Any]] = [  # fields of `shared_basis.modes.Request`
+_OPTIONS: list[flags.FlagHolder[Any]] = [  # fields of `shared_basis.cli.commands.Request`
     flags.DEFINE_bool("json", False, "Print the result as one JSON object; other lines go to standard error."),
     flags.DEFINE_bool("quiet", False, "Print warnings and the result alone."),
     flags.DEFINE_bool("verbose", False, "Print details too, such as each step."),
@@ -104,15 +104,16 @@ def _at_home(value: Any) -> Any:
 
 def run() -> None:
     """Does what the flags say, and prints the result."""
-    from shared_basis import devices, modes  # here, so that mistakes in flags do not wait for them
-    with devices.started(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DEBUG_NANS.value):
+    from shared_basis.cli import commands
+    from shared_basis.runtime import distributed
+    with distributed.started(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DEBUG_NANS.value):
         # What is set here of a trained run's configuration need suit that one alone.
         config = Config() if _MODE.value in _TRAINED else from_config_dict(_CONFIG.value)
-        request = modes.Request(
+        request = commands.Request(
             config, config_flags.get_override_values(FLAGS["config"]),
             _at_home(_WORKDIR.value or os.path.join("runs", _CONFIG.value.name)), bool(_WORKDIR.value),
             **{option.name: _at_home(option.value) for option in _OPTIONS})
-        result, text = modes.run(_MODE.value, request)
+        result, text = commands.run(_MODE.value, request)
         print(json.dumps(result) if request.json else text)
 
 

@@ -14,13 +14,13 @@ import numpy as np
 
 from benchmarks.common import BareStep, build
 from shared_basis.config import Config, ModelConfig, from_config_dict, replace
-from shared_basis.data.splits import Spec, Split
-from shared_basis.devices import check_batch_size, make_mesh
-from shared_basis.evaluate import build_model
-from shared_basis.feeds import Images
+from shared_basis.data.examples import Spec, Split
+from shared_basis.data.feeds import Images
+from shared_basis.evaluation.evaluate import build_model
 from shared_basis.models import create_model, plain_counterpart
-from shared_basis.models.network import Network
-from shared_basis.summary import compare_with_plain
+from shared_basis.models.base import Network
+from shared_basis.models.summary import compare_with_plain
+from shared_basis.runtime.distributed import check_batch_size, make_mesh
 
 SECONDS = 1.5
 """What a measurement of steps is to last, at least, so that clocks and queues do not show."""

@@ -20,9 +20,9 @@ if TYPE_CHECKING:  # JAX is imported by what needs it: benchmarks/data.py measur
     from jax.sharding import Mesh
 
     from shared_basis.config import Config
-    from shared_basis.feeds import Images
+    from shared_basis.data.feeds import Images
     from shared_basis.models import Network
-    from shared_basis.train import Program
+    from shared_basis.training.train import Program
 
 README = Path(__file__).parent / "README.md"
 
@@ -111,8 +111,8 @@ def replace_section(path: Path, begin: str, end: str, text: str) -> None:
 
 def build(config: Config, images: Images, model: Network, mesh: Mesh, root: Path) -> tuple[Any, Program]:
     """Returns the state before the first step, and the trainer's compiled program; `root` is for its checkpoints."""
-    from shared_basis import train
-    from shared_basis.checkpoints import Checkpoints
+    from shared_basis.runs.checkpoints import Checkpoints
+    from shared_basis.training import train
 
     with contextlib.closing(Checkpoints(root)) as checkpoints:
         return train.build(config, images, model, mesh, checkpoints)
@@ -132,7 +132,7 @@ class BareStep:
         """Returns the state before the first step, on the devices."""
         import jax
 
-        from shared_basis.devices import replicated
+        from shared_basis.runtime.distributed import replicated
         return jax.device_put(self._beginning, replicated(self._mesh))
 
     def run(self, steps: int) -> float:
@@ -161,13 +161,13 @@ def trainers(config: Config, load: Callable[[Config, Mesh], Images], placements:
       placements: of `data.placement`; the training loop is measured with each, the step alone with the first.
       root: an empty directory, for workdirs.
     """
-    from shared_basis import train
-    from shared_basis.checkpoints import Checkpoints
-    from shared_basis.devices import make_mesh
-    from shared_basis.evaluate import build_model
-    from shared_basis.screen import Screen
-    from shared_basis.signals import StopSignals
-    from shared_basis.workdir import Workdir, make_record
+    from shared_basis.evaluation.evaluate import build_model
+    from shared_basis.runs.checkpoints import Checkpoints
+    from shared_basis.runs.workdir import Workdir, make_record
+    from shared_basis.runtime.distributed import make_mesh
+    from shared_basis.runtime.preemption import StopSignals
+    from shared_basis.runtime.reporter import Screen
+    from shared_basis.training import train
 
     mesh, numbers = make_mesh(), iter(range(10**6))
     steps = {}

@@ -35,13 +35,14 @@ from benchmarks.common import Parser, Table, in_turns, markdown, positive, repla
 from benchmarks.export import classify, graph_of_run, load_tests, session_of
 from benchmarks.records import ROOT, commit, read
 from configs import cifar_resnet, digits_resnet
-from shared_basis import compressing, train
+from shared_basis.compression import compress
 from shared_basis.config import Config, from_config_dict, replace
 from shared_basis.errors import end_with
-from shared_basis.evaluate import Trained
-from shared_basis.export import onnx_file
+from shared_basis.evaluation.evaluate import Trained
+from shared_basis.export import onnx
 from shared_basis.export.folding import fold
-from shared_basis.screen import Screen
+from shared_basis.runtime.reporter import Screen
+from shared_basis.training import train
 
 RECORDS, PAGE = ROOT / "results" / "compress.csv", ROOT / "docs" / "compress.md"
 BEGIN, END = "<!-- compress -->\n", "<!-- end of compress -->\n"
@@ -114,7 +115,7 @@ def measure(options: argparse.Namespace, command: str, screen: Screen) -> list[R
     for budget in options.budgets:
         workdir, told = runs / f"{budget:g}", runs / f"{budget:g}.json"
         if not told.exists():
-            result = compressing.compress(tuning(plain, options.tuning), workdir, str(runs / "plain"), screen,
+            result = compress.compress(tuning(plain, options.tuning), workdir, str(runs / "plain"), screen,
                                           budget=budget)
             temporary = told.with_suffix(".tmp")
             temporary.write_text(json.dumps(result))
@@ -143,7 +144,7 @@ def ship(workdirs: Sequence[Path], rounds: int, screen: Screen) -> list[dict[str
     opened = [Trained.open(workdir) for workdir in workdirs]
     tests = load_tests(opened[0], screen)
     labels = np.concatenate([classes for _, classes in tests])
-    contents = [onnx_file.serialise(fold(graph_of_run(trained), "auto")[0], {})[""] for trained in opened]
+    contents = [onnx.serialise(fold(graph_of_run(trained), "auto")[0], {})[""] for trained in opened]
     sessions = [session_of(content) for content in contents]
     one = {"images": tests[0][0][:1]}
     timed = {index: Timed(repeated(functools.partial(session.run, None, one)))
@@ -234,7 +235,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> None:
     Args:
       words: the command line, for the rows.
     """
-    onnx_file.require_packages()
+    onnx.require_packages()
     read(RECORDS, Row)  # a file of other rows is told before what takes hours
     command = shlex.join(["python", "benchmarks/compress.py", *(
         f"--data={Path(options.data).name}" if word.startswith("--data=") else word for word in words

@@ -28,13 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run
 
 from benchmarks.common import README, Table, in_turns, machine, markdown, medians, replace_section, trainers
 from shared_basis.config import Config, DataConfig, ModelConfig, TrainConfig, replace
-from shared_basis.data import images, stream
-from shared_basis.data.splits import Source
+from shared_basis.data import images, streaming
+from shared_basis.data.examples import Source
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from shared_basis.feeds import Images
+    from shared_basis.data.feeds import Images
 
 BEGIN, END = "<!-- data -->\n", "<!-- end of data -->\n"
 PACKAGES = ("jax", "pillow", "grain", "simplejpeg", "opencv-python-headless")
@@ -131,7 +131,7 @@ def _cropped(decode: Callable[[bytes], np.ndarray] | None, scale: Scale) -> Call
     return lambda file: scale(decode(file), box_of(file))
 
 
-def streaming(rounds: int) -> Table:
+def pipeline(rounds: int) -> Table:
     """Returns images per second of the whole pipeline, by number of workers, and its memory."""
     from shared_basis import data
 
@@ -145,7 +145,7 @@ def streaming(rounds: int) -> Table:
         source = data.open_source(config)
         batch = 64 * 224 * 224 * 3 / 2**20
         table = [["read by", "images/s", "images/s and core", f"memory for it (a batch has {batch:.1f} MiB)"]]
-        options = sorted({0, 1, stream.cores()})
+        options = sorted({0, 1, streaming.cores()})
         peaks = dict.fromkeys(options, 0)
 
         def measured(workers: int) -> Callable[[], float]:
@@ -155,19 +155,19 @@ def streaming(rounds: int) -> Table:
             return measure
         found = medians(in_turns({str(workers): measured(workers) for workers in options}, max(1, rounds // 2)))
         for workers in options:
-            cores = workers or stream.cores()
+            cores = workers or streaming.cores()
             name = f"{workers} process{'es' * (workers > 1)}" if workers else f"{cores} threads"
             speed = found[str(workers)]
-            table.append([name, f"{speed:,.0f}", f"{speed / min(cores, stream.cores()):,.0f}",
+            table.append([name, f"{speed:,.0f}", f"{speed / min(cores, streaming.cores()):,.0f}",
                           f"{peaks[workers] / 2**20:,.0f} MiB"])
     return table
 
 
 def _streamed(source: Source, config: DataConfig, workers: int) -> tuple[float, int]:
     """Returns images per second of the batches after the first eight, and the most memory that streaming took."""
-    batches = stream.TrainingBatches(source.splits["train"], source.spec, config, seed=0, batch_size=64, epochs=8)
+    batches = streaming.TrainingBatches(source.splits["train"], source.spec, config, seed=0, batch_size=64, epochs=8)
     before, peak, began, counted, speed = _memory(), 0, 0.0, 0, 0.0
-    with contextlib.closing(stream.read(batches, workers)) as reader:
+    with contextlib.closing(streaming.read(batches, workers)) as reader:
         for number, batch in enumerate(reader):
             if number == 7:
                 began = time.perf_counter()
@@ -213,8 +213,9 @@ def training(rounds: int) -> Table:
 
 
 def _load(config: Config, mesh: Mesh) -> Images:
-    from shared_basis import data, feeds
-    from shared_basis.screen import Screen
+    from shared_basis import data
+    from shared_basis.data import feeds
+    from shared_basis.runtime.reporter import Screen
 
     return feeds.load(data.open_source(config.data), config.data, mesh, Screen(verbosity="quiet"))
 
@@ -231,7 +232,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each subject; the median counts")
     parser.add_argument("--write", action="store_true", help="replace the figures in benchmarks/README.md")
     options = parser.parse_args()
-    text = report(part(options.rounds) for part in (decoding, streaming, training))
+    text = report(part(options.rounds) for part in (decoding, pipeline, training))
     print(text)
     if options.write:
         replace_section(README, BEGIN, END, text)

@@ -33,7 +33,7 @@ from shared_basis.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from shared_basis.report.figures import Theme
+    from shared_basis.plotting import Theme
 
 FILE = ROOT / "results" / "depth.csv"
 PICTURE = ROOT / "results" / "depth.png"
@@ -134,13 +134,14 @@ def train(layers: int, variant: Variant, seed: int) -> Iterator[Row]:
     import jax
 
     from configs.digits_resnet import get_config
-    from shared_basis import data, feeds
+    from shared_basis import data
     from shared_basis.config import from_config_dict, replace
-    from shared_basis.devices import make_mesh
-    from shared_basis.evaluate import build_model
-    from shared_basis.gradients import by_depth, gradient_flow, layer_paths
-    from shared_basis.screen import Screen
-    from shared_basis.steps import normalize
+    from shared_basis.data import feeds
+    from shared_basis.evaluation.evaluate import build_model
+    from shared_basis.optim.gradient_norms import by_depth, gradient_flow, layer_paths
+    from shared_basis.runtime.distributed import make_mesh
+    from shared_basis.runtime.reporter import Screen
+    from shared_basis.training.steps import normalize
 
     config = replace(from_config_dict(get_config(f"resnet20{variant.form}")), {
         "seed": seed, "orthogonality.method": variant.method, "train.epochs": EPOCHS})
@@ -243,7 +244,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 def _paint(rows: Sequence[Row], figure: Figure, theme: Theme) -> None:
     """Draws the gradient by depth: a row of axes for each number of sharing layers, a column for each moment."""
-    from shared_basis.report.figures import DASHES, set_log
+    from shared_basis.plotting import DASHES, set_log
 
     numbers = sorted({row.layers for row in rows})
     grid = figure.subplots(len(numbers), len(MEASURED), sharex="row", sharey="row", squeeze=False)
@@ -278,7 +279,7 @@ def _seeds(rows: Sequence[Row]) -> str:
 
 def write_page() -> None:
     """Draws the picture and replaces the section of docs/results.md."""
-    from shared_basis.report.figures import png
+    from shared_basis.plotting import png
 
     rows = read(FILE, Row)
     if BEGIN not in PAGE.read_text():

@@ -27,17 +27,17 @@ from benchmarks.cases import Case, Timed, make_case, repeated
 from benchmarks.common import README, Parser, Table, in_turns, machine, names, positive, replace_section
 from benchmarks.processes import ask
 from benchmarks.records import ROOT, Part, Session, spread
-from shared_basis import feeds
 from shared_basis.config import DataConfig
-from shared_basis.evaluate import Trained
-from shared_basis.export import onnx_file
+from shared_basis.data import feeds
+from shared_basis.evaluation.evaluate import Trained
+from shared_basis.export import onnx
 from shared_basis.export.folding import CHOICES, fold
 from shared_basis.export.graph import Node, count_macs
-from shared_basis.export.trace import trace
+from shared_basis.export.jaxpr import trace
 from shared_basis.models import create_model
-from shared_basis.params import abstract_variables
-from shared_basis.screen import Screen
-from shared_basis.steps import normalize
+from shared_basis.models.parameters import abstract_variables
+from shared_basis.runtime.reporter import Screen
+from shared_basis.training.steps import normalize
 
 FILE = ROOT / "results" / "export.csv"
 BEGIN, END = "<!-- export -->\n", "<!-- end of export -->\n"
@@ -82,7 +82,7 @@ def files(session: Session, cases: Sequence[Case]) -> Table:
         graph = graph_of(case)
         for choice in FOLDS if case.form else ("auto",):
             folded = fold(graph, choice)[0]
-            contents[name, choice], macs[name, choice] = onnx_file.serialise(folded, {})[""], count_macs(folded)
+            contents[name, choice], macs[name, choice] = onnx.serialise(folded, {})[""], count_macs(folded)
     images = {name: np.random.default_rng(0).integers(0, 256, (case.batch, case.image_size, case.image_size, 3),
                                                       dtype=np.uint8) for name, case in made.items()}
     timed = {key: Timed(repeated(functools.partial(session_of(content).run, None, {"images": images[key[0]]})))
@@ -134,7 +134,7 @@ def agreement(session: Session, workdirs: Sequence[str]) -> Table:
         best = np.sort(expected, axis=-1)
         case, graph = Case(name, len(expected), trained.spec.image_shape[0]), graph_of_run(trained)
         for choice in CHOICES:
-            found = classify(session_of(onnx_file.serialise(fold(graph, choice)[0], {})[""]), tests)
+            found = classify(session_of(onnx.serialise(fold(graph, choice)[0], {})[""]), tests)
             figures = {"largest difference of logits": float(np.abs(found - expected).max()),
                        "predictions that differ": float(np.sum(found.argmax(-1) != expected.argmax(-1))),
                        "narrowest margin": float((best[:, -1] - best[:, -2]).min())}
@@ -150,7 +150,7 @@ def run(options: Any) -> None:
     Raises:
       UserError: a network or a run does not exist, or a package is missing.
     """
-    onnx_file.require_packages()
+    onnx.require_packages()
     records.check_file(FILE)
     networks = options.networks or (() if options.workdirs else NETWORKS)
     cases = [make_case(network, "cpu", options.batch) for network in networks]

@@ -17,10 +17,10 @@ from benchmarks.common import Measure, Table, in_turns
 from benchmarks.processes import MIB, ROUNDS, ask
 from benchmarks.records import Part, Session, spread
 from benchmarks.worker import without_images
-from shared_basis.evaluate import build_model
-from shared_basis.models.network import Network
+from shared_basis.evaluation.evaluate import build_model
+from shared_basis.models.base import Network
+from shared_basis.models.parameters import abstract_variables, count_macs
 from shared_basis.models.resnet import ResNet
-from shared_basis.params import abstract_variables, count_macs
 
 WIDTHS = (1, 2, 4)
 BATCHES = (1 / 4, 1 / 2, 1, 2, 4)
@@ -79,7 +79,7 @@ def macs(case: Case, model: Network | None = None) -> int:
 
 
 def _model(case: Case) -> Network:
-    from shared_basis.data.splits import Spec
+    from shared_basis.data.examples import Spec
 
     return build_model(case.config(), Spec((case.image_size, case.image_size, 3), ("",) * case.classes))
 

@@ -15,10 +15,10 @@ from benchmarks.cases import Case, Timed, beside_plain, make_step, random_images
 from benchmarks.common import Measure, in_turns, trainers
 from benchmarks.comparison import Comparison, torch_frameworks
 from benchmarks.records import Part, Session, spread
-from shared_basis.basis import ElementSet
 from shared_basis.models import create_model
-from shared_basis.orthogonality import orthogonality_penalty
-from shared_basis.orthonormality import keep_orthonormal
+from shared_basis.nn.basis_conv import ElementSet
+from shared_basis.optim.orthonormal import keep_orthonormal
+from shared_basis.optim.penalty import orthogonality_penalty
 
 PENALTY_ROUNDS = 3
 """Rounds of the penalty for one of another subject: its share is small, and the difference of two steps is noisy."""

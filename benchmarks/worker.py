@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Case, Timed, make_step
-from shared_basis.memory import Memory
+from shared_basis.runtime.memory import Memory
 
 STEPS = 3
 """Steps after which the memory of a process is read."""

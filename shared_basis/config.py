@@ -19,7 +19,7 @@ import ml_collections
 from shared_basis.errors import UserError
 
 PARAMETER_LABELS = ("basis", "coefficients", "kernel", "norm", "bias")
-"""Kinds of parameters that weight decay can be limited to; `shared_basis.params` assigns them."""
+"""Kinds of parameters that weight decay can be limited to; `shared_basis.models.parameters` assigns them."""
 
 
 def _require(condition: bool, field: str, value: Any, allowed: str) -> None:

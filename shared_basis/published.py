@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from shared_basis.config import ModelConfig
-from shared_basis.summary import compare_with_plain
+from shared_basis.models.summary import compare_with_plain
 
 
 class Published(NamedTuple):

@@ -24,15 +24,15 @@ from jax.sharding import AxisType, Mesh
 from PIL import Image
 
 from shared_basis import data
-from shared_basis.checkpoints import Checkpoints
 from shared_basis.config import Config
 from shared_basis.errors import UserError
-from shared_basis.evaluate import build_model
-from shared_basis.models.network import Sharing
+from shared_basis.evaluation.evaluate import build_model
+from shared_basis.models.base import Sharing
+from shared_basis.models.parameters import abstract_variables
 from shared_basis.models.resnet import ResNet
-from shared_basis.params import abstract_variables
-from shared_basis.screen import Screen
-from shared_basis.workdir import Workdir, make_record
+from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runs.workdir import Workdir, make_record
+from shared_basis.runtime.reporter import Screen
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = ROOT / "main.py"
@@ -176,7 +176,7 @@ def user_environment() -> dict[str, str]:
 _SERVER = """
 import json, os, runpy, sys
 sys.path.insert(0, sys.argv[1])
-import sklearn.datasets, shared_basis.evaluate, shared_basis.summary, shared_basis.train
+import sklearn.datasets, shared_basis.evaluation.evaluate, shared_basis.models.summary, shared_basis.training.train
 while line := sys.stdin.readline():
     request = json.loads(line)
     child = os.fork()

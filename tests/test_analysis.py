@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from helpers import make_images, save_run, tiny_network, user_error
 from PIL import Image
+from shared_basis.analysis.bases import BasisSet, basis_sets, describe_basis, describe_set
 
-from shared_basis import analysis, analyze, create_model
-from shared_basis import evaluate as evaluate_module
-from shared_basis.analysis import BasisSet, basis_sets, describe_basis, describe_set
+from shared_basis import create_model
+from shared_basis.analysis import analyze, bases
 from shared_basis.config import Config, DataConfig, ModelConfig, replace
-from shared_basis.gradients import by_depth, gradient_flow, layer_paths
-from shared_basis.orthogonality import orthogonality_diagnostics
-from shared_basis.params import abstract_variables
+from shared_basis.evaluation import evaluate as evaluate_module
+from shared_basis.models.parameters import abstract_variables
+from shared_basis.optim.gradient_norms import by_depth, gradient_flow, layer_paths
+from shared_basis.optim.penalty import orthogonality_diagnostics
 
 
 def random_variables(network: Any, size: int = 32, channels: int = 3) -> Any:
@@ -57,9 +58,9 @@ def test_elements_twice_count_once() -> None:
 
 def test_effective_rank_is_exp_of_the_entropy_of_singular_values() -> None:
     values = np.array([4.0, 2.0, 1.0, 1.0, 0.0])  # p = 1/2, 1/4, 1/8, 1/8: 1.75 bits
-    assert analysis.effective_rank(values) == pytest.approx(2**1.75)
-    assert analysis.stable_rank(values) == pytest.approx(22 / 16)
-    assert analysis.condition_number(np.array([6.0, 3.0])) == 2
+    assert bases.effective_rank(values) == pytest.approx(2**1.75)
+    assert bases.stable_rank(values) == pytest.approx(22 / 16)
+    assert bases.condition_number(np.array([6.0, 3.0])) == 2
 
 
 def test_coherence_is_the_largest_product_of_different_elements_and_not_normalised() -> None:
@@ -100,7 +101,7 @@ def test_effective_coefficients_are_what_the_layer_multiplies_by() -> None:
     by_layer = normalised @ tree["coefficients"]
     mine = responses @ found.coefficients["group1/block2/second"]
     np.testing.assert_allclose(by_layer - by_layer[:1], mine - mine[:1], rtol=1e-5)
-    layers = analysis.layers_of(found, "shared")
+    layers = bases.layers_of(found, "shared")
     assert list(layers) == ["group1/block2/first", "group1/block2/second"]
     np.testing.assert_array_equal(layers["group1/block2/second"], found.coefficients["group1/block2/second"][1:])
 
@@ -109,31 +110,31 @@ def test_cosine_sees_output_channels_and_alignment_does_not() -> None:
     rng = np.random.default_rng(0)
     one = rng.normal(size=(6, 12))
     turned = one @ np.linalg.qr(rng.normal(size=(12, 12)))[0]
-    cosine, alignment = analysis.cosines([one, turned, -one]), analysis.alignments([one, turned, -one])
+    cosine, alignment = bases.cosines([one, turned, -one]), bases.alignments([one, turned, -one])
     assert abs(cosine[0, 1]) < 0.5
     assert cosine[0, 2] == pytest.approx(-1)
     np.testing.assert_allclose(alignment, np.ones((3, 3)))
     gram, other = one @ one.T, (two := rng.normal(size=(6, 12))) @ two.T
-    assert analysis.alignments([one, two])[0, 1] == pytest.approx(
+    assert bases.alignments([one, two])[0, 1] == pytest.approx(
         (gram * other).sum() / np.sqrt((gram**2).sum() * (other**2).sum()))
-    assert analysis.mean_off_diagonal(np.array([[1, 0.5], [0.3, 1]])) == pytest.approx(0.4)
-    assert analysis.mean_off_diagonal(np.ones((1, 1))) is None
+    assert bases.mean_off_diagonal(np.array([[1, 0.5], [0.3, 1]])) == pytest.approx(0.4)
+    assert bases.mean_off_diagonal(np.ones((1, 1))) is None
 
 
 def test_the_alignment_by_chance_is_that_of_random_matrices() -> None:
     rng = np.random.default_rng(0)
     for shape, tolerance in (((8, 16), 0.03), ((32, 64), 0.003)):
         matrices = [rng.normal(size=shape) for _ in range(60)]
-        mean = analysis.mean_off_diagonal(analysis.alignments(matrices))
-        assert mean == pytest.approx(analysis.chance_alignment(matrices[0]), abs=tolerance)
+        mean = bases.mean_off_diagonal(bases.alignments(matrices))
+        assert mean == pytest.approx(bases.chance_alignment(matrices[0]), abs=tolerance)
 
 
 def test_channels_are_chosen_by_their_norm() -> None:
     array = np.zeros((3, 3, 5, 2))
     for channel, size in enumerate((1, 5, 0, 7, 2)):
         array[..., channel, :] = size
-    assert analysis.strongest_channels(array, 3).tolist() == [1, 3, 4]
-    assert analysis.strongest_channels(array, 9).tolist() == [0, 1, 2, 3, 4]
+    assert bases.strongest_channels(array, 3).tolist() == [1, 3, 4]
+    assert bases.strongest_channels(array, 9).tolist() == [0, 1, 2, 3, 4]
 
 
 # Networks of every kind

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared_basis.basis import BasisConv, check_rank, he_normal_fan_out, init_shared_bases
 from shared_basis.errors import UserError
-from shared_basis.ops import convolve
+from shared_basis.nn.basis_conv import BasisConv, check_rank, he_normal_fan_out, init_shared_bases
+from shared_basis.nn.ops import convolve
 
 MODES = {"plain": (0, 0), "unique only": (0, 3), "shared only": (4, 0), "hybrid": (4, 3)}
 """Shared and unique rank (s, u) of each."""

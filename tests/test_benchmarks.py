@@ -20,11 +20,11 @@ sys.path.insert(0, str(ROOT))  # pytest, called as such, does not look there
 from benchmarks import cases, common, comparison, growth, processes, records, speed, subjects, worker
 from benchmarks.cases import Case
 from benchmarks.records import COLUMNS, Session
-from shared_basis import evaluate
 from shared_basis.config import Config, DataConfig, ModelConfig, replace
+from shared_basis.evaluation import evaluate
 from shared_basis.models import create_model
-from shared_basis.orthogonality import orthogonality_penalty
-from shared_basis.params import abstract_variables
+from shared_basis.models.parameters import abstract_variables
+from shared_basis.optim.penalty import orthogonality_penalty
 
 NETWORKS = (
     *(f"resnet{depth}{form}" for depth in (14, 18, 34) for form in ("", "-s8u1", "-s8u1-double")),

@@ -10,7 +10,7 @@ from helpers import ROOT, user_environment
 
 PROGRAM = """
 import sys, jax, jax.monitoring
-from shared_basis.devices import keep_compiled_programs
+from shared_basis.runtime.distributed import keep_compiled_programs
 events = []
 jax.monitoring.register_event_listener(lambda event, **kwargs: events.append(event))
 keep_compiled_programs()

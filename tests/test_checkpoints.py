@@ -19,11 +19,11 @@ from helpers import Linear, assert_trees_equal, mesh_of, user_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shared_basis import checkpoints as checkpoints_module
-from shared_basis.checkpoints import Checkpoints, chosen_on
-from shared_basis.devices import replicated
 from shared_basis.errors import UserError
-from shared_basis.steps import TrainState, create_train_state
+from shared_basis.runs import checkpoints as checkpoints_module
+from shared_basis.runs.checkpoints import Checkpoints, chosen_on
+from shared_basis.runtime.distributed import replicated
+from shared_basis.training.steps import TrainState, create_train_state
 
 # When one array of a checkpoint cannot be read, Orbax leaves the reading of others unfinished, which Python tells.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

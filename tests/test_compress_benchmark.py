@@ -15,7 +15,7 @@ import pytest
 from benchmarks import compress
 from benchmarks.compress import Row, parse, record, tables
 from benchmarks.records import ROOT, read
-from shared_basis.screen import Screen
+from shared_basis.runtime.reporter import Screen
 
 ROW = Row("2026-11-24", "abc1234", "python benchmarks/compress.py", "digits", "resnet20", 0, 0.5, "resnet20-s13u0",
           133410, 2344576, 269434, 2516608, 0.9915492957746479, 0.9577464788732394, 4, 0.99, "24", "0.9887", 355,

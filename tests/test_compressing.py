@@ -14,21 +14,23 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import CommandLine, make_images, read_metrics, tiny_network, user_error, write_folder
 from PIL import Image
+from shared_basis.compression.factorize import relative_error
+from shared_basis.compression.moments import input_moments, patches
 
 from configs import digits_resnet
-from shared_basis import compressing, data, plain, ranks, spectra
-from shared_basis.calibration import input_moments, patches
-from shared_basis.compression import relative_error
+from shared_basis import data
+from shared_basis.compression import compress as compress_module
+from shared_basis.compression import factorize, layers, ranks, spectra
 from shared_basis.config import Config, DataConfig, ModelConfig, from_config_dict, replace
-from shared_basis.evaluate import Trained, build_model
-from shared_basis.importing import start_run
+from shared_basis.evaluation.evaluate import Trained, build_model
+from shared_basis.models.base import Network, Sharing
 from shared_basis.models.densenet import DenseNet
-from shared_basis.models.network import Network, Sharing
-from shared_basis.orthogonality import orthogonality_penalty
-from shared_basis.params import abstract_variables
-from shared_basis.screen import Screen
-from shared_basis.steps import normalize
-from shared_basis.summary import count_network
+from shared_basis.models.parameters import abstract_variables
+from shared_basis.models.summary import count_network
+from shared_basis.optim.penalty import orthogonality_penalty
+from shared_basis.runtime.reporter import Screen
+from shared_basis.training.start import start_run
+from shared_basis.training.steps import normalize
 
 QUIET = Screen(verbosity="quiet")
 SINGLE, DOUBLE = (("first", "shared"), ("second", "shared")), (("first", "first"), ("second", "second"))
@@ -59,20 +61,20 @@ def trained_like(network: Network) -> Any:
                            flatten_dict(dict(abstract_variables(network, SHAPE))).items()})
 
 
-def take_apart(network: Network, count: int = 40) -> tuple[Any, plain.Plain]:
+def take_apart(network: Network, count: int = 40) -> tuple[Any, layers.Plain]:
     """Returns the variables of a plain `network`, and its layers measured on random images in two batches."""
     variables = trained_like(network)
     images, labels = make_images(count)
-    paths = [path for group in plain.layer_paths(network).values() for path in group]
+    paths = [path for group in layers.layer_paths(network).values() for path in group]
     half = count // 2
     moments = input_moments(network, variables, DATA, paths,
                             [(jnp.asarray(images[part]), jnp.asarray(labels[part]))
                              for part in (slice(half), slice(half, None))])
-    return variables, plain.Plain(flatten_dict(variables), moments)
+    return variables, layers.Plain(flatten_dict(variables), moments)
 
 
 @pytest.fixture(scope="module")
-def resnet() -> tuple[Any, plain.Plain]:
+def resnet() -> tuple[Any, layers.Plain]:
     return take_apart(plain_network())
 
 
@@ -82,8 +84,8 @@ def logits(network: Network, variables: Any, images: np.ndarray, train: bool = F
     return np.asarray(found[0])
 
 
-def compressed(source: plain.Plain, network: Network) -> tuple[Any, list[dict[str, Any]]]:
-    arrays, layers = compressing.factorised(source, network, SHAPE)
+def compressed(source: layers.Plain, network: Network) -> tuple[Any, list[dict[str, Any]]]:
+    arrays, layers = compress_module.factorised(source, network, SHAPE)
     return unflatten_dict(arrays), layers
 
 
@@ -112,7 +114,7 @@ def test_patches_are_those_of_a_convolution() -> None:
     x, kernel = rng.normal(size=(2, 5, 6, 3)), rng.normal(size=(3, 3, 3, 4))
     by_lax = jax.lax.conv_general_dilated(jnp.asarray(x), jnp.asarray(kernel), (1, 1), "SAME",
                                           dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    np.testing.assert_allclose(patches(jnp.asarray(x), 3) @ plain.matrix(kernel), by_lax, atol=1e-5)
+    np.testing.assert_allclose(patches(jnp.asarray(x), 3) @ layers.matrix(kernel), by_lax, atol=1e-5)
 
 
 # Networks
@@ -122,10 +124,10 @@ def test_patches_are_those_of_a_convolution() -> None:
     (SINGLE, 36, 0), (SINGLE, 30, 6), (SINGLE, 2, 4), (DOUBLE, 36, 0), (DOUBLE, 18, 18), ((), 0, 36), ((), 0, 4)])
 @pytest.mark.parametrize("measured", [True, False])
 def test_at_full_rank_the_logits_are_those_of_the_plain_network(
-        resnet: tuple[Any, plain.Plain], layers: Any, shared: int, unique: int, measured: bool) -> None:
+        resnet: tuple[Any, layers.Plain], layers: Any, shared: int, unique: int, measured: bool) -> None:
     """Full is k²C = 36 together, or as many unique elements as a layer has channels, 4."""
     variables, source = resnet
-    source = source if measured else plain.Plain(source.arrays, {})
+    source = source if measured else layers.Plain(source.arrays, {})
     images = make_images(30)[0][10:]
     network = tiny_network(sharing=sharing(layers, shared, unique), blocks=(3,))
     found, errors = compressed(source, network)
@@ -144,7 +146,7 @@ def test_at_full_rank_densenet_is_itself_too() -> None:
 
 @pytest.mark.parametrize(("layers", "shared", "unique"), [(SINGLE, 3, 0), (DOUBLE, 3, 1), ((), 0, 2)])
 def test_what_is_written_is_orthonormal_and_what_is_not_factorised_is_copied(
-        resnet: tuple[Any, plain.Plain], layers: Any, shared: int, unique: int) -> None:
+        resnet: tuple[Any, layers.Plain], layers: Any, shared: int, unique: int) -> None:
     _, source = resnet
     network = tiny_network(sharing=sharing(layers, shared, unique), blocks=(3,))
     found, errors = compressed(source, network)
@@ -156,14 +158,14 @@ def test_what_is_written_is_orthonormal_and_what_is_not_factorised_is_copied(
     assert not sets or float(orthogonality_penalty(found["params"], sets)) < (1e-10 if layers != DOUBLE else 0.02)
     if shared:  # together, of double sharing too
         assert float(orthogonality_penalty(found["params"], network.element_sets("shared"))) < 1e-10
-    moved = {("batch_stats", *plain.following_norm(tuple(layer["path"].split("/")))) for layer in errors}
+    moved = {("batch_stats", *layers.following_norm(tuple(layer["path"].split("/")))) for layer in errors}
     for path in flat.keys() & source.arrays.keys():
         if path[:-1] not in moved:
             np.testing.assert_array_equal(flat[path], source.arrays[path], err_msg=str(path))
     assert len(moved) == 4
 
 
-def test_batch_norms_are_told_the_statistics_that_they_will_see(resnet: tuple[Any, plain.Plain]) -> None:
+def test_batch_norms_are_told_the_statistics_that_they_will_see(resnet: tuple[Any, layers.Plain]) -> None:
     """In the first block that shares, whose inputs are those of the plain network."""
     variables, source = resnet
     network = tiny_network(sharing=sharing(SINGLE, 3, 1), blocks=(3,), loop=False)
@@ -190,7 +192,7 @@ def test_batch_norms_are_told_the_statistics_that_they_will_see(resnet: tuple[An
     elements = np.concatenate([found["params"]["group1"]["block2"]["first"]["unique"], shared], axis=-1)
     seen = network.apply(found, normalize(jnp.asarray(inputs), DATA), train=False,
                          capture_intermediates=lambda module, _: module.path == ("group1", "block1"))[1]
-    products = patches(seen["intermediates"]["group1"]["block1"]["__call__"][0], 3) @ plain.matrix(elements)
+    products = patches(seen["intermediates"]["group1"]["block1"]["__call__"][0], 3) @ layers.matrix(elements)
     products = np.asarray(products, np.float64).reshape(-1, 4)
     np.testing.assert_allclose(stats["first"]["norm"]["mean"], products.mean(0), atol=1e-4)
     np.testing.assert_allclose(stats["first"]["norm"]["var"], products.var(0), rtol=1e-3)
@@ -198,15 +200,15 @@ def test_batch_norms_are_told_the_statistics_that_they_will_see(resnet: tuple[An
     np.testing.assert_allclose(norm["bias"], products.mean(0), atol=1e-4)
 
 
-def test_measured_on_images_the_activations_err_less_than_by_filters_alone(resnet: tuple[Any, plain.Plain]) -> None:
+def test_measured_on_images_the_activations_err_less_than_by_filters_alone(resnet: tuple[Any, layers.Plain]) -> None:
     _, source = resnet
     network = tiny_network(sharing=sharing(DOUBLE, 3, 1), blocks=(3,))
     _, measured = compressed(source, network)
-    group = plain.Plain(source.arrays, {}).group(network, "group1")
+    group = layers.Plain(source.arrays, {}).group(network, "group1")
     bases = group.bases(3)
     for layer in measured:
         path = tuple(layer["path"].split("/"))
-        own = compressing.factorise(group.layers[path], group.basis_of(path, bases), 1)
+        own = factorize.factorise(group.layers[path], group.basis_of(path, bases), 1)
         elements = np.concatenate([own.unique, group.basis_of(path, bases)], axis=1)
         by_filters = relative_error(group.layers[path].kernel, elements @ own.coefficients,
                                     source.layer(path).factor)
@@ -242,7 +244,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compress(run: Path, workdir: Path, name: str = "resnet14-s4u1", changes: Any = {},  # noqa: B006
              **options: Any) -> dict[str, Any]:
-    return compressing.compress(config_of(name, **changes), workdir, str(run), QUIET, **options)
+    return compress_module.compress(config_of(name, **changes), workdir, str(run), QUIET, **options)
 
 
 def test_a_compressed_run_is_trained_on(run: Path, main: CommandLine, tmp_path: Path) -> None:
@@ -269,7 +271,7 @@ def test_images_are_scored_before_and_after(run: Path, tmp_path: Path) -> None:
     assert result["test_loss"]["plain"] == pytest.approx(result["test_loss"]["compressed"], abs=1e-4)
     assert (result["test_examples"], result["calibration"]) == (50, 0)
     assert all(layer["activations"] is None for layer in result["layers"])
-    text = compressing.render(result)
+    text = compress_module.render(result)
     assert "resnet14-s0u16" in text
     assert "relative errors of filters:" in text
     images = jnp.asarray(make_images(9)[0])
@@ -279,8 +281,8 @@ def test_images_are_scored_before_and_after(run: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def candidates(run: Path) -> ranks.Candidates:
-    trained = plain.open_plain(str(run))
-    return ranks.Candidates(plain.take_apart(trained, trained.config, None, QUIET), trained)
+    trained = layers.open_plain(str(run))
+    return ranks.Candidates(layers.take_apart(trained, trained.config, None, QUIET), trained)
 
 
 @pytest.mark.parametrize("measure", ranks.MEASURES)
@@ -380,7 +382,7 @@ def test_another_stem_is_told(run: Path, tmp_path: Path) -> None:
 
 def test_a_source_that_is_not_plain_not_there_or_not_finite_is_told(run: Path, tmp_path: Path) -> None:
     with user_error("--source=RUN"):
-        compressing.compress(config_of("resnet14-s4u1"), tmp_path / "new", "", QUIET)
+        compress_module.compress(config_of("resnet14-s4u1"), tmp_path / "new", "", QUIET)
     with user_error("holds no run"):
         compress(tmp_path / "nowhere", tmp_path / "new")
     shared = make_run(tmp_path / "shared", config_of("resnet14-s2u1"))

@@ -39,12 +39,23 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_basis import devices, evaluate, train
-from shared_basis.checkpoints import Checkpoints
 from shared_basis.config import Config, DataConfig, OptimizerConfig, OrthogonalityConfig, TrainConfig, replace
-from shared_basis.devices import agreed, check_batch_size, divided, join, make_mesh, place, replicated, started
 from shared_basis.errors import UserError
-from shared_basis.steps import Metrics, TrainState, create_train_state, train_step
+from shared_basis.evaluation import evaluate
+from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runtime import distributed
+from shared_basis.runtime.distributed import (
+    agreed,
+    check_batch_size,
+    divided,
+    join,
+    make_mesh,
+    place,
+    replicated,
+    started,
+)
+from shared_basis.training import train
+from shared_basis.training.steps import Metrics, TrainState, create_train_state, train_step
 
 # A run on other devices
 
@@ -179,7 +190,7 @@ def test_the_devices_of_a_process_follow_one_another(monkeypatch: pytest.MonkeyP
     owners = {0: 0, 1: 0, 4: 0, 5: 0, 2: 1, 3: 1, 6: 1, 7: 1}  # as TPUs are numbered, by rows of chips
     unsorted = [types.SimpleNamespace(id=index, process_index=owners[index]) for index in (3, 0, 7, 5, 2, 1, 6, 4)]
     monkeypatch.setattr(jax, "devices", lambda: unsorted)
-    monkeypatch.setattr(devices, "Mesh", lambda array, axes, axis_types: array)
+    monkeypatch.setattr(distributed, "Mesh", lambda array, axes, axis_types: array)
     assert [device.id for device in make_mesh()] == list(owners)
 
 
@@ -246,7 +257,7 @@ def test_a_process_ends_with_its_own_error_or_with_word_of_the_first_that_has_on
     def everyone(value: Any) -> np.ndarray:
         given.append(value)
         return np.array([False, value, True, True])
-    monkeypatch.setattr(devices, "everyone", everyone)
+    monkeypatch.setattr(distributed, "everyone", everyone)
     with user_error("process 2 cannot go on"), agreed():
         pass
     with user_error("the user's mistake"), agreed():
@@ -321,7 +332,7 @@ def test_processes_that_are_not_found_out_are_told_with_the_flags_to_give(monkey
 def test_any_flag_about_processes_makes_this_one_of_several(monkeypatch: pytest.MonkeyPatch, flags: tuple[Any, ...],
                                                             joins: bool) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(devices, "join", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(distributed, "join", lambda *arguments: calls.append(arguments))
     with started(*flags, debug_nans=False):
         pass
     assert calls == ([flags[1:]] if joins else [])
@@ -333,7 +344,7 @@ def test_only_the_first_process_prints_and_errors_name_theirs(
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     monkeypatch.setattr(jax, "process_index", lambda: process)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(devices, "PARTING_SECONDS", 0)
+    monkeypatch.setattr(distributed, "PARTING_SECONDS", 0)
     stdout = sys.stdout
     with user_error(f"process {process}: the user's mistake"), started(False, None, None, None, False):
         print("result")

@@ -28,9 +28,9 @@ from helpers import (
     write_folder,
 )
 
-from shared_basis import evaluate as evaluate_module
-from shared_basis import train as train_module
 from shared_basis.config import from_config_dict, replace
+from shared_basis.evaluation import evaluate as evaluate_module
+from shared_basis.training import train as train_module
 
 RECIPE = ROOT / "configs" / "digits_resnet.py"
 CHANGES = {"data.train_examples": 128, "data.test_examples": 64, "train.batch_size": 32, "train.epochs": 16,

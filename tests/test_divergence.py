@@ -26,15 +26,15 @@ from helpers import (
     user_error,
 )
 
-from shared_basis import evaluate as evaluate_module
-from shared_basis import train as train_module
-from shared_basis.checkpoints import Checkpoints
 from shared_basis.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, replace
 from shared_basis.errors import UserError
-from shared_basis.signals import Interrupted
-from shared_basis.steps import TrainState
-from shared_basis.train import train
-from shared_basis.workdir import Workdir
+from shared_basis.evaluation import evaluate as evaluate_module
+from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runs.workdir import Workdir
+from shared_basis.runtime.preemption import Interrupted
+from shared_basis.training import train as train_module
+from shared_basis.training.steps import TrainState
+from shared_basis.training.train import train
 
 NAN, INF = float("nan"), float("inf")
 

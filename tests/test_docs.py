@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, CommandLine, save_run
 
+from shared_basis.cli.commands import TAKEN_BY
 from shared_basis.config import from_config_dict
-from shared_basis.modes import TAKEN_BY
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -14,9 +14,11 @@ import pytest
 from helpers import Linear, cross_entropies, make_images, mesh_of, save_run, tiny_network, user_error, write_folder
 from jax.sharding import Mesh
 
-from shared_basis import data, evaluate, feeds
+from shared_basis import data
 from shared_basis.config import Config, DataConfig, ModelConfig
-from shared_basis.evaluate import build_model, make_evaluator
+from shared_basis.data import feeds
+from shared_basis.evaluation import evaluate
+from shared_basis.evaluation.evaluate import build_model, make_evaluator
 
 
 def random_variables(model: Any, image_shape: tuple[int, int, int]) -> Any:

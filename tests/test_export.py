@@ -24,22 +24,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from shared_basis import export, train
 from shared_basis.config import Config, DataConfig, ModelConfig, replace
-from shared_basis.evaluate import Trained
-from shared_basis.export import graph, onnx_file, stablehlo_file
+from shared_basis.evaluation.evaluate import Trained
+from shared_basis.export import export, graph, stablehlo
+from shared_basis.export import onnx as onnx_writer
 from shared_basis.export.folding import CHOICES, fold
 from shared_basis.export.graph import Node
-from shared_basis.export.trace import trace
-from shared_basis.models import FAMILIES, create_model
+from shared_basis.export.jaxpr import trace
+from shared_basis.models import create_model
+from shared_basis.models.base import Network, Sharing
 from shared_basis.models.densenet import DenseNet
 from shared_basis.models.mobilenetv2 import MobileNetV2
-from shared_basis.models.network import Network, Sharing
+from shared_basis.models.parameters import abstract_variables, count_macs
+from shared_basis.models.registry import FAMILIES
 from shared_basis.models.resnet import ResNet
 from shared_basis.models.resnext import ResNeXt
-from shared_basis.params import abstract_variables, count_macs
-from shared_basis.screen import Screen
-from shared_basis.steps import normalize
+from shared_basis.runtime.reporter import Screen
+from shared_basis.training import train
+from shared_basis.training.steps import normalize
 
 DATA = DataConfig(name="digits", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
 
@@ -107,7 +109,7 @@ def read(model: Network, shape: tuple[int, int, int] = SHAPE) -> Node:
 
 
 def onnx_logits(output: Node, images: np.ndarray) -> np.ndarray:
-    found = onnx_file.run(onnx_file.serialise(output, {})[""], images)
+    found = onnx_writer.run(onnx_writer.serialise(output, {})[""], images)
     assert found is not None
     return found[0]
 
@@ -184,7 +186,7 @@ def initializers(content: bytes) -> dict[str, np.ndarray]:
 def test_shared_arrays_are_stored_once(name: str) -> None:
     model = NETWORKS[name]
     variables, output = random_variables(model, SHAPE), read(model)
-    content = onnx_file.serialise(fold(output, "basis")[0], {})[""]
+    content = onnx_writer.serialise(fold(output, "basis")[0], {})[""]
     stored = [array.transpose(2, 3, 1, 0) for array in initializers(content).values() if array.ndim == 4]
     for group, arrays in variables["params"]["bases"].items():
         for kind, shared in arrays.items():
@@ -400,8 +402,8 @@ def test_says_when_it_could_not_be_verified(run: Path, tmp_path: Path, monkeypat
 @pytest.mark.parametrize("fault", [1.0, np.nan])
 def test_writes_nothing_that_computes_something_else(run: Path, tmp_path: Path, fault: float,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    right = onnx_file.run
-    monkeypatch.setattr(onnx_file, "run", lambda *given: (right(*given)[0] + fault, "it"))
+    right = onnx_writer.run
+    monkeypatch.setattr(onnx, "run", lambda *given: (right(*given)[0] + fault, "it"))
     with user_error("nothing is written", "differ from the network's", "--fold=none"):
         export.export(run, "onnx", output=str(tmp_path / "model.onnx"))
     assert list(tmp_path.iterdir()) == []
@@ -468,5 +470,5 @@ def test_every_registered_network_is_exported(name: str) -> None:
 
 def test_stablehlo_computes_what_pooling_networks_do() -> None:
     found = traced(NETWORKS["densenet"])
-    files = stablehlo_file.serialise(fold(found.graph, "auto")[0], {})
-    assert_close(stablehlo_file.run(files[""], found.images)[0], found.logits)
+    files = stablehlo.serialise(fold(found.graph, "auto")[0], {})
+    assert_close(stablehlo.run(files[""], found.images)[0], found.logits)

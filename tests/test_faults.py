@@ -29,16 +29,16 @@ from helpers import (
     user_error,
 )
 
-from shared_basis import evaluate as evaluate_module
-from shared_basis import importing
-from shared_basis import train as train_module
-from shared_basis import workdir as workdir_module
 from shared_basis.config import Config, DataConfig, ModelConfig, OptimizerConfig, OrthogonalityConfig, TrainConfig
 from shared_basis.errors import end_with
-from shared_basis.evaluate import evaluate
-from shared_basis.signals import Interrupted
-from shared_basis.train import train
-from shared_basis.workdir import Workdir
+from shared_basis.evaluation import evaluate as evaluate_module
+from shared_basis.evaluation.evaluate import evaluate
+from shared_basis.runs import workdir as workdir_module
+from shared_basis.runs.workdir import Workdir
+from shared_basis.runtime.preemption import Interrupted
+from shared_basis.training import start as start_module
+from shared_basis.training import train as train_module
+from shared_basis.training.train import train
 
 # When one array of a checkpoint cannot be read, Orbax leaves the reading of others unfinished, which Python tells.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -56,7 +56,7 @@ def small_network() -> Iterator[None]:
     """Trains a network that compiles fast; its first epoch is said to be the best, so that its checkpoint stays."""
     measure = train_module.Training.measure
     with pytest.MonkeyPatch.context() as patch:
-        for module in (train_module, evaluate_module, importing):
+        for module in (train_module, evaluate_module, start_module):
             patch.setattr(module, "build_model", lambda config, spec: tiny_network(len(spec.classes)))
         patch.setattr(sys, "unraisablehook", lambda unraisable: None)  # writes that Orbax leaves unfinished
         patch.setattr(train_module.Training, "measure",
@@ -324,7 +324,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_in_use_is_refused_to_all_that_write_and_can_be_evaluated(copied: Path,
                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     variables = tiny_network().init(jax.random.key(0), jax.numpy.zeros((1, 8, 8, 1)), train=False)
-    monkeypatch.setattr(importing, "load_official", lambda file, model: variables)
+    monkeypatch.setattr(start_module, "load_official", lambda file, model: variables)
     with Workdir(copied).locked():
         before = files(copied)
         with user_error(f"workdir {copied} is in use by another run (process {os.getpid()} on "):
@@ -332,9 +332,9 @@ def test_a_run_in_use_is_refused_to_all_that_write_and_can_be_evaluated(copied: 
         assert evaluate(copied)["step"] == 17
         assert files(copied) == before
     with Workdir(copied.parent / "new").locked(), user_error("is in use by another run"):
-        importing.import_weights(CONFIG, copied.parent / "new", "weights.pth")
+        start_module.import_weights(CONFIG, copied.parent / "new", "weights.pth")
     assert [path.name for path in (copied.parent / "new").iterdir()] == [".lock"]
-    importing.import_weights(CONFIG, copied.parent / "new", "weights.pth")
+    start_module.import_weights(CONFIG, copied.parent / "new", "weights.pth")
     assert steps(copied.parent / "new") == [0]
 
 

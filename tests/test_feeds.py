@@ -26,13 +26,13 @@ from helpers import (
     write_folder,
 )
 
-from shared_basis import data, feeds
-from shared_basis import train as train_module
+from shared_basis import data
 from shared_basis.config import Config, DataConfig, OptimizerConfig, OrthogonalityConfig, TrainConfig, replace
-from shared_basis.data import arrays, stream
-from shared_basis.data.splits import ArrayExamples
-from shared_basis.devices import make_mesh
-from shared_basis.screen import Screen
+from shared_basis.data import feeds, in_memory, streaming
+from shared_basis.data.examples import ArrayExamples
+from shared_basis.runtime.distributed import make_mesh
+from shared_basis.runtime.reporter import Screen
+from shared_basis.training import train as train_module
 
 PER_EPOCH = 5
 CONFIG = Config(
@@ -246,7 +246,7 @@ def mesh(platform: str, memory: int | None, devices: int = 4) -> Any:
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, host: int | None, here: Any, **fields: Any) -> tuple[bool, str]:
-    monkeypatch.setattr(arrays, "available_memory", lambda: host)
+    monkeypatch.setattr(in_memory, "available_memory", lambda: host)
     return feeds.choose(SOURCE, DataConfig(**{"workers": 0, **fields}), here)
 
 
@@ -303,7 +303,7 @@ def test_images_that_are_cut_at_random_are_streamed_whatever_their_size(monkeypa
 
 @pytest.mark.parametrize(("workers", "words"), [(0, "by 3 threads,"), (1, "by 1 process,"), (2, "by 2 processes,")])
 def test_it_is_told_who_reads_and_what_decodes(monkeypatch: pytest.MonkeyPatch, workers: int, words: str) -> None:
-    monkeypatch.setattr(stream, "cores", lambda: 3)
+    monkeypatch.setattr(streaming, "cores", lambda: 3)
     _, line = choose(monkeypatch, GIB, mesh("gpu", GIB), workers=workers)
     assert f"images are streamed {words} decoded by Pillow (" in line
 
@@ -312,7 +312,7 @@ def test_the_choice_is_made_for_the_images_of_a_run(monkeypatch: pytest.MonkeyPa
     config = dataclasses.replace(CONFIG.data, placement="auto")
     source = data.open_source(config)  # 88 images of 64 bytes
     for free, kind in ((2 * 5 * 88 * 64, data.Split), (2 * 5 * 88 * 64 - 1, ArrayExamples)):
-        monkeypatch.setattr(arrays, "available_memory", lambda free=free: free)
+        monkeypatch.setattr(in_memory, "available_memory", lambda free=free: free)
         images = feeds.load(source, config, make_mesh(), Screen(verbosity="quiet"))
         assert {type(part) for part in images.splits.values()} == {kind}
         assert {name: images.count(name) for name in images.splits} == {"train": 44, "test": 30, "validation": 14}

@@ -21,14 +21,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from shared_basis import config as config_module
-from shared_basis import evaluate as evaluate_module
-from shared_basis import train as train_module
 from shared_basis.config import PARAMETER_LABELS, Config, from_config_dict, to_dict
 from shared_basis.errors import UserError
-from shared_basis.models import FAMILIES, create_model
-from shared_basis.params import abstract_variables
-from shared_basis.signals import Interrupted
-from shared_basis.train import train
+from shared_basis.evaluation import evaluate as evaluate_module
+from shared_basis.models import create_model
+from shared_basis.models.parameters import abstract_variables
+from shared_basis.models.registry import FAMILIES
+from shared_basis.runtime.preemption import Interrupted
+from shared_basis.training import train as train_module
+from shared_basis.training.train import train
 
 FIELDS = sorted(config_module._flatten(to_dict(Config())))
 

@@ -26,8 +26,6 @@ from helpers import (
 )
 
 from shared_basis import data
-from shared_basis import evaluate as evaluate_module
-from shared_basis import train as train_module
 from shared_basis.config import (
     Config,
     DataConfig,
@@ -37,9 +35,17 @@ from shared_basis.config import (
     TrainConfig,
     replace,
 )
-from shared_basis.gradients import GradientNorms, gradient_norms, record_gradient_norms, recorded_norms, recorded_paths
-from shared_basis.signals import Interrupted
-from shared_basis.train import train
+from shared_basis.evaluation import evaluate as evaluate_module
+from shared_basis.optim.gradient_norms import (
+    GradientNorms,
+    gradient_norms,
+    record_gradient_norms,
+    recorded_norms,
+    recorded_paths,
+)
+from shared_basis.runtime.preemption import Interrupted
+from shared_basis.training import train as train_module
+from shared_basis.training.train import train
 
 PER_EPOCH = 5
 CONFIG = Config(

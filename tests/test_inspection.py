@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from helpers import ROOT, assert_trees_equal, save_run, user_environment, user_error
 
-from shared_basis import inspection
 from shared_basis.config import Config, ModelConfig, replace
 from shared_basis.models import create_model
-from shared_basis.params import abstract_variables
+from shared_basis.models.parameters import abstract_variables
+from shared_basis.runs import inspect
 
 CONFIG = replace(Config(model=ModelConfig(name="resnet14-s4u1-double")), {"train.batch_size": 16})
 
@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tells_all_that_was_saved(run: Path) -> None:
-    found = inspection.inspect(run)
+    found = inspect.inspect(run)
     assert found["model"] == "resnet14-s4u1-double"
     assert found["changed"]["train.batch_size"] == 16
     assert "train.epochs" not in found["changed"]
@@ -59,20 +59,20 @@ def test_reads_no_array(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("an array is read")
     for reader in (ocp.PyTreeCheckpointHandler, ocp.StandardCheckpointHandler):
         monkeypatch.setattr(reader, "restore", refuse)
-    assert inspection.inspect(run)["arrays"]
+    assert inspect.inspect(run)["arrays"]
 
 
 @pytest.mark.parametrize(("which", "step"), [("latest", 9), ("best", 7), ("7", 7)])
 def test_describes_the_checkpoint_that_is_asked_for(run: Path, which: str, step: int) -> None:
-    found = inspection.inspect(run, which)
+    found = inspect.inspect(run, which)
     assert found["step"] == step
-    assert f"arrays of checkpoint {step}:" in inspection.render(found)
+    assert f"arrays of checkpoint {step}:" in inspect.render(found)
 
 
 def test_names_what_differs(run: Path, tmp_path: Path) -> None:
     other = replace(CONFIG, {"model.name": "resnet14-s8u1", "train.epochs": CONFIG.train.epochs + 1})
     save_run(tmp_path / "other", other, {9: 0.5})
-    differing = inspection.inspect(run, "9", str(tmp_path / "other"))["differences"]
+    differing = inspect.inspect(run, "9", str(tmp_path / "other"))["differences"]
     assert differing["config"] == {"model.name": ["resnet14-s4u1-double", "resnet14-s8u1"],
                                    "train.epochs": [CONFIG.train.epochs, CONFIG.train.epochs + 1]}
     assert differing["metrics"] == {"test_accuracy": [0.25, 0.5]}
@@ -84,30 +84,30 @@ def test_names_what_differs(run: Path, tmp_path: Path) -> None:
 
 
 def test_compares_steps_of_one_run(run: Path, tmp_path: Path) -> None:
-    found = inspection.inspect(run, "latest", "best")
+    found = inspect.inspect(run, "latest", "best")
     assert found["differences"] == {"against": "best", "config": {}, "versions": {}, "arrays": {},
                                     "metrics": {"test_accuracy": [0.25, 0.75]}}
-    assert inspection.inspect(run, "9", f"{run}:7")["differences"]["metrics"] == {"test_accuracy": [0.25, 0.75]}
-    assert "metrics test_accuracy  0.25  0.75" in inspection.render(found)
-    assert "differences from latest: none" in inspection.render(inspection.inspect(run, "9", "latest"))
+    assert inspect.inspect(run, "9", f"{run}:7")["differences"]["metrics"] == {"test_accuracy": [0.25, 0.75]}
+    assert "metrics test_accuracy  0.25  0.75" in inspect.render(found)
+    assert "differences from latest: none" in inspect.render(inspect.inspect(run, "9", "latest"))
 
 
 def test_a_mistake_is_told(run: Path, tmp_path: Path) -> None:
     with user_error("checkpoint '8'", "7, 9"):
-        inspection.inspect(run, "8")
+        inspect.inspect(run, "8")
     with user_error("checkpoint '8'", "7, 9"):
-        inspection.inspect(run, "9", "8")
+        inspect.inspect(run, "9", "8")
     with user_error("holds no run", str(tmp_path)):
-        inspection.inspect(tmp_path)
+        inspect.inspect(tmp_path)
     with user_error("holds no run", "absent"):
-        inspection.inspect(run, "9", str(tmp_path / "absent"))
+        inspect.inspect(run, "9", str(tmp_path / "absent"))
 
 
 def test_tells_a_damaged_checkpoint(tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", CONFIG, {1: 0.5})
     (run / "checkpoints/1/state/_METADATA").write_text("{")
     with user_error("checkpoint 1", "cannot be restored"):
-        inspection.inspect(run)
+        inspect.inspect(run)
 
 
 def test_from_the_command_line(run: Path) -> None:
@@ -119,7 +119,7 @@ def test_from_the_command_line(run: Path) -> None:
     assert re.search(r"^  params/head/kernel +float32  64×10 +2\.5 KiB$", shown.stdout, re.MULTILINE)
     assert shown.stderr == ""
     result = json.loads(main("--json").stdout)
-    assert result == json.loads(json.dumps(inspection.inspect(run)))
+    assert result == json.loads(json.dumps(inspect.inspect(run)))
     wrong = main("--against=/no/such/run")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.count("\n") == 1
@@ -133,7 +133,7 @@ def test_the_documented_recipe_reads_it_with_orbax_alone(run: Path) -> None:
     assert "shared_basis" not in recipe[1]
     scope: dict[str, Any] = {}
     exec(recipe[1].replace("runs/NAME", str(run)).replace("STEP", "9"), scope)
-    with_ours = {array["path"]: array["shape"] for array in inspection.inspect(run, "9")["arrays"]}
+    with_ours = {array["path"]: array["shape"] for array in inspect.inspect(run, "9")["arrays"]}
     assert {"/".join(path): list(leaf.shape) for path, leaf in scope["arrays"].items()} == with_ours
     rng = np.random.default_rng(9)  # as `save_run` drew them
     shapes = dict(abstract_variables(create_model("resnet14-s4u1-double"), (8, 8, 1)))

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shared_basis import create_model, official
+from shared_basis import create_model
 from shared_basis.errors import UserError
-from shared_basis.official import convert_official
-from shared_basis.params import count_parameters
+from shared_basis.interop import pytorch
+from shared_basis.interop.pytorch import convert_official
+from shared_basis.models.parameters import count_parameters
 
 # The modules of the networks: each generator yields the name and shape of every tensor, or an alias and what it equals.
 
@@ -463,13 +464,13 @@ class Published:
         return self.case.modules.func is densenet and name == "shared_basis_4.weight"
 
 
-traced = functools.cache(official.abstract_variables)
+traced = functools.cache(pytorch.abstract_variables)
 
 
 def convert(tensors, model):
     """Converts; the network is traced once only, which takes longer than all the rest."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(official, "abstract_variables", traced)
+        patch.setattr(pytorch, "abstract_variables", traced)
         return convert_official({name: tensor for name, tensor in tensors.items() if tensor is not None}, model)
 
 

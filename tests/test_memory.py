@@ -13,18 +13,19 @@ import numpy as np
 import pytest
 from helpers import ROOT, CommandLine, Watcher, mesh_of, read_arrays, tiny_network, user_error, write_folder
 
-from shared_basis import data, feeds, memory
-from shared_basis import evaluate as evaluate_module
-from shared_basis import train as train_module
-from shared_basis.checkpoints import Checkpoints
+from shared_basis import data
 from shared_basis.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, replace
-from shared_basis.data import arrays
-from shared_basis.devices import divided, make_mesh, replicated
+from shared_basis.data import feeds, in_memory
 from shared_basis.errors import UserError
-from shared_basis.memory import Memory, advice, bytes_on_device, check, explained, measure
-from shared_basis.params import abstract_variables, count_parameters
-from shared_basis.screen import Screen, size_text
-from shared_basis.steps import TrainState
+from shared_basis.evaluation import evaluate as evaluate_module
+from shared_basis.models.parameters import abstract_variables, count_parameters
+from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runtime import memory
+from shared_basis.runtime.distributed import divided, make_mesh, replicated
+from shared_basis.runtime.memory import Memory, advice, bytes_on_device, check, explained, measure
+from shared_basis.runtime.reporter import Screen, size_text
+from shared_basis.training import train as train_module
+from shared_basis.training.steps import TrainState
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
@@ -206,14 +207,14 @@ def test_a_byte_less_is_too_little() -> None:
 def test_devices_of_the_processor_share_its_memory_and_have_their_images_already(
         monkeypatch: pytest.MonkeyPatch) -> None:
     needed = 4 * (STEP_LARGEST.total - STEP_LARGEST.data)
-    monkeypatch.setattr(arrays, "available_memory", lambda: needed)
+    monkeypatch.setattr(in_memory, "available_memory", lambda: needed)
     check(STEP_LARGEST, CONFIG, devices_of("cpu", None, count=4))
-    monkeypatch.setattr(arrays, "available_memory", lambda: needed - 1)
+    monkeypatch.setattr(in_memory, "available_memory", lambda: needed - 1)
     with user_error("× 4 devices, of 16.0 GiB", "the step: set a smaller --config.train.batch_size, or a smaller "
                     "--config.data.image_size"):
         check(STEP_LARGEST, CONFIG, devices_of("cpu", None, count=4))
     check(STEP_LARGEST, CONFIG, devices_of("cpu", None, count=3))
-    monkeypatch.setattr(arrays, "available_memory", lambda: None)
+    monkeypatch.setattr(in_memory, "available_memory", lambda: None)
     check(STEP_LARGEST, CONFIG, devices_of("cpu", None, count=4))
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from shared_basis.basis import BasisConv, ElementSet
 from shared_basis.errors import UserError
 from shared_basis.models import GRAMMAR, create_model, plain_counterpart
+from shared_basis.models.parameters import abstract_variables
 from shared_basis.models.resnet import BasicBlock, shortcut
-from shared_basis.ops import quick_compiler_options
-from shared_basis.params import abstract_variables
+from shared_basis.nn.basis_conv import BasisConv, ElementSet
+from shared_basis.nn.ops import quick_compiler_options
 
 
 def random_variables(model, image_shape=(8, 8, 3), seed=0):

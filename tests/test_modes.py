@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from helpers import ROOT, CommandLine, user_error
 
-from shared_basis import modes
+from shared_basis.cli import commands
+from shared_basis.cli.commands import MODES, TAKEN_BY, Request
 from shared_basis.config import Config
-from shared_basis.modes import MODES, TAKEN_BY, Request
 
 
 def request(**fields: Any) -> Request:
@@ -27,7 +27,7 @@ def request(**fields: Any) -> Request:
     ("compress", {"output": "x.csv"}, ("--output", "--spectra", "--workdir"))])
 def test_flags_of_other_modes_are_refused(mode: str, fields: dict[str, Any], parts: tuple[str, ...]) -> None:
     with user_error(*parts):
-        modes.run(mode, request(**fields))
+        commands.run(mode, request(**fields))
 
 
 def test_what_a_mode_takes_and_defaults_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,9 +36,9 @@ def test_what_a_mode_takes_and_defaults_are_not_refused(monkeypatch: pytest.Monk
     assert all(set(taken) <= set(MODES) for taken in TAKEN_BY.values())
     for mode in MODES:
         monkeypatch.setitem(MODES, mode, lambda _: ({}, "done"))
-        assert modes.run(mode, request(images=[], runs=[], report=False)) == ({}, "done")  # --noreport suits all
+        assert commands.run(mode, request(images=[], runs=[], report=False)) == ({}, "done")  # --noreport suits all
         for name in (name for name, taken in TAKEN_BY.items() if mode in taken):
-            assert modes.run(mode, request(**{name: "7"})) == ({}, "done")
+            assert commands.run(mode, request(**{name: "7"})) == ({}, "done")
 
 
 def test_a_tilde_is_the_users_home(main: CommandLine, tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from shared_basis.errors import UserError
+from shared_basis.interop.pytorch import convert_official, load_official, slots
+from shared_basis.interop.state_dict import read_state_dict
 from shared_basis.models import create_model
-from shared_basis.official import convert_official, load_official, slots
-from shared_basis.orthogonality import orthogonality_diagnostics, orthogonality_penalty
-from shared_basis.state_dicts import read_state_dict
+from shared_basis.optim.penalty import orthogonality_diagnostics, orthogonality_penalty
 
 # What the networks compute
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from shared_basis import ops
-from shared_basis.basis import BasisConv
+from shared_basis.nn import ops
+from shared_basis.nn.basis_conv import BasisConv
 
 
 def convolve_in_numpy(x, kernel, strides, padding):

@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from shared_basis.basis import ElementSet
 from shared_basis.config import OptimizerConfig, OrthogonalityConfig
 from shared_basis.models import create_model
-from shared_basis.optimizer import learning_rate_schedule, make_optimizer
-from shared_basis.orthogonality import orthogonality_penalty
-from shared_basis.params import LABELS, abstract_variables
+from shared_basis.models.parameters import LABELS, abstract_variables
+from shared_basis.nn.basis_conv import ElementSet
+from shared_basis.optim.optimizer import learning_rate_schedule, make_optimizer
+from shared_basis.optim.penalty import orthogonality_penalty
 
 
 def rates(steps, *, epochs=8, steps_per_epoch=10, **fields):

@@ -10,8 +10,8 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from shared_basis.basis import ElementSet
-from shared_basis.orthogonality import add_orthogonality_penalty, orthogonality_diagnostics, orthogonality_penalty
+from shared_basis.nn.basis_conv import ElementSet
+from shared_basis.optim.penalty import add_orthogonality_penalty, orthogonality_diagnostics, orthogonality_penalty
 
 A, B, C = ("a", "shared"), ("a", "second"), ("b", "deep", "basis")
 U1, U2, U3 = ("layers", "u1"), ("layers", "u2"), ("layers", "u3")

@@ -14,14 +14,14 @@ from helpers import Watcher, assert_trees_equal, read_arrays, read_metrics, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared_basis import train as train_module
-from shared_basis.basis import ElementSet
 from shared_basis.config import Config, DataConfig, ModelConfig, OptimizerConfig, OrthogonalityConfig, TrainConfig
-from shared_basis.optimizer import make_optimizer
-from shared_basis.orthogonality import orthogonality_diagnostics
-from shared_basis.orthonormality import keep_orthonormal, polar_factor, tangent
-from shared_basis.signals import Interrupted
-from shared_basis.train import train
+from shared_basis.nn.basis_conv import ElementSet
+from shared_basis.optim.optimizer import make_optimizer
+from shared_basis.optim.orthonormal import keep_orthonormal, polar_factor, tangent
+from shared_basis.optim.penalty import orthogonality_diagnostics
+from shared_basis.runtime.preemption import Interrupted
+from shared_basis.training import train as train_module
+from shared_basis.training.train import train
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 6))
 

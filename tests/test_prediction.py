@@ -15,9 +15,9 @@ import pytest
 from helpers import ROOT, save_run, user_environment, user_error, write_folder
 from PIL import Image
 
-from shared_basis import prediction
 from shared_basis.config import Config, DataConfig, ModelConfig, replace
-from shared_basis.evaluate import Trained
+from shared_basis.evaluation import predict
+from shared_basis.evaluation.evaluate import Trained
 
 CLASSES = ("cat", "dog", "eel")
 
@@ -47,7 +47,7 @@ def by_hand(run: Path) -> Any:
 
 def test_classifies_every_image_of_a_directory(run: Path, by_hand: Any) -> None:
     folder = run.parent / "images"
-    found = prediction.predict(run, [str(folder)])
+    found = predict.predict(run, [str(folder)])
     files = sorted(map(str, folder.rglob("*.png")))
     assert [image["file"] for image in found["images"]] == files
     assert len(files) == 18  # more than three batches of 5, the last one filled
@@ -64,7 +64,7 @@ def test_scales_and_crops_as_the_test_images_of_a_run(run: Path, by_hand: Any, t
     wide.save(tmp_path / "wide.png")
     grey = Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8))
     grey.save(tmp_path / "grey.png")
-    found = prediction.predict(run, [str(tmp_path / "wide.png"), str(tmp_path / "grey.png")])["images"]
+    found = predict.predict(run, [str(tmp_path / "wide.png"), str(tmp_path / "grey.png")])["images"]
     expected = [wide.resize((8, 8), Image.Resampling.BILINEAR, box=(12, 0, 28, 16)), grey.convert("RGB")]
     for image, pixels in zip(found, expected, strict=True):
         np.testing.assert_allclose([image["probabilities"][name] for name in CLASSES], by_hand(pixels), atol=1e-5)
@@ -72,13 +72,13 @@ def test_scales_and_crops_as_the_test_images_of_a_run(run: Path, by_hand: Any, t
 
 def test_takes_the_checkpoint_that_is_asked_for(run: Path) -> None:
     folder = [str(run.parent / "images" / "test" / "cat")]
-    latest, best = (prediction.predict(run, folder, which) for which in ("latest", "best"))
+    latest, best = (predict.predict(run, folder, which) for which in ("latest", "best"))
     assert (latest["step"], best["step"]) == (2, 1)
     assert latest["images"] != best["images"]
 
 
 def test_writes_all_probabilities_as_csv(run: Path, tmp_path: Path) -> None:
-    found = prediction.predict(run, [str(run.parent / "images" / "test")], output=str(tmp_path / "out.csv"))
+    found = predict.predict(run, [str(run.parent / "images" / "test")], output=str(tmp_path / "out.csv"))
     with (tmp_path / "out.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == [image["file"] for image in found["images"]]
@@ -93,32 +93,32 @@ def test_a_broken_image_ends_it_or_is_left_out(run: Path, tmp_path: Path, capsys
     (tmp_path / "a.png").write_bytes(b"no image")
     (tmp_path / "b.png").write_bytes(good.read_bytes())
     with user_error("a.png", "on_broken=skip"):
-        prediction.predict(run, [str(tmp_path)])
-    found = prediction.predict(run, [str(tmp_path)], overrides={"data.on_broken": "skip"})["images"]
+        predict.predict(run, [str(tmp_path)])
+    found = predict.predict(run, [str(tmp_path)], overrides={"data.on_broken": "skip"})["images"]
     assert [image["file"] for image in found] == [str(tmp_path / "b.png")]
     assert "a.png" in capsys.readouterr().err
     with user_error("none of the 1 images can be decoded"):
-        prediction.predict(run, [str(tmp_path / "a.png")], overrides={"data.on_broken": "skip"})
+        predict.predict(run, [str(tmp_path / "a.png")], overrides={"data.on_broken": "skip"})
     odd = tmp_path / "two\nlines.png"
     odd.write_bytes(good.read_bytes())
-    shown = prediction.render(prediction.predict(run, [str(odd)]))
+    shown = predict.render(predict.predict(run, [str(odd)]))
     assert shown.count("\n") == 1
     assert "two\\nlines.png" in shown
 
 
 def test_a_mistake_is_told(run: Path, tmp_path: Path) -> None:
     with user_error("--images=PATH"):
-        prediction.predict(run, [])
+        predict.predict(run, [])
     with user_error("absent.png", "no such file"):
-        prediction.predict(run, [str(tmp_path / "absent.png")])
+        predict.predict(run, [str(tmp_path / "absent.png")])
     with user_error(str(tmp_path), "no image in this directory", ".png"):
-        prediction.predict(run, [str(tmp_path)])
+        predict.predict(run, [str(tmp_path)])
     with user_error("--config.model.name cannot be changed"):
-        prediction.predict(run, [str(run.parent)], overrides={"model.name": "resnet20"})
+        predict.predict(run, [str(run.parent)], overrides={"model.name": "resnet20"})
     with user_error("--output=", "cannot be written"):
-        prediction.predict(run, [str(run.parent / "images")], output=str(tmp_path / "absent" / "out.csv"))
+        predict.predict(run, [str(run.parent / "images")], output=str(tmp_path / "absent" / "out.csv"))
     with user_error("holds no run"):
-        prediction.predict(tmp_path, [str(run.parent)])
+        predict.predict(tmp_path, [str(run.parent)])
 
 
 def test_from_the_command_line(run: Path, tmp_path: Path) -> None:

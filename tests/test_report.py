@@ -21,22 +21,14 @@ import pytest
 from helpers import ROOT, CommandLine, Watcher, cross_entropies, save_run, user_environment, user_error, write_folder
 from PIL import Image
 
+from shared_basis import plotting
 from shared_basis.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, replace
-from shared_basis.evaluate import Trained
-from shared_basis.report import (
-    comparison,
-    comparison_page,
-    facts,
-    figures,
-    files,
-    html,
-    plots,
-    scores,
-    sections,
-    single,
-)
-from shared_basis.screen import Screen
-from shared_basis.workdir import Workdir, make_record
+from shared_basis.evaluation import per_example
+from shared_basis.evaluation.evaluate import Trained
+from shared_basis.report import compare, files, html, plots, run_report, run_summary, sections
+from shared_basis.report import points as points_module
+from shared_basis.runs.workdir import Workdir, make_record
+from shared_basis.runtime.reporter import Screen
 
 CLASSES = ("$a_b$ & \"c\"", "<script>alert(1)<", "猫")
 """Names of directories, which become classes; sorted, as the classes are."""
@@ -84,7 +76,7 @@ def logits(run: Path) -> dict[str, Any]:
 def written(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Returns the directory of the report of `run`, and its result."""
     directory = tmp_path_factory.mktemp("report")
-    return directory, single.report(run, output=str(directory))
+    return directory, run_report.report(run, output=str(directory))
 
 
 class Page(HTMLParser):
@@ -129,8 +121,8 @@ class Page(HTMLParser):
 # One run
 
 def test_scores_are_those_of_the_network_by_hand(run: Path, logits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scores, "WORST", 4)  # of 9 images in batches of 8, so that each batch matters
-    found = scores.score(Trained.open(run), Screen(verbosity="quiet"))
+    monkeypatch.setattr(per_example, "WORST", 4)  # of 9 images in batches of 8, so that each batch matters
+    found = per_example.score(Trained.open(run), Screen(verbosity="quiet"))
     rows, labels = (np.array(each) for each in zip(*logits.values(), strict=True))
     losses = cross_entropies(rows - rows.max(-1, keepdims=True), labels)
     confusion = np.zeros((3, 3), int)
@@ -152,7 +144,7 @@ def test_scores_are_those_of_the_network_by_hand(run: Path, logits: Any, monkeyp
 
 
 def test_streamed_images_are_scored_alike(run: Path) -> None:
-    resident, streamed = (scores.score(Trained.open(run, "latest", {"data.placement": placement, "data.workers": 0}),
+    resident, streamed = (per_example.score(Trained.open(run, "latest", {"data.placement": placement, "data.workers": 0}),
                                        Screen(verbosity="quiet")) for placement in ("device", "stream"))
     assert [image.name for image in streamed.worst] == [image.name for image in resident.worst]
     np.testing.assert_array_equal(streamed.confusion, resident.confusion)
@@ -163,7 +155,7 @@ def test_streamed_images_are_scored_alike(run: Path) -> None:
 def test_judges_logits_as_numpy_does_and_leaves_out_what_fills_the_batch() -> None:
     rows = np.random.default_rng(0).normal(0, 3000, (6, 4)).astype(np.float32)  # far from where exp is finite
     labels = np.array([0, 1, 2, 3, -1, 2])
-    losses, predicted, probabilities = scores.judge(rows, labels)
+    losses, predicted, probabilities = per_example.judge(rows, labels)
     np.testing.assert_array_equal(predicted, rows.argmax(-1))
     exact = rows.astype(np.float64) - rows.max(-1, keepdims=True).astype(np.float64)
     shares = np.exp(exact) / np.exp(exact).sum(-1, keepdims=True)
@@ -176,8 +168,8 @@ def test_judges_logits_as_numpy_does_and_leaves_out_what_fills_the_batch() -> No
 
 def test_confused_pairs_come_by_their_number() -> None:
     confusion = np.array([[50, 3, 0], [7, 60, 3], [0, 0, 9]])
-    assert scores.Scores(1, confusion, [], 0.0).pairs(3) == [(1, 0, 7), (0, 1, 3), (1, 2, 3)]
-    assert scores.Scores(1, confusion, [], 0.0).pairs(9) == [(1, 0, 7), (0, 1, 3), (1, 2, 3)]
+    assert per_example.Scores(1, confusion, [], 0.0).pairs(3) == [(1, 0, 7), (0, 1, 3), (1, 2, 3)]
+    assert per_example.Scores(1, confusion, [], 0.0).pairs(9) == [(1, 0, 7), (0, 1, 3), (1, 2, 3)]
 
 
 def test_the_page_stands_alone_and_escapes_names(written: Any) -> None:
@@ -207,7 +199,7 @@ def test_the_page_says_what_the_run_was(run: Path, written: Any) -> None:
         "150 training images per second", "0.16 s", *(f"{name} {version}" for name, version in known.items()),
     ):
         assert part in text, part
-    counts = single.gather(run).counts
+    counts = run_report.gather(run).counts
     for row in (counts, counts["plain"], *counts["groups"].values()):
         assert f"{row['parameters']:,}" in text
         assert f"{row['macs']:,}" in text
@@ -215,7 +207,7 @@ def test_the_page_says_what_the_run_was(run: Path, written: Any) -> None:
 
 def test_the_files_beside_the_page_hold_what_it_shows(written: Any, logits: Any) -> None:
     folder = written[0] / "report"
-    assert {path.name for path in folder.iterdir()} == set(single.FILES)
+    assert {path.name for path in folder.iterdir()} == set(run_report.FILES)
     for path in folder.glob("*.png"):
         with Image.open(path) as image:
             assert image.width >= 600
@@ -231,11 +223,11 @@ def test_the_files_beside_the_page_hold_what_it_shows(written: Any, logits: Any)
 
 
 def test_another_checkpoint_is_scored_and_named(run: Path, tmp_path: Path) -> None:
-    result = single.report(run, "best", output=str(tmp_path))
+    result = run_report.report(run, "best", output=str(tmp_path))
     assert result["step"] == 1
     assert "The checkpoint of step 1 (best)" in Page(tmp_path / "report.html").text
     with user_error("'7'", "latest, best or one of the steps 1, 6"):
-        single.report(run, "7", output=str(tmp_path / "other"))
+        run_report.report(run, "7", output=str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
 
 
@@ -246,25 +238,25 @@ def test_without_its_images_a_run_is_reported_in_part(run: Path, written: Any, t
     record["config"]["data"]["directory"] = str(tmp_path / "gone")
     (workdir / "run.json").write_text(json.dumps(record))
     (tmp_path / "report" / "report" / "mine.txt").write_text("kept")
-    result = single.report(workdir, output=str(tmp_path / "report"))
+    result = run_report.report(workdir, output=str(tmp_path / "report"))
     text = Page(tmp_path / "report" / "report.html").text
     assert str(tmp_path / "gone") in result["missing"]
     assert "There is no confusion matrix" in text
     assert result["missing"] in text
-    assert "without what needs the test images" in single.render(result)
-    assert {path.name for path in (tmp_path / "report" / "report").iterdir()} == set(single.FILES) - {
+    assert "without what needs the test images" in run_report.render(result)
+    assert {path.name for path in (tmp_path / "report" / "report").iterdir()} == set(run_report.FILES) - {
         "confusion.png", "confusion.csv", "errors.png", "errors.csv"} | {"mine.txt"}
-    result = single.report(workdir)
+    result = run_report.report(workdir)
     assert result["removed"] == []
     with user_error("nowhere"):  # images that the user names must be there
-        single.report(workdir, overrides={"data.directory": str(tmp_path / "nowhere")}, output=str(tmp_path / "new"))
+        run_report.report(workdir, overrides={"data.directory": str(tmp_path / "nowhere")}, output=str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
 
 def test_a_run_without_metrics_is_reported(run: Path, tmp_path: Path) -> None:
     workdir = shutil.copytree(run, tmp_path / "run")
     (workdir / "metrics.jsonl").unlink()
-    single.report(workdir)
+    run_report.report(workdir)
     text = Page(workdir / "report.html").text
     assert f"saved at step {LINES[-1]['step']}, without an evaluation in metrics.jsonl" in text
     assert "on 9 test images" in text
@@ -280,30 +272,30 @@ def test_damaged_lines_are_left_out(run: Path, tmp_path: Path) -> None:
            {**LINES[0], "validation_accuracy": None}, {**LINES[0], "images_per_second": math.nan}]
     strange = {**LINES[2], "penalty": "small", "train_loss": math.inf, "note": "<b>"}
     write_metrics(workdir, [LINES[0], *odd, LINES[1], strange])
-    found = facts.gather(workdir)
+    found = run_summary.gather(workdir)
     assert [line["epoch"] for line in found.lines] == [1, 2, 3]
     np.testing.assert_array_equal(found.series("penalty"), [0.1, 0.01, math.nan])
-    assert single.compose(found, None, "latest", "gone")[1].keys() >= {"loss.png", "penalty.png"}
+    assert run_report.compose(found, None, "latest", "gone")[1].keys() >= {"loss.png", "penalty.png"}
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "epo')  # what a killed run leaves
-    result = single.report(workdir, scoring=False)
+    result = run_report.report(workdir, scoring=False)
     assert f"6 damaged lines of {workdir / 'metrics.jsonl'} left out" in Page(workdir / "report.html").text
-    assert "warning: 6 damaged lines" in single.render(result)
-    assert "warning: 6 damaged lines" in comparison_page.render(
-        comparison_page.compare([str(workdir)], str(tmp_path / "compared")))
+    assert "warning: 6 damaged lines" in run_report.render(result)
+    assert "warning: 6 damaged lines" in compare.render(
+        compare.compare([str(workdir)], str(tmp_path / "compared")))
 
 
 def test_a_run_that_is_not_trained_says_so(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workdir = tmp_path / "run"
     workdir.mkdir()
     shutil.copy(run / "run.json", workdir)
-    assert "no checkpoint is saved" in sections.headline(facts.gather(workdir))
-    monkeypatch.setattr(facts.Facts, "saved", 0)
-    assert "as they were imported or compressed" in sections.headline(facts.gather(workdir))
+    assert "no checkpoint is saved" in sections.headline(run_summary.gather(workdir))
+    monkeypatch.setattr(run_summary.Facts, "saved", 0)
+    assert "as they were imported or compressed" in sections.headline(run_summary.gather(workdir))
 
 
 def test_boundaries_of_the_learning_rate_are_marked(run: Path) -> None:
-    found = facts.gather(run)
+    found = run_summary.gather(run)
     assert plots.boundaries(found.config) == [(0.5, "warm-up ends"), (2.0, "× 0.1"), (40.0, "× 0.5")]
     marked = []
     monkeyed = plots.picture
@@ -322,7 +314,7 @@ def test_boundaries_of_the_learning_rate_are_marked(run: Path) -> None:
 
 
 def test_time_is_images_over_speed(run: Path) -> None:
-    assert facts.gather(run).seconds == pytest.approx(6 * 4 / 150)
+    assert run_summary.gather(run).seconds == pytest.approx(6 * 4 / 150)
 
 
 def test_an_overview_of_many_classes_keeps_single_confusions() -> None:
@@ -331,7 +323,7 @@ def test_an_overview_of_many_classes_keeps_single_confusions() -> None:
     pooled = plots._pooled(100 * confusion / confusion.sum(1, keepdims=True))
     assert pooled.shape == (250, 250)
     assert pooled[17 // 4, 803 // 4] == pytest.approx(100 / 51)
-    assert plots.confusion(scores.Scores(1, confusion, [], 0.0), [str(n) for n in range(1000)]).light[1:4] == b"PNG"
+    assert plots.confusion(per_example.Scores(1, confusion, [], 0.0), [str(n) for n in range(1000)]).light[1:4] == b"PNG"
 
 
 def test_what_cannot_be_written_is_told_and_leaves_nothing(run: Path, tmp_path: Path) -> None:
@@ -347,14 +339,14 @@ def test_what_cannot_be_written_is_told_and_leaves_nothing(run: Path, tmp_path: 
 def test_after_training_a_failure_is_a_warning(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = Watcher()
     workdir = shutil.copytree(run, tmp_path / "run")
-    assert single.after_training(workdir, told, scoring=False) == str(workdir / "report.html")
+    assert run_report.after_training(workdir, told, scoring=False) == str(workdir / "report.html")
     assert "several processes" in Page(workdir / "report.html").text
     assert f"--mode=report --workdir={workdir}" in told.text.getvalue()
     for failure in (OSError(28, "No space left on device"), ValueError("odd\nlines"), MemoryError()):
         def fail(*_: Any, failure: Exception = failure) -> None:
             raise failure
-        monkeypatch.setattr(single, "compose", fail)
-        assert single.after_training(workdir, told, scoring=False) is None
+        monkeypatch.setattr(run_report, "compose", fail)
+        assert run_report.after_training(workdir, told, scoring=False) is None
         line = told.text.getvalue().splitlines()[-1]
         assert line.startswith("warning: the run is saved, but not its report (")
         assert f"--mode=report --workdir={workdir}" in line
@@ -367,9 +359,9 @@ def test_pictures_leave_the_settings_of_matplotlib_alone_and_do_not_heed_them() 
     before = dict(matplotlib.rcParams)
     with matplotlib.rc_context({"text.usetex": True, "font.size": 40}):
         inside = dict(matplotlib.rcParams)
-        strange = figures.png(lambda figure, theme: figure.add_subplot().set(title=r"$\frac$") and None)
+        strange = plotting.png(lambda figure, theme: figure.add_subplot().set(title=r"$\frac$") and None)
         assert dict(matplotlib.rcParams) == inside
-    assert strange == figures.png(lambda figure, theme: figure.add_subplot().set(title=r"$\frac$") and None)
+    assert strange == plotting.png(lambda figure, theme: figure.add_subplot().set(title=r"$\frac$") and None)
     assert dict(matplotlib.rcParams) == before
 
 
@@ -389,7 +381,7 @@ def test_names_that_the_font_lacks_are_numbered() -> None:
 def test_without_matplotlib_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with user_error("pip install matplotlib"):
-        figures.png(lambda figure, theme: None)
+        plotting.png(lambda figure, theme: None)
 
 
 def test_labels_at_the_ends_of_lines_do_not_meet() -> None:
@@ -399,12 +391,12 @@ def test_labels_at_the_ends_of_lines_do_not_meet() -> None:
         axes = figure.add_subplot()
         for shift in (0.0, 0.001, 0.002, math.nan):
             axes.plot([1, 2, 3], [1, 2, 3 + shift], label=f"line {shift}")
-        figures.label_lines(axes)
-        heights.extend(axes.transData.transform(text.xy)[1] + text.xyann[1] * figures.DPI / 72 for text in axes.texts)
+        plotting.label_lines(axes)
+        heights.extend(axes.transData.transform(text.xy)[1] + text.xyann[1] * plotting.DPI / 72 for text in axes.texts)
 
-    figures.png(paint)
+    plotting.png(paint)
     assert len(heights) == 4
-    assert np.diff(sorted(heights)).min() >= 10.9 * figures.DPI / 72
+    assert np.diff(sorted(heights)).min() >= 10.9 * plotting.DPI / 72
 
 
 def test_labels_of_points_meet_neither_points_nor_one_another() -> None:
@@ -414,12 +406,12 @@ def test_labels_of_points_meet_neither_points_nor_one_another() -> None:
     def paint(figure: Any, theme: Any) -> None:
         axes = figure.add_subplot()
         axes.set(xlim=(0, 10), ylim=(0, 10))
-        figures.place_labels(axes, points, [(0.0, 3.0)] + [(0.0, 0.0)] * 5, [f"network {n}" for n in range(6)], theme)
+        plotting.place_labels(axes, points, [(0.0, 3.0)] + [(0.0, 0.0)] * 5, [f"network {n}" for n in range(6)], theme)
         boxes.extend(text.get_window_extent() for text in axes.texts)
         places = [axes.transData.transform(point) for point in points]
         assert not [box for box in boxes if any(box.contains(*place) for place in places)]
 
-    figures.png(paint)
+    plotting.png(paint)
     assert len(boxes) == 6
     assert not [1 for place, box in enumerate(boxes) if any(box.overlaps(other) for other in boxes[:place])]
 
@@ -455,7 +447,7 @@ def several(tmp_path: Path) -> Path:
 
 
 def test_seeds_are_one_point_with_mean_and_deviation(several: Path) -> None:
-    points, fields = comparison.gather_points([str(several)])
+    points, fields = points_module.gather_points([str(several)])
     found = {point.label: point for point in points}
     assert set(found) == {
         "resnet14-s4u1", "resnet14 (learning_rate 0.1, 2 epochs)", "resnet14 (learning_rate 0.5, 2 epochs)",
@@ -480,13 +472,13 @@ def test_what_does_not_change_the_outcome_makes_no_point_and_epochs_are_told_onc
     make_run(tmp_path / "one", (0.5, 0.9))
     make_run(tmp_path / "two", (0.5, 0.8), seed=1, train__record_gradients=True, data__workers=1)
     make_run(tmp_path / "longer", (0.5, 0.8, 0.9), train__epochs=3)
-    points, fields = comparison.gather_points([str(tmp_path)])
+    points, fields = points_module.gather_points([str(tmp_path)])
     assert {point.label: len(point.runs) for point in points} == {"resnet14 (epochs 2)": 2, "resnet14 (epochs 3)": 1}
     assert fields == ["train.epochs"]
     make_run(tmp_path / "unfinished" / "run", (0.5,), train__epochs=3)  # of one configuration with "longer"
-    assert {point.label for point in comparison.gather_points([str(tmp_path), str(tmp_path / "unfinished")])[0]} == {
+    assert {point.label for point in points_module.gather_points([str(tmp_path), str(tmp_path / "unfinished")])[0]} == {
         "resnet14 (epochs 2)", "resnet14 (epochs 3, 3 evaluated)", "resnet14 (epochs 3, 1 evaluated)"}
-    header, rows, _ = comparison_page._rows(points, fields)
+    header, rows, _ = compare._rows(points, fields)
     assert header[1:4] == ["network", "error (%)", "best (%)"]  # what matters is seen without scrolling
     assert [row[2] for row in rows] == ["15.00 ± 7.07", "10.00"]
 
@@ -494,42 +486,42 @@ def test_what_does_not_change_the_outcome_makes_no_point_and_epochs_are_told_onc
 def test_errors_of_many_magnitudes_are_drawn_on_a_logarithmic_axis(tmp_path: Path,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     scales: list[str] = []
-    monkeypatch.setattr(comparison_page, "set_log", lambda axes, which: scales.append(which))
+    monkeypatch.setattr(compare, "set_log", lambda axes, which: scales.append(which))
     make_run(tmp_path / "good", (0.995,))
     make_run(tmp_path / "other seed", (0.6,), seed=1, model__name="resnet20")  # its bar reaches below 0
     make_run(tmp_path / "bad", (0.99,), model__name="resnet20")
-    comparison_page.compare([str(tmp_path)], str(tmp_path / "out"))
+    compare.compare([str(tmp_path)], str(tmp_path / "out"))
     assert scales == ["y"] * 3
 
 
 def test_the_comparison_page_holds_points_and_runs(several: Path) -> None:
-    result = comparison_page.compare([str(several)], str(several / "out"))
+    result = compare.compare([str(several)], str(several / "out"))
     page = Page(several / "out" / "report.html")
     assert "7 runs compared" in page.text
     for part in ("11.00 ± 4.58", "1.9 ± 1.2", "25.00", "1 of 2", "best test epoch, the published protocol",
                  *(str(several / name) for name in ("plain0", "plain1", "basis", "none"))):
         assert part in page.text, part
-    assert {path.name for path in (several / "out" / "report").iterdir()} == set(comparison_page.FILES)
+    assert {path.name for path in (several / "out" / "report").iterdir()} == set(compare.FILES)
     assert len(page.images) == 3
     rows = list(csv.DictReader(io.StringIO((several / "out" / "report" / "comparison.csv").read_text())))
     assert [int(row["n"]) for row in rows] == [point["n"] for point in result["points"]]
     assert sum(map(int, (row["n"] for row in rows))) == 7
     json.dumps(result, allow_nan=False)
-    assert "n = 3" in comparison_page.render(result)
+    assert "n = 3" in compare.render(result)
 
 
 def test_runs_are_found_once_and_a_mistake_is_told(several: Path) -> None:
-    twice = comparison.find_runs([str(several / "basis"), str(several), str(several / "fast" / ".." / "basis")])
+    twice = points_module.find_runs([str(several / "basis"), str(several), str(several / "fast" / ".." / "basis")])
     assert len(twice) == 7
     with user_error("--runs=/no/such/directory", "neither a run"):
-        comparison.find_runs(["/no/such/directory"])
+        points_module.find_runs(["/no/such/directory"])
     (several / "basis" / "run.json").write_text("{")
     with user_error("basis", "damaged"):
-        comparison.gather_points([str(several)])
+        points_module.gather_points([str(several)])
 
 
 def test_runs_without_evaluations_are_compared_in_a_table(tmp_path: Path) -> None:
-    comparison_page.compare([str(make_run(tmp_path / "one", ()))], str(tmp_path / "out"))
+    compare.compare([str(make_run(tmp_path / "one", ()))], str(tmp_path / "out"))
     text = Page(tmp_path / "out" / "report.html").text
     assert "1 run compared" in text
     assert "No run has been evaluated" in text

@@ -9,8 +9,8 @@ import re
 import pytest
 from rich.console import Console
 
-from shared_basis import screen as screen_module
-from shared_basis.screen import PLAIN_INTERVAL, Screen, count, duration
+from shared_basis.runtime import reporter as screen_module
+from shared_basis.runtime.reporter import PLAIN_INTERVAL, Screen, count, duration
 
 
 @pytest.fixture

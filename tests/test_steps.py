@@ -17,10 +17,10 @@ from helpers import Linear, assert_trees_equal, cross_entropies, make_images, me
 
 from shared_basis.config import DataConfig, OptimizerConfig, OrthogonalityConfig
 from shared_basis.data import epoch_order
-from shared_basis.devices import divided, replicated
-from shared_basis.optimizer import make_optimizer
-from shared_basis.orthogonality import orthogonality_diagnostics, orthogonality_penalty
-from shared_basis.steps import (
+from shared_basis.optim.optimizer import make_optimizer
+from shared_basis.optim.penalty import orthogonality_diagnostics, orthogonality_penalty
+from shared_basis.runtime.distributed import divided, replicated
+from shared_basis.training.steps import (
     TrainState,
     augment,
     create_train_state,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from helpers import user_error
 
-from shared_basis import tensorboard
-from shared_basis.workdir import Workdir
+from shared_basis.runs import tensorboard
+from shared_basis.runs.workdir import Workdir
 
 LINES = [{"step": step, "epoch": step // 5, "train_loss": 1 / step, "test_accuracy": 0.5, "test_accuracy_top5": 0.75,
           "penalty": 1e-3 * step, "learning_rate": 0.1} for step in (5, 10, 15)]

@@ -28,10 +28,7 @@ from helpers import (
     user_error,
 )
 
-from shared_basis import data, feeds
-from shared_basis import evaluate as evaluate_module
-from shared_basis import train as train_module
-from shared_basis.checkpoints import Checkpoints
+from shared_basis import data
 from shared_basis.config import (
     Config,
     DataConfig,
@@ -41,11 +38,15 @@ from shared_basis.config import (
     TrainConfig,
     replace,
 )
-from shared_basis.devices import make_mesh, replicated
+from shared_basis.data import feeds
 from shared_basis.errors import UserError
-from shared_basis.screen import Screen
-from shared_basis.signals import Interrupted, StopSignals
-from shared_basis.train import render, train
+from shared_basis.evaluation import evaluate as evaluate_module
+from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runtime.distributed import make_mesh, replicated
+from shared_basis.runtime.preemption import Interrupted, StopSignals
+from shared_basis.runtime.reporter import Screen
+from shared_basis.training import train as train_module
+from shared_basis.training.train import render, train
 
 PER_EPOCH = 5
 CONFIG = Config(

@@ -32,14 +32,15 @@ from helpers import ROOT, save_run, user_error, write_folder
 from PIL import EpsImagePlugin, Image
 
 from shared_basis import data
-from shared_basis.checkpoints import Checkpoints
 from shared_basis.config import Config, DataConfig, ModelConfig, to_dict
 from shared_basis.data import images
 from shared_basis.data.images import BrokenImage
+from shared_basis.data.tfds import builders
 from shared_basis.errors import UserError
-from shared_basis.evaluate import evaluate
-from shared_basis.state_dicts import read_state_dict
-from shared_basis.workdir import Workdir, make_record
+from shared_basis.evaluation.evaluate import evaluate
+from shared_basis.interop.state_dict import read_state_dict
+from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runs.workdir import Workdir, make_record
 
 MIB = 2**20
 
@@ -52,7 +53,7 @@ import json, os, resource, sys
 sys.path.insert(0, sys.argv[1])
 from shared_basis.data.images import decode, size_of
 from shared_basis.errors import UserError
-from shared_basis.state_dicts import read_state_dict
+from shared_basis.interop.state_dict import read_state_dict
 readers = {"weights": read_state_dict, "image": lambda path: decode(path, 3, (8, 8)), "size": size_of}
 while line := sys.stdin.readline():
     kind, path = json.loads(line)
@@ -243,7 +244,7 @@ def test_no_pickle_runs_code_wherever_it_stands(tmp_path: Path, trap: Path, exte
     ("torch", "FloatStorage.__init__"), ("torch._utils", "_rebuild_tensor_v2.__globals__"),
     ("torch._utils", "_rebuild_tensor"), ("torch.storage", "_load_from_bytes"), ("torch", "load"),
     ("collections", "OrderedDict.fromkeys"), ("numpy", "float32"), ("numpy.core.multiarray", "_reconstruct"),
-    ("copyreg", "_reconstructor"), ("builtins", "getattr"), ("shared_basis.state_dicts", "_tensor"), ("", "")])
+    ("copyreg", "_reconstructor"), ("builtins", "getattr"), ("shared_basis.interop.state_dict", "_tensor"), ("", "")])
 def test_only_the_names_of_a_state_dict_are_known(tmp_path: Path, module: str, name: str) -> None:
     write_zip(tmp_path / "network.pth", state_dict(weight=text(module) + text(name) + b"\x93"))
     with user_error(f"it asks for {module}.{name}, which a state dict does not need"):
@@ -665,12 +666,11 @@ def spiked(archive: bytes, info: tarfile.TarInfo, replaced: str) -> bytes:
 def test_a_file_that_unpacks_to_more_than_the_published_one_is_not_unpacked(
         fakes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checksum stands before: it is refused without a look into it."""
-    from shared_basis.data import tfds_builders
 
     files = fakes.fashion_files()
     config = sources(fakes, tmp_path, "fashion_mnist", files, monkeypatch)
     (tmp_path / "manual" / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(50 * MIB)))
-    monkeypatch.setattr(tfds_builders, "_read_idx", lambda path: pytest.fail("it was unpacked"))
+    monkeypatch.setattr(builders, "_read_idx", lambda path: pytest.fail("it was unpacked"))
     with user_error("train-images-idx3-ubyte.gz", "the published file has"):
         data.prepare(config)
 

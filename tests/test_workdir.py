@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from helpers import ROOT, user_error
 
-from shared_basis import workdir as workdir_module
 from shared_basis.config import Config, DataConfig, TrainConfig, replace
-from shared_basis.workdir import PACKAGES, Workdir, make_record, versions
+from shared_basis.runs import workdir as workdir_module
+from shared_basis.runs.workdir import PACKAGES, Workdir, make_record, versions
 
 CONFIG = Config(data=DataConfig(name="folder", directory="/images"), train=TrainConfig(epochs=3))
 FACTS = {"classes": ["cat", "dog"], "image_shape": [8, 8, 3], "train_examples": 10, "test_examples": 4}
@@ -179,7 +179,7 @@ def test_checkpoints_without_a_record_are_not_taken_over(tmp_path: Path) -> None
 
 # The lock
 
-HOLDER = ("import sys; sys.path.insert(0, sys.argv[1]); from shared_basis.workdir import Workdir\n"
+HOLDER = ("import sys; sys.path.insert(0, sys.argv[1]); from shared_basis.runs.workdir import Workdir\n"
           "with Workdir(sys.argv[2]).locked(): print('locked', flush=True); sys.stdin.read()")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from shared_basis.config import DataConfig
-from shared_basis.data.splits import ArrayExamples, Progress, Source, Spec, unseen
+from shared_basis.data.examples import ArrayExamples, Progress, Source, Spec, unseen
 
 TEST_EVERY = 5
 """Of every class, each fifth image is a test image; the rest are for training."""

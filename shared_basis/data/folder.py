@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from shared_basis.config import DataConfig
-from shared_basis.data import stream
+from shared_basis.data import streaming
+from shared_basis.data.examples import Encoded, Progress, Source, Spec, unseen
 from shared_basis.data.images import BrokenImage, size_of
-from shared_basis.data.splits import Encoded, Progress, Source, Spec, unseen
 from shared_basis.errors import UserError
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -127,8 +127,8 @@ def prepare(config: DataConfig, progress: Progress) -> str:
     broken = done = 0
     total = sum(map(len, source.splits.values()))
     for part in source.splits.values():
-        batches = stream.TestBatches(part, source.spec, lenient, batch_size=CHECKED_AT_ONCE)
-        for number, batch in enumerate(stream.read(batches, stream.workers_of(config)), 1):
+        batches = streaming.TestBatches(part, source.spec, lenient, batch_size=CHECKED_AT_ONCE)
+        for number, batch in enumerate(streaming.read(batches, streaming.workers_of(config)), 1):
             broken += len(batch.skipped)
             progress(done + min(number * CHECKED_AT_ONCE, len(part)), total)
         done += len(part)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from shared_basis.data.splits import Encoded
+from shared_basis.data.examples import Encoded
 from shared_basis.errors import UserError
 
 FORMATS = ("BMP", "JPEG", "PNG", "WEBP")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import flax.linen as nn
 
 from shared_basis.errors import UserError
-from shared_basis.models.network import Sharing
+from shared_basis.models.base import Sharing
 from shared_basis.models.resnet import BottleneckBlock, ResNet
 
 GROUPS = 32

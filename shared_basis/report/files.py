@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from shared_basis.errors import UserError
-from shared_basis.report.figures import Picture
+from shared_basis.plotting import Picture
 
 PAGE = "report.html"
 FOLDER = "report"

@@ -6,7 +6,7 @@ import html
 from collections.abc import Container, Iterable, Sequence
 
 from shared_basis.errors import printable
-from shared_basis.report.figures import Picture, data_uri
+from shared_basis.plotting import Picture, data_uri
 
 NO_BREAK = "\u00a0"
 """A space at which no line ends: not printable to Python."""

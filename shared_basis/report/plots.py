@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from shared_basis.config import Config
-from shared_basis.optimizer import learning_rate_schedule
-from shared_basis.report.facts import Facts
-from shared_basis.report.figures import DASHES, MARKERS, Picture, Theme, drawable, label_lines, picture, png, set_log
-from shared_basis.report.scores import Image, Scores
+from shared_basis.evaluation.per_example import Image, Scores
+from shared_basis.optim.optimizer import learning_rate_schedule
+from shared_basis.plotting import DASHES, MARKERS, Picture, Theme, drawable, label_lines, picture, png, set_log
+from shared_basis.report.run_summary import Facts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

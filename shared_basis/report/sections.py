@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from PIL import Image as Pillow
 
-from shared_basis import train
 from shared_basis.config import OrthogonalityConfig
+from shared_basis.evaluation.per_example import Image, Scores
+from shared_basis.models.summary import render_saving
+from shared_basis.plotting import Picture, data_uri
 from shared_basis.report import files, plots
-from shared_basis.report.facts import Facts
-from shared_basis.report.figures import Picture, data_uri
 from shared_basis.report.html import Html, element, join, section, shown, table
-from shared_basis.report.scores import Image, Scores
-from shared_basis.screen import duration
-from shared_basis.summary import render_saving
+from shared_basis.report.run_summary import Facts
+from shared_basis.runtime.reporter import duration
+from shared_basis.training import train
 
 PAIRS = 12
 """Of the classes that are taken for another, the page lists so many pairs."""

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from shared_basis.config import DataConfig
-from shared_basis.data import Spec, arrays
-from shared_basis.data.splits import ArrayExamples, Encoded
+from shared_basis.data import Spec, in_memory
+from shared_basis.data.examples import ArrayExamples, Encoded
 from shared_basis.errors import UserError
 
 SPEC = Spec((4, 5, 3), ("cat", "dog"))
@@ -45,7 +45,7 @@ def lay_out(monkeypatch: pytest.MonkeyPatch, files: Mapping[str, str]) -> None:
 
 
 def test_available_memory_is_plausible():
-    available = arrays.available_memory()
+    available = in_memory.available_memory()
     assert available is not None
     assert 2**20 < available <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -62,31 +62,31 @@ def test_available_memory_is_plausible():
         "unreadable limit"])
 def test_available_memory_is_what_system_and_container_both_leave(monkeypatch, files, expected):
     lay_out(monkeypatch, files)
-    assert arrays.available_memory() == expected
+    assert in_memory.available_memory() == expected
 
 
 def test_the_total_stands_in_where_the_system_does_not_tell_what_is_available(monkeypatch):
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     lay_out(monkeypatch, {"/proc/meminfo": "MemTotal: 1 kB\n"})
-    assert arrays.available_memory() == total
+    assert in_memory.available_memory() == total
     lay_out(monkeypatch, CONTAINER)
-    assert arrays.available_memory() == 270_000
-    monkeypatch.delattr(arrays.os, "sysconf")
-    assert arrays.available_memory() == 270_000
+    assert in_memory.available_memory() == 270_000
+    monkeypatch.delattr(in_memory.os, "sysconf")
+    assert in_memory.available_memory() == 270_000
     lay_out(monkeypatch, {})
-    assert arrays.available_memory() is None
+    assert in_memory.available_memory() is None
 
 
 def test_resident_bytes_are_those_of_the_decoded_images():
     splits = {"train": examples(7), "test": examples(2)}
-    assert arrays.resident_bytes(splits, SPEC) == sum(part.images.nbytes for part in splits.values())
+    assert in_memory.resident_bytes(splits, SPEC) == sum(part.images.nbytes for part in splits.values())
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 7])
 def test_blocks_do_not_show(monkeypatch, count):
-    monkeypatch.setattr(arrays, "BLOCK", 3)
+    monkeypatch.setattr(in_memory, "BLOCK", 3)
     part = examples(count)
-    split = arrays.load_split(part, SPEC, DataConfig(), pytest.fail)
+    split = in_memory.load_split(part, SPEC, DataConfig(), pytest.fail)
     np.testing.assert_array_equal(split.images, part.images)
     np.testing.assert_array_equal(split.labels, part.labels)
 
@@ -112,11 +112,11 @@ class Files:
 
 @pytest.mark.parametrize("block", [1, 2, 1000])
 def test_broken_images_are_told_and_do_not_count(monkeypatch, block):
-    monkeypatch.setattr(arrays, "BLOCK", block)
+    monkeypatch.setattr(in_memory, "BLOCK", block)
     pixels = examples(3).images
     told: list[str] = []
     files = Files((png(pixels[0]), b"", png(pixels[1])[:60], png(pixels[2])))
-    split = arrays.load_split(files, SPEC, DataConfig(on_broken="skip"), told.append)
+    split = in_memory.load_split(files, SPEC, DataConfig(on_broken="skip"), told.append)
     assert split.labels.tolist() == [1, -1, -1, 1]
     np.testing.assert_array_equal(split.images, [pixels[0], np.zeros((4, 5, 3)), np.zeros((4, 5, 3)), pixels[2]])
     assert [text.split(" ")[:3] for text in told] == [["skipped:", "file", "1"], ["skipped:", "file", "2"]]
@@ -125,7 +125,7 @@ def test_broken_images_are_told_and_do_not_count(monkeypatch, block):
     np.testing.assert_array_equal(good.images, pixels[[0, 2]])
     assert good.good() is good
     with pytest.raises(UserError, match=r"^file 1 is not an image .*Replace or remove it, or set --config.data.on_br"):
-        arrays.load_split(files, SPEC, DataConfig(), pytest.fail)
+        in_memory.load_split(files, SPEC, DataConfig(), pytest.fail)
 
 
 @pytest.mark.parametrize("label", [-1, 2])
@@ -133,4 +133,4 @@ def test_a_label_that_is_no_class_is_named(label):
     part = examples(4)
     part.labels[2] = label
     with pytest.raises(UserError, match=f"image 2 has the label {label}, and there are 2 classes"):
-        arrays.load_split(part, SPEC, DataConfig(), pytest.fail)
+        in_memory.load_split(part, SPEC, DataConfig(), pytest.fail)

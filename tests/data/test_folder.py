@@ -19,7 +19,7 @@ from PIL import Image
 from shared_basis import data
 from shared_basis.config import DataConfig
 from shared_basis.data import folder as folder_module
-from shared_basis.data.splits import select
+from shared_basis.data.examples import select
 from shared_basis.errors import UserError
 
 CIFAR10_JPEG = Path(__file__).parents[3] / "shared" / "data" / "cifar10-jpeg.tar.xz"

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shared_basis.data import epoch_order, images
+from shared_basis.data.examples import crop_generator
 from shared_basis.data.images import TEST_PART, BrokenImage, central, decode, random_resized, size_of, whole
-from shared_basis.data.splits import crop_generator
 
 Encoded = tuple[str, np.ndarray | Image.Image, dict[str, Any]]
 """The format, what is saved in it, and how."""

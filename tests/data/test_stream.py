@@ -27,11 +27,11 @@ from helpers import ROOT, user_environment, user_error
 from PIL import Image
 
 from shared_basis.config import DataConfig
-from shared_basis.data import stream
+from shared_basis.data import streaming
+from shared_basis.data.examples import ArrayExamples, Spec, crop_generator, epoch_order
 from shared_basis.data.folder import FileExamples
 from shared_basis.data.images import TEST_PART, central, decode, random_resized
-from shared_basis.data.splits import ArrayExamples, Spec, crop_generator, epoch_order
-from shared_basis.data.stream import Batch, Batches, Shard, TestBatches, TrainingBatches, read
+from shared_basis.data.streaming import Batch, Batches, Shard, TestBatches, TrainingBatches, read
 
 COUNT, BATCH, PER_EPOCH, EPOCHS, SEED = 11, 3, 3, 3, 7
 """Eleven images are three batches an epoch, with two images left over."""
@@ -178,7 +178,7 @@ def test_threads_may_ask_for_batches_of_many_epochs_at_once() -> None:
 
     def dawdle(frame: Any, *_: Any) -> Any:
         """Has threads take turns at every line, as they would once in a long while."""
-        if frame.f_code.co_filename != stream.__file__:
+        if frame.f_code.co_filename != streaming.__file__:
             return None
         time.sleep(chance.random() * 1e-4)
         return dawdle
@@ -215,9 +215,9 @@ def test_workers_may_begin_at_any_batch_too(examples: FileExamples, workers: int
 
 def test_the_number_of_workers_follows_the_cores_unless_it_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores, workers in ((1, 0), (4, 0), (5, 5), (16, 16), (200, 16)):  # threads are enough for a few
-        monkeypatch.setattr(stream, "cores", lambda cores=cores: cores)
-        assert stream.workers_of(DataConfig()) == workers
-        assert [stream.workers_of(DataConfig(workers=wanted)) for wanted in (0, 3, 40)] == [0, 3, 40]
+        monkeypatch.setattr(streaming, "cores", lambda cores=cores: cores)
+        assert streaming.workers_of(DataConfig()) == workers
+        assert [streaming.workers_of(DataConfig(workers=wanted)) for wanted in (0, 3, 40)] == [0, 3, 40]
 
 
 # Broken images
@@ -349,7 +349,7 @@ def test_shared_memory_that_was_forgotten_is_freed() -> None:
     for segment in made:
         segment.close()
     made[0].unlink()  # as it should be
-    stream._unlink(names, keep=1)
+    streaming._unlink(names, keep=1)
     assert list(names) == [made[3].name]
     for segment in made[:3]:
         with pytest.raises(FileNotFoundError):

@@ -21,7 +21,8 @@ from tfds_fakes import CMYK, COUNTS, FILES, NAMES, PNG, VERSIONS, content, recor
 
 from shared_basis import data
 from shared_basis.config import DataConfig
-from shared_basis.data import arrays, images, stream, tfds_builders
+from shared_basis.data import images, in_memory, streaming
+from shared_basis.data.tfds import builders
 
 STOCK_ORDER = {
     "train": ("n01440764_7", "n01440764_10", "n02105855_2933", "n02105855_9", "n01739381_1309", "n01440764_2",
@@ -74,7 +75,7 @@ def test_what_is_prepared_is_the_sources_and_stock_tfds_reads_the_same(name, put
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_builders_ask_for_the_published_files(name, tmp_path):
-    builder = tfds_builders.BUILDERS[name](data_dir=tmp_path)
+    builder = builders.BUILDERS[name](data_dir=tmp_path)
     sources, stock = builder.sources(), tfds.builder_cls(name).url_infos
     assert sources == {url: stock[url] for url in sources}
     assert {info.filename for info in sources.values()} == set(FILES[name]())
@@ -126,14 +127,14 @@ def test_imagenet_in_memory_and_streamed_is_the_decoded_files(put):
     config = dataclasses.replace(put("imagenet2012", FILES["imagenet2012"]()), image_size=16)
     source = data.open_source(config)
     train, test = source.splits["train"], source.splits["test"]
-    region = arrays.region_without_chance(config, (16, 16, 3))
+    region = in_memory.region_without_chance(config, (16, 16, 3))
     decoded = [images.decode(body, 3, (16, 16), region) for body, _ in train.read(range(8))]
     dataset = data.load(config)
     np.testing.assert_array_equal(dataset.train.images, decoded)
 
     random = dataclasses.replace(config, crop="random_resized")
-    batches = stream.TrainingBatches(train, source.spec, random, seed=3, batch_size=4, epochs=2)
-    first, *rest = stream.read(batches, workers=0)
+    batches = streaming.TrainingBatches(train, source.spec, random, seed=3, batch_size=4, epochs=2)
+    first, *rest = streaming.read(batches, workers=0)
     assert len(rest) == 3
     assert first.images.shape == (4, 16, 16, 3)
     rows = data.epoch_order(3, 0, 8)[:4]
@@ -143,8 +144,8 @@ def test_imagenet_in_memory_and_streamed_is_the_decoded_files(put):
     np.testing.assert_array_equal(first.images, [images.decode(body, 3, (16, 16), box)
                                                  for body, box in zip(bodies, boxes, strict=True)])
 
-    plain = stream.TestBatches(test, source.spec, config, batch_size=4)
-    streamed = list(stream.read(plain, workers=0))
+    plain = streaming.TestBatches(test, source.spec, config, batch_size=4)
+    streamed = list(streaming.read(plain, workers=0))
     np.testing.assert_array_equal(np.concatenate([batch.images for batch in streamed])[:6], dataset.test.images)
     np.testing.assert_array_equal(np.concatenate([batch.labels for batch in streamed]),
                                   [*dataset.test.labels, -1, -1])
@@ -233,11 +234,11 @@ def unnamed_gzip(body: bytes) -> bytes:
     return gzip.compress(body, mtime=0)
 
 
-@pytest.mark.parametrize(("file", "time"), tfds_builders.PUBLISHED_TIMES.items())
+@pytest.mark.parametrize(("file", "time"), builders.PUBLISHED_TIMES.items())
 def test_a_gzip_header_is_given_name_and_time(tmp_path, file, time):
     path = tmp_path / file
     path.write_bytes(unnamed_gzip(b"contents" * 100))
-    mended = tfds_builders.with_published_header(path)
+    mended = builders.with_published_header(path)
     assert mended[:4] == b"\x1f\x8b\x08\x08"  # gzip, deflate, named
     assert int.from_bytes(mended[4:8], "little") == time
     assert mended[10:].split(b"\0")[0].decode() + ".gz" == file

@@ -30,7 +30,7 @@ from tfds_fakes import FEATURES, FILES, cifar10_files, fashion_files, pets, pyth
 
 from shared_basis import data
 from shared_basis.config import DataConfig
-from shared_basis.data import tfds_builders, tfds_prepare
+from shared_basis.data.tfds import builders, prepare
 from shared_basis.errors import UserError
 
 ARCHIVE = "cifar-10-binary.tar.gz"
@@ -47,7 +47,7 @@ def tree(directory: Path | str) -> dict[str, tuple[int, int, str]]:
 
 
 def assert_nothing_prepared(config: DataConfig) -> None:
-    assert tfds_prepare.find_builder(config) is None
+    assert prepare.find_builder(config) is None
     assert not list(Path(config.directory).glob(f"{config.name}/[0-9]*"))
 
 
@@ -69,8 +69,8 @@ def test_preparing_tells_where_and_how_much_and_a_second_time_changes_nothing(pu
 
 
 def test_progress_is_told_of_examples_that_are_read(put, monkeypatch):
-    monkeypatch.setattr(tfds_prepare, "SHOWN_EVERY", 10)
-    monkeypatch.setattr(tfds_builders.Cifar10, "EXAMPLES", 32)
+    monkeypatch.setattr(prepare, "SHOWN_EVERY", 10)
+    monkeypatch.setattr(builders.Cifar10, "EXAMPLES", 32)
     told = []
     config = put("cifar10", cifar10_files())
     data.open_source(config, progress=lambda done, total: told.append((done, total)))  # first use prepares
@@ -133,7 +133,7 @@ def test_only_the_missing_sources_are_named(put, mistake):
 
 @pytest.mark.parametrize("read", [data.load, data.prepare, data.open_source])
 def test_both_archives_of_imagenet_are_to_be_downloaded_by_hand(tmp_path, mistake, monkeypatch, read):
-    monkeypatch.setattr(tfds_prepare, "_probe", lambda url: pytest.fail(f"asked for {url}"))
+    monkeypatch.setattr(prepare, "_probe", lambda url: pytest.fail(f"asked for {url}"))
     message = mistake(DataConfig(name="imagenet2012", directory=str(tmp_path / "tfds"), image_size=224), read)
     for part in ("ILSVRC2012_img_train.tar (147897477120 bytes, sha256 "
                  "b08200a27a8e34218a0e58fde36b0fe8f73bc377f4acea2d91602057c3ca45bb)",
@@ -205,9 +205,9 @@ def test_of_very_large_files_the_size_alone_is_compared(tmp_path):
     path = tmp_path / "large"
     with path.open("wb") as file:
         file.truncate(2**30)  # takes no room on the disk
-    tfds_prepare._check_file(path, checksums.UrlInfo(tfds.core.utils.Size(2**30), "0" * 64, "large"))
+    prepare._check_file(path, checksums.UrlInfo(tfds.core.utils.Size(2**30), "0" * 64, "large"))
     with pytest.raises(UserError, match="has 1073741824 bytes, and the published file has 1073741825"):
-        tfds_prepare._check_file(path, checksums.UrlInfo(tfds.core.utils.Size(2**30 + 1), "0" * 64, "large"))
+        prepare._check_file(path, checksums.UrlInfo(tfds.core.utils.Size(2**30 + 1), "0" * 64, "large"))
 
 
 @pytest.mark.parametrize("train", [
@@ -228,7 +228,7 @@ def test_an_archive_of_the_right_size_that_holds_something_else_is_refused(put, 
 def published_gzip(name: str, body: bytes) -> bytes:
     """Returns a gzip file with the name and time of the published one in its header."""
     plain = gzip.compress(body, mtime=0)
-    time_in_header = tfds_builders.PUBLISHED_TIMES[name].to_bytes(4, "little")
+    time_in_header = builders.PUBLISHED_TIMES[name].to_bytes(4, "little")
     return plain[:3] + b"\x08" + time_in_header + plain[8:10] + Path(name).stem.encode() + b"\0" + plain[10:]
 
 
@@ -347,9 +347,9 @@ def test_a_source_that_tfds_downloaded_before_is_not_missing(put):
 
 
 def test_a_server_that_keeps_silent_is_given_up(monkeypatch):
-    monkeypatch.setattr(tfds_prepare, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(prepare, "PROBE_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        assert tfds_prepare._probe(f"http://127.0.0.1:{server.getsockname()[1]}/") == "ReadTimeout"
+        assert prepare._probe(f"http://127.0.0.1:{server.getsockname()[1]}/") == "ReadTimeout"
 
 
 # Interruptions, and preparations that meet.
@@ -357,14 +357,14 @@ def test_a_server_that_keeps_silent_is_given_up(monkeypatch):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_an_interrupted_preparation_leaves_nothing_prepared(error, put, monkeypatch):
     config = put("cifar10", cifar10_files())
-    calls, convert = iter(range(100)), tfds_builders.Image.fromarray
+    calls, convert = iter(range(100)), builders.Image.fromarray
 
     def interrupted(array):
         if next(calls) == 9:
             raise error
         return convert(array)
     with monkeypatch.context() as patch:
-        patch.setattr(tfds_builders.Image, "fromarray", interrupted)
+        patch.setattr(builders.Image, "fromarray", interrupted)
         with pytest.raises(error):
             data.load(config)
     assert not list(Path(config.directory).glob("cifar10/*"))
@@ -492,7 +492,7 @@ def test_a_full_disk_is_told_of(put, mistake, monkeypatch):
 
     def full(_: Any) -> None:
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(tfds_builders.Image, "fromarray", full)
+    monkeypatch.setattr(builders.Image, "fromarray", full)
     message = mistake(config)
     assert "cannot prepare cifar10" in message
     assert "No space left on device" in message
@@ -521,10 +521,10 @@ class RegisteredPets(tfds.core.GeneratorBasedBuilder):
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Returns a function that says whether TensorFlow is installed."""
-    find = tfds_prepare.importlib.util.find_spec
+    find = prepare.importlib.util.find_spec
 
     def set_to(value: bool) -> None:
-        monkeypatch.setattr(tfds_prepare.importlib.util, "find_spec", lambda name, *args: (
+        monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name, *args: (
             (object() if value else None) if name == "tensorflow" else find(name, *args)))
     return set_to
 

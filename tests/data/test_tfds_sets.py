@@ -18,7 +18,8 @@ from tfds_fakes import CLASSES, FEATURES, NAMES, encoded, pets, picture, run_pyt
 
 from shared_basis import data
 from shared_basis.config import DataConfig
-from shared_basis.data import Spec, arrays, tfds_builders
+from shared_basis.data import Spec, in_memory
+from shared_basis.data.tfds import builders
 from shared_basis.errors import UserError
 
 LABEL = FEATURES["label"]
@@ -77,7 +78,7 @@ def test_prepared_data_needs_no_sources_and_subsets_are_chosen(prepared):
 def test_reading_in_several_blocks_changes_nothing(prepared, monkeypatch):
     config, _ = prepared
     whole = data.load(config).train
-    monkeypatch.setattr(arrays, "BLOCK", 4)
+    monkeypatch.setattr(in_memory, "BLOCK", 4)
     again = data.load(config).train
     np.testing.assert_array_equal(again.images, whole.images)
     np.testing.assert_array_equal(again.labels, whole.labels)
@@ -440,9 +441,9 @@ def test_the_unlabelled_test_images_of_imagenet_are_not_tested_on(tmp_path, monk
             body = io.BytesIO(encoded(picture(index, 20, 20)))
             yield f"{label}{index}", {"file_name": f"{index}.JPEG", "image": body, "label": label}
 
-    monkeypatch.setattr(tfds_builders.Imagenet2012, "_split_generators", lambda *_: {
+    monkeypatch.setattr(builders.Imagenet2012, "_split_generators", lambda *_: {
         "train": rows(5, "n01440764"), "test": rows(4, -1), "validation": rows(3, "n01443537")})
-    tfds_builders.Imagenet2012(data_dir=tmp_path).download_and_prepare(
+    builders.Imagenet2012(data_dir=tmp_path).download_and_prepare(
         file_format="array_record", download_config=tfds.download.DownloadConfig(manual_dir=tmp_path))
     for name in ("imagenet2012", "tfds:imagenet2012"):
         config = DataConfig(name=name, directory=str(tmp_path), image_size=8)

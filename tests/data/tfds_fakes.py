@@ -21,7 +21,7 @@ from PIL import Image
 from tensorflow_datasets.core.download import checksums
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as imagenet
 
-from shared_basis.data import tfds_builders, tfds_sets
+from shared_basis.data.tfds import builders, reader
 
 NAMES = ("cifar10", "cifar100", "fashion_mnist")
 """The sets whose images all have one size."""
@@ -38,7 +38,7 @@ COARSE = tuple(f"group{index}" for index in range(20))
 
 def content(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns the images and labels of a fake split."""
-    spec = tfds_sets.SPECS[name]
+    spec = reader.SPECS[name]
     random = np.random.default_rng(NAMES.index(name) * 2 + (split == "test"))
     shape = (COUNTS[split], *spec.image_shape)
     return random.integers(0, 256, shape, np.uint8), random.integers(0, len(spec.classes), COUNTS[split], np.uint8)
@@ -61,7 +61,7 @@ def tar(files: Mapping[str, bytes], mode: str = "w:gz") -> bytes:
     return buffer.getvalue()
 
 
-def cifar10_files(classes: tuple[str, ...] = tfds_sets.SPECS["cifar10"].classes) -> dict[str, bytes]:
+def cifar10_files(classes: tuple[str, ...] = reader.SPECS["cifar10"].classes) -> dict[str, bytes]:
     rows = cifar_rows("cifar10", "train")
     fifth = len(rows) // 5
     parts = {f"data_batch_{index + 1}.bin": rows[index * fifth:(index + 1) * fifth] for index in range(5)}
@@ -72,7 +72,7 @@ def cifar10_files(classes: tuple[str, ...] = tfds_sets.SPECS["cifar10"].classes)
 
 def cifar100_files() -> dict[str, bytes]:
     files = {"coarse_label_names.txt": "\n".join(COARSE).encode() + b"\n",
-             "fine_label_names.txt": "\n".join(tfds_sets.SPECS["cifar100"].classes).encode() + b"\n",
+             "fine_label_names.txt": "\n".join(reader.SPECS["cifar100"].classes).encode() + b"\n",
              "train.bin": cifar_rows("cifar100", "train"), "test.bin": cifar_rows("cifar100", "test")}
     return {"cifar-100-binary.tar.gz": tar({f"cifar-100-binary/{name}": body for name, body in files.items()})}
 
@@ -154,7 +154,7 @@ def publish(name: str, files: Mapping[str, bytes], replace: Callable[[Any, str, 
     known = {(origin or ORIGINS[name]) + file: checksums.UrlInfo(
         tfds.core.utils.Size(len(body)), hashlib.sha256(body).hexdigest(), named(file))
         for file, body in files.items()}
-    stock = imagenet.Builder if name == "imagenet2012" else tfds_builders.BUILDERS[name].__mro__[1]
+    stock = imagenet.Builder if name == "imagenet2012" else builders.BUILDERS[name].__mro__[1]
     replace(stock, "url_infos", known)
     if name != "imagenet2012":
         replace(checksums, "get_all_url_infos", lambda: dict(known))  # the real one is memoised: no update

@@ -1,0 +1,232 @@
+"""Numbers of filter bases: products, norms, singular values, effective rank, and the coefficients of layers.
+
+The rows of a matrix are basis elements, flattened. All is computed by NumPy in float64 from a network's parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from shared_basis.models import Network
+from shared_basis.nn.ops import EPSILON
+
+Tree = Any
+Matrix = np.ndarray
+
+
+class BasisSet(NamedTuple):
+    """The bases of one group whose elements have one shape, and the layers that use them."""
+
+    name: str
+    """The group's, or '<group>/<array>' where its shared arrays hold elements of different shapes."""
+    shared: dict[str, np.ndarray]
+    """By name, the shared arrays `[k, k, C, s]` (templates: `[k, k, C, T, s]`)."""
+    uses: dict[str, str]
+    """By layer, '<group>/<block>/<layer>' in order of depth, the name of the shared array that it uses, or ''."""
+    unique: dict[str, np.ndarray]
+    """By layer that has some, the unique elements `[k, k, C, u]`."""
+    coefficients: dict[str, Matrix]
+    """By layer that has them, `effective_coefficients [R, T]`, unique elements first."""
+
+    @property
+    def comparable(self) -> bool:
+        """Whether unique elements see the same channels as shared ones, so that they have products with them."""
+        arrays = (*self.shared.values(), *self.unique.values())
+        return len({array.shape[:-1] for array in arrays}) == 1
+
+    def shared_rows(self) -> Matrix:
+        """Returns the elements of all shared arrays as rows."""
+        return np.concatenate([rows(array) for array in self.shared.values()])
+
+    def all_rows(self) -> tuple[Matrix, list[str]]:
+        """Returns all elements as rows, shared ones first, with a name for each; where comparable, unique ones too."""
+        arrays = {**self.shared, **(self.unique if self.comparable or not self.shared else {})}
+        names = [f"{name}:{index}" for name, array in arrays.items() for index in range(array.shape[-1])]
+        return np.concatenate([rows(array) for array in arrays.values()]), names
+
+
+def rows(array: np.ndarray) -> Matrix:
+    """Returns the elements of `[..., elements]` as rows, float64 `[elements, size]`."""
+    return np.asarray(array, np.float64).reshape(-1, array.shape[-1]).T
+
+
+def basis_sets(network: Network, variables: Mapping[str, Tree]) -> list[BasisSet]:
+    """Finds the bases of `network` in `variables` (`params`, `batch_stats`), by path; a plain network has none."""
+    params, stats = variables["params"], variables["batch_stats"]
+    sharing = network.sharing
+    array_of = dict(sharing.layers) or {layer: "" for layer in network.basis_layers() if sharing.factorised}
+    sets = []
+    for group, blocks in network.sharing_blocks().items():
+        shared = {name: np.asarray(array) for name, array in sorted(params.get("bases", {}).get(group, {}).items())}
+        alike = len({array.shape[:-1] for array in shared.values()}) <= 1
+        for name, arrays in [(group, shared)] if alike else [(f"{group}/{each}", {each: shared[each]})
+                                                             for each in shared]:
+            uses = {f"{group}/{block}/{layer}": array for block in blocks for layer, array in array_of.items()
+                    if not arrays or array in arrays}
+            if not uses:
+                continue
+            own = {layer: (_at(params, layer), _at(stats, layer)) for layer in uses}
+            sets.append(BasisSet(
+                name, arrays, uses,
+                {layer: np.asarray(tree["unique"]) for layer, (tree, _) in own.items() if "unique" in tree},
+                {layer: effective_coefficients(*trees) for layer, trees in own.items() if "coefficients" in trees[0]}))
+    return sets
+
+
+def _at(tree: Tree, path: str) -> Tree:
+    """Returns what is at `path`, or an empty dict: layers that share whole filters own nothing."""
+    for key in path.split("/"):
+        tree = tree.get(key, {})
+    return tree
+
+
+def effective_coefficients(params: Tree, stats: Tree) -> Matrix:
+    """Returns what a layer multiplies the responses to its R elements by, at evaluation, float64 `[R, T]`.
+
+    That is its coefficients, times scale / √(running variance + ε) of the batch normalisation before them: without it
+    coefficients of different layers are in different units. Coefficients of templates are their own, `[templates, 1]`.
+    """
+    coefficients = np.asarray(params["coefficients"], np.float64)
+    if "norm" not in params:
+        return coefficients.reshape(len(coefficients), -1)
+    scale = np.asarray(params["norm"]["scale"], np.float64) / np.sqrt(
+        np.asarray(stats["norm"]["var"], np.float64) + EPSILON)
+    return scale[:, None] * coefficients
+
+
+def coherence(products: Matrix, *, same: bool) -> float | None:
+    """Returns the largest |product| of two different elements; None where there are not two.
+
+    Args:
+      products: `[a, b]`, those of a elements with b others, or with `same` those of one set among itself.
+    """
+    sizes = np.abs(products) * (1 - np.eye(*products.shape)) if same else np.abs(products)
+    return float(sizes.max()) if products.size > same else None
+
+
+def singular_values(matrix: Matrix) -> np.ndarray:
+    """Returns the singular values of a matrix, falling."""
+    return np.linalg.svd(matrix, compute_uv=False)
+
+
+def effective_rank(values: np.ndarray) -> float:
+    """Returns the effective rank by the singular `values`: exp of the entropy of p = values / their sum.
+
+    It is the number of rows where they are orthonormal, and less the more unequal the values are (Roy & Vetterli, "The
+    effective rank: a measure of effective dimensionality", EUSIPCO 2007).
+    """
+    p = values[values > 0] / values.sum()
+    return float(np.exp(-np.sum(p * np.log(p))))
+
+
+def stable_rank(values: np.ndarray) -> float:
+    """Returns the stable rank: the squared Frobenius norm over the squared largest singular value."""
+    return float(np.sum(values**2) / values[0] ** 2)
+
+
+def condition_number(values: np.ndarray) -> float | None:
+    """Returns the largest over the smallest singular value; None where that is zero, to rounding."""
+    smallest = values[-1]
+    return None if smallest <= values[0] * np.finfo(np.float32).eps else float(values[0] / smallest)
+
+
+def describe_basis(shared: Matrix | None, unique: Matrix | None) -> dict[str, Any]:
+    """Returns the numbers of the basis `[shared; unique]`, either of which may be None: see `describe_set`."""
+    parts = [part for part in (shared, unique) if part is not None]
+    matrix = np.concatenate(parts)
+    norms, values = np.linalg.norm(matrix, axis=1), singular_values(matrix)
+    return {
+        "shared": 0 if shared is None else len(shared), "unique": 0 if unique is None else len(unique),
+        "norm_min": float(norms.min()), "norm_mean": float(norms.mean()), "norm_max": float(norms.max()),
+        "coherence_shared": None if shared is None else coherence(shared @ shared.T, same=True),
+        "coherence_between": coherence(shared @ unique.T, same=False) if shared is not None and unique is not None
+        else None,
+        "coherence_unique": None if unique is None else coherence(unique @ unique.T, same=True),
+        "cosine": coherence(cosines(list(matrix)), same=True),
+        "effective_rank": effective_rank(values), "stable_rank": stable_rank(values),
+        "condition": condition_number(values), "singular_values": values.tolist()}
+
+
+def describe_set(found: BasisSet) -> list[dict[str, Any]]:
+    """Describes each basis of a set: every shared array, all of them together, and each layer's with its unique ones.
+
+    Returns:
+      For each its name as `basis`, the number of `shared` and `unique` elements, `norm_min`, `norm_mean`, `norm_max`,
+      the largest |product| of two different elements (`coherence_shared`, `coherence_unique` and, of a shared with a
+      unique one, `coherence_between`), and of the matrix whose rows are the elements `effective_rank`, `stable_rank`,
+      `condition` number and all `singular_values`. What does not apply is None.
+    """
+    described = {f"{name} (shared)": describe_basis(rows(array), None) for name, array in found.shared.items()}
+    if len(found.shared) > 1:
+        described["all shared"] = describe_basis(found.shared_rows(), None)
+    for layer, array in found.unique.items():
+        shared = found.shared.get(found.uses[layer])
+        described[layer] = describe_basis(None if shared is None or not found.comparable else rows(shared),
+                                          rows(array))
+    return [{"basis": name, **numbers} for name, numbers in described.items()]
+
+
+def layers_of(found: BasisSet, array: str) -> dict[str, Matrix]:
+    """Returns the effective coefficients `[s, T]` of the elements of a shared array, for each layer that uses it."""
+    count = found.shared[array].shape[-1]
+    return {layer: coefficients[-count:] for layer, coefficients in found.coefficients.items()
+            if found.uses[layer] == array}
+
+
+def compared(sets: Sequence[BasisSet]) -> Iterator[tuple[str, list[str], list[Matrix]]]:
+    """Yields for each shared array that two layers or more have coefficients for: its name, the layers, these."""
+    for found in sets:
+        for array in found.shared:
+            layers = layers_of(found, array)
+            if len(layers) > 1:
+                name = found.name if len(found.shared) == 1 else f"{found.name}/{array}"
+                yield name, list(layers), list(layers.values())
+
+
+def cosines(matrices: list[Matrix]) -> Matrix:
+    """Returns the cosine between each two of n matrices of one shape, taken as vectors, `[n, n]`.
+
+    1 is the same combination of elements for the same output channels; independent ones are near 0 (± 1/√size).
+    """
+    vectors = np.stack([matrix.ravel() for matrix in matrices])
+    norms = np.linalg.norm(vectors, axis=1)
+    return vectors @ vectors.T / np.maximum(np.outer(norms, norms), np.finfo(np.float64).tiny)
+
+
+def alignments(matrices: list[Matrix]) -> Matrix:
+    """Returns the cosine between A Aᵀ for each two of n coefficient matrices A `[s, T]`, `[n, n]`.
+
+    It asks which elements are combined with which, and does not depend on the order (or any rotation) of the output
+    channels, which have no common meaning inside of blocks. It is linear CKA (Kornblith et al. 2019) without centring,
+    and 0 to 1; independent Gaussian matrices give about T / (T + s + 1), `chance_alignment`, and not 0.
+    """
+    return cosines([matrix @ matrix.T for matrix in matrices])
+
+
+def chance_alignment(matrix: Matrix) -> float:
+    """Returns about what `alignments` gives for independent Gaussian matrices of this shape: T / (T + s + 1).
+
+    That is the ratio of the expected product to the expected square; for small matrices the mean is a little larger.
+    """
+    elements, outputs = matrix.shape
+    return outputs / (outputs + elements + 1)
+
+
+def mean_off_diagonal(matrix: Matrix) -> float | None:
+    """Returns the mean over pairs of different ones; None where there is one alone."""
+    count = len(matrix)
+    return float((matrix.sum() - np.trace(matrix)) / (count * (count - 1))) if count > 1 else None
+
+
+def strongest_channels(array: np.ndarray, limit: int) -> np.ndarray:
+    """Returns the channels of `[k, k, C, elements]` with the largest norms over all elements, at most `limit`, rising.
+
+    For templates `[k, k, C, T, elements]` a channel is a pair of an input and an output one, C · T in all.
+    """
+    flat = np.asarray(array, np.float64).reshape(*array.shape[:2], math.prod(array.shape[2:-1]), array.shape[-1])
+    norms = np.sqrt((flat**2).sum((0, 1, 3)))
+    return np.sort(np.argsort(-norms, kind="stable")[:limit])

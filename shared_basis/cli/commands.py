@@ -1,0 +1,178 @@
+"""The modes of the command line, as functions of plain arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from shared_basis import data
+from shared_basis.analysis import analyze
+from shared_basis.compression import compress, spectra
+from shared_basis.config import Config
+from shared_basis.errors import UserError
+from shared_basis.evaluation import evaluate, predict
+from shared_basis.export import export
+from shared_basis.models import summary
+from shared_basis.report import compare, run_report
+from shared_basis.runs import inspect
+from shared_basis.runs.workdir import Workdir
+from shared_basis.runtime.distributed import leads
+from shared_basis.runtime.reporter import Screen
+from shared_basis.training import start, train
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    config: Config
+    """The recipe; of a trained run, which has its own, only `overrides` count."""
+    overrides: Mapping[str, Any]
+    """The fields that the user set, by dotted path."""
+    workdir: str
+    workdir_given: bool
+    """Whether the user named `workdir`; it is the recipe's default otherwise."""
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    checkpoint: str = "latest"
+    against: str = ""
+    images: Sequence[str] = ()
+    output: str = ""
+    tensorboard: bool = False
+    format: str = "onnx"
+    fold: str = "auto"
+    report: bool = True
+    runs: Sequence[str] = ()
+    source: str = ""
+    calibration: int | None = None
+    budget: float | None = None
+    budget_of: str = "parameters"
+    spectra: bool = False
+
+    @functools.cached_property
+    def screen(self) -> Screen:
+        """Where lines and progress are shown: where the result is to be JSON, on standard error."""
+        return Screen(sys.stderr if self.json and leads() else sys.stdout,
+                      "quiet" if self.quiet else "verbose" if self.verbose else "normal", jax.process_index())
+
+
+TAKEN_BY = {
+    "checkpoint": ("evaluate", "predict", "export", "inspect", "analyze", "report", "import", "compress"),
+    "against": ("inspect", "analyze"), "images": ("predict",), "runs": ("report",),
+    "output": ("predict", "compress", "export", "analyze", "report"), "tensorboard": ("train",), "format": ("export",),
+    "fold": ("export",), **dict.fromkeys(("source", "calibration", "budget", "budget_of", "spectra"), ("compress",))}
+"""The modes that a field of `Request` is for; the others are for all modes."""
+
+Result = tuple[dict[str, Any], str]
+"""The result of a mode for a program, and the same for a person."""
+
+
+def run(mode: str, request: Request) -> Result:
+    """Runs one of `MODES`.
+
+    Raises:
+      UserError, KeyboardInterrupt: as the mode.
+    """
+    if jax.process_count() > 1 and mode not in ("train", "evaluate"):
+        raise UserError(f"--distributed: --mode={mode} is for one process; only train and evaluate are shared.")
+    for name, modes in TAKEN_BY.items():
+        if mode not in modes and getattr(request, name) not in (getattr(Request, name), []):  # no files is () or []
+            raise UserError(f"--{name} is for --mode={' or '.join(modes)}; --mode={mode} does not take it.")
+    return MODES[mode](request)
+
+
+def _train(request: Request) -> Result:
+    with request.screen:
+        result = train.train(request.config, request.workdir, request.screen, tensorboard=request.tensorboard)
+        if request.report and leads():
+            result["report"] = run_report.after_training(request.workdir, request.screen, jax.process_count() == 1)
+    return result, train.render(result) if leads() else ""
+
+
+def _evaluate(request: Request) -> Result:
+    with request.screen:
+        result = evaluate.evaluate(request.workdir, request.checkpoint, request.overrides, request.screen)
+    return result, evaluate.render(result)
+
+
+def _predict(request: Request) -> Result:
+    with request.screen:
+        result = predict.predict(request.workdir, request.images, request.checkpoint, request.overrides,
+                                    request.output, request.screen.counting("classifying images"))
+    return result, predict.render(result)
+
+
+def _export(request: Request) -> Result:
+    with request.screen:
+        result = export.export(request.workdir, request.format, request.fold, request.checkpoint, request.overrides,
+                               request.output, request.screen.counting("exporting: stage"))
+    return result, export.render(result)
+
+
+def _report(request: Request) -> Result:
+    if request.runs:
+        if request.overrides or request.checkpoint != "latest":
+            raise UserError("--runs compares what metrics.jsonl says: give neither --checkpoint nor --config.")
+        own = [request.workdir] if request.workdir_given else []
+        result = compare.compare([*own, *request.runs], request.output or "comparison")
+        return result, compare.render(result)
+    result = run_report.report(request.workdir, request.checkpoint, request.overrides, request.screen, request.output)
+    return result, run_report.render(result)
+
+
+def _inspect(request: Request) -> Result:
+    result = inspect.inspect(request.workdir, request.checkpoint, request.against)
+    return result, inspect.render(result)
+
+
+def _analyze(request: Request) -> Result:
+    result = analyze.analyze(request.workdir, request.checkpoint, request.overrides, request.against, request.output,
+                             request.screen.line)
+    return result, analyze.render(result)
+
+
+def _summary(request: Request) -> Result:
+    config = Workdir(request.workdir).load()[0] if request.workdir_given else request.config
+    spec = data.describe(config.data)
+    result = summary.compare_with_plain(config.model, len(spec.classes), spec.image_shape)
+    return result, summary.render(result)
+
+
+def _prepare(request: Request) -> Result:
+    with request.screen:
+        text = data.prepare(request.config.data, request.screen.counting("preparing images"))
+    return {"name": request.config.data.name, "prepared": text}, text
+
+
+def _import(request: Request) -> Result:
+    result = start.import_weights(request.config, request.workdir, request.checkpoint)
+    return result, start.render(result)
+
+
+def _compress(request: Request) -> Result:
+    if request.spectra:
+        with request.screen:
+            result = spectra.take(request.source, request.screen, which=request.checkpoint,
+                                  overrides=request.overrides, calibration=request.calibration,
+                                  output=request.output)
+        return result, spectra.render(result)
+    if request.output:
+        raise UserError("--output: the file of --spectra; the run of --mode=compress goes to --workdir.")
+    workdir = request.workdir if request.workdir_given else f"{request.workdir}-compressed"
+    with request.screen:
+        result = compress.compress(
+            request.config, workdir, request.source, request.screen, which=request.checkpoint,
+            calibration=request.calibration, budget=request.budget, measure=request.budget_of)
+    return result, compress.render(result)
+
+
+MODES: dict[str, Callable[[Request], Result]] = {
+    "train": _train, "evaluate": _evaluate, "predict": _predict, "export": _export, "inspect": _inspect,
+    "analyze": _analyze, "report": _report, "summary": _summary, "prepare": _prepare, "import": _import,
+    "compress": _compress}

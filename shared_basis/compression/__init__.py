@@ -1,0 +1,1 @@
+"""From a trained plain network to one with shared bases."""

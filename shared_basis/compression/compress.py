@@ -1,0 +1,217 @@
+"""A trained plain network into one with shared filter bases, in closed form: an ordinary run at step 0.
+
+The mathematics is `shared_basis.compression.factorize`; this is what becomes of a run. What is not factorised is copied by path.
+The batch normalisation of a basis gives back the mean and the deviation that it takes away: at evaluation it is the
+identity, in training about that. The one that follows a layer is told how the approximation changes the means and
+variances that it sees, which it would find out by itself in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from shared_basis import data
+from shared_basis.compression import ranks
+from shared_basis.compression.factorize import factorise, relative_error
+from shared_basis.compression.layers import (
+    Arrays,
+    Plain,
+    check_family,
+    following_norm,
+    layer_paths,
+    load_images,
+    matrix,
+    open_plain,
+    take_apart,
+)
+from shared_basis.compression.moments import Moments
+from shared_basis.config import Config, replace
+from shared_basis.errors import UserError
+from shared_basis.evaluation.evaluate import Trained, build_model, make_evaluator
+from shared_basis.models import Network, create_model, plain_counterpart
+from shared_basis.models.parameters import abstract_variables
+from shared_basis.models.summary import compare_with_plain, render_saving
+from shared_basis.nn.basis_conv import Path
+from shared_basis.nn.ops import EPSILON
+from shared_basis.optim.penalty import orthogonality_penalty
+from shared_basis.runtime import memory
+from shared_basis.runtime.reporter import Screen, count
+from shared_basis.training.start import require_new, start_run
+
+
+def compress(config: Config, workdir: str | FilePath, source: str, screen: Screen, *, which: str = "latest",
+             calibration: int | None = None, budget: float | None = None,
+             measure: str = "parameters") -> dict[str, Any]:
+    """Writes the network of `config`, in closed form from the plain one in `source`, as step 0 of a run in `workdir`.
+
+    Args:
+      which: the checkpoint of `source`: 'latest', 'best' or the number of a step.
+      calibration: training images on which the inputs of layers are measured; 0 is none: filters are compared alone.
+        None is `shared_basis.compression.layers.IMAGES`.
+      budget: chooses the ranks, for a plain network in `config`: the part that the network may have of the plain one's
+        `measure`, 'parameters' or 'macs'.
+
+    Returns:
+      `workdir`, `source`, `step`, `calibration`, the counts of `compare_with_plain`, `layers` with the relative errors
+      of `filters` and, on the calibration images, `activations` (None without), `penalty` (None without shared bases),
+      `test_examples`, and `test_accuracy` and `test_loss` of the `plain` and the `compressed` network.
+
+    Raises:
+      UserError: `source` is not a plain network of this kind on these data, or `workdir` holds a run.
+    """
+    check_target(config, budget, measure)
+    require_new(workdir)
+    trained = open_plain(source, which)
+    check_alike(config, trained)
+    images = load_images(config, trained, calibration, True, screen)
+    plain = take_apart(trained, config, images, screen)
+    if budget is not None:
+        config = _renamed(config, ranks.choose(ranks.Candidates(plain, trained), budget, measure, screen.detail))
+    network = build_model(config, trained.spec)
+    screen.line(f"factorising the layers of {config.model.name} …")
+    arrays, layers = factorised(plain, network, trained.spec.image_shape)
+    variables = unflatten_dict(arrays)
+    batches = images.batches("test", config.train.eval_batch_size, trained.mesh)
+    with memory.explained(config, "train.eval_batch_size"):
+        scores = {kind: make_evaluator(model, config.data, batches, trained.mesh)(values) for kind, model, values in (
+            ("plain", trained.model, trained.variables), ("compressed", network, variables))}
+    start_run(config, workdir, network, trained.spec, variables)
+    sets = network.element_sets(config.orthogonality.elements)
+    return {
+        "workdir": str(workdir), "source": str(trained.run.path), "step": trained.step,
+        "calibration": images.count("train") if "train" in images.splits else 0,
+        **compare_with_plain(config.model, len(trained.spec.classes), trained.spec.image_shape),
+        "layers": layers, "penalty": float(orthogonality_penalty(variables["params"], sets)) if sets else None,
+        "test_examples": int(scores["plain"]["count"]),
+        **{f"test_{name}": {kind: each[name] for kind, each in scores.items()} for name in ("accuracy", "loss")}}
+
+
+def check_target(config: Config, budget: float | None, measure: str) -> None:
+    """Raises `UserError` unless `config` names a network that a plain one can be compressed to."""
+    name = config.model.name
+    network = create_model(name, stem=config.model.stem)
+    check_family(name)
+    is_plain = name == plain_counterpart(name)
+    if budget is not None:
+        ranks.check_budget(budget, measure)
+        if not is_plain:
+            raise UserError(f"--budget={budget:g} chooses the ranks, which {name} has; name the plain network "
+                            f"{plain_counterpart(name)} in --config, or leave --budget out.")
+    elif measure != "parameters":
+        raise UserError(f"--budget_of={measure} says what a budget is of; give one too, e.g. --budget=0.5.")
+    elif is_plain:
+        raise UserError(f"{name} is plain: name the network to compress to, e.g. --config=FILE:{name}-s16u1-double, or "
+                        "give --budget=0.5 to have its ranks chosen.")
+    elif not network.sharing.factorised:
+        raise UserError(f"{name}: its layers share whole filters or templates, which are no low-rank form of others; "
+                        "compress to s<S>u<U> or s<S>u<U>-double.")
+
+
+def check_alike(config: Config, trained: Trained) -> None:
+    """Raises `UserError` unless the network and the images of `config` are those of `trained`, sharing apart."""
+    mine, its, where = config.model, trained.config.model, f"the run in {trained.run.path}"
+    if plain_counterpart(mine.name) != its.name:
+        raise UserError(f"{mine.name} cannot come from {its.name}, the network of {where}: depths and widths must be "
+                        f"the same; choose {its.name}-s<S>u<U>.")
+    for field, value, other in (("model.stem", mine.stem, its.stem),
+                                *((f"data.{name}", getattr(config.data, name), getattr(trained.config.data, name))
+                                  for name in ("mean", "std"))):
+        if value != other:
+            raise UserError(f"{field}={value!r}: {where} has {other!r}, and its weights need the same.")
+    spec = data.describe(config.data)
+    for field in ("image_shape", "classes"):
+        if getattr(spec, field) != getattr(trained.spec, field):
+            raise UserError(f"the images of data.name={config.data.name!r} have other {field.replace('_', ' ')} than "
+                            f"those of {where}.")
+
+
+def _renamed(config: Config, name: str) -> Config:
+    """Returns `config` as its recipe gives it for the network `name`."""
+    return replace(config, {"model.name": name,
+                            "name": config.name.removesuffix(config.model.name).rstrip("-") + f"-{name}"})
+
+
+def factorised(plain: Plain, network: Network,
+               image_shape: tuple[int, int, int]) -> tuple[Arrays, list[dict[str, Any]]]:
+    """Returns the variables of `network` by path, and for each factorised layer its `path` and relative errors.
+
+    Raises:
+      UserError: a parameter has no counterpart in the plain network.
+    """
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(dict(abstract_variables(network, image_shape))).items()}
+    arrays = dict(plain.arrays)
+    layers = []
+    for name, paths in layer_paths(network).items():
+        group = plain.group(network, name)
+        shared = network.shared_shapes().get(name, {})
+        bases = group.bases(next(iter(shared.values()))[-1] if shared else 0)
+        for used, basis in bases.items():
+            arrays["params", "bases", name, used] = basis.reshape(shared[used])
+        for path in paths:
+            unique = shapes.get(("params", *path, "unique"), (0,))
+            basis = group.basis_of(path, bases)
+            own = factorise(group.layers[path], basis, unique[-1])
+            kernel = matrix(arrays.pop(("params", *path, "kernel")))
+            elements = np.concatenate([own.unique, basis], axis=1)
+            approximation = elements @ own.coefficients
+            if own.unique.size:
+                arrays["params", *path, "unique"] = own.unique.reshape(unique)
+            arrays["params", *path, "coefficients"] = own.coefficients
+            arrays.update(basis_norm(path, elements, plain.moments.get(path)))
+            if plain.moments and plain.is_normalised(path):
+                arrays.update(moved_statistics(plain, path, kernel, approximation))
+            layers.append({"path": "/".join(path), "filters": relative_error(kernel, approximation),
+                           "activations": relative_error(kernel, approximation, group.layers[path].factor)
+                           if plain.moments else None})
+    for path in shapes.keys() ^ arrays.keys():
+        raise UserError(f"{'/'.join(path)} is in one of the two networks alone; only their sharing may differ.")
+    return {path: np.asarray(arrays[path], np.float32) for path in shapes}, layers
+
+
+def basis_norm(path: Path, elements: np.ndarray, seen: Moments | None) -> Arrays:
+    """Returns the batch normalisation of the basis `elements` `[D, R]` of the layer at `path`: the identity.
+
+    Its running statistics are those of the products of the elements with the patches `seen`, or 0 and 1 for None.
+    """
+    mean, var = np.zeros(elements.shape[1]), np.ones(elements.shape[1])
+    if seen is not None:
+        mean, var = elements.T @ seen.mean, variances(elements, seen)
+    return {("batch_stats", *path, "norm", "mean"): mean, ("batch_stats", *path, "norm", "var"): var,
+            ("params", *path, "norm", "bias"): mean, ("params", *path, "norm", "scale"): np.sqrt(var + EPSILON)}
+
+
+def moved_statistics(plain: Plain, path: Path, kernel: np.ndarray, approximation: np.ndarray) -> Arrays:
+    """Returns the running statistics after the layer at `path` when `approximation` `[D, T]` replaces its `kernel`."""
+    seen, norm = plain.moments[path], ("batch_stats", *following_norm(path))
+    factors = (variances(approximation, seen) + EPSILON) / (variances(kernel, seen) + EPSILON)
+    return {(*norm, "mean"): plain.arrays[*norm, "mean"] + (approximation - kernel).T @ seen.mean,
+            (*norm, "var"): plain.arrays[*norm, "var"] * factors}
+
+
+def variances(filters: np.ndarray, seen: Moments) -> np.ndarray:
+    """Returns the variances `[R]` of the products of `filters` `[D, R]` with the patches `seen`."""
+    return np.maximum(np.sum(filters * (seen.covariance @ filters), axis=0), 0)
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """Returns `compress`'s result as lines for a person."""
+    images = result["calibration"]
+    width = max(len(layer["path"]) for layer in result["layers"])
+    head = "relative errors of filters" + (f", and of activations on {count(images)} training images" if images else "")
+    lines = [f"{head}:"]
+    for layer in result["layers"]:
+        activations = f"  {100 * layer['activations']:6.2f} %" if images else ""
+        lines.append(f"  {layer['path'].ljust(width)}  {100 * layer['filters']:6.2f} %{activations}")
+    accuracy = {kind: f"{100 * value:.2f} %" for kind, value in result["test_accuracy"].items()}
+    penalty = "" if result["penalty"] is None else f"; the orthogonality penalty is {result['penalty']:.2g}"
+    return "\n".join([
+        *lines, f"{result['model']}: {render_saving(dict(result))}",
+        f"test accuracy {accuracy['plain']} plain, {accuracy['compressed']} compressed and not trained yet, on "
+        f"{count(result['test_examples'])} images{penalty}",
+        f"now step 0 of {result['workdir']}; train on with --config=FILE:{result['model']} "
+        f"--workdir={result['workdir']}, and the same --config.… as here"])

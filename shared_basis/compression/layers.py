@@ -1,0 +1,150 @@
+"""A trained plain network, taken apart into the layers that can be factorised and what they see."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from shared_basis import data
+from shared_basis.compression.factorize import Group, Layer, factor_of
+from shared_basis.compression.moments import Moments, input_moments
+from shared_basis.config import Config, replace
+from shared_basis.data import feeds
+from shared_basis.data.feeds import Images
+from shared_basis.errors import UserError
+from shared_basis.evaluation.evaluate import Trained, build_model
+from shared_basis.models import Network, family_of, plain_counterpart
+from shared_basis.nn.basis_conv import Path
+from shared_basis.runtime import memory
+from shared_basis.runtime.reporter import Screen
+
+Arrays = Mapping[Path, np.ndarray]
+"""Variables by path: ('params', 'group1', …)."""
+
+BASIS_FORM = "s<S>u<U>"
+"""The form of sharing that a network must admit: 3×3 layers as coefficients of a basis."""
+
+IMAGES = 1000
+"""Training images that inputs are measured on unless the user says how many; all of them where there are fewer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """The layers of a trained plain network."""
+
+    arrays: Arrays
+    moments: Mapping[Path, Moments]
+    """Of the inputs of the layers that can be factorised, by path; empty where filters are compared."""
+
+    def group(self, network: Network, name: str) -> Group:
+        """Returns the layers of group `name`, by path, which share as those of `network` do."""
+        uses, paths = dict(network.sharing.layers), layer_paths(network)[name]
+        return Group({path: self.layer(path) for path in paths},
+                     {path: uses[path[-1]] for path in paths if path[-1] in uses})
+
+    def layer(self, path: Path) -> Layer:
+        """Returns the layer at `path`; its error is measured about the mean where batch normalisation follows."""
+        kernel = matrix(self.arrays["params", *path, "kernel"])
+        if not self.moments:
+            return Layer(kernel, np.eye(len(kernel)))
+        seen = self.moments[path]
+        return Layer(kernel, factor_of(seen.covariance if self.is_normalised(path) else seen.second))
+
+    def is_normalised(self, path: Path) -> bool:
+        """Returns whether batch normalisation follows the layer at `path`: in DenseNet it does not."""
+        return ("batch_stats", *following_norm(path), "mean") in self.arrays
+
+
+def matrix(kernel: np.ndarray) -> np.ndarray:
+    """Returns `kernel [k, k, C, T]` as float64 `[k² C, T]`."""
+    return np.asarray(kernel, np.float64).reshape(-1, kernel.shape[-1])
+
+
+def following_norm(path: Path) -> Path:
+    """Returns the path of the batch normalisation that follows the layer at `path`, in networks that have one."""
+    return (*path[:-1], f"{path[-1]}_norm")
+
+
+def layer_paths(network: Network) -> dict[str, list[Path]]:
+    """Returns by group the paths of the layers of `network` that are factorised."""
+    return {group: [(group, block, layer) for block in blocks for layer in network.basis_layers()]
+            for group, blocks in network.sharing_blocks().items()}
+
+
+def open_plain(source: str, which: str = "latest", overrides: Mapping[str, Any] | None = None) -> Trained:
+    """Opens the run in `source`, which must be of a plain network that can be factorised, with blocks one by one.
+
+    Raises:
+      UserError: as `Trained.open`, there is no `source`, it is another network, or its weights are not finite.
+    """
+    if not source:
+        raise UserError("--mode=compress needs --source=RUN, the workdir of a trained plain network.")
+    trained = Trained.open(source, which, overrides)
+    name = trained.config.model.name
+    if name != plain_counterpart(name):
+        raise UserError(f"--source={source}: holds {name}, which shares already; name a run of plain "
+                        f"{plain_counterpart(name)}.")
+    check_family(name)
+    for path, leaf in flatten_dict(dict(trained.variables)).items():
+        if not np.isfinite(np.asarray(leaf)).all():
+            raise UserError(f"--source={source}: {'/'.join(path)} of checkpoint {trained.step} is not finite; choose "
+                            "another with --checkpoint.")
+    model = build_model(replace(trained.config, {"model.loop": "no"}), trained.spec)
+    return dataclasses.replace(trained, model=model)
+
+
+def check_family(name: str) -> None:
+    """Raises `UserError` unless plain network `name` has layers that are linear in the elements of a basis."""
+    base = plain_counterpart(name)
+    if base.startswith("resnext"):
+        raise UserError(f"{base} cannot be compressed: a ReLU stands between its basis and the coefficients, so that "
+                        "no closed form gives them; train it from scratch.")
+    if BASIS_FORM not in family_of(base).forms:
+        raise UserError(f"{base} cannot be compressed: it shares whole filters, which are no low-rank form of others; "
+                        "train it from scratch.")
+
+
+def load_images(config: Config, trained: Trained, calibration: int | None, tests: bool, screen: Screen) -> Images:
+    """Loads what compression looks at: the first `calibration` images of a fixed random order of the training images.
+
+    Args:
+      calibration: how many; 0 is none, and None is `IMAGES`.
+      tests: whether the test images are wanted too.
+
+    Raises:
+      UserError: there are not so many images, or they are not those of the run `trained`.
+    """
+    if calibration is not None and calibration < 0:
+        raise UserError(f"--calibration={calibration}: must be a number of training images, or 0 for none.")
+    names = (*(("train",) if calibration != 0 else ()), *(("test",) if tests else ()))
+    source = data.open_source(config.data, names, trained.spec)
+    splits = {name: source.splits[name] for name in names}
+    if "train" in splits:
+        count = len(splits["train"])
+        wanted = min(IMAGES, count) if calibration is None else calibration
+        if wanted > count:
+            raise UserError(f"--calibration={wanted}: there are only {count} training images; give at most {count}.")
+        splits["train"] = splits["train"].take(np.sort(np.random.default_rng(0).permutation(count)[:wanted]))
+    with memory.explained(config, "train.eval_batch_size"):
+        return feeds.load(data.Source(source.spec, splits), config.data, trained.mesh, screen)
+
+
+def take_apart(trained: Trained, config: Config, images: Images | None, screen: Screen) -> Plain:
+    """Returns the layers of `trained`, measured on the training images among `images`, if there are any."""
+    moments: Mapping[Path, Moments] = {}
+    if images is not None and "train" in images.splits:
+        total = images.count("train")
+        show = screen.counting("measuring the inputs of layers on training images")
+        with memory.explained(config, "train.eval_batch_size"):
+            moments = input_moments(
+                trained.model, trained.variables, config.data,
+                [path for paths in layer_paths(trained.model).values() for path in paths],
+                images.batches("train", config.train.eval_batch_size, trained.mesh)(),
+                lambda seen: show(seen, total))
+        screen.end_progress()
+    return Plain(flatten_dict(jax.device_get(dict(trained.variables))), moments)

@@ -1,0 +1,89 @@
+"""What the layers of a network see of some images: the moments of their input patches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from shared_basis.config import DataConfig
+from shared_basis.data.feeds import Inputs
+from shared_basis.nn import ops
+from shared_basis.nn.basis_conv import Array, BasisConv, Path
+from shared_basis.training.steps import normalize
+
+Variables = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """The moments of patches, whose D = k²C entries are those of a kernel `[k, k, C]`; float64."""
+
+    mean: np.ndarray
+    """`[D]`."""
+    second: np.ndarray
+    """About 0: the mean of p pᵀ, `[D, D]`."""
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """The second moments about the mean, `[D, D]`."""
+        return self.second - np.outer(self.mean, self.mean)
+
+
+def patches(x: Array, size: int) -> Array:
+    """Returns the patches `[N, H, W, size² · C]` that a convolution of stride 1 sees of `x [N, H, W, C]`."""
+    height, width = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0)))
+    return jnp.concatenate([x[:, i:i + height, j:j + width] for i in range(size) for j in range(size)], axis=-1)
+
+
+def input_moments(model: nn.Module, variables: Variables, data: DataConfig, layers: Iterable[Path],
+                  batches: Iterable[Inputs],
+                  progress: Callable[[int], None] = lambda seen: None) -> dict[Path, Moments]:
+    """Returns the moments of the input patches of `layers`, 3×3 convolutions of stride 1, at evaluation.
+
+    Args:
+      model: computes each block by itself, as in a loop the layers of several blocks are one.
+      layers: their paths in the parameter tree.
+      batches: images uint8 `[N, H, W, C]` and labels; −1 marks an image that does not count.
+      progress: is told how many images have been seen.
+    """
+    wanted = frozenset(layers)
+
+    @functools.partial(jax.jit, compiler_options=ops.compiler_options())
+    def sums(variables: Variables, images: Array, labels: Array) -> dict[Path, tuple[Array, Array, Array]]:
+        found = {}
+
+        def intercept(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            path = context.module.path
+            if isinstance(context.module, BasisConv) and context.method_name == "__call__" and path in wanted:
+                found[path] = _sums(args[0], labels >= 0, context.module.kernel_size)
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(intercept):
+            model.apply(variables, normalize(images, data), train=False)
+        return found
+
+    totals: dict[Path, list[np.ndarray]] = {}
+    images_seen = 0
+    for images, labels in batches:
+        for path, part in jax.device_get(sums(variables, images, labels)).items():
+            exact = [np.asarray(each, np.float64) for each in part]
+            totals[path] = [a + b for a, b in zip(totals[path], exact, strict=True)] if path in totals else exact
+        images_seen += int((np.asarray(labels) >= 0).sum())
+        progress(images_seen)
+    return {path: Moments(first / count, second / count) for path, (count, first, second) in totals.items()}
+
+
+def _sums(x: Array, counts: Array, size: int) -> tuple[Array, Array, Array]:
+    """Returns the number of patches of the images `x [N, H, W, C]` that count, their sum and that of their products."""
+    seen = patches(x.astype(jnp.float32) * counts[:, None, None, None], size)
+    seen = seen.reshape(-1, seen.shape[-1])
+    number = jnp.sum(counts, dtype=jnp.float32) * x.shape[1] * x.shape[2]
+    return number, jnp.sum(seen, 0), jnp.matmul(seen.T, seen, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,120 @@
+"""How much can be shared: the energy of a trained network that shared bases capture, by rank, before any is trained."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared_basis.compression.layers import load_images, open_plain, take_apart
+from shared_basis.compression.ranks import Candidates, spectrum
+from shared_basis.errors import UserError
+from shared_basis.plotting import DASHES, MARKERS, PANEL, Theme, png
+from shared_basis.runtime.reporter import Screen
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+UNIQUE = (0, 1, 2, 4)
+"""U of the networks in the table."""
+
+COLUMNS = ("sharing", "group", "S", "U", "shared_elements", "unique_elements", "captured", "parameters", "macs")
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def take(source: str, screen: Screen, *, which: str = "latest", overrides: Mapping[str, Any] | None = None,
+         calibration: int | None = None, output: str = "") -> dict[str, Any]:
+    """Writes what networks with shared bases can capture of the plain one in `source`, as a table and a picture.
+
+    Args:
+      which, overrides: as in `Trained.open`.
+      calibration: as in `shared_basis.compression.compress.compress`.
+      output: the table, FILE.csv, beside which FILE.png is put; empty is spectra.csv in `source`.
+
+    Returns:
+      `source`, `step`, `model`, `calibration`, `csv`, `png` and `rows` (see `shared_basis.compression.ranks.spectrum`).
+
+    Raises:
+      UserError: as `open_plain`, or a file cannot be written.
+    """
+    path = Path(os.path.expanduser(output)) if output else Path(source) / "spectra.csv"
+    if path.suffix != ".csv":
+        raise UserError(f"--output={output}: must end in .csv; the picture is put beside it.")
+    if output and not path.parent.is_dir():
+        raise UserError(f"--output={output}: there is no directory {path.parent}.")
+    trained = open_plain(source, which, overrides)
+    images = load_images(trained.config, trained, calibration, False, screen) if calibration != 0 else None
+    plain = take_apart(trained, trained.config, images, screen)
+    rows = spectrum(Candidates(plain, trained), UNIQUE, screen)
+    seen = images.count("train") if images else 0
+    metric = f"activations on {seen:,} training images" if seen else "filters"
+
+    def paint(figure: Figure, theme: Theme) -> None:
+        draw(figure, theme, rows, f"{trained.config.model.name}: what shared bases capture of its {metric}")
+
+    groups = len({row["group"] for row in rows})
+    picture = png(paint, size=(PANEL[0] * 0.8 * groups, PANEL[1]))
+    _write(path, rows, picture)
+    return {"source": str(trained.run.path), "step": trained.step, "model": trained.config.model.name,
+            "calibration": seen, "csv": str(path), "png": str(path.with_suffix(".png")), "rows": rows}
+
+
+def draw(figure: Figure, theme: Theme, rows: Rows, title: str) -> None:
+    """Draws a panel for each group: energy captured over S, single and double, shared alone and with U = 1."""
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    kinds = [(sharing, unique) for sharing in dict.fromkeys(row["sharing"] for row in rows) for unique in (0, 1)]
+    for axes, group in zip(panels, groups, strict=True):
+        for i, (sharing, unique) in enumerate(kinds):
+            line = [row for row in rows if (row["group"], row["sharing"], row["U"]) == (group, sharing, unique)]
+            axes.plot([row["S"] for row in line], [100 * row["captured"] for row in line], color=theme.colors[i],
+                      linestyle=DASHES[i], marker=MARKERS[i], label=f"{sharing}, U = {unique}")
+        elements = next((row["shared_elements"] // row["S"] for row in rows if row["group"] == group
+                         and "shared_elements" in row), None)
+        axes.set_title("mean of all layers" if elements is None else
+                       f"{group}: {'S' if elements == 1 else f'{elements} S'} shared elements")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel("S")
+    figure.suptitle(title, x=0, ha="left")
+    panels[0].set_ylabel("energy captured, %")
+    panels[0].set_ylim(0, 102)
+    panels[-1].legend(loc="lower right")
+
+
+def _write(path: Path, rows: Rows, picture: bytes) -> None:
+    """Writes the table and the picture beside it, each whole or not at all."""
+    try:
+        temporary = path.with_name(f"{path.name}.tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows({name: f"{value:.6f}" if isinstance(value, float) else value
+                              for name, value in row.items()} for row in rows)
+        os.replace(temporary, path)
+        temporary.write_bytes(picture)
+        os.replace(temporary, path.with_suffix(".png"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another --output=FILE.csv.") from error
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """Returns `take`'s result as a table for a person: of all layers, the rest being in the files."""
+    rows = [row for row in result["rows"] if row["group"] == "all"]
+    kinds = list(dict.fromkeys((row["sharing"], row["U"]) for row in rows))
+    found = {(row["sharing"], row["U"], row["S"]): row for row in rows}
+    seen = f"of activations on {result['calibration']:,} training images" if result["calibration"] else "of filters"
+    table = [["S", *(f"{sharing} U={unique}" for sharing, unique in kinds)]]
+    for shared in dict.fromkeys(row["S"] for row in rows):
+        cells = [found.get((*kind, shared)) for kind in kinds]
+        table.append([str(shared), *("" if cell is None else f"{100 * cell['captured']:.1f} ({cell['parameters']:.2f})"
+                                     for cell in cells)])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join([
+        f"{result['model']} at step {result['step']:,} of {result['source']}: energy captured {seen}, in %, mean of "
+        "all layers (and parameters over those of the plain network)",
+        *("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table),
+        f"by group, and as pictures: {result['csv']}, {result['png']}"])

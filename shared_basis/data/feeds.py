@@ -1,0 +1,200 @@
+"""How images reach the devices: decoded and resident there, or as a stream of batches; and which of the two."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import Any, cast
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from shared_basis.config import Config, DataConfig
+from shared_basis.data import Source, Spec, Split, epoch_order, in_memory, streaming
+from shared_basis.data.examples import Examples
+from shared_basis.errors import UserError
+from shared_basis.runtime import memory
+from shared_basis.runtime.distributed import divided, everyone, place, replicated
+from shared_basis.runtime.reporter import Screen, size_text
+from shared_basis.training.steps import select_batch
+
+Inputs = tuple[jax.Array, ...]
+
+DEVICE_SHARE = 4
+"""Resident images may take this part of a device's memory: 1/4; activations need the rest."""
+
+HOST_SHARE = 2
+"""While they are loaded, they may take this part of the host's available memory: 1/2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """What the compiled step reads beside the state."""
+
+    batches: Callable[[int], Generator[Inputs, None, None]]
+    """Yields the inputs of each step, from the given one on."""
+    abstract: tuple[Any, ...]
+    """Shapes, dtypes and shardings of the inputs."""
+    select: Callable[..., tuple[jax.Array, jax.Array]]
+    """From the step's number and its inputs, inside the compiled step: images uint8 [B, H, W, C], labels int32 [B]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """The splits of a run: `Split`s in memory, or `Examples` to be streamed."""
+
+    spec: Spec
+    splits: Mapping[str, Split | Examples]
+    config: DataConfig
+
+    def count(self, name: str) -> int:
+        """Returns the number of images of the split `name`."""
+        part = self.splits[name]
+        return len(part.labels) if isinstance(part, Split) else len(part)
+
+    def bytes_on_device(self, feed: Feed, mesh: Mesh) -> int:
+        """Returns what the images take on each device: resident ones of all splits, or two batches of a stream."""
+        if any(not isinstance(part, Split) for part in self.splits.values()):
+            return 2 * memory.bytes_on_device(feed.abstract)
+        scored = sum(part.images.nbytes + part.labels.nbytes for name, part in self.splits.items()
+                     if name != "train" and isinstance(part, Split))
+        return memory.bytes_on_device(feed.abstract) + scored // mesh.size
+
+    def feed(self, config: Config, mesh: Mesh) -> Feed:
+        """Returns the training images as batches of `config.train.batch_size`."""
+        part = self.splits["train"]
+        return _resident_feed(part, config, mesh) if isinstance(part, Split) else _streamed_feed(
+            part, self.spec, config, mesh)
+
+    def batches(self, name: str, batch_size: int, mesh: Mesh) -> Callable[[], Iterable[Inputs]]:
+        """Returns a function that gives the images and labels of a split in batches for an evaluation.
+
+        Batches have about `batch_size` images, divided among the devices; the last one is filled with images that do
+        not count, whose label is −1.
+        """
+        part = self.splits[name]
+        size = -(-min(batch_size, self.count(name)) // mesh.size) * mesh.size
+        if not isinstance(part, Split):
+            batches = streaming.TestBatches(part, self.spec, self.config, batch_size=size, shard=_shard())
+            workers = streaming.workers_of(self.config)
+            return lambda: (_place(batch, mesh) for batch in streaming.read(batches, workers))
+        placed = [(place(_filled(part.images[first:first + size], size, 0), divided(mesh)),
+                   place(_filled(part.labels[first:first + size], size, -1), divided(mesh)))
+                  for first in range(0, len(part.labels), size)]
+        return lambda: placed
+
+
+def load(source: Source, config: DataConfig, mesh: Mesh, screen: Screen) -> Images:
+    """Chooses where the images of `source` wait, says so in one line, and decodes them if they are to be resident.
+
+    Raises:
+      UserError: resident images do not fit into memory, or cannot be decoded.
+    """
+    streamed, line = choose(source, config, mesh)
+    screen.line(line)
+    if streamed:
+        return Images(source.spec, source.splits, config)
+    loaded = {name: in_memory.load_split(part, source.spec, config, screen.warn,
+                                      screen.counting(f"decoding {name} images"))
+              for name, part in source.splits.items()}
+    for name, part in loaded.items():
+        if not (part.labels >= 0).any():
+            raise UserError(f"data.name={config.name!r}: none of the {name} images can be decoded.")
+    return Images(source.spec, loaded, config)
+
+
+def choose(source: Source, config: DataConfig, mesh: Mesh) -> tuple[bool, str]:
+    """Returns whether images are to be streamed, and why, in one line; the same in all processes.
+
+    Raises:
+      UserError: they are to be resident and do not fit into memory.
+    """
+    needed = in_memory.resident_bytes(source.splits, source.spec)
+    device = mesh.local_mesh.devices.flat[0]
+    on_host = device.platform == "cpu"
+    copies = 1 + (mesh.local_mesh.size if on_host else 0)  # the decoded array, and one for each device that is the host
+    host = in_memory.available_memory()
+    limit = None if on_host else (device.memory_stats() or {}).get("bytes_limit")
+    fits = (host is None or needed * copies <= host) and (limit is None or needed <= limit)
+    fits_well = (host is None or needed * copies * HOST_SHARE <= host) and (
+        limit is None or needed * DEVICE_SHARE <= limit)
+    known = (("{} of memory are free", host), ("the device has {}", limit))
+    memory = ", ".join(text.format(size_text(value)) for text, value in known if value is not None)
+    times = f" (×{copies} here)" if copies > 1 else ""
+    size = f"decoded, the images take {size_text(needed)}{times}; {memory or 'the memory is not known'}"
+    if config.placement == "device" and not fits:
+        raise UserError(f"data.placement='device': {size}. Set --config.data.placement=stream, a smaller "
+                        "--config.data.image_size, or fewer --config.data.train_examples and "
+                        "--config.data.test_examples.")
+    if config.crop == "random_resized":
+        streamed, why = True, "random crops are cut out of the original images"
+    elif config.placement != "auto":
+        streamed, why = config.placement == "stream", f"as configured; {size}"
+    else:
+        streamed, why = not everyone(fits_well).all(), size
+    if not streamed:
+        return False, f"images are resident on the device ({why})"
+    workers = streaming.workers_of(config)
+    readers = f"{workers} process{'es' * (workers > 1)}" if workers else f"{streaming.cores()} threads"
+    return True, f"images are streamed by {readers}, decoded by Pillow ({why})"
+
+
+def _resident_feed(split: Split, config: Config, mesh: Mesh) -> Feed:
+    everywhere, size = replicated(mesh), config.train.batch_size
+    examples, broken = len(split.labels), split.labels < 0
+    pixels, labels = place(split.images, everywhere), place(split.labels, everywhere)
+
+    def batches(start: int) -> Generator[Inputs, None, None]:
+        order = None
+        for step in itertools.count(start):
+            epoch, rest = divmod(step, examples // size)
+            if order is None or not rest:
+                order = place(without(broken, epoch_order(config.seed, epoch, examples)), everywhere)
+            yield pixels, labels, order
+
+    def select(step: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return select_batch(step, *inputs, batch_size=size, batch_sharding=divided(mesh))
+
+    order = jax.ShapeDtypeStruct((examples,), np.int32, sharding=everywhere)
+    return Feed(batches, (pixels, labels, order), select)
+
+
+def _streamed_feed(examples: Examples, spec: Spec, config: Config, mesh: Mesh) -> Feed:
+    size = config.train.batch_size
+    numbered = streaming.TrainingBatches(examples, spec, config.data, seed=config.seed, batch_size=size,
+                                      epochs=config.train.epochs, shard=_shard())
+    workers = streaming.workers_of(config.data)
+
+    def batches(start: int) -> Generator[Inputs, None, None]:
+        for batch in streaming.read(numbered, workers, start):
+            yield _place(batch, mesh)
+
+    abstract = tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=divided(mesh)) for shape, dtype in (
+        ((size, *spec.image_shape), np.uint8), ((size,), np.int32)))
+    return Feed(batches, abstract, lambda step, pixels, labels: (pixels, labels))
+
+
+def without(broken: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Returns `order` with the image that follows, as `stream.TrainingBatches` has it, for each that is `broken`."""
+    substituted = order.copy()
+    for at in np.flatnonzero(broken[order]):
+        following = np.roll(order, -at)
+        substituted[at] = following[np.argmin(broken[following])]
+    return substituted
+
+
+def _shard() -> streaming.Shard:
+    return streaming.Shard(jax.process_index(), jax.process_count())
+
+
+def _place(batch: streaming.Batch, mesh: Mesh) -> Inputs:
+    """Returns images and labels as global arrays, of which this process gives its part."""
+    return cast(Inputs, tuple(jax.make_array_from_process_local_data(divided(mesh), part)
+                              for part in (batch.images, batch.labels)))
+
+
+def _filled(array: np.ndarray, size: int, fill: int) -> np.ndarray:
+    """Returns `array`, [N, ...], with entries `fill` up to `size` of them."""
+    return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1), constant_values=fill)

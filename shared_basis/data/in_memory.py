@@ -1,0 +1,129 @@
+"""From encoded examples to batches of pixels: what in-memory loading and streaming have in common, and the former."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from shared_basis.config import DataConfig
+from shared_basis.data.examples import Examples, Progress, Spec, Split, unseen
+from shared_basis.data.images import TEST_PART, Box, BrokenImage, central, decode, whole
+from shared_basis.errors import UserError
+
+BLOCK = 1000
+"""Images that are read at once: TFDS is faster so than one by one, and all of them are not held twice."""
+
+Region = Callable[[int, int], Box]
+"""What is kept of an image: a function of its height and width."""
+
+
+def region_without_chance(config: DataConfig, shape: tuple[int, int, int]) -> Region:
+    """Returns what is kept of an image where no chance is involved: all of it, or its centre."""
+    if not config.image_size:
+        return whole
+    return central(TEST_PART if config.crop == "random_resized" else 1, shape[1] / shape[0])
+
+
+def read_images(examples: Examples, indices: Sequence[int], spec: Spec, config: DataConfig,
+                regions: Sequence[Region]) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """Reads and decodes the examples `indices`.
+
+    Args:
+      regions: what is kept of each image; where one stands for all, it is repeated.
+
+    Returns:
+      Images uint8 [N, H, W, C]; labels int32 [N]; and by row what is wrong with images that cannot be decoded, whose
+      pixels are 0 and whose label is −1.
+
+    Raises:
+      UserError: images differ in size and `config.image_size` is 0, or a label is none.
+    """
+    shape, size = spec.image_shape, spec.image_shape[:2] if config.image_size else None
+    images = np.zeros((len(indices), *shape), np.uint8)
+    labels = np.full(len(indices), -1, np.int32)
+    broken = {}
+
+    def name(row: int) -> str:  # for messages; not every file name is UTF-8
+        return examples.name(indices[row]).encode(errors="backslashreplace").decode()
+
+    for row, (encoded, label) in enumerate(examples.read(indices)):
+        if not 0 <= label < len(spec.classes):
+            raise UserError(f"{name(row)} has the label {label}, and there are {len(spec.classes)} classes: this split "
+                            "has no labels to train on or to be tested on.")
+        try:
+            pixels = decode(encoded, shape[2], size, regions[row % len(regions)])
+        except BrokenImage as error:
+            broken[row] = f"{name(row)} {error}"
+            continue
+        if pixels.shape != shape:
+            raise UserError(f"images differ in size: {name(row)} has {pixels.shape[0]}×{pixels.shape[1]} pixels (height"
+                            f"×width) and the first training image has {shape[0]}×{shape[1]}; set "
+                            "--config.data.image_size to bring all images to one size.")
+        images[row], labels[row] = pixels, label
+    return images, labels, broken
+
+
+def refuse(problem: str) -> UserError:
+    """Returns the error for an image that cannot be decoded."""
+    return UserError(f"{problem}. Replace or remove it, or set --config.data.on_broken=skip.")
+
+
+def load_split(examples: Examples, spec: Spec, config: DataConfig, warn: Callable[[str], None],
+               progress: Progress = unseen) -> Split:
+    """Decodes a whole split, and tells `progress` of it.
+
+    With `config.on_broken='skip'` broken images, of each of which `warn` is told, have the label −1.
+
+    Raises:
+      UserError: as `read_images`, or an image is broken and may not be skipped.
+    """
+    images = np.empty((len(examples), *spec.image_shape), np.uint8)
+    labels = np.empty(len(examples), np.int32)
+    regions = [region_without_chance(config, spec.image_shape)]
+    for start in range(0, len(examples), BLOCK):
+        rows = range(start, min(start + BLOCK, len(examples)))
+        images[start:rows.stop], labels[start:rows.stop], broken = read_images(examples, rows, spec, config, regions)
+        for problem in broken.values():
+            if config.on_broken == "fail":
+                raise refuse(problem)
+            warn(f"skipped: {problem}")
+        progress(rows.stop, len(examples))
+    return Split(images, labels)
+
+
+def resident_bytes(splits: Mapping[str, Examples], spec: Spec) -> int:
+    """Returns the bytes that all images of `splits` take as pixels."""
+    return sum(len(part) for part in splits.values()) * int(np.prod(spec.image_shape))
+
+
+def available_memory() -> int | None:
+    """Returns bytes of memory that can be had without swapping; the total where only that is known; or None."""
+    free = [value for value in (_free_in_system(), _free_in_cgroup()) if value is not None]
+    return min(free, default=None)
+
+
+def _free_in_system() -> int | None:
+    try:  # sysconf's count of free pages leaves out the file cache, which the kernel gives back when asked
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None
+
+
+def _free_in_cgroup() -> int | None:
+    """Returns what a container's limit leaves, its file cache counted as free; None without a limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        cache = next(int(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines()
+                     if line.startswith("inactive_file "))
+        return None if limit == "max" else max(0, int(limit) - int(used) + cache)
+    except (OSError, ValueError, StopIteration):
+        return None

@@ -1,0 +1,167 @@
+"""Export of a trained network: a file with its inference function, for runtimes that know nothing of this package."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from shared_basis.data import Progress, unseen
+from shared_basis.errors import UserError
+from shared_basis.evaluation.evaluate import Trained, Variables
+from shared_basis.export import onnx, stablehlo
+from shared_basis.export.folding import CHOICES, fold
+from shared_basis.export.graph import count_macs, count_numbers
+from shared_basis.export.jaxpr import trace
+from shared_basis.models import Network
+from shared_basis.models.parameters import count_macs as count_macs_of
+from shared_basis.models.parameters import count_parameters
+from shared_basis.nn import ops
+from shared_basis.runs.workdir import versions
+from shared_basis.runtime.reporter import count, size_text
+from shared_basis.training.steps import normalize
+
+FORMATS = {"onnx": onnx, "stablehlo": stablehlo}
+"""The modules that write, by what they write."""
+
+STAGES = 4
+"""Of an export, as its progress counts."""
+CHECKED = 8
+"""Images of random pixels on which the file is held to the network."""
+TOLERANCE = 1e-3
+"""How far logits may differ, over the largest of them or 1: far more than rounding does, far less than a mistake."""
+
+
+def export(workdir: str | Path, kind: str, choice: str = "auto", which: str = "latest",
+           overrides: Mapping[str, Any] | None = None, output: str = "",
+           progress: Progress = unseen) -> dict[str, Any]:
+    """Writes a checkpoint of `workdir` as a function from images uint8 `[N, H, W, C]` to logits float32 `[N, classes]`.
+
+    Normalisation is inside, N is any number, and arithmetic is float32 whatever the run computed in.
+
+    Args:
+      kind: one of `FORMATS`.
+      choice: one of `folding.CHOICES`.
+      which, overrides: as in `Trained.open`.
+      output: the file; by default WORKDIR/export/model.onnx or model.stablehlo.
+      progress: is told of the four stages: restored, folded, serialised, verified.
+
+    Returns:
+      `workdir`, `step`, `model`, `classes`, `image_shape`, `format`, `file`, its `bytes`, `fold`; `layers`: how many
+      basis layers stay `basis` and how many are `composed`; `norms_left`: batch normalisations that stay scale and
+      offset; `macs` of an image, and `parameters`, of the `network` and as `exported`; and `verified`: `by` what, on
+      how many `images`, the largest `difference` of logits, and the `largest` logit. It is None without onnxruntime.
+
+    Raises:
+      UserError: as `Trained.open`, a package is missing, the file cannot be written, or it would not compute what the
+        network does.
+    """
+    if kind not in FORMATS or choice not in CHOICES:
+        raise UserError(f"format {kind!r}, fold {choice!r}: a format is one of {', '.join(FORMATS)}, fold is one of "
+                        f"{', '.join(CHOICES)}.")
+    FORMATS[kind].require_packages()
+    trained = Trained.open(workdir, which, overrides)
+    data, shape = trained.config.data, trained.spec.image_shape
+    progress(1, STAGES)
+    model = trained.model.clone(dtype=jnp.float32, loop=False)
+    variables = jax.device_get(dict(trained.variables))
+    graph, outcome = fold(trace(model, variables, shape, lambda images: normalize(images, data)), choice)
+    progress(2, STAGES)
+    counts = {
+        "macs": {"network": sum(count_macs_of(model, variables, shape).values()), "exported": count_macs(graph)},
+        "parameters": {"network": sum(count_parameters(variables["params"]).values()),
+                       "exported": count_numbers(graph)}}
+    about = {"model": trained.config.model.name, "step": trained.step, "classes": list(trained.spec.classes),
+             "image_shape": list(shape)}
+    files = FORMATS[kind].serialise(graph, {
+        **about, "input": "images: uint8 [N, H, W, C], normalised inside: (images / 255 - mean) / std",
+        "output": "logits: float32 [N, classes]", "mean": list(data.mean), "std": list(data.std), "fold": choice,
+        **counts, "versions": versions()})
+    progress(3, STAGES)
+    images = np.random.default_rng(0).integers(0, 256, (CHECKED, *shape), dtype=np.uint8)
+    verified = _compare(FORMATS[kind].run(files[""], images), _logits(trained, model, variables, images))
+    progress(STAGES, STAGES)
+    path = Path(os.path.expanduser(output)) if output else trained.run.path / "export" / f"model.{kind}"
+    _write(path, files, make_directory=not output)
+    return {"workdir": str(trained.run.path), **about, "format": kind, "file": str(path), "bytes": len(files[""]),
+            "fold": choice, "layers": outcome.layers, "norms_left": outcome.norms_left, **counts, "verified": verified}
+
+
+def _logits(trained: Trained, model: Network, variables: Variables, images: np.ndarray) -> np.ndarray:
+    """Returns what the network itself, which `trained` holds the normalisation of, says of `images`, on CPU."""
+    def classify(variables: Variables, images: jax.Array) -> jax.Array:
+        logits: Any = model.apply(variables, normalize(images, trained.config.data), train=False)
+        return logits
+    with jax.default_device(jax.devices("cpu")[0]):
+        return np.asarray(jax.jit(classify, compiler_options=ops.compiler_options())(variables, images))
+
+
+def _compare(found: tuple[np.ndarray, str] | None, expected: np.ndarray) -> dict[str, Any] | None:
+    """Returns how far the file's logits, computed by what is named with them, are from the network's.
+
+    Raises:
+      UserError: too far.
+    """
+    if found is None:
+        return None
+    logits, by = found
+    difference, largest = float(np.abs(logits - expected).max()), float(np.abs(expected).max())
+    if not difference <= TOLERANCE * max(1.0, largest):  # NaN neither
+        raise UserError(f"nothing is written: {by} computes logits from the file that differ from the network's by "
+                        f"{difference:.3g}, where the largest is {largest:.3g}. This is a fault of the export; please "
+                        "report it, and try --fold=none.")
+    return {"by": by, "images": len(expected), "difference": difference, "largest": largest}
+
+
+def _write(path: Path, files: Mapping[str, bytes], make_directory: bool) -> None:
+    """Writes the contents of `files`, each beside `path` with its suffix, in one go.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    temporary = {path.with_name(path.name + suffix): path.with_name(f".{path.name}{suffix}.tmp") for suffix in files}
+    try:
+        if make_directory:
+            path.parent.mkdir(exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(None, "is a directory")
+        for target, content in zip(temporary.values(), files.values(), strict=True):
+            target.write_bytes(content)
+        for target, source in temporary.items():
+            os.replace(source, target)
+    except OSError as error:
+        for source in temporary.values():
+            with contextlib.suppress(OSError):  # there may be no such directory
+                source.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another with --output=FILE.") from error
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """Returns `export`'s result as lines for a person."""
+    layers, verified = result["layers"], result["verified"]
+    shape = ", ".join(map(str, result["image_shape"]))
+    folded = f"--fold={result['fold']}: "
+    if any(layers.values()):
+        folded += f"{layers['basis']} basis layers stay basis and 1×1, {layers['composed']} are one convolution each"
+        if result["fold"] == "auto":
+            folded += ", as takes fewer multiply-accumulates"
+            if layers["composed"]:
+                folded += " (a file with --fold=basis may be smaller)"
+    else:
+        folded += "there are no basis layers"
+    folded += f"; {result['norms_left']} batch normalisations stay scale and offset"
+    changes = "; ".join(f"{name} {count(result[key]['network'])} → {count(result[key]['exported'])}"
+                        for name, key in (("multiply-accumulates", "macs"), ("parameters", "parameters")))
+    return "\n".join([
+        f"{result['model']} at step {result['step']:,} of {result['workdir']}: {result['file']} "
+        f"({size_text(result['bytes'])}), from images uint8 [N, {shape}], normalised inside, to logits "
+        f"[N, {len(result['classes'])}]", folded, changes,
+        "not verified, as onnxruntime is not installed: pip install -e '.[export]'" if verified is None else
+        f"verified by {verified['by']} on {verified['images']} images of random pixels: logits differ by at most "
+        f"{verified['difference']:.1e}, the largest is {verified['largest']:.3g}"])

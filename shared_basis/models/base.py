@@ -1,0 +1,189 @@
+"""What all networks have in common: how they share, who owns the shared arrays, the classifier."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from shared_basis.errors import UserError
+from shared_basis.nn.basis_conv import (
+    Array,
+    Dtype,
+    ElementSet,
+    Path,
+    he_normal_fan_out,
+    he_normal_templates,
+    init_shared_bases,
+)
+from shared_basis.nn.ops import loop, prefers_loops, unstack
+
+MANY_BLOCKS = 9
+"""From so many blocks a plain group is faster in a loop on CPU (ResNet-110 by a fifth); one of 5 is slower by 8 %."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharing:
+    """How the blocks of a group share, the first block apart. The default is the plain network."""
+
+    layers: tuple[tuple[str, str], ...] = ()
+    """Pairs of a layer of the block and the shared array of the group that it uses."""
+    shared_rank: int = 0
+    """s: elements of each shared basis, in the first group; 0 where whole filters or templates are shared."""
+    unique_rank: int = 0
+    """u: elements of each layer's own, in the first group."""
+    templates: int = 0
+    """Template kernels of a group, where layers combine templates."""
+    orthonormal: bool = True
+    """Whether the shared arrays are bases: drawn orthonormal, and penalised."""
+    separate_means: bool = False
+    """Whether the penalty takes the mean over each kind of array apart and adds the means."""
+
+    @property
+    def whole_filters(self) -> bool:
+        """Whether layers share their filters themselves."""
+        return bool(self.layers) and not self.shared_rank and not self.templates
+
+    @property
+    def factorised(self) -> bool:
+        """Whether layers have a basis, shared or of their own."""
+        return bool(self.shared_rank or self.unique_rank)
+
+
+class Network(nn.Module):
+    """Base of all networks: owns the shared arrays as the top-level parameter `bases/<group>/<name>`."""
+
+    num_classes: int
+    sharing: Sharing = Sharing()
+    dtype: Dtype = jnp.float32
+    """Compute type."""
+    loop: bool | None = None
+    """Whether the blocks of a group that are alike are computed in a loop; None is what suits them and the backend."""
+
+    def loops(self, blocks: int) -> bool:
+        """Returns whether a group's `blocks`, of which the first one differs, are computed in a loop."""
+        if self.loop is None:
+            return prefers_loops() and (self.sharing.factorised or blocks >= MANY_BLOCKS)
+        return self.loop
+
+    def shared_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Returns by group and name the shape of each shared array; groups that share nothing are absent."""
+        raise NotImplementedError
+
+    def sharing_blocks(self) -> dict[str, tuple[str, ...]]:
+        """Returns by group the names of the blocks within it that share, or have a basis of their own."""
+        raise NotImplementedError
+
+    def basis_layers(self) -> tuple[str, ...]:
+        """Returns the layers of such a block that are factorised when the network is."""
+        raise NotImplementedError
+
+    def bases(self) -> Mapping[str, Mapping[str, Array]]:
+        """Returns the shared arrays by group and name; call it once, within the compact method."""
+        shapes = {group: named for group, named in self.shared_shapes().items() if named}
+        if not shapes:
+            return {}
+
+        def init(key: Array) -> dict[str, dict[str, Array]]:
+            keys = jax.random.split(key, len(shapes))
+            return {group: self._init_group(k, named) for k, (group, named) in zip(keys, shapes.items(), strict=True)}
+        return self.param("bases", init)
+
+    def _init_group(self, key: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+        if self.sharing.orthonormal:
+            return init_shared_bases(key, shapes)
+        init = he_normal_templates if self.sharing.templates else he_normal_fan_out
+        keys = jax.random.split(key, len(shapes))
+        return {name: init(k, shape, jnp.float32) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
+
+    def shared_by_layer(self, bases: Mapping[str, Mapping[str, Array]], group: str) -> dict[str, Array]:
+        """Returns the shared array of each layer that uses one, for the blocks of `group`."""
+        return {layer: bases[group][name] for layer, name in self.sharing.layers} if group in bases else {}
+
+    def element_sets(self, elements: str = "shared") -> tuple[ElementSet, ...]:
+        """Names the basis elements of each group for the orthogonality penalty.
+
+        Args:
+          elements: 'shared' alone, or 'shared+unique' for the unique elements of every layer too.
+
+        Raises:
+          UserError: `elements` is neither.
+        """
+        if elements not in ("shared", "shared+unique"):
+            raise UserError(f"elements={elements!r}: must be 'shared' or 'shared+unique'.")
+        if not self.sharing.orthonormal:
+            return ()
+        sets = []
+        for group, named in self.shared_shapes().items():
+            shared: tuple[Path, ...] = tuple(("bases", group, name) for name in sorted(named))
+            unique: tuple[Path, ...] = ()
+            if self.sharing.unique_rank and elements == "shared+unique":
+                unique = tuple((group, block, layer, "unique")
+                               for block in self.sharing_blocks()[group] for layer in self.basis_layers())
+            if self.sharing.separate_means:
+                sets += [ElementSet((path,), family=path[-1]) for path in shared]
+            elif shared or unique:
+                sets.append(ElementSet(shared, unique))
+        return tuple(sets)
+
+
+class Group(nn.Module):
+    """A residual group (or stage): a plain first block, whose stride and input width differ, then blocks that share."""
+
+    make_block: Callable[[bool, str], nn.Module]
+    """Makes a block, given whether it is the first one, and its name."""
+    blocks: int
+    loop: bool = False
+    """Whether the blocks after the first one are computed in a loop."""
+
+    @nn.compact
+    def __call__(self, x: Array, shared: Mapping[str, Array], *, train: bool) -> Array:
+        """Maps `x [N, H, W, C]` through the blocks; `shared` holds the shared array of each layer that uses one."""
+        x = self.make_block(True, "block1")(x, {}, train=train)
+        names = [f"block{index}" for index in range(2, self.blocks + 1)]
+        blocks = [self.make_block(False, name) for name in names]
+        if len(names) > 1:
+            alike = blocks[0].clone(parent=None, name=None)
+            if self.is_initializing():
+                self._initialise(alike, names, x, shared)
+            if self.loop:
+                return self._loop(alike, names, x, shared, train)
+        for block in blocks:
+            x = block(x, shared, train=train)
+        return x
+
+    def _initialise(self, block: nn.Module, names: list[str], x: Array, shared: Mapping[str, Array]) -> None:
+        """Makes the variables of the blocks `names` all at once: one by one, deep networks take long to compile."""
+        made = jax.lax.map(lambda key: block.init(key, x, shared, train=False),
+                           jax.random.split(self.make_rng("params"), len(names)))
+        for name, variables in zip(names, unstack(made, len(names)), strict=True):
+            for kind, values in variables.items():
+                self.put_variable(kind, name, values)
+
+    def _loop(self, block: nn.Module, names: list[str], x: Array, shared: Mapping[str, Array], train: bool) -> Array:
+        """Maps `x` through the blocks `names`, whose variables stay where they are, each under its block's name."""
+
+        def body(x: Array, variables: Mapping[str, Any]) -> tuple[Array, Mapping[str, Any]]:
+            return block.apply(variables, x, shared, train=train, mutable=["batch_stats"] if train else [])
+
+        x, updated = loop(body, x, [{kind: named[name] for kind, named in self.variables.items()} for name in names])
+        if train:
+            for name, variables in zip(names, updated, strict=True):
+                self.put_variable("batch_stats", name, variables["batch_stats"])
+        return x
+
+
+def linear_head(num_classes: int, features: int) -> nn.Dense:
+    """Returns the float32 classifier `[N, features]` → `[N, num_classes]` with PyTorch's default initialisation."""
+    def init(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -(features**-0.5), features**-0.5)
+    return nn.Dense(num_classes, kernel_init=init, bias_init=init, dtype=jnp.float32, name="head")
+
+
+def global_average(x: Array) -> Array:
+    """Returns the float32 means `[N, C]` of `x [N, H, W, C]`."""
+    return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)

@@ -1,0 +1,155 @@
+"""The networks by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from shared_basis.errors import UserError
+from shared_basis.models.base import Network, Sharing
+from shared_basis.models.densenet import DenseNet
+from shared_basis.models.mobilenetv2 import MobileNetV2
+from shared_basis.models.resnet import ResNet
+from shared_basis.models.resnext import ResNeXt
+from shared_basis.nn.basis_conv import Dtype
+
+GRAMMAR = "<network>[-<sharing>], e.g. resnet56, resnet56-s16u1-double, resnet34-s32u1, resnet50-shared++, resnet32w12"
+"""How a network is named; the sharing is one of `SHARING_FORMS`. ResNet-14 to 110 take a width, w<channels>, too."""
+
+SHARING_FORMS = {
+    "s<S>u<U>": "S shared and U unique basis elements in the first group, doubling with each further one",
+    "s<S>u<U>-double": "the same with one basis for the first layers of the blocks and another for the second ones",
+    "shared": "one whole layer of the blocks is shared",
+    "shared++": "two whole layers are",
+    "tied": "baseline: the blocks share whole 3×3 filters (naive recursion)",
+    "template<k>": "baseline: each 3×3 kernel is its own combination of k shared templates",
+}
+"""The forms of sharing, and what they mean."""
+
+_BASIS = ("s<S>u<U>", "s<S>u<U>-double")
+_WHOLE = ("shared", "shared++")
+_BASELINES = ("tied", "template<k>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A network without its sharing: what it is built by, and what it admits."""
+
+    build: Callable[..., Network]
+    stems: tuple[str, ...]
+    forms: tuple[str, ...]
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _families() -> dict[str, Family]:
+    small = {f"resnet{depth}": Family(ResNet, ("cifar",), _BASIS + _BASELINES, {
+        "blocks": ((depth - 2) // 6,) * 3, "widths": (16, 32, 64), "project": False})
+        for depth in (14, 20, 32, 44, 56, 110)}
+    wide = {"widths": (64, 128, 256, 512)}
+    basic = {f"resnet{depth}": Family(ResNet, ("cifar", "imagenet"), _BASIS + _BASELINES, {"blocks": blocks, **wide})
+             for depth, blocks in ((18, (2, 2, 2, 2)), (34, (3, 4, 6, 3)))}
+    bottleneck = {f"resnet{depth}": Family(ResNet, ("imagenet", "cifar"), _WHOLE, {
+        "blocks": blocks, "bottleneck": True, **wide}) for depth, blocks in ((50, (3, 4, 6, 3)), (101, (3, 4, 23, 3)))}
+    return {
+        **small, **basic, **bottleneck,
+        "densenet121": Family(DenseNet, ("cifar",), _BASIS[:1]),
+        "resnext50_32x4d": Family(ResNeXt, ("cifar",), _BASIS[:1], {
+            "blocks": (3, 4, 6, 3), "widths": (128, 256, 512, 1024)}),
+        "mobilenetv2": Family(MobileNetV2, ("cifar", "imagenet"), _WHOLE),
+    }
+
+
+FAMILIES = _families()
+"""Every network by the first part of its name. ResNet-14 is the least in which layers share; the paper has none."""
+
+USUAL_WIDTH = 16
+"""Channels of the first group of ResNet-14 to 110; `resnet32w12` has 12, 24 and 48 where ResNet-32 has 16, 32, 64."""
+
+
+def family_of(name: str) -> Family:
+    """Returns the family of the network `name`; of one with a width, the family with that width.
+
+    Raises:
+      UserError: there is no such network (the nearest known ones are named).
+    """
+    base, dash, form = name.partition("-")
+    known = base
+    if (wide := re.fullmatch(r"(resnet\d+)w([1-9]\d{0,3})", base)) and int(wide[2]) != USUAL_WIDTH:
+        known = wide[1]
+    family = FAMILIES.get(known)
+    if family and wide and known != base:  # ImageNet's ResNets have no such width
+        widths = tuple(int(wide[2]) << group for group in range(3))
+        usual = family.arguments["widths"][0] == USUAL_WIDTH
+        family = dataclasses.replace(family, arguments={**family.arguments, "widths": widths}) if usual else None
+    if family is None or (dash and not form):
+        near = difflib.get_close_matches(base, FAMILIES, n=3, cutoff=0.5)
+        hint = f" The nearest: {', '.join(near)}." if near else ""
+        raise UserError(f"unknown network {name!r}.{hint} Networks: {', '.join(FAMILIES)}. Names: {GRAMMAR}.")
+    return family
+
+
+def create_model(name: str, *, num_classes: int = 10, stem: str | None = None, dtype: Dtype = jnp.float32,
+                 loop: bool | None = None) -> Network:
+    """Returns the network `name` as a Flax module: `model.apply(variables, images [N, H, W, C], train=False)`.
+
+    Args:
+      name: `<network>[-<sharing>]`, a key of `FAMILIES` and one of the `SHARING_FORMS` that it admits.
+      num_classes: number of logits.
+      stem: 'cifar' for small images or 'imagenet' for large ones; None is the network's usual one.
+      dtype: compute type; parameters and batch statistics are float32 always.
+      loop: whether blocks that are alike are computed in a loop; None is what suits the backend.
+
+    Raises:
+      UserError: the name is unknown (with the nearest known ones), the network has no such sharing or stem, or a rank
+        exceeds the space of the filters.
+    """
+    family = family_of(name)
+    sharing = _parse_sharing(name, name.partition("-")[2], family)
+    if num_classes < 2:
+        raise UserError(f"num_classes={num_classes}: a classifier needs at least 2 classes.")
+    stem = stem or family.stems[0]
+    if stem not in family.stems:
+        raise UserError(f"network {name!r} has no stem {stem!r}; it has {' and '.join(map(repr, family.stems))}.")
+    arguments = dict(family.arguments)
+    if len(family.stems) > 1:
+        arguments["stem"] = stem
+    return family.build(num_classes=num_classes, sharing=sharing, dtype=dtype, loop=loop, **arguments)
+
+
+def plain_counterpart(name: str) -> str:
+    """Returns the name of the network without sharing that `name` is compared with."""
+    return name.partition("-")[0]
+
+
+def _parse_sharing(name: str, form: str, family: Family) -> Sharing:
+    """Returns what the part `form` of the network's `name` asks for."""
+    if not form:
+        return Sharing()
+    basis = re.fullmatch(r"s(0|[1-9]\d{0,5})u(0|[1-9]\d{0,5})(-double)?", form)
+    template = re.fullmatch(r"template([1-9]\d{0,3})", form)
+    kind = (f"s<S>u<U>{basis[3] or ''}" if basis else "template<k>" if template else form)
+    if kind not in family.forms:
+        raise UserError(f"network {name!r}: no sharing {form!r}; {plain_counterpart(name)} admits "
+                        f"{', '.join(family.forms)}.")
+    if template:
+        return Sharing(tuple((layer, "templates") for layer in ("first", "second")), templates=int(template[1]),
+                       orthonormal=False)
+    if kind == "tied":
+        return Sharing((("first", "first"), ("second", "second")), orthonormal=False)
+    if kind in _WHOLE:
+        layers = ("first", "third") if family.build is MobileNetV2 else ("second", "third")
+        chosen = layers[:1] if kind == "shared" else layers
+        return Sharing(tuple((layer, layer) for layer in chosen), separate_means=kind == "shared++")
+    assert basis is not None
+    shared, unique, double = int(basis[1]), int(basis[2]), bool(basis[3])
+    if double and not shared:
+        raise UserError(f"network {name!r}: -double shares two bases a group, and s0 shares none; drop -double.")
+    if not shared:
+        return Sharing(unique_rank=unique)
+    basis_layers = ("first", "second") if family.build is ResNet else ("second",)
+    return Sharing(tuple((layer, layer if double else "shared") for layer in basis_layers), shared, unique)

@@ -1,0 +1,88 @@
+"""Parameters and multiply-accumulates of a network beside its plain counterpart, without data or training."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+
+from shared_basis.config import ModelConfig
+from shared_basis.models import create_model, plain_counterpart
+from shared_basis.models.parameters import abstract_variables, count_macs
+
+
+def count_network(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Counts the network of `config`, by abstract evaluation alone.
+
+    Returns:
+      `model`, `parameters` (trainable), `macs` (multiply-accumulates of one image `[H, W, C]`) and `groups`: the same
+      by top-level module, with `shared_parameters`, those in shared bases.
+
+    Raises:
+      UserError: as `create_model`.
+    """
+    model = create_model(config.name, num_classes=num_classes, stem=config.stem)
+    variables = abstract_variables(model, image_shape)
+    macs = count_macs(model, variables, image_shape)
+    params = dict(variables["params"])
+    bases = params.pop("bases", {})
+    groups: dict[str, dict[str, int]] = {}
+    for name in (*macs, *params):  # in the order of the computation
+        owner = name.removesuffix("_norm")
+        groups.setdefault(owner if owner in macs else name, {"parameters": 0, "shared_parameters": 0, "macs": 0})
+    for name, tree in params.items():
+        row = groups.get(name) or groups[name.removesuffix("_norm")]
+        shared = _size(bases.get(name, {}))
+        row["parameters"] += _size(tree) + shared
+        row["shared_parameters"] += shared
+        row["macs"] += macs.get(name, 0)
+    return {"model": config.name, **{key: sum(row[key] for row in groups.values()) for key in ("parameters", "macs")},
+            "groups": groups}
+
+
+def compare_with_plain(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Returns `count_network` with the plain counterpart's under `plain`, and the relative saving under `saving`."""
+    counts = count_network(config, num_classes, image_shape)
+    plain_config = ModelConfig(name=plain_counterpart(config.name), stem=config.stem)
+    plain = count_network(plain_config, num_classes, image_shape)
+    saving = {key: 1 - counts[key] / plain[key] for key in ("parameters", "macs")}
+    return {**counts, "image_shape": list(image_shape), "num_classes": num_classes, "plain": plain, "saving": saving}
+
+
+def render(comparison: dict[str, Any]) -> str:
+    """Returns the comparison as a table in plain text."""
+    plain = comparison["plain"]
+    rows: list[tuple[str, ...]] = [("", "parameters", "of these shared", "MACs", "plain parameters", "plain MACs")]
+    for name, row in comparison["groups"].items():
+        other = plain["groups"][name]
+        rows.append((name, *(f"{value:,}" for value in (
+            row["parameters"], row["shared_parameters"], row["macs"], other["parameters"], other["macs"]))))
+    shared = sum(row["shared_parameters"] for row in comparison["groups"].values())
+    rows.append(("total", *(f"{value:,}" for value in (
+        comparison["parameters"], shared, comparison["macs"], plain["parameters"], plain["macs"]))))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
+                       for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+    height, width, channels = comparison["image_shape"]
+    title = (f"{comparison['model']}, images {height}×{width}×{channels}, {comparison['num_classes']} classes; "
+             "MACs: multiply-accumulates of one image")
+    return "\n".join([title, *lines, render_saving(comparison)])
+
+
+def render_saving(comparison: dict[str, Any]) -> str:
+    """Returns one line: the counts beside those of the plain counterpart."""
+    plain = comparison["plain"]
+
+    def change(key: str) -> str:
+        saved = 100 * comparison["saving"][key]
+        return f"{abs(saved):.1f} % {'fewer' if saved > 0 else 'more'} than" if saved else "as many as"
+
+    if comparison["model"] == plain["model"]:
+        return f"{comparison['parameters']:,} parameters, {comparison['macs']:,} MACs; this is the plain network"
+    return (f"{comparison['parameters']:,} parameters ({change('parameters')} the {plain['parameters']:,} of "
+            f"plain {plain['model']}), {comparison['macs']:,} MACs ({change('macs')} {plain['macs']:,})")
+
+
+def _size(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,1 @@
+"""The method: layers through shared filter bases."""

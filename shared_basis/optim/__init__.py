@@ -1,0 +1,1 @@
+"""The optimizer: penalty, exact orthogonality, schedule, as optax links."""

@@ -1,0 +1,63 @@
+"""The learning rate schedule and the optax chain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+
+from shared_basis.config import OptimizerConfig, OrthogonalityConfig
+from shared_basis.models.parameters import label_parameters
+from shared_basis.nn.basis_conv import ElementSet
+from shared_basis.optim.gradient_norms import record_gradient_norms
+from shared_basis.optim.orthonormal import keep_orthonormal
+from shared_basis.optim.penalty import add_orthogonality_penalty
+
+
+def learning_rate_schedule(config: OptimizerConfig, epochs: int, steps_per_epoch: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the number of updates made so far.
+
+    Epochs of the configuration become the nearest whole steps; a piecewise rate falls at its boundary step.
+    """
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(config.learning_rate, epochs * steps_per_epoch - warmup)
+    else:
+        boundaries = [round(boundary * steps_per_epoch) - warmup for boundary in config.boundaries]
+        main = optax.piecewise_constant_schedule(
+            config.learning_rate, dict(zip(boundaries, config.factors, strict=True)))
+    if not warmup:
+        return main
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), main], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, orthogonality: OrthogonalityConfig, element_sets: Sequence[ElementSet],
+                   schedule: optax.Schedule, recorded_steps: int = 0) -> optax.GradientTransformation:
+    """Returns the chain: orthogonality penalty, weight decay, SGD with momentum.
+
+    Both additions come before momentum, so that the chain equals descent on cross entropy + weight · penalty
+    + ½ weight_decay · ‖decaying parameters‖². With exact orthogonality the chain ends with `keep_orthonormal` in place
+    of the penalty.
+
+    Args:
+      recorded_steps: the steps over which `record_gradient_norms`, before all, averages; 0 leaves it out.
+    """
+    links = [record_gradient_norms(recorded_steps)] if recorded_steps else []
+    if orthogonality.method == "penalty" and orthogonality.weight and element_sets:
+        links.append(add_orthogonality_penalty(orthogonality.weight, element_sets, orthogonality.reduction))
+    exact = element_sets if orthogonality.method == "exact" else ()
+    kept = {path for elements in exact for path in (*elements.shared, *elements.unique)}
+
+    def decays(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, label: label in config.decay and tuple(entry.key for entry in path) not in kept,
+            label_parameters(params))
+
+    if config.weight_decay:
+        links.append(optax.add_decayed_weights(config.weight_decay, mask=decays))
+    links.append(optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov))
+    if exact:
+        links.append(keep_orthonormal(exact))
+    return optax.chain(*links)

@@ -1,0 +1,162 @@
+"""Several runs compared: error against parameters, MACs and time; the seeds of one network are one point."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared_basis.config import differences as config_differences
+from shared_basis.config import replace
+from shared_basis.errors import UserError
+from shared_basis.report.run_summary import Facts, gather
+
+LABELS = ("name", "seed", "train.record_gradients")
+"""Fields of the configuration that runs of one point may differ in: what the run is called, the seed, and what is only
+noted. (`config.differences` leaves out where things lie.)"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation of a figure over runs."""
+
+    mean: float
+    """NaN if a run has none."""
+    deviation: float
+    """With n − 1 in the denominator; NaN of a single run."""
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Returns that of `values`, one at least."""
+        return cls(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan)
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Runs that differ in nothing but the seed, and have come to the same epoch."""
+
+    runs: Sequence[Facts]
+    label: str
+    """The network, with what else tells it from the other points."""
+
+    @property
+    def first(self) -> Facts:
+        """One that stands for all."""
+        return self.runs[0]
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters."""
+        return int(self.first.counts["parameters"])
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one image."""
+        return int(self.first.counts["macs"])
+
+    @property
+    def seconds(self) -> Spread:
+        """Seconds of training: see `Facts.seconds`."""
+        return Spread.of([run.seconds for run in self.runs])
+
+    @property
+    def error(self) -> Spread:
+        """The test error after the last epoch in %, NaN without evaluations."""
+        return self._errors("test_accuracy")
+
+    @property
+    def best_error(self) -> Spread:
+        """The test error of the best epoch in %, likewise; `chosen_on` says by which images it is the best."""
+        return self._errors("best_test_accuracy")
+
+    @property
+    def chosen_on(self) -> str | None:
+        """'validation', or 'test', the published protocol; None without evaluations."""
+        outcome = self.first.outcome
+        return outcome["chosen_on"] if outcome else None
+
+    def _errors(self, name: str) -> Spread:
+        return Spread.of([100 - 100 * run.outcome[name] if run.outcome else math.nan for run in self.runs])
+
+
+def find_runs(directories: Sequence[str]) -> list[Path]:
+    """Returns the workdirs that `directories` mean, each once: themselves, or the runs that lie in them.
+
+    Raises:
+      UserError: one is no run and holds none.
+    """
+    found: dict[Path, Path] = {}
+    for directory in map(Path, directories):
+        own = [directory] if (directory / "run.json").is_file() else []
+        inside = own or sorted(path.parent for path in directory.glob("*/run.json"))
+        if not inside:
+            raise UserError(f"--runs={directory}: neither a run (no run.json) nor a directory of runs.")
+        for path in inside:
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+def group(runs: Sequence[Facts]) -> tuple[list[Point], list[str]]:
+    """Returns runs as points, by parameters, and the fields of the configuration that points differ in."""
+    groups: list[list[Facts]] = []
+    for run in runs:
+        alike = next((each for each in groups if _alike(each[0], run)), None)
+        if alike is None:
+            groups.append([run])
+        else:
+            alike.append(run)
+    first = groups[0][0]
+    fields = [name for name in dict.fromkeys(
+        name for each in groups for name in config_differences(each[0].config, first.config)) if name not in LABELS]
+    points = [Point(each, _label(each[0], groups, fields)) for each in groups]
+    return sorted(points, key=lambda point: (point.parameters, point.label)), fields
+
+
+def _alike(one: Facts, other: Facts) -> bool:
+    names = {name: operator.attrgetter(name)(one.config) for name in LABELS}
+    return (not config_differences(one.config, replace(other.config, names)) and one.epoch == other.epoch
+            and one.record["data"] == other.record["data"])
+
+
+def _label(run: Facts, groups: Sequence[Sequence[Facts]], fields: Sequence[str]) -> str:
+    """Returns the name of the network, and the fields that tell it from others of this name."""
+    name = run.config.model.name
+    rivals = [each[0] for each in groups if each[0] is not run and each[0].config.model.name == name]
+    told = [f"{field.rpartition('.')[2]} {value(run, field)}" for field in fields
+            if any(value(rival, field) != value(run, field) for rival in rivals)]
+    if any(rival.epoch != run.epoch and rival.config.train.epochs == run.config.train.epochs for rival in rivals):
+        told.append(f"{run.epoch} evaluated" if "train.epochs" in fields else f"{run.epoch} epochs")
+    return f"{name} ({', '.join(told)})" if told else name
+
+
+def value(run: Facts, field: str) -> str:
+    """Returns a field of the run's configuration, given by its dotted path, as text."""
+    found = operator.attrgetter(field)(run.config)
+    return f"{found:g}" if isinstance(found, float) else str(found)
+
+
+def gather_points(directories: Sequence[str]) -> tuple[list[Point], list[str]]:
+    """Returns `group` of the runs that `directories` mean.
+
+    Raises:
+      UserError: as `find_runs`, or the record of a run is damaged.
+    """
+    return group([gather(path) for path in find_runs(directories)])
+
+
+def as_result(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Returns points as plain data for a program; None stands for what is not known."""
+    def spread(name: str, found: Spread) -> Mapping[str, float | None]:
+        return {key: None if math.isnan(number) else number for key, number in (
+            (f"{name}_mean", found.mean), (f"{name}_deviation", found.deviation))}
+
+    return [{"label": point.label, "n": len(point.runs), "seeds": [run.config.seed for run in point.runs],
+             "epoch": point.first.epoch, "epochs": point.first.config.train.epochs, "parameters": point.parameters,
+             "macs": point.macs, **spread("seconds", point.seconds), **spread("test_error", point.error),
+             **spread("best_test_error", point.best_error), "chosen_on": point.chosen_on,
+             "workdirs": [str(run.path) for run in point.runs]} for point in points]

@@ -1,0 +1,126 @@
+"""What is known of a run without its network and its images: its record, its metrics, its counts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared_basis.config import Config, ModelConfig, differences
+from shared_basis.models import summary
+from shared_basis.runs.checkpoints import Checkpoints, chosen_on
+from shared_basis.runs.workdir import Workdir
+from shared_basis.training import train
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """A run."""
+
+    path: Path
+    config: Config
+    record: Mapping[str, Any]
+    """See `shared_basis.runs.workdir.make_record`."""
+    lines: Sequence[Mapping[str, Any]]
+    """Of metrics.jsonl: the evaluations, in the order of their epochs."""
+    counts: Mapping[str, Any]
+    """See `shared_basis.models.summary.compare_with_plain`."""
+    damaged: int
+    """Lines of metrics.jsonl that are no evaluation, and are left out."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The names of the classes, by label."""
+        return [str(name) for name in self.record["data"]["classes"]]
+
+    @property
+    def outcome(self) -> dict[str, Any] | None:
+        """What training returned: the counts, the last evaluation, and the best one; None without any evaluation."""
+        return {**self.counts, **train.last_and_best(self.lines)} if self.lines else None
+
+    @property
+    def changed(self) -> dict[str, tuple[Any, Any]]:
+        """The configuration where it is not the default: values and defaults by dotted path."""
+        return differences(self.config, Config())
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the last evaluation; 0 without any."""
+        return self.lines[-1]["epoch"] if self.lines else 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates an epoch, as the last evaluation tells."""
+        return self.lines[-1]["step"] // self.lines[-1]["epoch"]
+
+    @property
+    def saved(self) -> int | None:
+        """The step of the latest checkpoint, if there is one."""
+        directory = Workdir(self.path).checkpoints
+        if not directory.is_dir():
+            return None
+        with contextlib.closing(Checkpoints(directory, read_only=True)) as checkpoints:
+            return max(checkpoints.steps, default=None)
+
+    @property
+    def warning(self) -> str:
+        """What a reader must know of the figures; empty where there is nothing."""
+        return (f"{self.damaged} damaged line{'s' * (self.damaged > 1)} of {self.path / 'metrics.jsonl'} left out: the "
+                "last evaluation that can be read need not be the run's last") if self.damaged else ""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, NaN where they are not known: the images trained on, over the images per second.
+
+        Compilation, evaluations and what a process does before its second step are left out. A run that was
+        interrupted counts as if its last process had done all of it.
+        """
+        if not self.lines:
+            return math.nan
+        speed = self.series("images_per_second")[-1]
+        images = self.lines[-1]["step"] * self.config.train.batch_size
+        return images / speed if speed > 0 else math.nan
+
+    def series(self, name: str) -> np.ndarray:
+        """Returns a metric at each evaluation, float64; NaN where it is missing or no finite number."""
+        return np.array([_number(line.get(name)) for line in self.lines])
+
+
+def gather(workdir: str | Path) -> Facts:
+    """Returns what is known of the run in `workdir`.
+
+    Raises:
+      UserError: there is no run, or its record is damaged.
+    """
+    run = Workdir(workdir)
+    config, record = run.load()
+    counts = _count(config.model, len(record["data"]["classes"]), tuple(record["data"]["image_shape"]))
+    known, written = run.read_metrics()
+    lines = [line for line in known if _is_evaluation(line)]
+    chooses = f"{chosen_on(lines[-1])}_accuracy" if lines else ""
+    lines = [line for line in lines if math.isfinite(_number(line.get(chooses)))]
+    return Facts(run.path, config, record, lines, counts, written - len(lines))
+
+
+@functools.cache
+def _count(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Counts a network once, as runs that are compared often have the same."""
+    return summary.compare_with_plain(config, num_classes, image_shape)
+
+
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    """Returns whether a line of metrics.jsonl, which anyone may have edited, holds what makes it an evaluation."""
+    counted = all(type(line.get(name)) is int and line[name] > 0 for name in ("step", "epoch"))
+    return counted and line["step"] >= line["epoch"] and all(
+        math.isfinite(_number(line.get(name))) for name in ("test_accuracy", "test_loss", "images_per_second"))
+
+
+def _number(value: Any) -> float:
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else math.nan

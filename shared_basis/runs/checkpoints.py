@@ -1,0 +1,305 @@
+"""Checkpoints of a run: a thin layer over Orbax, whose plain tools can open every one of them.
+
+    workdir/checkpoints/<step>/state    the training state (StandardSave)
+    workdir/checkpoints/<step>/run      the run's record: configuration, versions, data facts (JsonSave)
+    workdir/checkpoints/<step>/metrics  the evaluation at that step
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from shared_basis.runtime.distributed import agreed, leads
+from shared_basis.errors import UserError
+
+Tree = Any
+
+
+def chosen_on(metrics: Mapping[str, Any]) -> str | None:
+    """Returns the images whose accuracy chooses the best checkpoint.
+
+    'validation' if there are such images in `metrics`; otherwise 'test', the published protocol, whose figure is too
+    good, as the test images have a say in it; None if `metrics` holds neither.
+    """
+    return next((name for name in ("validation", "test") if f"{name}_accuracy" in metrics), None)
+
+
+class _Manager(ocp.CheckpointManager):
+    """Does not ask JAX whether to stop, as `shared_basis.runtime.preemption` does.
+
+    JAX agrees on the number of a question at which all processes are told to stop, from the last number it was asked.
+    Orbax asks by steps, from the thread that ends a save too: with both, it can be a number that never comes again.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Returns False."""
+        return False
+
+
+class Checkpoints:
+    """The checkpoints in `directory`: saved asynchronously, the latest two and the best one kept.
+
+    Where there are several processes, each calls every method that writes or restores, in the same order.
+    """
+
+    def __init__(self, directory: Path, *, read_only: bool = False, aside: Path | None = None,
+                 tell: Callable[[str], None] = lambda text: None) -> None:
+        """Opens `directory`; creates it unless `read_only`.
+
+        Args:
+          aside: where damaged checkpoints are moved, and `tell` is told; with None they are errors.
+        """
+        self._aside, self._tell = aside, tell
+        def metric(metrics: Mapping[str, float]) -> float:
+            return metrics[f"{chosen_on(metrics)}_accuracy"]
+
+        keep = preservation_policy.AnyPreservationPolicy([
+            preservation_policy.LatestN(2),
+            preservation_policy.BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False),
+        ])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep, best_fn=metric, create=not read_only, read_only=read_only)
+        if directory.exists() and not directory.is_dir():
+            raise UserError(f"{directory} is not a directory; checkpoints cannot be kept there.")
+        damaged = _damaged_metrics(directory)  # Orbax reads those of all steps at once
+        if damaged and aside is None:
+            raise UserError(f"the metrics of a checkpoint in {directory} are damaged: {damaged[0]}; delete that file, "
+                            "the state beside it is not affected.")
+        for path in damaged:
+            self._set_aside(path.parent.parent, f"{path} is damaged.")
+        try:
+            self._manager = _Manager(directory.absolute(), options=options)
+        except Exception as error:  # Orbax reads the metadata of all steps
+            raise UserError(f"checkpoints in {directory} cannot be opened ({_one_line(error)}).") from error
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that have a complete checkpoint, rising."""
+        return sorted(self._manager.all_steps())
+
+    def describe(self) -> str:
+        """Returns which checkpoints there are, for a message."""
+        steps = self.steps
+        return (f"checkpoint{'s' * (len(steps) > 1)} {', '.join(map(str, steps))} in {self._manager.directory}" if steps
+                else "no checkpoint yet")
+
+    def find(self, which: str) -> int:
+        """Returns the step meant by `which`: 'latest', 'best' or a number.
+
+        Raises:
+          UserError: there is no such checkpoint.
+        """
+        steps = self.steps
+        if not steps:
+            raise UserError(f"{self._manager.directory} holds no checkpoint yet; train first.")
+        if which == "latest":
+            return steps[-1]
+        if which == "best":
+            best = self._manager.best_step()
+            return steps[-1] if best is None else best
+        if which not in map(str, steps):
+            raise UserError(f"checkpoint {which!r}: must be latest, best or one of the steps "
+                            f"{', '.join(map(str, steps))}.")
+        return int(which)
+
+    def save(self, step: int, state: Tree, record: Mapping[str, Any], metrics: Mapping[str, float] | None) -> None:
+        """Starts saving `state` and `record` under `step`; returns as soon as both are copied.
+
+        Does nothing if they are there, unless they were saved without the `metrics` that there are now.
+
+        Raises:
+          UserError: this save, or the one before, failed.
+        """
+        try:
+            if metrics is not None and step in self.steps and self.metrics(step) is None:
+                self._manager.delete(step)  # the checkpoint before it is there until this one is
+            self._manager.save(step, metrics=None if metrics is None else dict(metrics), args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(dict(record))))
+        except Exception as error:  # also that of the save before, which went on in the background
+            raise self._unsaved(error) from error
+
+    def restore(self, step: int, target: Tree) -> Tree:
+        """Returns the state of `step` with the shapes, dtypes and shardings of the abstract `target`.
+
+        Raises:
+          UserError: the checkpoint is damaged or holds other arrays than `target`.
+        """
+        try:
+            with _hushed():
+                self._compare(step, target, whole=True)
+                restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
+        except Exception as error:  # Orbax and its storage raise many kinds
+            raise self._damaged(step, error) from error
+        return restored["state"]
+
+    def restore_latest(self, target: Tree) -> Tree:
+        """Returns the state of the latest checkpoint that can be restored; damaged ones after it are set aside.
+
+        Raises:
+          UserError: there is none, and nothing was moved; or it cannot be moved.
+        """
+        failures: dict[int, UserError] = {}
+        state = None
+        for step in reversed(self.steps):
+            try:
+                with agreed():
+                    state = self.restore(step, target)
+                break
+            except UserError as error:
+                failures[step] = error
+        if state is None:
+            raise next(iter(failures.values()))
+        if failures and self._aside is None:
+            raise next(iter(failures.values()))
+        for damaged, failure in failures.items():
+            self._set_aside(self._path(damaged), str(failure))
+        if failures:
+            self._manager.reload()
+        return state
+
+    def _path(self, step: int) -> Path:
+        return Path(self._manager.directory) / str(step)
+
+    def _set_aside(self, path: Path, why: str) -> None:
+        """Moves a checkpoint out of the way, so that its step can be saved anew."""
+        assert self._aside is not None
+        with agreed():
+            if leads():
+                try:
+                    self._aside.mkdir(exist_ok=True)
+                    new = next(new for number in itertools.count(1)
+                               if not (new := self._aside / f"{path.name}.{number}").exists())
+                    path.rename(new)
+                except OSError as error:
+                    raise UserError(f"the damaged checkpoint {path} cannot be moved to {self._aside} "
+                                    f"({error.strerror}); move it away.") from error
+                self._tell(f"{why} Checkpoint {path.name} is set aside as {new}.")
+
+    def _compare(self, step: int, target: Tree, *, whole: bool) -> None:
+        """Raises `ValueError` unless the checkpoint holds arrays of the shapes and dtypes of `target`, by name.
+
+        Orbax itself would convert them: a run would go on in another precision.
+        """
+        stored = self._arrays(step)
+        wanted = ocp.tree.to_flat_dict(target)
+        for path in [*wanted, *(stored if whole else ())]:
+            name = "/".join(path)
+            if path not in stored or path not in wanted:
+                raise ValueError(f"{name} is {'missing' if path in wanted else 'not of this network'}")
+            for what in ("shape", "dtype"):
+                there, here = getattr(stored[path], what), getattr(wanted[path], what)
+                if there != here:
+                    advice = "; is JAX_ENABLE_X64 set otherwise than it was?" if what == "dtype" else ""
+                    raise ValueError(f"the {what} of {name} is {there} there and {here} here{advice}")
+
+    def restore_variables(self, step: int, target: Tree) -> Tree:
+        """Returns `params` and `batch_stats` of `step` like `target`, leaving the optimizer's state unread.
+
+        Raises:
+          UserError: as `restore`.
+        """
+        handlers = ocp.PyTreeCheckpointHandler()
+        path = self._path(step) / "state"
+        arguments = ocp.args.PyTreeRestore(
+            target, restore_args=jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding), target),
+            partial_restore=True)
+        try:
+            with _hushed(), ocp.Checkpointer(handlers) as checkpointer:
+                self._compare(step, target, whole=False)
+                return checkpointer.restore(path, arguments)
+        except Exception as error:
+            raise self._damaged(step, error) from error
+
+    def _damaged(self, step: int, error: Exception) -> UserError:
+        others = ", ".join(str(other) for other in self.steps if other != step)
+        return UserError(f"checkpoint {step} in {self._manager.directory} cannot be restored ({_one_line(error)}); "
+                         f"other checkpoints there: {others or 'none'}.")
+
+    def arrays(self, step: int) -> dict[tuple[str, ...], Any]:
+        """Returns by path what Orbax knows of each array of `step` (its shape, its dtype), without reading any.
+
+        Raises:
+          UserError: the checkpoint is damaged.
+        """
+        try:
+            with _hushed():
+                return self._arrays(step)
+        except Exception as error:
+            raise self._damaged(step, error) from error
+
+    def _arrays(self, step: int) -> dict[tuple[str, ...], Any]:
+        return ocp.tree.to_flat_dict(ocp.PyTreeCheckpointHandler().metadata(self._path(step) / "state").tree)
+
+    def metrics(self, step: int) -> dict[str, float] | None:
+        """Returns the evaluation saved with `step`, if there was one."""
+        return self._manager.metrics(step)
+
+    def wait(self) -> None:
+        """Returns when everything saved so far is complete on disk.
+
+        Raises:
+          UserError: a save failed.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._unsaved(error) from error
+
+    def _unsaved(self, error: Exception) -> UserError:
+        return UserError(f"a checkpoint cannot be saved ({_one_line(error)}); complete: {self.describe()}.")
+
+    def close(self) -> None:
+        """Waits for saves to finish and lets go of the directory.
+
+        Raises:
+          UserError: a save failed.
+        """
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._unsaved(error) from error
+
+
+def _one_line(error: Exception) -> str:
+    """Returns the beginning of the error's message, and its end; the storage's run to thousands of characters."""
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    return line if len(line) <= 250 else f"{line[:150]} … {line[-100:]}"
+
+
+def _damaged_metrics(directory: Path) -> list[Path]:
+    """Returns the files of metrics that do not hold the accuracy that chooses the best checkpoint."""
+    damaged = []
+    for path in sorted(directory.glob("*/metrics/metrics")):
+        try:
+            metrics = json.loads(path.read_bytes())
+            if not isinstance(metrics[f"{chosen_on(metrics)}_accuracy"], float):
+                damaged.append(path)
+        except (ValueError, LookupError, TypeError, RecursionError):
+            damaged.append(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    return damaged
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keeps the reads that Orbax abandons, when one of a checkpoint's files is damaged, from printing tracebacks."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            yield
+        except Exception:
+            time.sleep(0.5)  # they go on in threads of their own
+            raise

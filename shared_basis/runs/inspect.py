@@ -1,0 +1,149 @@
+"""What a run holds, told without loading its arrays."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.config import Config, differences, from_config_dict, to_dict
+from shared_basis.errors import UserError
+from shared_basis.runtime.reporter import size_text
+from shared_basis.runs.workdir import Workdir
+
+SHOWN = ("test_accuracy", "test_loss", "validation_accuracy", "train_loss", "penalty", "coherence")
+"""The metrics of a checkpoint that the listing shows, where it has them; the result holds all."""
+
+
+def inspect(workdir: str | Path, which: str = "latest", against: str = "") -> dict[str, Any]:
+    """Describes a run, and one of its checkpoints array by array, from metadata alone.
+
+    Args:
+      which: the checkpoint: 'latest', 'best' or the number of a step.
+      against: another one to compare it with: a step of this run, or a workdir, or WORKDIR:STEP; empty for none.
+
+    Returns:
+      `workdir`, `model`, `config` (all fields), `changed` (those that are not the defaults), `data` and `versions` of
+      the run; `checkpoints`: `step`, `bytes` on disk and `metrics` of each; `step`, the one described, and `arrays`:
+      `path`, `shape`, `dtype` and `bytes` of each of its arrays, with the totals `bytes` by top-level name; with
+      `against` the `differences` from it: see `compare`.
+
+    Raises:
+      UserError: there is no such run or checkpoint, or it is damaged.
+    """
+    one = _read(Path(workdir), which)
+    if against:
+        one["differences"] = {"against": against, **compare(one, _read(*other_checkpoint(workdir, against)))}
+    return one
+
+
+def compare(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what differs between two results of `inspect`.
+
+    Returns:
+      By path, pairs of what `one` and what `other` has (None where it has none): `config`, `versions`, `metrics` and
+      `arrays` (as 'dtype[shape]').
+    """
+    config = differences(from_config_dict(one["config"]), from_config_dict(other["config"]))
+    return {"config": {path: list(pair) for path, pair in config.items()},
+            "versions": _pairs(one["versions"], other["versions"]),
+            "metrics": _pairs(_metrics(one), _metrics(other)),
+            "arrays": _pairs(*({array["path"]: _kind(array) for array in found["arrays"]} for found in (one, other)))}
+
+
+def _pairs(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[Any]]:
+    return {key: [one.get(key), other.get(key)] for key in dict.fromkeys((*one, *other))
+            if one.get(key) != other.get(key)}
+
+
+def _metrics(found: Mapping[str, Any]) -> dict[str, Any]:
+    return next(entry["metrics"] for entry in found["checkpoints"] if entry["step"] == found["step"]) or {}
+
+
+def _kind(array: Mapping[str, Any]) -> str:
+    return f"{array['dtype']}[{'×'.join(map(str, array['shape']))}]"
+
+
+def other_checkpoint(workdir: str | Path, against: str) -> tuple[Path, str]:
+    """Returns the workdir and the checkpoint that `against` means, for the run in `workdir`."""
+    if against in ("best", "latest") or against.isdecimal():
+        return Path(workdir), against
+    path, colon, step = against.rpartition(":")
+    return (Path(path), step) if colon and not os.path.isdir(against) else (Path(against), "latest")
+
+
+def _read(workdir: Path, which: str) -> dict[str, Any]:
+    run = Workdir(workdir)
+    config, record = run.load()
+    checkpoints = Checkpoints(run.checkpoints, read_only=True)
+    step = checkpoints.find(which)
+    arrays = [{"path": "/".join(path), "shape": list(leaf.shape), "dtype": str(np.dtype(leaf.dtype)),
+               "bytes": math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize}
+              for path, leaf in checkpoints.arrays(step).items()]
+    totals: dict[str, int] = {}
+    for array in arrays:
+        name = array["path"].partition("/")[0]
+        totals[name] = totals.get(name, 0) + array["bytes"]
+    return {
+        "workdir": str(workdir), "model": config.model.name, "config": to_dict(config),
+        "changed": {path: now for path, (now, _) in differences(config, Config()).items()},
+        "data": record["data"], "versions": record["versions"],
+        "checkpoints": [{"step": each, "bytes": _size(run.checkpoints / str(each)),
+                         "metrics": checkpoints.metrics(each)} for each in checkpoints.steps],
+        "step": step, "arrays": arrays, "bytes": totals}
+
+
+def _size(directory: Path) -> int:
+    try:
+        return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error.strerror}.") from error
+
+
+def render(found: Mapping[str, Any]) -> str:
+    """Returns `inspect`'s result as lines for a person."""
+    data, total = found["data"], sum(found["bytes"].values())
+    lines = [f"{found['workdir']}: {found['model']}, {'×'.join(map(str, data['image_shape']))} images of "
+             f"{len(data['classes'])} classes",
+             f"with {', '.join(f'{name} {version}' for name, version in found['versions'].items())}", ""]
+    lines += _aligned([(f"  {path}", repr(value)) for path, value in found["changed"].items()],
+                      "configuration, where it is not the default:")
+    lines += _aligned([(f"  {entry['step']:,}", size_text(entry["bytes"]), _scores(entry["metrics"]))
+                       for entry in found["checkpoints"]], "checkpoints: step, size on disk, scores")
+    lines += _aligned([(f"  {array['path']}", array["dtype"], "×".join(map(str, array["shape"])) or "scalar",
+                        size_text(array["bytes"])) for array in found["arrays"]],
+                      f"arrays of checkpoint {found['step']:,}: {size_text(total)}, of these "
+                      + ", ".join(f"{name} {size_text(size)}" for name, size in found["bytes"].items()))
+    return "\n".join([*lines, *_render_differences(found)]).rstrip()
+
+
+def _render_differences(found: Mapping[str, Any]) -> list[str]:
+    if "differences" not in found:
+        return []
+    title = f"differences from {found['differences']['against']}"
+    rows = [(f"  {kind} {path}", _shown(one), _shown(other)) for kind in ("config", "versions", "metrics", "arrays")
+            for path, (one, other) in found["differences"][kind].items()]
+    return _aligned(rows, f"{title}, which is on the right:") if rows else [f"{title}: none"]
+
+
+def _shown(value: Any) -> str:
+    return "–" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _scores(metrics: Mapping[str, Any] | None) -> str:
+    if metrics is None:
+        return "not evaluated"
+    return ", ".join(f"{name.replace('_', ' ')} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], title: str) -> list[str]:
+    """Returns the rows in columns below `title`, and an empty line."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [title, *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in rows), ""]
+

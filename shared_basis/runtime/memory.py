@@ -1,0 +1,105 @@
+"""Memory: what a run takes on each device, known before its first step; and what to reduce where it is not there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from shared_basis.config import Config
+from shared_basis.data import in_memory
+from shared_basis.errors import UserError
+from shared_basis.runtime.reporter import size_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on each device."""
+
+    parameters: int
+    """Parameters and batch statistics."""
+    optimizer: int
+    data: int
+    """Resident images of all splits, or the batches of a stream."""
+    step: int
+    """What the compiled step takes beside all these: activations and gradients, by XLA's analysis."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.optimizer + self.data + self.step
+
+    def render(self) -> str:
+        """Returns one line for a person."""
+        return (f"memory of each device: {size_text(self.parameters)} for parameters, {size_text(self.optimizer)} for "
+                f"the optimizer, {size_text(self.data)} for data; {size_text(self.total)} with the step at its peak")
+
+
+def bytes_on_device(tree: Any) -> int:
+    """Returns the bytes that the arrays in `tree`, which have shardings, take on one device."""
+    return sum(leaf.dtype.itemsize * _size(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def measure(state: Any, data: int, compiled: Any) -> Memory:
+    """Returns the memory of a training state (arrays, or abstract ones with shardings), `data` and the step."""
+    parameters = bytes_on_device((state.params, state.batch_stats))
+    analysis = compiled.memory_analysis()  # of the program of one device; None where the backend has none
+    step = 0 if analysis is None else int(
+        analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+    return Memory(parameters, bytes_on_device(state.opt_state), data, step)
+
+
+def check(memory: Memory, config: Config, mesh: Mesh) -> None:
+    """Raises `UserError`, with what to reduce, if the devices have less than `memory`: better now than in an hour."""
+    device = mesh.local_mesh.devices.flat[0]
+    if device.platform == "cpu":  # all devices of this process take it from the same memory
+        free, copies = in_memory.available_memory(), mesh.local_mesh.size
+        free = None if free is None else free + memory.data * copies  # which is there already
+    else:
+        free, copies = (device.memory_stats() or {}).get("bytes_limit"), 1
+    if free is not None and memory.total * copies > free:
+        times = f" × {copies} devices" if copies > 1 else ""
+        raise UserError(f"the memory does not suffice: {memory.render()}{times}, of {size_text(free)}. "
+                        f"{advice(config, memory)}")
+
+
+def advice(config: Config, needed: Memory | None = None, batch: str = "train.batch_size") -> str:
+    """Returns which fields to reduce, those of the largest part alone where the memory `needed` is known."""
+    data = "set --config.data.placement=stream"
+    step = f"set a smaller --config.{batch}, or a smaller --config.data.image_size"
+    if jax.default_backend() != "cpu" and batch == "train.batch_size":
+        step = f"set --config.optimizer.accumulate={2 * config.optimizer.accumulate} or more, {step[4:]}"
+    if needed is None:
+        return f"To reduce it, {step}, or {data}."
+    return f"The largest part is {'the images: ' + data if needed.data > needed.step else 'the step: ' + step}."
+
+
+@contextlib.contextmanager
+def explained(config: Config, batch: str = "train.batch_size", saved: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Turns a failed allocation, and the loss of another process, into `UserError`.
+
+    Args:
+      batch: the field that says how many images are computed at once.
+      saved: says what is on disk, for the message.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())[:150] or type(error).__name__
+        if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
+            raise UserError(f"the memory does not suffice ({text}). {advice(config, batch=batch)}{saved()}") from error
+        if jax.process_count() > 1:
+            raise UserError(f"another process was lost ({text}).{saved()} Start all of them again, with the same "
+                            "commands.") from error
+        raise

@@ -1,0 +1,1 @@
+"""Training: steps, program, loop, and how a run begins."""

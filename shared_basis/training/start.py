@@ -1,0 +1,77 @@
+"""Import of published weights into an ordinary workdir."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from shared_basis import data
+from shared_basis.config import Config
+from shared_basis.errors import UserError
+from shared_basis.evaluation.evaluate import Variables, build_model
+from shared_basis.interop.pytorch import load_official
+from shared_basis.models import Network
+from shared_basis.models.parameters import count_parameters
+from shared_basis.optim.optimizer import learning_rate_schedule, make_optimizer
+from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runs.workdir import Workdir, make_record
+from shared_basis.training.steps import start_from
+
+
+def import_weights(config: Config, workdir: str | Path, file: str) -> dict[str, Any]:
+    """Writes the published weights in `file` as step 0 of a run of `config` in `workdir`.
+
+    The run is like any other: it can be evaluated, and trained on from these weights.
+
+    Returns:
+      `workdir`, `model`, `file` and the number of `parameters`.
+
+    Raises:
+      UserError: the file does not hold this network (see `load_official`), or the workdir holds checkpoints already.
+    """
+    if file == "latest":
+        raise UserError("--mode=import needs --checkpoint=FILE, a .pth or .safetensors file.")
+    spec = data.describe(config.data)
+    model = build_model(config, spec)
+    variables = load_official(file, model)
+    require_new(workdir)
+    parameters = start_run(config, workdir, model, spec, variables)
+    return {"workdir": str(workdir), "model": config.model.name, "file": str(file), "parameters": parameters}
+
+
+def require_new(workdir: str | Path) -> None:
+    """Raises `UserError` if `workdir` holds checkpoints."""
+    run = Workdir(workdir)
+    if Checkpoints(run.checkpoints, read_only=True).steps:
+        raise UserError(f"workdir {run.path} holds checkpoints already; choose a new --workdir.")
+
+
+def start_run(config: Config, workdir: str | Path, model: Network, spec: data.Spec, variables: Variables) -> int:
+    """Writes `variables` (`params`, `batch_stats`) of `model` as step 0 of a run of `config`; returns their parameters.
+
+    Raises:
+      UserError: the workdir holds another run, or cannot be written.
+    """
+    # The structure of the optimizer's state does not depend on the number of steps.
+    schedule = learning_rate_schedule(config.optimizer, config.train.epochs, steps_per_epoch=1000)
+    optimizer = make_optimizer(config.optimizer, config.orthogonality,
+                               model.element_sets(config.orthogonality.elements), schedule,
+                               recorded_steps=int(config.train.record_gradients))
+    state = start_from(jax.tree.map(jnp.asarray, variables), optimizer)
+    record = make_record(config, {"classes": list(spec.classes), "image_shape": list(spec.image_shape)})
+    run = Workdir(workdir)
+    with run.locked():
+        run.claim(record)
+        checkpoints = Checkpoints(run.checkpoints)
+        checkpoints.save(0, state, record, None)
+        checkpoints.close()
+    return sum(count_parameters(state.params).values())
+
+
+def render(result: dict[str, Any]) -> str:
+    """Returns `import_weights`' result as a line for a person."""
+    return (f"{result['file']}: {result['model']}, {result['parameters']:,} parameters, now step 0 of "
+            f"{result['workdir']}; evaluate it with --mode=evaluate --workdir={result['workdir']}")
