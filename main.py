@@ -106,7 +106,7 @@ def run() -> None:
     """Does what the flags say, and prints the result."""
     from shared_basis.cli import commands
     from shared_basis.runtime import distributed
-    with distributed.started(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DEBUG_NANS.value):
+    with distributed.jax_runtime(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DEBUG_NANS.value):
         # What is set here of a trained run's configuration need suit that one alone.
         config = Config() if _MODE.value in _TRAINED else from_config_dict(_CONFIG.value)
         request = commands.Request(

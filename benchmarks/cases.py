@@ -16,10 +16,10 @@ from benchmarks.common import BareStep, build
 from shared_basis.config import Config, ModelConfig, from_config_dict, replace
 from shared_basis.data.examples import Spec, Split
 from shared_basis.data.feeds import Images
-from shared_basis.evaluation.evaluate import build_model
 from shared_basis.models import create_model, plain_counterpart
 from shared_basis.models.base import Network
 from shared_basis.models.summary import compare_with_plain
+from shared_basis.runs.trained import build_model
 from shared_basis.runtime.distributed import check_batch_size, make_mesh
 
 SECONDS = 1.5

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # JAX is imported by what needs it: benchmarks/data.py measur
     from shared_basis.config import Config
     from shared_basis.data.feeds import Images
     from shared_basis.models import Network
-    from shared_basis.training.train import Program
+    from shared_basis.training.program import Program
 
 README = Path(__file__).parent / "README.md"
 
@@ -112,10 +112,10 @@ def replace_section(path: Path, begin: str, end: str, text: str) -> None:
 def build(config: Config, images: Images, model: Network, mesh: Mesh, root: Path) -> tuple[Any, Program]:
     """Returns the state before the first step, and the trainer's compiled program; `root` is for its checkpoints."""
     from shared_basis.runs.checkpoints import Checkpoints
-    from shared_basis.training import train
+    from shared_basis.training import program
 
     with contextlib.closing(Checkpoints(root)) as checkpoints:
-        return train.build(config, images, model, mesh, checkpoints)
+        return program.build(config, images, model, mesh, checkpoints)
 
 
 class BareStep:
@@ -161,13 +161,13 @@ def trainers(config: Config, load: Callable[[Config, Mesh], Images], placements:
       placements: of `data.placement`; the training loop is measured with each, the step alone with the first.
       root: an empty directory, for workdirs.
     """
-    from shared_basis.evaluation.evaluate import build_model
     from shared_basis.runs.checkpoints import Checkpoints
+    from shared_basis.runs.trained import build_model
     from shared_basis.runs.workdir import Workdir, make_record
     from shared_basis.runtime.distributed import make_mesh
     from shared_basis.runtime.preemption import StopSignals
-    from shared_basis.runtime.reporter import Screen
-    from shared_basis.training import train
+    from shared_basis.runtime.reporter import Reporter
+    from shared_basis.training.loop import Training
 
     mesh, numbers = make_mesh(), iter(range(10**6))
     steps = {}
@@ -188,7 +188,7 @@ def trainers(config: Config, load: Callable[[Config, Mesh], Images], placements:
             workdir.claim(make_record(placed, {"classes": [], "image_shape": []}))
             checkpoints = Checkpoints(workdir.checkpoints)
             with StopSignals() as signals:
-                train.Training(placed, step.program, workdir, checkpoints, {}, Screen(io.StringIO()),
+                Training(placed, step.program, workdir, checkpoints, {}, Reporter(io.StringIO()),
                                signals).loop(step.state())
             checkpoints.close()
             return workdir.metrics()[-1]["images_per_second"]

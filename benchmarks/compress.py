@@ -38,10 +38,10 @@ from configs import cifar_resnet, digits_resnet
 from shared_basis.compression import compress
 from shared_basis.config import Config, from_config_dict, replace
 from shared_basis.errors import end_with
-from shared_basis.evaluation.evaluate import Trained
 from shared_basis.export import onnx
 from shared_basis.export.folding import fold
-from shared_basis.runtime.reporter import Screen
+from shared_basis.runs.trained import Trained
+from shared_basis.runtime.reporter import Reporter
 from shared_basis.training import train
 
 RECORDS, PAGE = ROOT / "results" / "compress.csv", ROOT / "docs" / "compress.md"
@@ -106,7 +106,7 @@ def tuning(config: Config, epochs: int) -> Config:
         "optimizer.learning_rate": config.optimizer.learning_rate / 10})
 
 
-def measure(options: argparse.Namespace, command: str, screen: Screen) -> list[Row]:
+def measure(options: argparse.Namespace, command: str, screen: Reporter) -> list[Row]:
     """Returns a row for each budget; runs that are finished already take no time."""
     runs = Path(options.runs) / f"{Path(options.data).name}-{options.network}-{options.seed}"
     plain = recipe(options, options.network)
@@ -139,7 +139,7 @@ def measure(options: argparse.Namespace, command: str, screen: Screen) -> list[R
     return [Row(**row, **file) for row, file in zip(learned, shipped, strict=True)]
 
 
-def ship(workdirs: Sequence[Path], rounds: int, screen: Screen) -> list[dict[str, Any]]:
+def ship(workdirs: Sequence[Path], rounds: int, screen: Reporter) -> list[dict[str, Any]]:
     """Exports runs, folded, and returns of each but the first, the plain one, how large, right and fast its file is."""
     opened = [Trained.open(workdir) for workdir in workdirs]
     tests = load_tests(opened[0], screen)
@@ -240,7 +240,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> None:
     command = shlex.join(["python", "benchmarks/compress.py", *(
         f"--data={Path(options.data).name}" if word.startswith("--data=") else word for word in words
         if not word.startswith("--runs"))])  # no path of this machine
-    with Screen(sys.stderr) as screen:
+    with Reporter(sys.stderr) as screen:
         for row in measure(options, command, screen):
             record(RECORDS, row)
     text = tables(read(RECORDS, Row))

@@ -215,9 +215,9 @@ def training(rounds: int) -> Table:
 def _load(config: Config, mesh: Mesh) -> Images:
     from shared_basis import data
     from shared_basis.data import feeds
-    from shared_basis.runtime.reporter import Screen
+    from shared_basis.runtime.reporter import Reporter
 
-    return feeds.load(data.open_source(config.data), config.data, mesh, Screen(verbosity="quiet"))
+    return feeds.load(data.open_source(config.data), config.data, mesh, Reporter(verbosity="quiet"))
 
 
 def report(parts: Iterator[Table]) -> str:

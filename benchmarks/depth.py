@@ -135,18 +135,18 @@ def train(layers: int, variant: Variant, seed: int) -> Iterator[Row]:
 
     from configs.digits_resnet import get_config
     from shared_basis import data
+    from shared_basis.analysis.gradient_flow import by_depth, gradient_flow, layer_paths
     from shared_basis.config import from_config_dict, replace
     from shared_basis.data import feeds
-    from shared_basis.evaluation.evaluate import build_model
-    from shared_basis.optim.gradient_norms import by_depth, gradient_flow, layer_paths
+    from shared_basis.data.augment import normalize
+    from shared_basis.runs.trained import build_model
     from shared_basis.runtime.distributed import make_mesh
-    from shared_basis.runtime.reporter import Screen
-    from shared_basis.training.steps import normalize
+    from shared_basis.runtime.reporter import Reporter
 
     config = replace(from_config_dict(get_config(f"resnet20{variant.form}")), {
         "seed": seed, "orthogonality.method": variant.method, "train.epochs": EPOCHS})
     mesh = make_mesh()
-    images = feeds.load(data.open_source(config.data), config.data, mesh, Screen(verbosity="quiet"))
+    images = feeds.load(data.open_source(config.data), config.data, mesh, Reporter(verbosity="quiet"))
     model = build_model(config, images.spec).clone(blocks=(layers // 2 + 1,) * 3)  # the first of a group is plain
     split, size = data.load_split(config.data, "train"), config.train.batch_size
     batch = normalize(jax.numpy.asarray(split.images[:size]), config.data), split.labels[:size]

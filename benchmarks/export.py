@@ -29,15 +29,15 @@ from benchmarks.processes import ask
 from benchmarks.records import ROOT, Part, Session, spread
 from shared_basis.config import DataConfig
 from shared_basis.data import feeds
-from shared_basis.evaluation.evaluate import Trained
+from shared_basis.data.augment import normalize
 from shared_basis.export import onnx
 from shared_basis.export.folding import CHOICES, fold
 from shared_basis.export.graph import Node, count_macs
 from shared_basis.export.jaxpr import trace
 from shared_basis.models import create_model
 from shared_basis.models.parameters import abstract_variables
-from shared_basis.runtime.reporter import Screen
-from shared_basis.training.steps import normalize
+from shared_basis.runs.trained import Trained
+from shared_basis.runtime.reporter import Reporter
 
 FILE = ROOT / "results" / "export.csv"
 BEGIN, END = "<!-- export -->\n", "<!-- end of export -->\n"
@@ -108,7 +108,7 @@ def graph_of_run(trained: Trained) -> Node:
                  trained.spec.image_shape, functools.partial(normalize, config=trained.config.data))
 
 
-def load_tests(trained: Trained, screen: Screen) -> list[tuple[np.ndarray, np.ndarray]]:
+def load_tests(trained: Trained, screen: Reporter) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns all test images of a run, uint8 `[N, H, W, C]`, and their classes, `[N]`, in batches."""
     images = feeds.load(trained.open_source(), trained.config.data, trained.mesh, screen)
     batches = images.batches("test", trained.config.train.eval_batch_size, trained.mesh)()
@@ -129,7 +129,7 @@ def agreement(session: Session, workdirs: Sequence[str]) -> Table:
         trained = Trained.open(workdir)
         name = trained.config.model.name
         session.tell(f"export: {name}, test images")
-        tests, network = load_tests(trained, Screen(sys.stderr)), trained.classifier()
+        tests, network = load_tests(trained, Reporter(sys.stderr)), trained.classifier()
         expected = np.concatenate([np.asarray(network(jax.numpy.asarray(pixels))) for pixels, _ in tests])
         best = np.sort(expected, axis=-1)
         case, graph = Case(name, len(expected), trained.spec.image_shape[0]), graph_of_run(trained)

@@ -17,10 +17,10 @@ from benchmarks.common import Measure, Table, in_turns
 from benchmarks.processes import MIB, ROUNDS, ask
 from benchmarks.records import Part, Session, spread
 from benchmarks.worker import without_images
-from shared_basis.evaluation.evaluate import build_model
 from shared_basis.models.base import Network
 from shared_basis.models.parameters import abstract_variables, count_macs
 from shared_basis.models.resnet import ResNet
+from shared_basis.runs.trained import build_model
 
 WIDTHS = (1, 2, 4)
 BATCHES = (1 / 4, 1 / 2, 1, 2, 4)

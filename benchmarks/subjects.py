@@ -16,7 +16,7 @@ from benchmarks.common import Measure, in_turns, trainers
 from benchmarks.comparison import Comparison, torch_frameworks
 from benchmarks.records import Part, Session, spread
 from shared_basis.models import create_model
-from shared_basis.nn.basis_conv import ElementSet
+from shared_basis.nn.basis_conv import BasisGroup
 from shared_basis.optim.orthonormal import keep_orthonormal
 from shared_basis.optim.penalty import orthogonality_penalty
 
@@ -99,7 +99,7 @@ def penalty(session: Session, cases: Sequence[Case]) -> Part:
     return Part([table] if len(table) > 1 else [], [] if len(table) > 1 else ["No network here has a basis."])
 
 
-def _alone(params: Any, sets: Sequence[ElementSet]) -> tuple[Callable[[], object], Callable[[], object]]:
+def _alone(params: Any, sets: Sequence[BasisGroup]) -> tuple[Callable[[], object], Callable[[], object]]:
     """Returns two functions of the arrays of `sets` alone, which wait for their results.
 
     The first computes the gradient of the penalty, the second what `keep_orthonormal` makes of an update.

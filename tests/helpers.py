@@ -26,13 +26,13 @@ from PIL import Image
 from shared_basis import data
 from shared_basis.config import Config
 from shared_basis.errors import UserError
-from shared_basis.evaluation.evaluate import build_model
 from shared_basis.models.base import Sharing
 from shared_basis.models.parameters import abstract_variables
 from shared_basis.models.resnet import ResNet
 from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runs.trained import build_model
 from shared_basis.runs.workdir import Workdir, make_record
-from shared_basis.runtime.reporter import Screen
+from shared_basis.runtime.reporter import Reporter
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = ROOT / "main.py"
@@ -135,7 +135,7 @@ def save_run(path: Path, config: Config, accuracies: Mapping[int, float]) -> Pat
     return path
 
 
-class Watcher(Screen):
+class Watcher(Reporter):
     """Keeps what is shown, and sends a signal to this process when the training steps `at` are shown."""
 
     def __init__(self, at: Sequence[int] = (), signum: int = signal.SIGTERM) -> None:

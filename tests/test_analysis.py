@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 from helpers import make_images, save_run, tiny_network, user_error
 from PIL import Image
-from shared_basis.analysis.bases import BasisSet, basis_sets, describe_basis, describe_set
 
 from shared_basis import create_model
-from shared_basis.analysis import analyze, bases
+from shared_basis.analysis import analyze, bases, collect, tables
+from shared_basis.analysis.bases import BasisSet, basis_sets, describe_basis, describe_set
+from shared_basis.analysis.gradient_flow import by_depth, gradient_flow, layer_paths
 from shared_basis.config import Config, DataConfig, ModelConfig, replace
 from shared_basis.evaluation import evaluate as evaluate_module
 from shared_basis.models.parameters import abstract_variables
-from shared_basis.optim.gradient_norms import by_depth, gradient_flow, layer_paths
 from shared_basis.optim.penalty import orthogonality_diagnostics
+from shared_basis.runs.trained import Trained
 
 
 def random_variables(network: Any, size: int = 32, channels: int = 3) -> Any:
@@ -110,12 +111,12 @@ def test_cosine_sees_output_channels_and_alignment_does_not() -> None:
     rng = np.random.default_rng(0)
     one = rng.normal(size=(6, 12))
     turned = one @ np.linalg.qr(rng.normal(size=(12, 12)))[0]
-    cosine, alignment = bases.cosines([one, turned, -one]), bases.alignments([one, turned, -one])
+    cosine, alignment = bases.cosines([one, turned, -one]), bases.uncentered_linear_cka([one, turned, -one])
     assert abs(cosine[0, 1]) < 0.5
     assert cosine[0, 2] == pytest.approx(-1)
     np.testing.assert_allclose(alignment, np.ones((3, 3)))
     gram, other = one @ one.T, (two := rng.normal(size=(6, 12))) @ two.T
-    assert bases.alignments([one, two])[0, 1] == pytest.approx(
+    assert bases.uncentered_linear_cka([one, two])[0, 1] == pytest.approx(
         (gram * other).sum() / np.sqrt((gram**2).sum() * (other**2).sum()))
     assert bases.mean_off_diagonal(np.array([[1, 0.5], [0.3, 1]])) == pytest.approx(0.4)
     assert bases.mean_off_diagonal(np.ones((1, 1))) is None
@@ -125,7 +126,7 @@ def test_the_alignment_by_chance_is_that_of_random_matrices() -> None:
     rng = np.random.default_rng(0)
     for shape, tolerance in (((8, 16), 0.03), ((32, 64), 0.003)):
         matrices = [rng.normal(size=shape) for _ in range(60)]
-        mean = bases.mean_off_diagonal(bases.alignments(matrices))
+        mean = bases.mean_off_diagonal(bases.uncentered_linear_cka(matrices))
         assert mean == pytest.approx(bases.chance_alignment(matrices[0]), abs=tolerance)
 
 
@@ -273,7 +274,7 @@ def test_every_picture_has_its_data_beside_it(runs: tuple[Path, Path], analysed:
 
 def test_tables_hold_what_the_arrays_hold(runs: tuple[Path, Path], analysed: dict[str, Any]) -> None:
     directory = runs[0] / "analysis"
-    trained = evaluate_module.Trained.open(runs[0])
+    trained = Trained.open(runs[0])
     params = jax.device_get(trained.variables["params"])
     names, *table = read(directory / "products_group1.csv")
     assert names[1:] == [row[0] for row in table]
@@ -300,8 +301,8 @@ def test_tables_hold_what_the_arrays_hold(runs: tuple[Path, Path], analysed: dic
 def test_the_gradient_at_initialisation_is_that_of_the_seed(runs: tuple[Path, Path], analysed: dict[str, Any]) -> None:
     assert analysed["gradient_flow"]["0"] == analysed["against"]["gradient_flow"]["0"]  # one seed
     assert analysed["gradient_flow"]["5"] != analysed["gradient_flow"]["10"]
-    trained = evaluate_module.Trained.open(runs[0])
-    images, labels = analyze.training_batch(trained, lambda text: None)
+    trained = Trained.open(runs[0])
+    images, labels = collect.training_batch(trained, lambda text: None)
     variables = trained.model.init(jax.random.key(CONFIG.seed), images[:1], train=False)
     blocks, _ = gradient_flow(trained.model)(variables["params"], variables["batch_stats"], images, labels)
     assert analysed["gradient_flow"]["0"]["blocks"] == pytest.approx(
@@ -309,7 +310,7 @@ def test_the_gradient_at_initialisation_is_that_of_the_seed(runs: tuple[Path, Pa
 
 
 def test_the_text_has_a_line_for_each_basis(analysed: dict[str, Any]) -> None:
-    text = analyze.render(analysed)
+    text = tables.render(analysed)
     for part in ("first (shared)", "all shared", "block2/first", "2 + 1", "effective rank",
                  "coefficients of 2 layers on group1/first", "initialisation: first", "files, pictures and their data",
                  "note: no gradients while training: the run was made without --config.train.record_gradients"):
@@ -355,14 +356,14 @@ def test_pictures_and_tables_of_every_kind(name: str) -> None:
     layers = ["/".join(path) for path in layer_paths(network, (32, 32, 3))]
     if len(sets) > 3:  # a group is as good as all
         sets = sets[:2]
-    one = analyze.Analysis("run ☃", name, 3, sets, {found.name: describe_set(found) for found in sets},
+    one = collect.Analysis("run ☃", name, 3, sets, {found.name: describe_set(found) for found in sets},
                            variables["params"]["stem"]["kernel"], layers, {}, [], [])
     for _, paint, size in analyze.analysis_figures.paintings([one]).values():
         assert analyze.figures.png(paint, size=size).startswith(b"\x89PNG")
-    named = [table for table, rows in analyze.tables([one]) if len(list(rows)) > 1]
+    named = [table for table, rows in tables.tables([one]) if len(list(rows)) > 1]
     assert "stem" in named
     assert ("bases" in named) == bool(sets)
-    assert json.dumps(analyze.numbers(one))
+    assert json.dumps(tables.numbers(one))
 
 
 def test_large_sets_are_cut_down_in_pictures_and_say_so() -> None:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared_basis.errors import UserError
-from shared_basis.nn.basis_conv import BasisConv, check_rank, he_normal_fan_out, init_shared_bases
+from shared_basis.models.base import check_rank
+from shared_basis.nn.basis_conv import BasisConv, he_normal_fan_out, init_shared_bases
 from shared_basis.nn.ops import convolve
 
 MODES = {"plain": (0, 0), "unique only": (0, 3), "shared only": (4, 0), "hybrid": (4, 3)}

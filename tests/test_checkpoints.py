@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from shared_basis.errors import UserError
 from shared_basis.runs import checkpoints as checkpoints_module
-from shared_basis.runs.checkpoints import Checkpoints, chosen_on
+from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runs.metrics import chosen_on
 from shared_basis.runtime.distributed import replicated
 from shared_basis.training.steps import TrainState, create_train_state
 

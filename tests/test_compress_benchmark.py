@@ -15,7 +15,7 @@ import pytest
 from benchmarks import compress
 from benchmarks.compress import Row, parse, record, tables
 from benchmarks.records import ROOT, read
-from shared_basis.runtime.reporter import Screen
+from shared_basis.runtime.reporter import Reporter
 
 ROW = Row("2026-11-24", "abc1234", "python benchmarks/compress.py", "digits", "resnet20", 0, 0.5, "resnet20-s13u0",
           133410, 2344576, 269434, 2516608, 0.9915492957746479, 0.9577464788732394, 4, 0.99, "24", "0.9887", 355,
@@ -57,7 +57,7 @@ def test_committed_rows_are_those_of_the_page() -> None:
 def test_the_command_of_a_row_names_no_path_of_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     told: list[str] = []
 
-    def measure(options: argparse.Namespace, command: str, screen: Screen) -> list[Row]:
+    def measure(options: argparse.Namespace, command: str, screen: Reporter) -> list[Row]:
         told.append(command)
         return [dataclasses.replace(ROW, command=command)]
     monkeypatch.setattr(compress, "measure", measure)

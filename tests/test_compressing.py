@@ -14,25 +14,25 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import CommandLine, make_images, read_metrics, tiny_network, user_error, write_folder
 from PIL import Image
-from shared_basis.compression.factorize import relative_error
-from shared_basis.compression.moments import input_moments, patches
 
 from configs import digits_resnet
 from shared_basis import data
 from shared_basis.compression import compress as compress_module
 from shared_basis.compression import factorize, layers, ranks, spectra
+from shared_basis.compression.factorize import relative_error
+from shared_basis.compression.moments import input_moments, patches
 from shared_basis.config import Config, DataConfig, ModelConfig, from_config_dict, replace
-from shared_basis.evaluation.evaluate import Trained, build_model
+from shared_basis.data.augment import normalize
 from shared_basis.models.base import Network, Sharing
 from shared_basis.models.densenet import DenseNet
 from shared_basis.models.parameters import abstract_variables
 from shared_basis.models.summary import count_network
 from shared_basis.optim.penalty import orthogonality_penalty
-from shared_basis.runtime.reporter import Screen
+from shared_basis.runs.trained import Trained, build_model
+from shared_basis.runtime.reporter import Reporter
 from shared_basis.training.start import start_run
-from shared_basis.training.steps import normalize
 
-QUIET = Screen(verbosity="quiet")
+QUIET = Reporter(verbosity="quiet")
 SINGLE, DOUBLE = (("first", "shared"), ("second", "shared")), (("first", "first"), ("second", "second"))
 SHAPE = (8, 8, 1)
 DATA = DataConfig(mean=(0.3,), std=(0.4,))
@@ -61,7 +61,7 @@ def trained_like(network: Network) -> Any:
                            flatten_dict(dict(abstract_variables(network, SHAPE))).items()})
 
 
-def take_apart(network: Network, count: int = 40) -> tuple[Any, layers.Plain]:
+def take_apart(network: Network, count: int = 40) -> tuple[Any, layers.PlainLayers]:
     """Returns the variables of a plain `network`, and its layers measured on random images in two batches."""
     variables = trained_like(network)
     images, labels = make_images(count)
@@ -70,11 +70,11 @@ def take_apart(network: Network, count: int = 40) -> tuple[Any, layers.Plain]:
     moments = input_moments(network, variables, DATA, paths,
                             [(jnp.asarray(images[part]), jnp.asarray(labels[part]))
                              for part in (slice(half), slice(half, None))])
-    return variables, layers.Plain(flatten_dict(variables), moments)
+    return variables, layers.PlainLayers(flatten_dict(variables), moments)
 
 
 @pytest.fixture(scope="module")
-def resnet() -> tuple[Any, layers.Plain]:
+def resnet() -> tuple[Any, layers.PlainLayers]:
     return take_apart(plain_network())
 
 
@@ -84,7 +84,7 @@ def logits(network: Network, variables: Any, images: np.ndarray, train: bool = F
     return np.asarray(found[0])
 
 
-def compressed(source: layers.Plain, network: Network) -> tuple[Any, list[dict[str, Any]]]:
+def compressed(source: layers.PlainLayers, network: Network) -> tuple[Any, list[dict[str, Any]]]:
     arrays, layers = compress_module.factorised(source, network, SHAPE)
     return unflatten_dict(arrays), layers
 
@@ -124,10 +124,10 @@ def test_patches_are_those_of_a_convolution() -> None:
     (SINGLE, 36, 0), (SINGLE, 30, 6), (SINGLE, 2, 4), (DOUBLE, 36, 0), (DOUBLE, 18, 18), ((), 0, 36), ((), 0, 4)])
 @pytest.mark.parametrize("measured", [True, False])
 def test_at_full_rank_the_logits_are_those_of_the_plain_network(
-        resnet: tuple[Any, layers.Plain], layers: Any, shared: int, unique: int, measured: bool) -> None:
+        resnet: tuple[Any, layers.PlainLayers], layers: Any, shared: int, unique: int, measured: bool) -> None:
     """Full is k²C = 36 together, or as many unique elements as a layer has channels, 4."""
     variables, source = resnet
-    source = source if measured else layers.Plain(source.arrays, {})
+    source = source if measured else layers.PlainLayers(source.arrays, {})
     images = make_images(30)[0][10:]
     network = tiny_network(sharing=sharing(layers, shared, unique), blocks=(3,))
     found, errors = compressed(source, network)
@@ -146,7 +146,7 @@ def test_at_full_rank_densenet_is_itself_too() -> None:
 
 @pytest.mark.parametrize(("layers", "shared", "unique"), [(SINGLE, 3, 0), (DOUBLE, 3, 1), ((), 0, 2)])
 def test_what_is_written_is_orthonormal_and_what_is_not_factorised_is_copied(
-        resnet: tuple[Any, layers.Plain], layers: Any, shared: int, unique: int) -> None:
+        resnet: tuple[Any, layers.PlainLayers], layers: Any, shared: int, unique: int) -> None:
     _, source = resnet
     network = tiny_network(sharing=sharing(layers, shared, unique), blocks=(3,))
     found, errors = compressed(source, network)
@@ -165,7 +165,7 @@ def test_what_is_written_is_orthonormal_and_what_is_not_factorised_is_copied(
     assert len(moved) == 4
 
 
-def test_batch_norms_are_told_the_statistics_that_they_will_see(resnet: tuple[Any, layers.Plain]) -> None:
+def test_batch_norms_are_told_the_statistics_that_they_will_see(resnet: tuple[Any, layers.PlainLayers]) -> None:
     """In the first block that shares, whose inputs are those of the plain network."""
     variables, source = resnet
     network = tiny_network(sharing=sharing(SINGLE, 3, 1), blocks=(3,), loop=False)
@@ -200,11 +200,11 @@ def test_batch_norms_are_told_the_statistics_that_they_will_see(resnet: tuple[An
     np.testing.assert_allclose(norm["bias"], products.mean(0), atol=1e-4)
 
 
-def test_measured_on_images_the_activations_err_less_than_by_filters_alone(resnet: tuple[Any, layers.Plain]) -> None:
+def test_measured_on_images_the_activations_err_less_than_by_filters_alone(resnet: tuple[Any, layers.PlainLayers]) -> None:
     _, source = resnet
     network = tiny_network(sharing=sharing(DOUBLE, 3, 1), blocks=(3,))
     _, measured = compressed(source, network)
-    group = layers.Plain(source.arrays, {}).group(network, "group1")
+    group = layers.PlainLayers(source.arrays, {}).group(network, "group1")
     bases = group.bases(3)
     for layer in measured:
         path = tuple(layer["path"].split("/"))
@@ -282,7 +282,7 @@ def test_images_are_scored_before_and_after(run: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def candidates(run: Path) -> ranks.Candidates:
     trained = layers.open_plain(str(run))
-    return ranks.Candidates(layers.take_apart(trained, trained.config, None, QUIET), trained)
+    return ranks.Candidates(layers.extract_layers(trained, trained.config, None, QUIET), trained)
 
 
 @pytest.mark.parametrize("measure", ranks.MEASURES)
@@ -323,7 +323,7 @@ def test_a_budget_names_the_network_and_its_run(run: Path, tmp_path: Path) -> No
 
 
 def test_spectra_are_written_as_a_table_and_a_picture(run: Path, tmp_path: Path) -> None:
-    found = spectra.take(str(run), QUIET, calibration=30, output=str(tmp_path / "here.csv"))
+    found = spectra.write_spectra(str(run), QUIET, calibration=30, output=str(tmp_path / "here.csv"))
     with (tmp_path / "here.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(found["rows"])
@@ -413,6 +413,6 @@ def test_a_run_is_not_overwritten(run: Path, tmp_path: Path) -> None:
 
 def test_spectra_need_a_table_to_write(run: Path, tmp_path: Path) -> None:
     with user_error("--output=x.png", ".csv"):
-        spectra.take(str(run), QUIET, output="x.png")
+        spectra.write_spectra(str(run), QUIET, output="x.png")
     with user_error("there is no directory"):
-        spectra.take(str(run), QUIET, output=str(tmp_path / "no" / "x.csv"))
+        spectra.write_spectra(str(run), QUIET, output=str(tmp_path / "no" / "x.csv"))

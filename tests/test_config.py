@@ -23,7 +23,7 @@ from shared_basis.config import (
     to_dict,
 )
 from shared_basis.errors import UserError
-from shared_basis.models.parameters import LABELS
+from shared_basis.optim.labels import LABELS
 
 OTHER = Config(
     name="other", seed=7,

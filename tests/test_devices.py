@@ -42,20 +42,21 @@ from hypothesis import strategies as st
 from shared_basis.config import Config, DataConfig, OptimizerConfig, OrthogonalityConfig, TrainConfig, replace
 from shared_basis.errors import UserError
 from shared_basis.evaluation import evaluate
+from shared_basis.evaluation.evaluator import Metrics
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runtime import distributed
 from shared_basis.runtime.distributed import (
-    agreed,
+    batch_sharding,
     check_batch_size,
-    divided,
+    jax_runtime,
     join,
+    make_global_array,
     make_mesh,
-    place,
+    raise_on_all_processes,
     replicated,
-    started,
 )
 from shared_basis.training import train
-from shared_basis.training.steps import Metrics, TrainState, create_train_state, train_step
+from shared_basis.training.steps import TrainState, create_train_state, train_step
 
 # A run on other devices
 
@@ -141,7 +142,7 @@ def test_a_checkpoint_lies_where_it_is_restored_to(tmp_path: Path, count: int) -
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, jax.device_put(state, replicated(mesh_of(4))), {}, None)
     checkpoints.wait()
-    for sharding in (replicated(mesh_of(count)), divided(mesh_of(count))):
+    for sharding in (replicated(mesh_of(count)), batch_sharding(mesh_of(count))):
         restored = checkpoints.restore(1, {"weights": jax.ShapeDtypeStruct((8, 3), np.float32, sharding=sharding)})
         assert restored["weights"].sharding == sharding
         assert_trees_equal(restored, state)
@@ -199,12 +200,12 @@ def test_the_mesh_is_of_all_devices() -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("sharding", [replicated(mesh_of(4)), divided(mesh_of(4))], ids=["whole", "divided"])
+@pytest.mark.parametrize("sharding", [replicated(mesh_of(4)), batch_sharding(mesh_of(4))], ids=["whole", "divided"])
 def test_what_every_process_has_is_placed_as_jax_places_it(monkeypatch: pytest.MonkeyPatch, processes: int,
                                                            sharding: Any) -> None:
     array = np.arange(24).reshape(8, 3).astype(np.int32)
     monkeypatch.setattr(jax, "process_count", lambda: processes)
-    placed = place(array, sharding)
+    placed = make_global_array(array, sharding)
     assert placed.sharding == sharding
     for shard, expected in zip(placed.addressable_shards, jax.device_put(array, sharding).addressable_shards,
                                strict=True):
@@ -243,10 +244,10 @@ def test_a_batch_that_cannot_be_divided_ends_training_before_it_begins(tmp_path:
 
 def test_an_error_of_the_only_process_passes_unchanged() -> None:
     for error in (UserError("the user's mistake"), KeyError("ours")):
-        with pytest.raises(type(error)) as caught, agreed():
+        with pytest.raises(type(error)) as caught, raise_on_all_processes():
             raise error
         assert caught.value is error
-    with agreed():
+    with raise_on_all_processes():
         pass
 
 
@@ -258,9 +259,9 @@ def test_a_process_ends_with_its_own_error_or_with_word_of_the_first_that_has_on
         given.append(value)
         return np.array([False, value, True, True])
     monkeypatch.setattr(distributed, "everyone", everyone)
-    with user_error("process 2 cannot go on"), agreed():
+    with user_error("process 2 cannot go on"), raise_on_all_processes():
         pass
-    with user_error("the user's mistake"), agreed():
+    with user_error("the user's mistake"), raise_on_all_processes():
         raise UserError("the user's mistake")
     assert given == [False, True]
 
@@ -333,7 +334,7 @@ def test_any_flag_about_processes_makes_this_one_of_several(monkeypatch: pytest.
                                                             joins: bool) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(distributed, "join", lambda *arguments: calls.append(arguments))
-    with started(*flags, debug_nans=False):
+    with jax_runtime(*flags, debug_nans=False):
         pass
     assert calls == ([flags[1:]] if joins else [])
 
@@ -346,7 +347,7 @@ def test_only_the_first_process_prints_and_errors_name_theirs(
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(distributed, "PARTING_SECONDS", 0)
     stdout = sys.stdout
-    with user_error(f"process {process}: the user's mistake"), started(False, None, None, None, False):
+    with user_error(f"process {process}: the user's mistake"), jax_runtime(False, None, None, None, False):
         print("result")
         raise UserError("the user's mistake")
     if process:
@@ -428,12 +429,12 @@ def updates(model: nn.Module, steps: int, accumulate: int, count: int = 1,
     mesh, optimizer = mesh_of(count), optax.sgd(0.1)
     step = jax.jit(functools.partial(
         train_step, model=model, optimizer=optimizer, data=data, seed=0, steps_per_epoch=steps,
-        batch_sharding=divided(mesh), accumulate=accumulate), out_shardings=replicated(mesh))
+        batch_sharding=batch_sharding(mesh), accumulate=accumulate), out_shardings=replicated(mesh))
     state = jax.device_put(create_train_state(model, optimizer, 0, (4, 4, 1)), replicated(mesh))
     images, labels = make_images(16 * steps, size=4)
     metrics = []
     for first in range(0, len(images), 16):
-        batch = jax.device_put((images[first:first + 16], labels[first:first + 16]), divided(mesh))
+        batch = jax.device_put((images[first:first + 16], labels[first:first + 16]), batch_sharding(mesh))
         state, values = step(state, *batch)
         metrics.append(jax.device_get(values))
     return state, metrics

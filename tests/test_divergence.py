@@ -32,6 +32,7 @@ from shared_basis.evaluation import evaluate as evaluate_module
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.workdir import Workdir
 from shared_basis.runtime.preemption import Interrupted
+from shared_basis.training import loop, program
 from shared_basis.training import train as train_module
 from shared_basis.training.steps import TrainState
 from shared_basis.training.train import train
@@ -82,7 +83,7 @@ Change = Callable[[TrainState, dict[str, Any]], tuple[TrainState, dict[str, Any]
 
 def alter(monkeypatch: pytest.MonkeyPatch, step: int, change: Change) -> None:
     """Has the compiled step give what `change` makes of its results, from `step` on."""
-    build = train_module.build
+    build = program.build
 
     def build_altered(*arguments: Any) -> Any:
         state, program = build(*arguments)
@@ -181,8 +182,8 @@ def test_the_norms_are_those_of_the_step(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", ["test_loss", "train_loss"])
 def test_an_evaluation_that_is_not_finite_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                        name: str) -> None:
-    measure = train_module.Training.measure
-    monkeypatch.setattr(train_module.Training, "measure", lambda training, state: {
+    measure = loop.Training.measure
+    monkeypatch.setattr(loop.Training, "measure", lambda training, state: {
         **measure(training, state), **({name: INF} if int(state.step) == 10 else {})})
     with user_error("diverged at step 10: ", f"{name.replace('_', ' ')} inf", "Saved and finite: checkpoint 5 in"):
         train(CONFIG, tmp_path / "run", Watcher())

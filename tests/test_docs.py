@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, CommandLine, save_run
 
-from shared_basis.cli.commands import TAKEN_BY
+from shared_basis.cli.commands import MODES_BY_FLAG
 from shared_basis.config import from_config_dict
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -70,8 +70,8 @@ def test_a_command_that_is_not_run_is_understood(page: str, arguments: list[str]
     others = []
     for word in kept:
         name = word.lstrip("-").partition("=")[0]
-        assert mode in TAKEN_BY.get(name, (mode,)), f"--{name} is not for --mode={mode}"
-        if name not in ("config", "mode", *TAKEN_BY):
+        assert mode in MODES_BY_FLAG.get(name, (mode,)), f"--{name} is not for --mode={mode}"
+        if name not in ("config", "mode", *MODES_BY_FLAG):
             others.append(word)
     done = main(*config, *others, "--mode=prepare", "--config.data.name=digits", "--config.data.mean=(0.5,)",
                 "--config.data.std=(0.5,)", cwd=checkout)

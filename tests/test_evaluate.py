@@ -18,7 +18,8 @@ from shared_basis import data
 from shared_basis.config import Config, DataConfig, ModelConfig
 from shared_basis.data import feeds
 from shared_basis.evaluation import evaluate
-from shared_basis.evaluation.evaluate import build_model, make_evaluator
+from shared_basis.evaluation.evaluator import make_evaluator
+from shared_basis.runs.trained import build_model
 
 
 def random_variables(model: Any, image_shape: tuple[int, int, int]) -> Any:

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from shared_basis.config import Config, DataConfig, ModelConfig, replace
-from shared_basis.evaluation.evaluate import Trained
+from shared_basis.data.augment import normalize
 from shared_basis.export import export, graph, stablehlo
 from shared_basis.export import onnx as onnx_writer
 from shared_basis.export.folding import CHOICES, fold
@@ -39,9 +39,9 @@ from shared_basis.models.parameters import abstract_variables, count_macs
 from shared_basis.models.registry import FAMILIES
 from shared_basis.models.resnet import ResNet
 from shared_basis.models.resnext import ResNeXt
-from shared_basis.runtime.reporter import Screen
+from shared_basis.runs.trained import Trained
+from shared_basis.runtime.reporter import Reporter
 from shared_basis.training import train
-from shared_basis.training.steps import normalize
 
 DATA = DataConfig(name="digits", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
 
@@ -225,7 +225,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("export") / "run"
     config = Config(model=ModelConfig(name="resnet14-s4u1"), data=DataConfig(name="digits", mean=(0.3,), std=(0.38,)))
     train.train(replace(config, {"train.epochs": 2, "train.batch_size": 64, "train.evaluate_every": 2,
-                                 "train.eval_batch_size": 355}), path, Screen(io.StringIO()))
+                                 "train.eval_batch_size": 355}), path, Reporter(io.StringIO()))
     return path
 
 

@@ -36,6 +36,7 @@ from shared_basis.evaluation.evaluate import evaluate
 from shared_basis.runs import workdir as workdir_module
 from shared_basis.runs.workdir import Workdir
 from shared_basis.runtime.preemption import Interrupted
+from shared_basis.training import loop
 from shared_basis.training import start as start_module
 from shared_basis.training import train as train_module
 from shared_basis.training.train import train
@@ -54,12 +55,12 @@ CONFIG = Config(
 @pytest.fixture(autouse=True, scope="module")
 def small_network() -> Iterator[None]:
     """Trains a network that compiles fast; its first epoch is said to be the best, so that its checkpoint stays."""
-    measure = train_module.Training.measure
+    measure = loop.Training.measure
     with pytest.MonkeyPatch.context() as patch:
         for module in (train_module, evaluate_module, start_module):
             patch.setattr(module, "build_model", lambda config, spec: tiny_network(len(spec.classes)))
         patch.setattr(sys, "unraisablehook", lambda unraisable: None)  # writes that Orbax leaves unfinished
-        patch.setattr(train_module.Training, "measure",
+        patch.setattr(loop.Training, "measure",
                       lambda training, state: {**measure(training, state), "test_accuracy": 1 / int(state.step)})
         yield
 

@@ -31,7 +31,7 @@ from shared_basis.config import Config, DataConfig, OptimizerConfig, Orthogonali
 from shared_basis.data import feeds, in_memory, streaming
 from shared_basis.data.examples import ArrayExamples
 from shared_basis.runtime.distributed import make_mesh
-from shared_basis.runtime.reporter import Screen
+from shared_basis.runtime.reporter import Reporter
 from shared_basis.training import train as train_module
 
 PER_EPOCH = 5
@@ -46,7 +46,7 @@ CONFIG = Config(
 def load(placement: str) -> tuple[feeds.Images, Config]:
     """Returns the images of `CONFIG` so placed, and the configuration."""
     config = replace(CONFIG, {"data.placement": placement})
-    return feeds.load(data.open_source(config.data), config.data, make_mesh(), Screen(verbosity="quiet")), config
+    return feeds.load(data.open_source(config.data), config.data, make_mesh(), Reporter(verbosity="quiet")), config
 
 
 # The same batches
@@ -183,7 +183,7 @@ def test_broken_training_images_are_substituted_alike_wherever_images_wait(tmp_p
     mesh, seen = mesh_of(1), {}
     for placement in ("device", "stream"):
         config = replace(Config(), {**fields, "data.placement": placement, "data.workers": 0})
-        images = feeds.load(data.open_source(config.data), config.data, mesh, Screen(verbosity="quiet"))
+        images = feeds.load(data.open_source(config.data), config.data, mesh, Reporter(verbosity="quiet"))
         assert images.count("train") == 16
         feed = images.feed(config, mesh)
         with contextlib.closing(feed.batches(0)) as batches:
@@ -198,7 +198,7 @@ def test_broken_training_images_are_substituted_alike_wherever_images_wait(tmp_p
 def test_resident_images_that_are_broken_are_left_out_and_told(tmp_path: Path) -> None:
     config, broken = broken_folder(tmp_path, 2)
     written = io.StringIO()
-    images = feeds.load(data.open_source(config), config, make_mesh(), Screen(written))
+    images = feeds.load(data.open_source(config), config, make_mesh(), Reporter(written))
     lines = written.getvalue().splitlines()
     assert (images.count("train"), images.count("test")) == (6, 6)
     assert lines[0].startswith("images are resident on the device (as configured; decoded, the images take 2.2 KiB")
@@ -211,13 +211,13 @@ def test_resident_images_that_are_broken_stop_a_run_unless_they_may_be_skipped(t
     config, broken = broken_folder(tmp_path, 1)
     strict = dataclasses.replace(config, on_broken="fail")
     with user_error(f"{broken[0]} is not an image", "--config.data.on_broken=skip"):
-        feeds.load(data.open_source(strict), strict, make_mesh(), Screen(verbosity="quiet"))
+        feeds.load(data.open_source(strict), strict, make_mesh(), Reporter(verbosity="quiet"))
 
 
 def test_a_split_all_of_whose_images_are_broken_is_told(tmp_path: Path) -> None:
     config, _ = broken_folder(tmp_path, 6)
     with user_error("none of the test images can be decoded", "data.name='folder'"):
-        feeds.load(data.open_source(config), config, make_mesh(), Screen(verbosity="quiet"))
+        feeds.load(data.open_source(config), config, make_mesh(), Reporter(verbosity="quiet"))
 
 
 # The choice
@@ -313,6 +313,6 @@ def test_the_choice_is_made_for_the_images_of_a_run(monkeypatch: pytest.MonkeyPa
     source = data.open_source(config)  # 88 images of 64 bytes
     for free, kind in ((2 * 5 * 88 * 64, data.Split), (2 * 5 * 88 * 64 - 1, ArrayExamples)):
         monkeypatch.setattr(in_memory, "available_memory", lambda free=free: free)
-        images = feeds.load(source, config, make_mesh(), Screen(verbosity="quiet"))
+        images = feeds.load(source, config, make_mesh(), Reporter(verbosity="quiet"))
         assert {type(part) for part in images.splits.values()} == {kind}
         assert {name: images.count(name) for name in images.splits} == {"train": 44, "test": 30, "validation": 14}

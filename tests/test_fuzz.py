@@ -27,6 +27,7 @@ from shared_basis.evaluation import evaluate as evaluate_module
 from shared_basis.models import create_model
 from shared_basis.models.parameters import abstract_variables
 from shared_basis.models.registry import FAMILIES
+from shared_basis.runs import trained
 from shared_basis.runtime.preemption import Interrupted
 from shared_basis.training import train as train_module
 from shared_basis.training.train import train
@@ -129,7 +130,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def small_networks() -> Iterator[None]:
     """Trains a network that compiles fast, once `build_model` has found nothing to say against the right one."""
-    build_model = evaluate_module.build_model
+    build_model = trained.build_model
 
     class Plain(Linear):
         def element_sets(self, elements: str) -> tuple[()]:

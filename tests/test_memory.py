@@ -21,9 +21,10 @@ from shared_basis.evaluation import evaluate as evaluate_module
 from shared_basis.models.parameters import abstract_variables, count_parameters
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runtime import memory
-from shared_basis.runtime.distributed import divided, make_mesh, replicated
-from shared_basis.runtime.memory import Memory, advice, bytes_on_device, check, explained, measure
-from shared_basis.runtime.reporter import Screen, size_text
+from shared_basis.runtime.distributed import batch_sharding, make_mesh, replicated
+from shared_basis.runtime.memory import Memory, advice, bytes_on_device, check, measure, oom_as_user_error
+from shared_basis.runtime.reporter import Reporter, size_text
+from shared_basis.training import program as program_module
 from shared_basis.training import train as train_module
 from shared_basis.training.steps import TrainState
 
@@ -66,7 +67,7 @@ def test_a_device_holds_all_of_what_is_replicated_and_its_part_of_what_is_divide
                                                                                   size: int) -> None:
     mesh = mesh_of(devices)
     for make in (abstract, lambda shape, dtype, sharding: jax.device_put(jnp.zeros(shape, dtype), sharding)):
-        tree = {"whole": make((8, 3, 5), dtype, replicated(mesh)), "part": [make((8, 7), dtype, divided(mesh))],
+        tree = {"whole": make((8, 3, 5), dtype, replicated(mesh)), "part": [make((8, 7), dtype, batch_sharding(mesh))],
                 "scalar": make((), dtype, replicated(mesh)), "nothing": (make((0, 9), dtype, replicated(mesh)),)}
         assert bytes_on_device(tree) == size * (8 * 3 * 5 + 8 * 7 // devices + 1)
     assert bytes_on_device({}) == 0
@@ -101,13 +102,13 @@ def test_the_step_of_a_known_program_is_its_intermediate_and_its_result() -> Non
     assert measure(state_of({}, {}, ()), 0, donated).step < MIB
 
 
-def program(config: Config, tmp_path: Path, **changes: Any) -> train_module.Program:
+def program(config: Config, tmp_path: Path, **changes: Any) -> program_module.Program:
     """Returns the compiled program of a run of the tiny network, with `changes`, on all devices."""
     mesh = make_mesh()
-    images = feeds.load(data.open_source(config.data), config.data, mesh, Screen(verbosity="quiet"))
+    images = feeds.load(data.open_source(config.data), config.data, mesh, Reporter(verbosity="quiet"))
     model = tiny_network(**changes)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    _, built = train_module.build(config, images, model, mesh, checkpoints)
+    _, built = program_module.build(config, images, model, mesh, checkpoints)
     checkpoints.close()
     return built
 
@@ -256,12 +257,12 @@ def test_a_run_without_the_memory_is_refused_before_its_first_step(tmp_path: Pat
 def test_a_failed_allocation_is_told_in_one_line(error: Exception) -> None:
     text = " ".join(str(error).split()) or "MemoryError"
     with user_error(f"the memory does not suffice ({text}). To reduce it, set a smaller --config.train.batch_size",
-                    " Saved: checkpoint 7."), explained(CONFIG, saved=lambda: " Saved: checkpoint 7."):
+                    " Saved: checkpoint 7."), oom_as_user_error(CONFIG, saved=lambda: " Saved: checkpoint 7."):
         raise error
 
 
 def test_the_allocation_of_numpy_is_one_too() -> None:
-    with user_error("Unable to allocate", "--config.train.eval_batch_size"), explained(CONFIG, "train.eval_batch_size"):
+    with user_error("Unable to allocate", "--config.train.eval_batch_size"), oom_as_user_error(CONFIG, "train.eval_batch_size"):
         np.empty(2**60, np.uint8)
 
 
@@ -270,13 +271,13 @@ def test_the_allocation_of_numpy_is_one_too() -> None:
     UserError("RESOURCE_EXHAUSTED is what he said"), KeyboardInterrupt(),
     OSError(12, "Cannot allocate memory")], ids=repr)
 def test_other_errors_are_left_alone(error: BaseException) -> None:
-    with pytest.raises(type(error)) as caught, explained(CONFIG):
+    with pytest.raises(type(error)) as caught, oom_as_user_error(CONFIG):
         raise error
     assert caught.value is error
 
 
 def test_a_long_message_is_cut() -> None:
-    with user_error() as caught, explained(CONFIG):
+    with user_error() as caught, oom_as_user_error(CONFIG):
         raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {'buffer ' * 10_000}")
     assert len(str(caught.value)) < 500
 
@@ -284,15 +285,15 @@ def test_a_long_message_is_cut() -> None:
 def test_of_several_processes_the_loss_of_another_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with (user_error("another process was lost (UNAVAILABLE: connection closed)", "Saved: nothing", "Start all"),
-          explained(CONFIG, saved=lambda: " Saved: nothing.")):
+          oom_as_user_error(CONFIG, saved=lambda: " Saved: nothing.")):
         raise jax.errors.JaxRuntimeError("UNAVAILABLE: connection\nclosed")
-    with user_error("the memory does not suffice (RESOURCE_EXHAUSTED"), explained(CONFIG):
+    with user_error("the memory does not suffice (RESOURCE_EXHAUSTED"), oom_as_user_error(CONFIG):
         raise jax.errors.JaxRuntimeError(EXHAUSTED)
 
 
 def fail_at(step: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the compiled step fail when it is to make `step`."""
-    build = train_module.build
+    build = program_module.build
 
     def build_failing(*arguments: Any) -> Any:
         state, built = build(*arguments)

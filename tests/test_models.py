@@ -12,7 +12,7 @@ from shared_basis.errors import UserError
 from shared_basis.models import GRAMMAR, create_model, plain_counterpart
 from shared_basis.models.parameters import abstract_variables
 from shared_basis.models.resnet import BasicBlock, shortcut
-from shared_basis.nn.basis_conv import BasisConv, ElementSet
+from shared_basis.nn.basis_conv import BasisConv, BasisGroup
 from shared_basis.nn.ops import quick_compiler_options
 
 
@@ -165,11 +165,11 @@ def test_element_sets_name_the_arrays_of_each_group():
     unique = [tuple((group, block, layer, "unique") for block in ("block2", "block3") for layer in ("first", "second"))
               for group in groups]
     both = [(("bases", group, "first"), ("bases", group, "second")) for group in groups]
-    assert single.element_sets() == tuple(ElementSet((("bases", group, "shared"),)) for group in groups)
-    assert double.element_sets("shared") == tuple(ElementSet(paths) for paths in both)
-    assert double.element_sets("shared+unique") == tuple(map(ElementSet, both, unique))
+    assert single.element_sets() == tuple(BasisGroup((("bases", group, "shared"),)) for group in groups)
+    assert double.element_sets("shared") == tuple(BasisGroup(paths) for paths in both)
+    assert double.element_sets("shared+unique") == tuple(map(BasisGroup, both, unique))
     assert unique_only.element_sets("shared") == ()
-    assert unique_only.element_sets("shared+unique") == tuple(ElementSet((), paths) for paths in unique)
+    assert unique_only.element_sets("shared+unique") == tuple(BasisGroup((), paths) for paths in unique)
     assert create_model("resnet20").element_sets("shared+unique") == ()
 
 

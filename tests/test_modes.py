@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT, CommandLine, user_error
 
 from shared_basis.cli import commands
-from shared_basis.cli.commands import MODES, TAKEN_BY, Request
+from shared_basis.cli.commands import MODES, MODES_BY_FLAG, Request
 from shared_basis.config import Config
 
 
@@ -32,12 +32,12 @@ def test_flags_of_other_modes_are_refused(mode: str, fields: dict[str, Any], par
 
 def test_what_a_mode_takes_and_defaults_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     names = set(Request.__dataclass_fields__)
-    assert names >= set(TAKEN_BY)
-    assert all(set(taken) <= set(MODES) for taken in TAKEN_BY.values())
+    assert names >= set(MODES_BY_FLAG)
+    assert all(set(taken) <= set(MODES) for taken in MODES_BY_FLAG.values())
     for mode in MODES:
         monkeypatch.setitem(MODES, mode, lambda _: ({}, "done"))
         assert commands.run(mode, request(images=[], runs=[], report=False)) == ({}, "done")  # --noreport suits all
-        for name in (name for name, taken in TAKEN_BY.items() if mode in taken):
+        for name in (name for name, taken in MODES_BY_FLAG.items() if mode in taken):
             assert commands.run(mode, request(**{name: "7"})) == ({}, "done")
 
 

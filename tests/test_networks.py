@@ -10,10 +10,11 @@ import pytest
 
 from shared_basis import create_model
 from shared_basis.errors import UserError
-from shared_basis.models.parameters import LABELS, abstract_variables, count_macs, count_parameters, label_parameters
+from shared_basis.models.parameters import abstract_variables, count_macs, count_parameters
 from shared_basis.models.registry import FAMILIES
 from shared_basis.nn.basis_conv import BasisConv
 from shared_basis.nn.ops import quick_compiler_options
+from shared_basis.optim.labels import LABELS, label_parameters
 
 # Measured on the official implementation: name, stem, classes, image size, parameters, multiply-accumulates.
 COUNTS = """

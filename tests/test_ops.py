@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from shared_basis.nn import ops
+from shared_basis.nn import batch_norm, ops
 from shared_basis.nn.basis_conv import BasisConv
 
 
@@ -92,7 +92,7 @@ def test_bfloat16_is_accumulated_in_float32(filters):
 
 def norms(train, dtype=jnp.float32):
     """Returns ours and Flax's."""
-    return (ops.BatchNorm(train, dtype),
+    return (batch_norm.BatchNorm(train, dtype),
             nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype))
 
 
@@ -136,7 +136,7 @@ def test_batch_norm_followed_by_a_product_is_the_product_of_what_it_normalises(t
                                                                                monkeypatch):
     x, dy, matrix = draw(2, (6, 5, 4, 3), (6, 5, 4, 9), (3, 9))
     x, variables = jnp.asarray(3 * x + 1, dtype), variables_of(3)
-    norm = ops.BatchNorm(train, dtype)
+    norm = batch_norm.BatchNorm(train, dtype)
 
     def run(compute):
         def apply(params, x, matrix):
@@ -183,7 +183,7 @@ def test_a_loop_is_its_body_again_and_again():
             x, output = body(x, part)
             outputs.append(output)
         return x, outputs
-    (y, outputs), pull = jax.vjp(lambda x, parts: ops.loop(body, x, parts), x, parts)
+    (y, outputs), pull = jax.vjp(lambda x, parts: ops.scan_with_remat(body, x, parts), x, parts)
     (other, others), other_pull = jax.vjp(unrolled, x, parts)
     for one, two in zip(jax.tree.leaves((y, outputs, pull((y, outputs)))),
                         jax.tree.leaves((other, others, other_pull((other, others)))), strict=True):
@@ -208,13 +208,13 @@ def test_batch_norm_s_variables_are_flax_s():
 
 def test_batch_norm_s_gradient_is_that_of_differences():
     x, scale, bias, weights = draw(3, (4, 3, 3, 2), (2,), (2,), (4, 3, 3, 2))
-    check_grads(lambda *a: jnp.sum(weights * jnp.tanh(ops._normalize_batch(*a)[0])), (x, scale, bias), 1, ["rev"],
+    check_grads(lambda *a: jnp.sum(weights * jnp.tanh(batch_norm._normalize_batch(*a)[0])), (x, scale, bias), 1, ["rev"],
                 atol=1e-2, rtol=1e-2)
 
 
 def test_a_large_mean_does_not_drown_the_gradient_of_the_scale():
     x, dy = draw(4, (64, 8, 8, 2), (64, 8, 8, 2))
-    _, pull = jax.vjp(ops._normalize_batch, x + np.float32(50), np.ones(2, np.float32), np.zeros(2, np.float32))
+    _, pull = jax.vjp(batch_norm._normalize_batch, x + np.float32(50), np.ones(2, np.float32), np.zeros(2, np.float32))
     _, dscale, _ = pull((jnp.asarray(dy), jnp.zeros(2), jnp.zeros(2)))
     exact = x.astype(np.float64)
     exact = (exact - exact.mean((0, 1, 2))) / exact.std((0, 1, 2))
@@ -242,7 +242,7 @@ def test_portable_programs_have_each_operation_as_it_is_written_down():
         @nn.compact
         def __call__(self, x):
             y = ops.convolve(x, kernel, 1, 1, jnp.float32)
-            return ops.batch_norm(False, jnp.float32, "norm").followed_by([y], kernel[0, 0, :2].T @ kernel[0, 0, :2])
+            return batch_norm.batch_norm(False, jnp.float32, "norm").followed_by([y], kernel[0, 0, :2].T @ kernel[0, 0, :2])
 
     def program(x):
         return Layer().apply({kind: {"norm": tree} for kind, tree in variables.items()}, x)

@@ -10,8 +10,9 @@ import pytest
 
 from shared_basis.config import OptimizerConfig, OrthogonalityConfig
 from shared_basis.models import create_model
-from shared_basis.models.parameters import LABELS, abstract_variables
-from shared_basis.nn.basis_conv import ElementSet
+from shared_basis.models.parameters import abstract_variables
+from shared_basis.nn.basis_conv import BasisGroup
+from shared_basis.optim.labels import LABELS
 from shared_basis.optim.optimizer import learning_rate_schedule, make_optimizer
 from shared_basis.optim.penalty import orthogonality_penalty
 
@@ -95,7 +96,7 @@ def test_two_updates_rebuilt_by_hand(decay, nesterov):
 
 @pytest.mark.parametrize(("reduction", "pairs"), [("mean", 6 + 1), ("sum", 1)])
 def test_the_penalty_is_added_before_momentum(reduction, pairs):
-    elements = [ElementSet((("bases", "group1", "shared"),), (("layer", "unique"),))]
+    elements = [BasisGroup((("bases", "group1", "shared"),), (("layer", "unique"),))]
     optimizer = make_optimizer(OptimizerConfig(weight_decay=0.0), OrthogonalityConfig(weight=10.0, reduction=reduction),
                                elements, lambda step: 1.0)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS), PARAMS)
@@ -109,7 +110,7 @@ def test_the_penalty_is_added_before_momentum(reduction, pairs):
 
 @pytest.mark.parametrize("orthogonality", [OrthogonalityConfig(weight=0.0), OrthogonalityConfig(weight=10.0)])
 def test_without_weight_or_elements_no_penalty_is_added(orthogonality):
-    elements = [ElementSet((("bases", "group1", "shared"),))] if not orthogonality.weight else []
+    elements = [BasisGroup((("bases", "group1", "shared"),))] if not orthogonality.weight else []
     optimizer = make_optimizer(OptimizerConfig(weight_decay=0.0), orthogonality, elements, lambda step: 1.0)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS), PARAMS)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))

@@ -10,19 +10,19 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from shared_basis.nn.basis_conv import ElementSet
+from shared_basis.nn.basis_conv import BasisGroup
 from shared_basis.optim.penalty import add_orthogonality_penalty, orthogonality_diagnostics, orthogonality_penalty
 
 A, B, C = ("a", "shared"), ("a", "second"), ("b", "deep", "basis")
 U1, U2, U3 = ("layers", "u1"), ("layers", "u2"), ("layers", "u3")
 
 SETS = {
-    "shared only": [ElementSet((A,))],
-    "double": [ElementSet((A, B))],
-    "shared and unique": [ElementSet((A,), (U1, U2))],
-    "double and unique": [ElementSet((A, B), (U1, U2, U3))],
-    "unique only": [ElementSet((), (U1, U2))],
-    "several groups": [ElementSet((A, B), (U1,)), ElementSet((C,)), ElementSet((), (U2, U3))],
+    "shared only": [BasisGroup((A,))],
+    "double": [BasisGroup((A, B))],
+    "shared and unique": [BasisGroup((A,), (U1, U2))],
+    "double and unique": [BasisGroup((A, B), (U1, U2, U3))],
+    "unique only": [BasisGroup((), (U1, U2))],
+    "several groups": [BasisGroup((A, B), (U1,)), BasisGroup((C,)), BasisGroup((), (U2, U3))],
 }
 
 
@@ -80,13 +80,13 @@ def test_penalty_is_the_formula(sets, reduction):
 def test_penalty_by_hand():
     # Rows (2, 0) and (1, 1) of one shared basis; B Bᵀ = [[4, 2], [2, 2]]; less I, squared: 9 + 4 + 4 + 1.
     tree = {"basis": jnp.array([[2.0, 1.0], [0.0, 1.0]])}
-    assert orthogonality_penalty(tree, [ElementSet((("basis",),))], "sum") == 18
-    assert orthogonality_penalty(tree, [ElementSet((("basis",),))]) == 4.5
+    assert orthogonality_penalty(tree, [BasisGroup((("basis",),))], "sum") == 18
+    assert orthogonality_penalty(tree, [BasisGroup((("basis",),))]) == 4.5
 
 
 def test_the_mean_is_over_the_pairs_of_all_groups_together():
     tree = {"ones": jnp.eye(3), "long": jnp.array([[2.0]])}  # 9 pairs that add 0, and one that adds (4 − 1)²
-    assert orthogonality_penalty(tree, [ElementSet((("ones",),)), ElementSet((("long",),))]) == pytest.approx(0.9)
+    assert orthogonality_penalty(tree, [BasisGroup((("ones",),)), BasisGroup((("long",),))]) == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -98,7 +98,7 @@ def test_the_gradient_is_that_of_finite_differences(reduction):
 
 def test_the_gradient_is_derived_by_hand():
     # One element f: penalty (‖f‖² − 1)², gradient 4 (‖f‖² − 1) f = 4 · 24 · (3, 4).
-    gradient = jax.grad(orthogonality_penalty)({"f": jnp.array([[3.0], [4.0]])}, [ElementSet((("f",),))])
+    gradient = jax.grad(orthogonality_penalty)({"f": jnp.array([[3.0], [4.0]])}, [BasisGroup((("f",),))])
     np.testing.assert_allclose(gradient["f"][:, 0], [288, 384])
 
 
@@ -156,7 +156,7 @@ def test_the_link_equals_the_gradient_of_the_summed_loss(weight, reduction):
 
 
 def test_the_weight_is_that_of_the_number_of_updates_made_so_far():
-    tree, sets = {"f": jnp.array([[3.0], [4.0]])}, [ElementSet((("f",),))]
+    tree, sets = {"f": jnp.array([[3.0], [4.0]])}, [BasisGroup((("f",),))]
     link = add_orthogonality_penalty(lambda count: 0.5 * count, sets)
     state = link.init(tree)
     for count in range(3):
@@ -172,9 +172,9 @@ def test_the_link_needs_the_parameters():
 
 
 WRONG = [
-    ([ElementSet((("a", "third"),))], "mean", KeyError, "no basis at a/third: the parameter tree has no a/third"),
-    ([ElementSet((A,), (("x", "y"),))], "mean", KeyError, "no basis at x/y: the parameter tree has no x"),
-    ([ElementSet((("other", "y"),))], "mean", KeyError, "no basis at other/y: the parameter tree has no other/y"),
+    ([BasisGroup((("a", "third"),))], "mean", KeyError, "no basis at a/third: the parameter tree has no a/third"),
+    ([BasisGroup((A,), (("x", "y"),))], "mean", KeyError, "no basis at x/y: the parameter tree has no x"),
+    ([BasisGroup((("other", "y"),))], "mean", KeyError, "no basis at other/y: the parameter tree has no other/y"),
     (SETS["shared only"], "median", ValueError, "reduction='median': must be 'mean' or 'sum'"),
     ([], "mean", ValueError, "element_sets is empty: name at least one basis"),
 ]
@@ -197,7 +197,7 @@ def test_diagnostics_by_hand():
     # different rows that count: shared 0; shared with unique 3, 8, 0, 0. Unique rows of two layers do not count.
     tree = {"s": jnp.array([[3.0, 0], [4, 0], [0, 1]]), "u": jnp.array([[1.0], [0], [0]]),
             "v": jnp.array([[0], [2.0], [0]])}
-    diagnostics = orthogonality_diagnostics(tree, [ElementSet((("s",),), (("u",), ("v",)))])
+    diagnostics = orthogonality_diagnostics(tree, [BasisGroup((("s",),), (("u",), ("v",)))])
     # (25 − 1)² + 3² + 8² of the 8 pairs of shared rows, and (4 − 1)² of the 2 of unique rows.
     assert diagnostics == pytest.approx({"penalty": (576 + 9 + 64 + 9) / 10, "norm_min": 1, "norm_mean": 9 / 4,
                                          "norm_max": 5, "coherence": 8})
@@ -205,12 +205,12 @@ def test_diagnostics_by_hand():
 
 def test_coherence_is_that_of_the_worst_group_and_counts_negative_products():
     tree = {"a": jnp.array([[1.0, -2.0], [0, 0]]), "b": jnp.eye(2)}
-    assert orthogonality_diagnostics(tree, [ElementSet((("b",),)), ElementSet((("a",),))])["coherence"] == 2
+    assert orthogonality_diagnostics(tree, [BasisGroup((("b",),)), BasisGroup((("a",),))])["coherence"] == 2
 
 
 def test_orthonormal_bases_have_no_penalty():
     q = np.linalg.qr(np.random.default_rng(0).normal(size=(18, 18)))[0].astype(np.float32)
     tree = {"s": q[:, :6].reshape(3, 3, 2, 6), "u": q[:, 6:8].reshape(3, 3, 2, 2), "v": q[:, 8:10].reshape(3, 3, 2, 2)}
-    diagnostics = orthogonality_diagnostics(tree, [ElementSet((("s",),), (("u",), ("v",)))])
+    diagnostics = orthogonality_diagnostics(tree, [BasisGroup((("s",),), (("u",), ("v",)))])
     norms = dict.fromkeys(("norm_min", "norm_mean", "norm_max"), 1)
     assert diagnostics == pytest.approx({"penalty": 0, "coherence": 0, **norms}, abs=1e-6)

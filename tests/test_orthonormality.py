@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared_basis.config import Config, DataConfig, ModelConfig, OptimizerConfig, OrthogonalityConfig, TrainConfig
-from shared_basis.nn.basis_conv import ElementSet
+from shared_basis.nn.basis_conv import BasisGroup
 from shared_basis.optim.optimizer import make_optimizer
 from shared_basis.optim.orthonormal import keep_orthonormal, polar_factor, tangent
 from shared_basis.optim.penalty import orthogonality_diagnostics
@@ -73,8 +73,8 @@ def test_the_gram_matrix_has_no_derivative_along_a_tangent() -> None:
     assert np.abs(derivative).max() > 1  # away from the tangent space it has
 
 
-SETS = (ElementSet((("bases", "first"), ("bases", "second")), (("one", "unique"), ("two", "unique"))),
-        ElementSet((("wide",),)))
+SETS = (BasisGroup((("bases", "first"), ("bases", "second")), (("one", "unique"), ("two", "unique"))),
+        BasisGroup((("wide",),)))
 """Two bases of 3 elements and two layers with 2 unique ones, in 27 dimensions; and 5 elements in 4."""
 
 
@@ -141,7 +141,7 @@ def test_a_small_step_goes_along_the_projected_gradient() -> None:
 def test_weight_decay_leaves_the_bases_alone() -> None:
     params = jax.tree.map(jnp.asarray, random_tree(np.random.default_rng(2)))
     params = {"bases": params["bases"], "layer": {"unique": params["one"]["unique"], "coefficients": jnp.ones((2, 2))}}
-    elements = [ElementSet((("bases", "first"),), (("layer", "unique"),))]
+    elements = [BasisGroup((("bases", "first"),), (("layer", "unique"),))]
     optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5), OrthogonalityConfig(method="exact"), elements,
                                lambda step: 1.0)
     state = optimizer.init(params)
@@ -157,11 +157,11 @@ def test_weight_decay_leaves_the_bases_alone() -> None:
 
 def test_elements_that_cannot_all_be_orthogonal_are_refused() -> None:
     params = {"bases": {"first": np.ones((1, 1, 4, 3))}, "one": {"unique": np.ones((1, 1, 4, 2))}}
-    link = keep_orthonormal([ElementSet((("bases", "first"),), (("one", "unique"),))])
+    link = keep_orthonormal([BasisGroup((("bases", "first"),), (("one", "unique"),))])
     with user_error("3 shared elements and the 2 of one/unique", "4 dimensions", "elements=shared"):
         link.init(params)
     with pytest.raises(KeyError, match="no basis at bases/absent"):
-        keep_orthonormal([ElementSet((("bases", "absent"),))]).init(params)
+        keep_orthonormal([BasisGroup((("bases", "absent"),))]).init(params)
     with pytest.raises(ValueError, match="needs the parameters"):
         link.update(params, optax.EmptyState())
     with pytest.raises(ValueError, match="at least one basis"):

@@ -10,8 +10,9 @@ import pytest
 
 from shared_basis.config import ModelConfig
 from shared_basis.models import create_model
-from shared_basis.models.parameters import LABELS, abstract_variables, count_macs, count_parameters, label_parameters
+from shared_basis.models.parameters import abstract_variables, count_macs, count_parameters
 from shared_basis.models.summary import compare_with_plain, count_network, render, render_saving
+from shared_basis.optim.labels import LABELS, label_parameters
 
 CIFAR10_COUNTS = {
     "resnet20": (269722, 40551040),

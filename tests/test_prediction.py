@@ -17,7 +17,7 @@ from PIL import Image
 
 from shared_basis.config import Config, DataConfig, ModelConfig, replace
 from shared_basis.evaluation import predict
-from shared_basis.evaluation.evaluate import Trained
+from shared_basis.runs.trained import Trained
 
 CLASSES = ("cat", "dog", "eel")
 

@@ -24,11 +24,11 @@ from PIL import Image
 from shared_basis import plotting
 from shared_basis.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, replace
 from shared_basis.evaluation import per_example
-from shared_basis.evaluation.evaluate import Trained
 from shared_basis.report import compare, files, html, plots, run_report, run_summary, sections
 from shared_basis.report import points as points_module
+from shared_basis.runs.trained import Trained
 from shared_basis.runs.workdir import Workdir, make_record
-from shared_basis.runtime.reporter import Screen
+from shared_basis.runtime.reporter import Reporter
 
 CLASSES = ("$a_b$ & \"c\"", "<script>alert(1)<", "猫")
 """Names of directories, which become classes; sorted, as the classes are."""
@@ -122,7 +122,7 @@ class Page(HTMLParser):
 
 def test_scores_are_those_of_the_network_by_hand(run: Path, logits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(per_example, "WORST", 4)  # of 9 images in batches of 8, so that each batch matters
-    found = per_example.score(Trained.open(run), Screen(verbosity="quiet"))
+    found = per_example.score(Trained.open(run), Reporter(verbosity="quiet"))
     rows, labels = (np.array(each) for each in zip(*logits.values(), strict=True))
     losses = cross_entropies(rows - rows.max(-1, keepdims=True), labels)
     confusion = np.zeros((3, 3), int)
@@ -145,7 +145,7 @@ def test_scores_are_those_of_the_network_by_hand(run: Path, logits: Any, monkeyp
 
 def test_streamed_images_are_scored_alike(run: Path) -> None:
     resident, streamed = (per_example.score(Trained.open(run, "latest", {"data.placement": placement, "data.workers": 0}),
-                                       Screen(verbosity="quiet")) for placement in ("device", "stream"))
+                                       Reporter(verbosity="quiet")) for placement in ("device", "stream"))
     assert [image.name for image in streamed.worst] == [image.name for image in resident.worst]
     np.testing.assert_array_equal(streamed.confusion, resident.confusion)
     for one, other in zip(streamed.worst, resident.worst, strict=True):
@@ -155,7 +155,7 @@ def test_streamed_images_are_scored_alike(run: Path) -> None:
 def test_judges_logits_as_numpy_does_and_leaves_out_what_fills_the_batch() -> None:
     rows = np.random.default_rng(0).normal(0, 3000, (6, 4)).astype(np.float32)  # far from where exp is finite
     labels = np.array([0, 1, 2, 3, -1, 2])
-    losses, predicted, probabilities = per_example.judge(rows, labels)
+    losses, predicted, probabilities = per_example.per_example_metrics(rows, labels)
     np.testing.assert_array_equal(predicted, rows.argmax(-1))
     exact = rows.astype(np.float64) - rows.max(-1, keepdims=True).astype(np.float64)
     shares = np.exp(exact) / np.exp(exact).sum(-1, keepdims=True)
@@ -272,7 +272,7 @@ def test_damaged_lines_are_left_out(run: Path, tmp_path: Path) -> None:
            {**LINES[0], "validation_accuracy": None}, {**LINES[0], "images_per_second": math.nan}]
     strange = {**LINES[2], "penalty": "small", "train_loss": math.inf, "note": "<b>"}
     write_metrics(workdir, [LINES[0], *odd, LINES[1], strange])
-    found = run_summary.gather(workdir)
+    found = run_summary.load_run_summary(workdir)
     assert [line["epoch"] for line in found.lines] == [1, 2, 3]
     np.testing.assert_array_equal(found.series("penalty"), [0.1, 0.01, math.nan])
     assert run_report.compose(found, None, "latest", "gone")[1].keys() >= {"loss.png", "penalty.png"}
@@ -289,13 +289,13 @@ def test_a_run_that_is_not_trained_says_so(run: Path, tmp_path: Path, monkeypatc
     workdir = tmp_path / "run"
     workdir.mkdir()
     shutil.copy(run / "run.json", workdir)
-    assert "no checkpoint is saved" in sections.headline(run_summary.gather(workdir))
-    monkeypatch.setattr(run_summary.Facts, "saved", 0)
-    assert "as they were imported or compressed" in sections.headline(run_summary.gather(workdir))
+    assert "no checkpoint is saved" in sections.headline(run_summary.load_run_summary(workdir))
+    monkeypatch.setattr(run_summary.RunSummary, "saved", 0)
+    assert "as they were imported or compressed" in sections.headline(run_summary.load_run_summary(workdir))
 
 
 def test_boundaries_of_the_learning_rate_are_marked(run: Path) -> None:
-    found = run_summary.gather(run)
+    found = run_summary.load_run_summary(run)
     assert plots.boundaries(found.config) == [(0.5, "warm-up ends"), (2.0, "× 0.1"), (40.0, "× 0.5")]
     marked = []
     monkeyed = plots.picture
@@ -314,7 +314,7 @@ def test_boundaries_of_the_learning_rate_are_marked(run: Path) -> None:
 
 
 def test_time_is_images_over_speed(run: Path) -> None:
-    assert run_summary.gather(run).seconds == pytest.approx(6 * 4 / 150)
+    assert run_summary.load_run_summary(run).seconds == pytest.approx(6 * 4 / 150)
 
 
 def test_an_overview_of_many_classes_keeps_single_confusions() -> None:

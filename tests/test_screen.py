@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from shared_basis.runtime import reporter as screen_module
-from shared_basis.runtime.reporter import PLAIN_INTERVAL, Screen, count, duration
+from shared_basis.runtime.reporter import PLAIN_INTERVAL, Reporter, count, duration
 
 
 @pytest.fixture
@@ -21,10 +21,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def terminal(width: int = 100, verbosity: str = "normal") -> tuple[Screen, io.StringIO]:
+def terminal(width: int = 100, verbosity: str = "normal") -> tuple[Reporter, io.StringIO]:
     """Returns a screen on a terminal, and what is written to that."""
     written = io.StringIO()
-    shown = Screen(written, verbosity)
+    shown = Reporter(written, verbosity)
     # Rich takes a StringIO for no terminal, and some environments (CI, TERM=dumb) for another one.
     shown._console = Console(file=written, highlight=False, markup=False, soft_wrap=True, force_terminal=True,
                              width=width, _environ={"TERM": "xterm"})
@@ -34,14 +34,14 @@ def terminal(width: int = 100, verbosity: str = "normal") -> tuple[Screen, io.St
 def test_lines_come_out_whole_and_unchanged_without_a_terminal() -> None:
     written = io.StringIO()
     text = "resnet20 [bold]not markup[/bold] [1, 2] " + "long " * 100 + "× λ 12 %"
-    with Screen(written) as shown:
+    with Reporter(written) as shown:
         shown.line(text)
     assert written.getvalue() == text + "\n"
 
 
 def test_plain_progress_comes_at_most_once_a_minute(clock: list[float]) -> None:
     written = io.StringIO()
-    with Screen(written) as shown:
+    with Reporter(written) as shown:
         for second in range(int(3.5 * PLAIN_INTERVAL)):
             clock[0] = 1000.0 + second
             shown.progress(second, 1000, f"step {second}")
@@ -50,7 +50,7 @@ def test_plain_progress_comes_at_most_once_a_minute(clock: list[float]) -> None:
 
 def test_no_control_characters_without_a_terminal(clock: list[float]) -> None:
     written = io.StringIO()
-    with Screen(written) as shown:
+    with Reporter(written) as shown:
         clock[0] += PLAIN_INTERVAL
         shown.progress(1, 2, "half")
         shown.line("line")
@@ -125,7 +125,7 @@ def test_counting_shows_how_many_and_the_time_left(clock: list[float]) -> None:
     ("verbose", "[process 1 step 7] l\n[process 1 step 7] d\n[process 1 step 7] warning: w\n")])
 def test_what_is_printed_by_verbosity(verbosity: str, expected: str) -> None:
     written = io.StringIO()
-    shown = Screen(written, verbosity, process=1)
+    shown = Reporter(written, verbosity, process=1)
     shown.step = 7
     shown.line("l")
     shown.detail("d")
@@ -142,7 +142,7 @@ def test_a_quiet_terminal_shows_no_progress() -> None:
 
 def test_an_unknown_verbosity_is_refused() -> None:
     with pytest.raises(ValueError, match="must be one of quiet, normal, verbose"):
-        Screen(verbosity="loud")
+        Reporter(verbosity="loud")
 
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} (.+)")
@@ -154,7 +154,7 @@ def logged(path: pathlib.Path) -> list[str]:
 
 
 def test_the_log_has_each_line_with_time_process_and_step(tmp_path: pathlib.Path) -> None:
-    shown = Screen(io.StringIO(), "quiet")
+    shown = Reporter(io.StringIO(), "quiet")
     shown.line("before there is a directory")
     with shown.logging(tmp_path):
         shown.step = 3
@@ -171,7 +171,7 @@ def test_the_log_has_each_line_with_time_process_and_step(tmp_path: pathlib.Path
 
 
 def test_other_processes_have_logs_of_their_own(tmp_path: pathlib.Path) -> None:
-    shown = Screen(io.StringIO(), process=2)
+    shown = Reporter(io.StringIO(), process=2)
     with shown.logging(tmp_path):
         shown.line("here")
     assert logged(tmp_path / "log-2.txt") == ["process 2 step 0: here"]
@@ -179,7 +179,7 @@ def test_other_processes_have_logs_of_their_own(tmp_path: pathlib.Path) -> None:
 
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: pathlib.Path) -> None:
     written = io.StringIO()
-    shown = Screen(written)
+    shown = Reporter(written)
     (tmp_path / "log.txt").mkdir()
     with shown.logging(tmp_path):
         shown.line("one")

@@ -17,18 +17,13 @@ from helpers import Linear, assert_trees_equal, cross_entropies, make_images, me
 
 from shared_basis.config import DataConfig, OptimizerConfig, OrthogonalityConfig
 from shared_basis.data import epoch_order
+from shared_basis.data.augment import augment, normalize
+from shared_basis.data.feeds import select_batch
+from shared_basis.evaluation.evaluator import eval_step
 from shared_basis.optim.optimizer import make_optimizer
 from shared_basis.optim.penalty import orthogonality_diagnostics, orthogonality_penalty
-from shared_basis.runtime.distributed import divided, replicated
-from shared_basis.training.steps import (
-    TrainState,
-    augment,
-    create_train_state,
-    eval_step,
-    normalize,
-    select_batch,
-    train_step,
-)
+from shared_basis.runtime.distributed import batch_sharding, replicated
+from shared_basis.training.steps import TrainState, create_train_state, train_step
 
 PIXELS = DataConfig(mean=(0.0,), std=(1 / 255,))
 """Leaves pixel values as they are."""
@@ -82,7 +77,7 @@ def test_augment_changes_nothing_unless_asked() -> None:
 def test_batches_are_the_order_cut_up_and_what_is_left_over_is_not_used() -> None:
     images, labels = make_images(11, size=2)
     order = np.random.default_rng(1).permutation(11).astype(np.int32)
-    select = jax.jit(functools.partial(select_batch, batch_size=4, batch_sharding=divided(mesh_of(4))))
+    select = jax.jit(functools.partial(select_batch, batch_size=4, batch_sharding=batch_sharding(mesh_of(4))))
     for step in range(5):  # of two steps an epoch
         first = step % 2 * 4
         pixels, classes = select(jnp.asarray(step, jnp.int32), images, labels, order)
@@ -102,10 +97,10 @@ class Trainer:
         mesh = mesh_of(devices)
         self.seed, self.per_epoch = seed, len(images) // batch_size
         self.images, self.labels = jax.device_put((images, labels), replicated(mesh))
-        select = functools.partial(select_batch, batch_size=batch_size, batch_sharding=divided(mesh))
+        select = functools.partial(select_batch, batch_size=batch_size, batch_sharding=batch_sharding(mesh))
         update = functools.partial(
             train_step, model=model, optimizer=optimizer or optax.sgd(0.1), data=data, seed=seed,
-            steps_per_epoch=self.per_epoch, batch_sharding=divided(mesh))
+            steps_per_epoch=self.per_epoch, batch_sharding=batch_sharding(mesh))
         self._step = jax.jit(lambda state, *inputs: update(state, *select(state.step, *inputs)),
                              out_shardings=replicated(mesh))
         create = functools.partial(create_train_state, model, optimizer or optax.sgd(0.1), seed, images.shape[1:])

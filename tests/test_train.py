@@ -44,7 +44,8 @@ from shared_basis.evaluation import evaluate as evaluate_module
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runtime.distributed import make_mesh, replicated
 from shared_basis.runtime.preemption import Interrupted, StopSignals
-from shared_basis.runtime.reporter import Screen
+from shared_basis.runtime.reporter import Reporter
+from shared_basis.training import program as program_module
 from shared_basis.training import train as train_module
 from shared_basis.training.train import render, train
 
@@ -125,8 +126,8 @@ def test_metrics_are_those_of_the_saved_state(finished: Any) -> None:
 
 def test_each_epoch_trains_in_the_order_of_its_own(finished: Any, tmp_path: Path) -> None:
     mesh, checkpoints = make_mesh(), Checkpoints(tmp_path)
-    images = feeds.load(data.open_source(CONFIG.data), CONFIG.data, mesh, Screen(verbosity="quiet"))
-    state, program = train_module.build(CONFIG, images, tiny_network(), mesh, checkpoints)
+    images = feeds.load(data.open_source(CONFIG.data), CONFIG.data, mesh, Reporter(verbosity="quiet"))
+    state, program = program_module.build(CONFIG, images, tiny_network(), mesh, checkpoints)
     pixels, labels, _ = next(program.batches(0))
     for step in range(2 * PER_EPOCH):
         order = jax.device_put(data.epoch_order(CONFIG.seed, step // PER_EPOCH, 44), replicated(mesh))

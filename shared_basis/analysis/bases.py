@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shared_basis.models import Network
-from shared_basis.nn.ops import EPSILON
+from shared_basis.nn.batch_norm import EPSILON
+from shared_basis.nn.types import Tree
 
-Tree = Any
 Matrix = np.ndarray
 
 
@@ -197,7 +197,7 @@ def cosines(matrices: list[Matrix]) -> Matrix:
     return vectors @ vectors.T / np.maximum(np.outer(norms, norms), np.finfo(np.float64).tiny)
 
 
-def alignments(matrices: list[Matrix]) -> Matrix:
+def uncentered_linear_cka(matrices: list[Matrix]) -> Matrix:
     """Returns the cosine between A Aᵀ for each two of n coefficient matrices A `[s, T]`, `[n, n]`.
 
     It asks which elements are combined with which, and does not depend on the order (or any rotation) of the output

@@ -11,14 +11,14 @@ import numpy as np
 
 from shared_basis.analysis import bases
 from shared_basis.analysis.bases import BasisSet
-from shared_basis.optim.gradient_norms import by_depth
+from shared_basis.analysis.gradient_flow import by_depth
 from shared_basis.plotting import DASHES, MARKERS, Paint, Theme, drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from shared_basis.analysis.analyze import Analysis
+    from shared_basis.analysis.collect import Analysis
 
 SIGNED = "RdBu_r"
 """The colour map of values of both signs, white at 0."""
@@ -251,7 +251,7 @@ def _paint_similarity(run: Analysis, name: str, layers: Sequence[str], matrices:
     del theme
     left, right = figure.subplots(1, 2)
     _heat(figure, left, bases.cosines(matrices), limit=1.0)
-    _heat(figure, right, bases.alignments(matrices), limit=1.0, colormap="Blues", low=0.0)
+    _heat(figure, right, bases.uncentered_linear_cka(matrices), limit=1.0, colormap="Blues", low=0.0)
     names = [layer.partition("/")[2].removeprefix("block") for layer in layers]
     for axes in (left, right):
         if len(names) <= NAMED:

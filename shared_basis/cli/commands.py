@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from shared_basis import data
-from shared_basis.analysis import analyze
+from shared_basis.analysis import analyze, tables
 from shared_basis.compression import compress, spectra
 from shared_basis.config import Config
 from shared_basis.errors import UserError
@@ -21,8 +21,8 @@ from shared_basis.models import summary
 from shared_basis.report import compare, run_report
 from shared_basis.runs import inspect
 from shared_basis.runs.workdir import Workdir
-from shared_basis.runtime.distributed import leads
-from shared_basis.runtime.reporter import Screen
+from shared_basis.runtime.distributed import is_main_process
+from shared_basis.runtime.reporter import Reporter
 from shared_basis.training import start, train
 
 
@@ -56,13 +56,13 @@ class Request:
     spectra: bool = False
 
     @functools.cached_property
-    def screen(self) -> Screen:
+    def screen(self) -> Reporter:
         """Where lines and progress are shown: where the result is to be JSON, on standard error."""
-        return Screen(sys.stderr if self.json and leads() else sys.stdout,
+        return Reporter(sys.stderr if self.json and is_main_process() else sys.stdout,
                       "quiet" if self.quiet else "verbose" if self.verbose else "normal", jax.process_index())
 
 
-TAKEN_BY = {
+MODES_BY_FLAG = {
     "checkpoint": ("evaluate", "predict", "export", "inspect", "analyze", "report", "import", "compress"),
     "against": ("inspect", "analyze"), "images": ("predict",), "runs": ("report",),
     "output": ("predict", "compress", "export", "analyze", "report"), "tensorboard": ("train",), "format": ("export",),
@@ -81,7 +81,7 @@ def run(mode: str, request: Request) -> Result:
     """
     if jax.process_count() > 1 and mode not in ("train", "evaluate"):
         raise UserError(f"--distributed: --mode={mode} is for one process; only train and evaluate are shared.")
-    for name, modes in TAKEN_BY.items():
+    for name, modes in MODES_BY_FLAG.items():
         if mode not in modes and getattr(request, name) not in (getattr(Request, name), []):  # no files is () or []
             raise UserError(f"--{name} is for --mode={' or '.join(modes)}; --mode={mode} does not take it.")
     return MODES[mode](request)
@@ -90,9 +90,9 @@ def run(mode: str, request: Request) -> Result:
 def _train(request: Request) -> Result:
     with request.screen:
         result = train.train(request.config, request.workdir, request.screen, tensorboard=request.tensorboard)
-        if request.report and leads():
+        if request.report and is_main_process():
             result["report"] = run_report.after_training(request.workdir, request.screen, jax.process_count() == 1)
-    return result, train.render(result) if leads() else ""
+    return result, train.render(result) if is_main_process() else ""
 
 
 def _evaluate(request: Request) -> Result:
@@ -134,7 +134,7 @@ def _inspect(request: Request) -> Result:
 def _analyze(request: Request) -> Result:
     result = analyze.analyze(request.workdir, request.checkpoint, request.overrides, request.against, request.output,
                              request.screen.line)
-    return result, analyze.render(result)
+    return result, tables.render(result)
 
 
 def _summary(request: Request) -> Result:
@@ -158,7 +158,7 @@ def _import(request: Request) -> Result:
 def _compress(request: Request) -> Result:
     if request.spectra:
         with request.screen:
-            result = spectra.take(request.source, request.screen, which=request.checkpoint,
+            result = spectra.write_spectra(request.source, request.screen, which=request.checkpoint,
                                   overrides=request.overrides, calibration=request.calibration,
                                   output=request.output)
         return result, spectra.render(result)

@@ -20,31 +20,32 @@ from shared_basis.compression import ranks
 from shared_basis.compression.factorize import factorise, relative_error
 from shared_basis.compression.layers import (
     Arrays,
-    Plain,
+    PlainLayers,
     check_family,
+    extract_layers,
     following_norm,
     layer_paths,
     load_images,
     matrix,
     open_plain,
-    take_apart,
 )
 from shared_basis.compression.moments import Moments
 from shared_basis.config import Config, replace
 from shared_basis.errors import UserError
-from shared_basis.evaluation.evaluate import Trained, build_model, make_evaluator
+from shared_basis.evaluation.evaluator import make_evaluator
 from shared_basis.models import Network, create_model, plain_counterpart
 from shared_basis.models.parameters import abstract_variables
 from shared_basis.models.summary import compare_with_plain, render_saving
-from shared_basis.nn.basis_conv import Path
-from shared_basis.nn.ops import EPSILON
+from shared_basis.nn.batch_norm import EPSILON
+from shared_basis.nn.types import Path
 from shared_basis.optim.penalty import orthogonality_penalty
+from shared_basis.runs.trained import Trained, build_model
 from shared_basis.runtime import memory
-from shared_basis.runtime.reporter import Screen, count
+from shared_basis.runtime.reporter import Reporter, count
 from shared_basis.training.start import require_new, start_run
 
 
-def compress(config: Config, workdir: str | FilePath, source: str, screen: Screen, *, which: str = "latest",
+def compress(config: Config, workdir: str | FilePath, source: str, screen: Reporter, *, which: str = "latest",
              calibration: int | None = None, budget: float | None = None,
              measure: str = "parameters") -> dict[str, Any]:
     """Writes the network of `config`, in closed form from the plain one in `source`, as step 0 of a run in `workdir`.
@@ -69,7 +70,7 @@ def compress(config: Config, workdir: str | FilePath, source: str, screen: Scree
     trained = open_plain(source, which)
     check_alike(config, trained)
     images = load_images(config, trained, calibration, True, screen)
-    plain = take_apart(trained, config, images, screen)
+    plain = extract_layers(trained, config, images, screen)
     if budget is not None:
         config = _renamed(config, ranks.choose(ranks.Candidates(plain, trained), budget, measure, screen.detail))
     network = build_model(config, trained.spec)
@@ -77,7 +78,7 @@ def compress(config: Config, workdir: str | FilePath, source: str, screen: Scree
     arrays, layers = factorised(plain, network, trained.spec.image_shape)
     variables = unflatten_dict(arrays)
     batches = images.batches("test", config.train.eval_batch_size, trained.mesh)
-    with memory.explained(config, "train.eval_batch_size"):
+    with memory.oom_as_user_error(config, "train.eval_batch_size"):
         scores = {kind: make_evaluator(model, config.data, batches, trained.mesh)(values) for kind, model, values in (
             ("plain", trained.model, trained.variables), ("compressed", network, variables))}
     start_run(config, workdir, network, trained.spec, variables)
@@ -136,7 +137,7 @@ def _renamed(config: Config, name: str) -> Config:
                             "name": config.name.removesuffix(config.model.name).rstrip("-") + f"-{name}"})
 
 
-def factorised(plain: Plain, network: Network,
+def factorised(plain: PlainLayers, network: Network,
                image_shape: tuple[int, int, int]) -> tuple[Arrays, list[dict[str, Any]]]:
     """Returns the variables of `network` by path, and for each factorised layer its `path` and relative errors.
 
@@ -164,7 +165,7 @@ def factorised(plain: Plain, network: Network,
             arrays["params", *path, "coefficients"] = own.coefficients
             arrays.update(basis_norm(path, elements, plain.moments.get(path)))
             if plain.moments and plain.is_normalised(path):
-                arrays.update(moved_statistics(plain, path, kernel, approximation))
+                arrays.update(corrected_bn_statistics(plain, path, kernel, approximation))
             layers.append({"path": "/".join(path), "filters": relative_error(kernel, approximation),
                            "activations": relative_error(kernel, approximation, group.layers[path].factor)
                            if plain.moments else None})
@@ -185,7 +186,7 @@ def basis_norm(path: Path, elements: np.ndarray, seen: Moments | None) -> Arrays
             ("params", *path, "norm", "bias"): mean, ("params", *path, "norm", "scale"): np.sqrt(var + EPSILON)}
 
 
-def moved_statistics(plain: Plain, path: Path, kernel: np.ndarray, approximation: np.ndarray) -> Arrays:
+def corrected_bn_statistics(plain: PlainLayers, path: Path, kernel: np.ndarray, approximation: np.ndarray) -> Arrays:
     """Returns the running statistics after the layer at `path` when `approximation` `[D, T]` replaces its `kernel`."""
     seen, norm = plain.moments[path], ("batch_stats", *following_norm(path))
     factors = (variances(approximation, seen) + EPSILON) / (variances(kernel, seen) + EPSILON)

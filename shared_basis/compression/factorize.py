@@ -98,7 +98,7 @@ def orthonormal_together(bases: Sequence[Matrix]) -> list[Matrix]:
     return np.split(left @ right, len(bases), axis=1)
 
 
-def left_over(layer: Layer, basis: Matrix) -> Matrix:
+def residual(layer: Layer, basis: Matrix) -> Matrix:
     """Returns what least squares by `basis` `[D, s]` leaves of M W, `[D, T]`."""
     span = np.linalg.qr(layer.factor @ basis)[0]
     return layer.seen - span @ (span.T @ layer.seen)
@@ -115,7 +115,7 @@ def remaining_energy(layer: Layer, basis: Matrix) -> Matrix:
 
 def factorise(layer: Layer, basis: Matrix, unique_rank: int) -> Factorised:
     """Returns the best `unique_rank` unique elements beside the shared ones `basis` `[D, s]`, and coefficients."""
-    rest = left_over(layer, basis)
+    rest = residual(layer, basis)
     left = np.linalg.svd(rest, full_matrices=unique_rank > min(rest.shape))[0][:, :unique_rank]
     directions = np.concatenate([basis, np.linalg.solve(layer.factor, left)], axis=1)
     unique = np.linalg.qr(directions)[0][:, basis.shape[1]:]  # whole rank even where there is nothing left over

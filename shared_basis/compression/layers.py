@@ -17,11 +17,11 @@ from shared_basis.config import Config, replace
 from shared_basis.data import feeds
 from shared_basis.data.feeds import Images
 from shared_basis.errors import UserError
-from shared_basis.evaluation.evaluate import Trained, build_model
 from shared_basis.models import Network, family_of, plain_counterpart
-from shared_basis.nn.basis_conv import Path
+from shared_basis.nn.types import Path
+from shared_basis.runs.trained import Trained, build_model
 from shared_basis.runtime import memory
-from shared_basis.runtime.reporter import Screen
+from shared_basis.runtime.reporter import Reporter
 
 Arrays = Mapping[Path, np.ndarray]
 """Variables by path: ('params', 'group1', …)."""
@@ -34,7 +34,7 @@ IMAGES = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class Plain:
+class PlainLayers:
     """The layers of a trained plain network."""
 
     arrays: Arrays
@@ -109,7 +109,7 @@ def check_family(name: str) -> None:
                         "train it from scratch.")
 
 
-def load_images(config: Config, trained: Trained, calibration: int | None, tests: bool, screen: Screen) -> Images:
+def load_images(config: Config, trained: Trained, calibration: int | None, tests: bool, screen: Reporter) -> Images:
     """Loads what compression looks at: the first `calibration` images of a fixed random order of the training images.
 
     Args:
@@ -130,21 +130,21 @@ def load_images(config: Config, trained: Trained, calibration: int | None, tests
         if wanted > count:
             raise UserError(f"--calibration={wanted}: there are only {count} training images; give at most {count}.")
         splits["train"] = splits["train"].take(np.sort(np.random.default_rng(0).permutation(count)[:wanted]))
-    with memory.explained(config, "train.eval_batch_size"):
+    with memory.oom_as_user_error(config, "train.eval_batch_size"):
         return feeds.load(data.Source(source.spec, splits), config.data, trained.mesh, screen)
 
 
-def take_apart(trained: Trained, config: Config, images: Images | None, screen: Screen) -> Plain:
+def extract_layers(trained: Trained, config: Config, images: Images | None, screen: Reporter) -> PlainLayers:
     """Returns the layers of `trained`, measured on the training images among `images`, if there are any."""
     moments: Mapping[Path, Moments] = {}
     if images is not None and "train" in images.splits:
         total = images.count("train")
         show = screen.counting("measuring the inputs of layers on training images")
-        with memory.explained(config, "train.eval_batch_size"):
+        with memory.oom_as_user_error(config, "train.eval_batch_size"):
             moments = input_moments(
                 trained.model, trained.variables, config.data,
                 [path for paths in layer_paths(trained.model).values() for path in paths],
                 images.batches("train", config.train.eval_batch_size, trained.mesh)(),
                 lambda seen: show(seen, total))
         screen.end_progress()
-    return Plain(flatten_dict(jax.device_get(dict(trained.variables))), moments)
+    return PlainLayers(flatten_dict(jax.device_get(dict(trained.variables))), moments)

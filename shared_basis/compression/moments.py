@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from shared_basis.config import DataConfig
+from shared_basis.data.augment import normalize
 from shared_basis.data.feeds import Inputs
 from shared_basis.nn import ops
-from shared_basis.nn.basis_conv import Array, BasisConv, Path
-from shared_basis.training.steps import normalize
+from shared_basis.nn.basis_conv import BasisConv
+from shared_basis.nn.types import Array, Path
 
 Variables = Mapping[str, Any]
 

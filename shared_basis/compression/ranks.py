@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from shared_basis.compression.layers import Plain
+from shared_basis.compression.layers import PlainLayers
 from shared_basis.config import ModelConfig
 from shared_basis.errors import UserError
-from shared_basis.evaluation.evaluate import Trained
 from shared_basis.models import create_model, family_of
 from shared_basis.models.summary import count_network
-from shared_basis.runtime.reporter import Screen
+from shared_basis.runs.trained import Trained
+from shared_basis.runtime.reporter import Reporter
 
 SHARINGS = {"single": "", "double": "-double"}
 """How the groups of a network may share, and how its name ends then."""
@@ -25,7 +25,7 @@ MEASURES = ("parameters", "macs")
 class Candidates:
     """The networks `<base>-s<S>u<U>[-double]` that a plain network can be compressed to."""
 
-    def __init__(self, plain: Plain, trained: Trained) -> None:
+    def __init__(self, plain: PlainLayers, trained: Trained) -> None:
         """Takes the layers of a network, and the run that they are of."""
         self._spec, self._model = trained.spec, trained.config.model
         forms = family_of(self._model.name).forms
@@ -131,7 +131,7 @@ def shown_ranks(candidates: Candidates) -> list[int]:
             and candidates.cost("single", "parameters", rank, 0) < limit]
 
 
-def spectrum(candidates: Candidates, uniques: tuple[int, ...], screen: Screen) -> list[dict[str, Any]]:
+def spectrum(candidates: Candidates, uniques: tuple[int, ...], screen: Reporter) -> list[dict[str, Any]]:
     """Returns the energy that networks capture, by group and of all layers, one row each.
 
     Its columns are `sharing`, `group` ('all' for the mean of all layers), `S` and `U` of the network's name, the

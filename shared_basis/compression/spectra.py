@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared_basis.compression.layers import load_images, open_plain, take_apart
+from shared_basis.compression.layers import extract_layers, load_images, open_plain
 from shared_basis.compression.ranks import Candidates, spectrum
 from shared_basis.errors import UserError
 from shared_basis.plotting import DASHES, MARKERS, PANEL, Theme, png
-from shared_basis.runtime.reporter import Screen
+from shared_basis.runtime.reporter import Reporter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +25,7 @@ COLUMNS = ("sharing", "group", "S", "U", "shared_elements", "unique_elements", "
 Rows = Sequence[Mapping[str, Any]]
 
 
-def take(source: str, screen: Screen, *, which: str = "latest", overrides: Mapping[str, Any] | None = None,
+def write_spectra(source: str, screen: Reporter, *, which: str = "latest", overrides: Mapping[str, Any] | None = None,
          calibration: int | None = None, output: str = "") -> dict[str, Any]:
     """Writes what networks with shared bases can capture of the plain one in `source`, as a table and a picture.
 
@@ -47,7 +47,7 @@ def take(source: str, screen: Screen, *, which: str = "latest", overrides: Mappi
         raise UserError(f"--output={output}: there is no directory {path.parent}.")
     trained = open_plain(source, which, overrides)
     images = load_images(trained.config, trained, calibration, False, screen) if calibration != 0 else None
-    plain = take_apart(trained, trained.config, images, screen)
+    plain = extract_layers(trained, trained.config, images, screen)
     rows = spectrum(Candidates(plain, trained), UNIQUE, screen)
     seen = images.count("train") if images else 0
     metric = f"activations on {seen:,} training images" if seen else "filters"

@@ -1,7 +1,19 @@
 """Data sets by name, and how their images reach the devices."""
 
-from shared_basis.data.examples import SPLITS, Progress, Source, Spec, Split, epoch_order, unseen
+from shared_basis.data.examples import SPLITS, Progress, Source, Spec, Split, epoch_order, no_progress
 from shared_basis.data.registry import describe, load, load_split, open_source, prepare
 
-__all__ = ["SPLITS", "Progress", "Source", "Spec", "Split", "describe", "epoch_order", "load", "load_split", "open_source",
-           "prepare", "unseen"]
+__all__ = [
+           "SPLITS",
+           "Progress",
+           "Source",
+           "Spec",
+           "Split",
+           "describe",
+           "epoch_order",
+           "load",
+           "load_split",
+           "no_progress",
+           "open_source",
+           "prepare",
+]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from shared_basis.config import DataConfig
-from shared_basis.data.examples import ArrayExamples, Progress, Source, Spec, unseen
+from shared_basis.data.examples import ArrayExamples, Progress, Source, Spec, no_progress
 
 TEST_EVERY = 5
 """Of every class, each fifth image is a test image; the rest are for training."""
@@ -21,7 +21,7 @@ def describe(config: DataConfig) -> Spec:
 
 
 def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = None,
-                progress: Progress = unseen) -> Source:
+                progress: Progress = no_progress) -> Source:
     """Opens the splits `names`; the original grey values 0..16 become 0..255, rounded."""
     from sklearn.datasets import load_digits  # importing scikit-learn takes a second that other data sets don't need
 

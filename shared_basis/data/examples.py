@@ -21,7 +21,7 @@ Progress = Callable[[int, int], None]
 """Is told how many are done, and of how many."""
 
 
-def unseen(done: int, total: int) -> None:
+def no_progress(done: int, total: int) -> None:
     """Is a `Progress` that shows nothing."""
 
 

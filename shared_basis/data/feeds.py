@@ -9,16 +9,17 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from shared_basis.config import Config, DataConfig
 from shared_basis.data import Source, Spec, Split, epoch_order, in_memory, streaming
 from shared_basis.data.examples import Examples
 from shared_basis.errors import UserError
+from shared_basis.nn.types import Array
 from shared_basis.runtime import memory
-from shared_basis.runtime.distributed import divided, everyone, place, replicated
-from shared_basis.runtime.reporter import Screen, size_text
-from shared_basis.training.steps import select_batch
+from shared_basis.runtime.distributed import batch_sharding, make_global_array, process_allgather, replicated
+from shared_basis.runtime.memory import available_memory
+from shared_basis.runtime.reporter import Reporter, size_text
 
 Inputs = tuple[jax.Array, ...]
 
@@ -77,16 +78,16 @@ class Images:
         part = self.splits[name]
         size = -(-min(batch_size, self.count(name)) // mesh.size) * mesh.size
         if not isinstance(part, Split):
-            batches = streaming.TestBatches(part, self.spec, self.config, batch_size=size, shard=_shard())
+            batches = streaming.EvalBatches(part, self.spec, self.config, batch_size=size, shard=_shard())
             workers = streaming.workers_of(self.config)
             return lambda: (_place(batch, mesh) for batch in streaming.read(batches, workers))
-        placed = [(place(_filled(part.images[first:first + size], size, 0), divided(mesh)),
-                   place(_filled(part.labels[first:first + size], size, -1), divided(mesh)))
+        placed = [(make_global_array(_filled(part.images[first:first + size], size, 0), batch_sharding(mesh)),
+                   make_global_array(_filled(part.labels[first:first + size], size, -1), batch_sharding(mesh)))
                   for first in range(0, len(part.labels), size)]
         return lambda: placed
 
 
-def load(source: Source, config: DataConfig, mesh: Mesh, screen: Screen) -> Images:
+def load(source: Source, config: DataConfig, mesh: Mesh, screen: Reporter) -> Images:
     """Chooses where the images of `source` wait, says so in one line, and decodes them if they are to be resident.
 
     Raises:
@@ -115,7 +116,7 @@ def choose(source: Source, config: DataConfig, mesh: Mesh) -> tuple[bool, str]:
     device = mesh.local_mesh.devices.flat[0]
     on_host = device.platform == "cpu"
     copies = 1 + (mesh.local_mesh.size if on_host else 0)  # the decoded array, and one for each device that is the host
-    host = in_memory.available_memory()
+    host = available_memory()
     limit = None if on_host else (device.memory_stats() or {}).get("bytes_limit")
     fits = (host is None or needed * copies <= host) and (limit is None or needed <= limit)
     fits_well = (host is None or needed * copies * HOST_SHARE <= host) and (
@@ -133,7 +134,7 @@ def choose(source: Source, config: DataConfig, mesh: Mesh) -> tuple[bool, str]:
     elif config.placement != "auto":
         streamed, why = config.placement == "stream", f"as configured; {size}"
     else:
-        streamed, why = not everyone(fits_well).all(), size
+        streamed, why = not process_allgather(fits_well).all(), size
     if not streamed:
         return False, f"images are resident on the device ({why})"
     workers = streaming.workers_of(config)
@@ -144,18 +145,18 @@ def choose(source: Source, config: DataConfig, mesh: Mesh) -> tuple[bool, str]:
 def _resident_feed(split: Split, config: Config, mesh: Mesh) -> Feed:
     everywhere, size = replicated(mesh), config.train.batch_size
     examples, broken = len(split.labels), split.labels < 0
-    pixels, labels = place(split.images, everywhere), place(split.labels, everywhere)
+    pixels, labels = make_global_array(split.images, everywhere), make_global_array(split.labels, everywhere)
 
     def batches(start: int) -> Generator[Inputs, None, None]:
         order = None
         for step in itertools.count(start):
             epoch, rest = divmod(step, examples // size)
             if order is None or not rest:
-                order = place(without(broken, epoch_order(config.seed, epoch, examples)), everywhere)
+                order = make_global_array(without(broken, epoch_order(config.seed, epoch, examples)), everywhere)
             yield pixels, labels, order
 
     def select(step: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return select_batch(step, *inputs, batch_size=size, batch_sharding=divided(mesh))
+        return select_batch(step, *inputs, batch_size=size, batch_sharding=batch_sharding(mesh))
 
     order = jax.ShapeDtypeStruct((examples,), np.int32, sharding=everywhere)
     return Feed(batches, (pixels, labels, order), select)
@@ -171,7 +172,7 @@ def _streamed_feed(examples: Examples, spec: Spec, config: Config, mesh: Mesh) -
         for batch in streaming.read(numbered, workers, start):
             yield _place(batch, mesh)
 
-    abstract = tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=divided(mesh)) for shape, dtype in (
+    abstract = tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for shape, dtype in (
         ((size, *spec.image_shape), np.uint8), ((size,), np.int32)))
     return Feed(batches, abstract, lambda step, pixels, labels: (pixels, labels))
 
@@ -191,10 +192,29 @@ def _shard() -> streaming.Shard:
 
 def _place(batch: streaming.Batch, mesh: Mesh) -> Inputs:
     """Returns images and labels as global arrays, of which this process gives its part."""
-    return cast(Inputs, tuple(jax.make_array_from_process_local_data(divided(mesh), part)
+    return cast(Inputs, tuple(jax.make_array_from_process_local_data(batch_sharding(mesh), part)
                               for part in (batch.images, batch.labels)))
 
 
 def _filled(array: np.ndarray, size: int, fill: int) -> np.ndarray:
     """Returns `array`, [N, ...], with entries `fill` up to `size` of them."""
     return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1), constant_values=fill)
+
+
+def select_batch(step: Array, images: Array, labels: Array, order: Array, *, batch_size: int,
+                 batch_sharding: NamedSharding) -> tuple[Array, Array]:
+    """Takes the batch of `step` from images that lie on the devices.
+
+    Args:
+      step: updates made before this one.
+      images: all training images, uint8 `[N, H, W, C]`.
+      labels: their classes, int32 `[N]`.
+      order: `shared_basis.data.epoch_order` of the epoch that `step` lies in, `[N]`.
+      batch_sharding: how a batch lies on the devices.
+
+    Returns:
+      Images uint8 `[B, H, W, C]` and labels int32 `[B]`. Images left over at the end of an epoch's order are not used.
+    """
+    first = step % (order.shape[0] // batch_size) * batch_size
+    chosen = jax.lax.with_sharding_constraint(jax.lax.dynamic_slice(order, (first,), (batch_size,)), batch_sharding)
+    return images[chosen], labels[chosen]

@@ -21,7 +21,7 @@ import numpy as np
 
 from shared_basis.config import DataConfig
 from shared_basis.data import streaming
-from shared_basis.data.examples import Encoded, Progress, Source, Spec, unseen
+from shared_basis.data.examples import Encoded, Progress, Source, Spec, no_progress
 from shared_basis.data.images import BrokenImage, size_of
 from shared_basis.errors import UserError
 
@@ -86,7 +86,7 @@ def describe(config: DataConfig) -> Spec:
 
 
 def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = None,
-                progress: Progress = unseen) -> Source:
+                progress: Progress = no_progress) -> Source:
     """Lists the images of the splits `names`, and of a validation split if there is one and train is asked for.
 
     The order is that of class names and then paths, by code point, the same on every machine.
@@ -127,7 +127,7 @@ def prepare(config: DataConfig, progress: Progress) -> str:
     broken = done = 0
     total = sum(map(len, source.splits.values()))
     for part in source.splits.values():
-        batches = streaming.TestBatches(part, source.spec, lenient, batch_size=CHECKED_AT_ONCE)
+        batches = streaming.EvalBatches(part, source.spec, lenient, batch_size=CHECKED_AT_ONCE)
         for number, batch in enumerate(streaming.read(batches, streaming.workers_of(config)), 1):
             broken += len(batch.skipped)
             progress(done + min(number * CHECKED_AT_ONCE, len(part)), total)

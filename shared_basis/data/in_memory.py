@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from shared_basis.config import DataConfig
-from shared_basis.data.examples import Examples, Progress, Spec, Split, unseen
+from shared_basis.data.examples import Examples, Progress, Spec, Split, no_progress
 from shared_basis.data.images import TEST_PART, Box, BrokenImage, central, decode, whole
 from shared_basis.errors import UserError
 
@@ -20,7 +18,7 @@ Region = Callable[[int, int], Box]
 """What is kept of an image: a function of its height and width."""
 
 
-def region_without_chance(config: DataConfig, shape: tuple[int, int, int]) -> Region:
+def eval_crop(config: DataConfig, shape: tuple[int, int, int]) -> Region:
     """Returns what is kept of an image where no chance is involved: all of it, or its centre."""
     if not config.image_size:
         return whole
@@ -66,13 +64,13 @@ def read_images(examples: Examples, indices: Sequence[int], spec: Spec, config: 
     return images, labels, broken
 
 
-def refuse(problem: str) -> UserError:
+def decode_error(problem: str) -> UserError:
     """Returns the error for an image that cannot be decoded."""
     return UserError(f"{problem}. Replace or remove it, or set --config.data.on_broken=skip.")
 
 
 def load_split(examples: Examples, spec: Spec, config: DataConfig, warn: Callable[[str], None],
-               progress: Progress = unseen) -> Split:
+               progress: Progress = no_progress) -> Split:
     """Decodes a whole split, and tells `progress` of it.
 
     With `config.on_broken='skip'` broken images, of each of which `warn` is told, have the label −1.
@@ -82,13 +80,13 @@ def load_split(examples: Examples, spec: Spec, config: DataConfig, warn: Callabl
     """
     images = np.empty((len(examples), *spec.image_shape), np.uint8)
     labels = np.empty(len(examples), np.int32)
-    regions = [region_without_chance(config, spec.image_shape)]
+    regions = [eval_crop(config, spec.image_shape)]
     for start in range(0, len(examples), BLOCK):
         rows = range(start, min(start + BLOCK, len(examples)))
         images[start:rows.stop], labels[start:rows.stop], broken = read_images(examples, rows, spec, config, regions)
         for problem in broken.values():
             if config.on_broken == "fail":
-                raise refuse(problem)
+                raise decode_error(problem)
             warn(f"skipped: {problem}")
         progress(rows.stop, len(examples))
     return Split(images, labels)
@@ -99,31 +97,3 @@ def resident_bytes(splits: Mapping[str, Examples], spec: Spec) -> int:
     return sum(len(part) for part in splits.values()) * int(np.prod(spec.image_shape))
 
 
-def available_memory() -> int | None:
-    """Returns bytes of memory that can be had without swapping; the total where only that is known; or None."""
-    free = [value for value in (_free_in_system(), _free_in_cgroup()) if value is not None]
-    return min(free, default=None)
-
-
-def _free_in_system() -> int | None:
-    try:  # sysconf's count of free pages leaves out the file cache, which the kernel gives back when asked
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return None
-
-
-def _free_in_cgroup() -> int | None:
-    """Returns what a container's limit leaves, its file cache counted as free; None without a limit."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        cache = next(int(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines()
-                     if line.startswith("inactive_file "))
-        return None if limit == "max" else max(0, int(limit) - int(used) + cache)
-    except (OSError, ValueError, StopIteration):
-        return None

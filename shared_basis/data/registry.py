@@ -16,12 +16,35 @@ from types import ModuleType
 
 from shared_basis.config import DataConfig
 from shared_basis.data import digits, folder, in_memory
-from shared_basis.data.examples import SPLITS, Dataset, Progress, Source, Spec, Split, epoch_order, select, unseen
+from shared_basis.data.examples import (
+    SPLITS,
+    Dataset,
+    Progress,
+    Source,
+    Spec,
+    Split,
+    epoch_order,
+    no_progress,
+    select,
+)
 from shared_basis.data.tfds import reader
 from shared_basis.errors import UserError
 
-__all__ = ["SPLITS", "Dataset", "Progress", "Source", "Spec", "Split", "describe", "epoch_order", "load", "load_split",
-           "open_source", "prepare", "unseen"]
+__all__ = [
+    "SPLITS",
+    "Dataset",
+    "Progress",
+    "Source",
+    "Spec",
+    "Split",
+    "describe",
+    "epoch_order",
+    "load",
+    "load_split",
+    "no_progress",
+    "open_source",
+    "prepare",
+]
 
 
 def describe(config: DataConfig) -> Spec:
@@ -34,7 +57,7 @@ def describe(config: DataConfig) -> Spec:
     return _room(config).describe(config)
 
 
-def prepare(config: DataConfig, progress: Progress = unseen) -> str:
+def prepare(config: DataConfig, progress: Progress = no_progress) -> str:
     """Makes the data set ready for training, if that takes more than opening it, and returns what is there.
 
     Args:
@@ -47,7 +70,7 @@ def prepare(config: DataConfig, progress: Progress = unseen) -> str:
 
 
 def open_source(config: DataConfig, names: Sequence[str] = SPLITS, known: Spec | None = None,
-                progress: Progress = unseen) -> Source:
+                progress: Progress = no_progress) -> Source:
     """Opens the splits `names` of a data set, and the validation images if 'train' is among them and there are any.
 
     Args:

@@ -29,7 +29,7 @@ import numpy as np
 from shared_basis.config import DataConfig
 from shared_basis.data.examples import Examples, Spec, crop_generator, epoch_order
 from shared_basis.data.images import random_resized
-from shared_basis.data.in_memory import Region, read_images, refuse, region_without_chance
+from shared_basis.data.in_memory import Region, decode_error, eval_crop, read_images
 from shared_basis.errors import UserError
 
 AHEAD = 1
@@ -137,12 +137,12 @@ class TrainingBatches:
     def _regions(self, positions: Sequence[int]) -> list[Region]:
         if self._config.crop == "random_resized":
             return [random_resized(crop_generator(self._seed, position)) for position in positions]
-        return [region_without_chance(self._config, self._spec.image_shape)]
+        return [eval_crop(self._config, self._spec.image_shape)]
 
     def _read(self, indices: Sequence[int], regions: Sequence[Region]) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
         images, labels, broken = read_images(self._examples, indices, self._spec, self._config, regions)
         if broken and self._config.on_broken == "fail":
-            raise refuse(next(iter(broken.values())))
+            raise decode_error(next(iter(broken.values())))
         return images, labels, broken
 
     def _substitute(self, order: np.ndarray, place: int, region: Region,
@@ -159,7 +159,7 @@ class TrainingBatches:
         return {**self.__dict__, "_orders": {}}
 
 
-class TestBatches:
+class EvalBatches:
     """The batches of an evaluation: every image once, in order, and the last batch filled with what does not count."""
 
     __test__ = False  # not one of pytest's
@@ -178,12 +178,12 @@ class TestBatches:
         indices = [first + row for row in self._rows if first + row < len(self._examples)]
         images = np.zeros((len(self._rows), *self._spec.image_shape), np.uint8)
         labels = np.full(len(self._rows), -1, np.int32)
-        region = region_without_chance(self._config, self._spec.image_shape)
+        region = eval_crop(self._config, self._spec.image_shape)
         try:
             images[:len(indices)], labels[:len(indices)], broken = read_images(
                 self._examples, indices, self._spec, self._config, [region])
             if broken and self._config.on_broken == "fail":
-                raise refuse(next(iter(broken.values())))
+                raise decode_error(next(iter(broken.values())))
         except UserError as error:
             return _failed(error)
         return Batch(images, labels, [*broken.values()], "")

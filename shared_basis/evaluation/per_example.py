@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from shared_basis.data import feeds
-from shared_basis.evaluation.evaluate import Trained
+from shared_basis.runs.trained import Trained
 from shared_basis.runtime import memory
-from shared_basis.runtime.reporter import Screen
+from shared_basis.runtime.reporter import Reporter
 
 WORST = 24
 """Images with the highest loss that are shown."""
@@ -71,7 +71,7 @@ class Scores:
         return [pair for pair in found if pair[2]]
 
 
-def score(trained: Trained, screen: Screen) -> Scores:
+def score(trained: Trained, screen: Reporter) -> Scores:
     """Scores the run's test images one by one; of their pixels only those of the worst are kept.
 
     Args:
@@ -82,14 +82,14 @@ def score(trained: Trained, screen: Screen) -> Scores:
     """
     config, classes = trained.config, len(trained.spec.classes)
     confusion, worst, total, first = np.zeros((classes, classes), np.int64), list[Image](), 0.0, 0
-    with memory.explained(config, "train.eval_batch_size"):
+    with memory.oom_as_user_error(config, "train.eval_batch_size"):
         source = trained.open_source()
         images = feeds.load(source, config.data, trained.mesh, screen)
         classify = trained.classifier()
         show = screen.counting("scoring test images one by one")
         for pixels, placed in images.batches("test", config.train.eval_batch_size, trained.mesh)():
             labels = np.asarray(placed)
-            losses, predicted, probabilities = judge(np.asarray(classify(pixels)), labels)
+            losses, predicted, probabilities = per_example_metrics(np.asarray(classify(pixels)), labels)
             counts = labels >= 0  # the others only fill the batch, or are broken
             np.add.at(confusion, (labels[counts], predicted[counts]), 1)
             total += float(losses[counts].sum())
@@ -107,7 +107,7 @@ def score(trained: Trained, screen: Screen) -> Scores:
     return Scores(trained.step, confusion, worst, total / max(1, int(confusion.sum())))
 
 
-def judge(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def per_example_metrics(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns for each image its cross entropy, the predicted class and its probability, in float64.
 
     Args:

@@ -16,7 +16,7 @@ from shared_basis import data
 from shared_basis.data.feeds import Images
 from shared_basis.data.folder import SUFFIXES, FileExamples
 from shared_basis.errors import UserError, printable
-from shared_basis.evaluation.evaluate import Trained
+from shared_basis.runs.trained import Trained
 from shared_basis.runtime import memory
 
 SHOWN = 3
@@ -25,7 +25,7 @@ SHOWN = 3
 
 def predict(workdir: str | Path, images: Sequence[str], which: str = "latest",
             overrides: Mapping[str, Any] | None = None, output: str = "",
-            progress: data.Progress = data.unseen) -> dict[str, Any]:
+            progress: data.Progress = data.no_progress) -> dict[str, Any]:
     """Classifies image files by a checkpoint of `workdir`.
 
     Images of any size and kind are treated as the run's own test images: scaled and cropped at the centre to their
@@ -50,7 +50,7 @@ def predict(workdir: str | Path, images: Sequence[str], which: str = "latest",
     spec, config = trained.spec, trained.config
     scaled = dataclasses.replace(config.data, image_size=spec.image_shape[0])
     examples = FileExamples.of("", files, np.zeros(len(files), np.int32))
-    with memory.explained(config, "train.eval_batch_size"):
+    with memory.oom_as_user_error(config, "train.eval_batch_size"):
         classify = trained.classifier()
         parts: list[tuple[np.ndarray, np.ndarray]] = []
         for batch in Images(spec, {"test": examples}, scaled).batches(

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shared_basis.data import Progress, unseen
+from shared_basis.data import Progress, no_progress
+from shared_basis.data.augment import normalize
 from shared_basis.errors import UserError
-from shared_basis.evaluation.evaluate import Trained, Variables
 from shared_basis.export import onnx, stablehlo
 from shared_basis.export.folding import CHOICES, fold
 from shared_basis.export.graph import count_macs, count_numbers
@@ -23,9 +23,9 @@ from shared_basis.models import Network
 from shared_basis.models.parameters import count_macs as count_macs_of
 from shared_basis.models.parameters import count_parameters
 from shared_basis.nn import ops
+from shared_basis.runs.trained import Trained, Variables
 from shared_basis.runs.workdir import versions
 from shared_basis.runtime.reporter import count, size_text
-from shared_basis.training.steps import normalize
 
 FORMATS = {"onnx": onnx, "stablehlo": stablehlo}
 """The modules that write, by what they write."""
@@ -40,7 +40,7 @@ TOLERANCE = 1e-3
 
 def export(workdir: str | Path, kind: str, choice: str = "auto", which: str = "latest",
            overrides: Mapping[str, Any] | None = None, output: str = "",
-           progress: Progress = unseen) -> dict[str, Any]:
+           progress: Progress = no_progress) -> dict[str, Any]:
     """Writes a checkpoint of `workdir` as a function from images uint8 `[N, H, W, C]` to logits float32 `[N, classes]`.
 
     Normalisation is inside, N is any number, and arithmetic is float32 whatever the run computed in.

@@ -23,7 +23,7 @@ from shared_basis.models.parameters import abstract_variables
 from shared_basis.models.resnext import ResNeXt
 
 Tensors = Mapping[str, np.ndarray]
-Slot = tuple[str, ...]
+TensorAliases = tuple[str, ...]
 """The names that a tensor may have; exactly one of them is expected."""
 
 
@@ -57,7 +57,7 @@ def convert_official(tensors: Tensors, model: Network) -> dict[str, Any]:
         module, _, leaf = name.rpartition(".")
         return repr(f"{renamed.get(module, module)}.{leaf}")
 
-    def take(slot: Slot, path: str) -> tuple[str, np.ndarray]:
+    def take(slot: TensorAliases, path: str) -> tuple[str, np.ndarray]:
         for name in slot:
             if name in left:
                 return name, left.pop(name)
@@ -132,7 +132,7 @@ _LEAVES = {"kernel": "weight", "unique": "weight", "coefficients": "weight", "bi
            "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
-def slots(path: tuple[str, ...], model: Network) -> list[Slot]:
+def slots(path: tuple[str, ...], model: Network) -> list[TensorAliases]:
     """Returns the slots of the variable at `path` (its collection first): of its tensor, then of its aliases."""
     _, top, *rest = path
     leaf = _LEAVES[path[-1]] if top != "bases" else "weight"
@@ -168,7 +168,7 @@ def _block_names(group: str, block: str, model: Network) -> list[str]:
     return [f"layer{number}.{index}"]
 
 
-def _shared_slots(group: str, name: str, model: Network) -> list[Slot]:
+def _shared_slots(group: str, name: str, model: Network) -> list[TensorAliases]:
     """Returns the slots of a shared array: the network's own, and one in each block that uses it."""
     if not model.sharing.orthonormal:
         raise UserError("the official implementation has no such network.")

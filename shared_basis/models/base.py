@@ -11,16 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from shared_basis.errors import UserError
-from shared_basis.nn.basis_conv import (
-    Array,
-    Dtype,
-    ElementSet,
-    Path,
-    he_normal_fan_out,
-    he_normal_templates,
-    init_shared_bases,
-)
-from shared_basis.nn.ops import loop, prefers_loops, unstack
+from shared_basis.nn.basis_conv import BasisGroup, he_normal_fan_out, he_normal_templates, init_shared_bases
+from shared_basis.nn.ops import prefers_loops, scan_with_remat, unstack
+from shared_basis.nn.types import Array, Dtype, Path
 
 MANY_BLOCKS = 9
 """From so many blocks a plain group is faster in a loop on CPU (ResNet-110 by a fifth); one of 5 is slower by 8 %."""
@@ -61,7 +54,7 @@ class Network(nn.Module):
     sharing: Sharing = Sharing()
     dtype: Dtype = jnp.float32
     """Compute type."""
-    loop: bool | None = None
+    scan_with_remat: bool | None = None
     """Whether the blocks of a group that are alike are computed in a loop; None is what suits them and the backend."""
 
     def loops(self, blocks: int) -> bool:
@@ -104,7 +97,7 @@ class Network(nn.Module):
         """Returns the shared array of each layer that uses one, for the blocks of `group`."""
         return {layer: bases[group][name] for layer, name in self.sharing.layers} if group in bases else {}
 
-    def element_sets(self, elements: str = "shared") -> tuple[ElementSet, ...]:
+    def element_sets(self, elements: str = "shared") -> tuple[BasisGroup, ...]:
         """Names the basis elements of each group for the orthogonality penalty.
 
         Args:
@@ -125,9 +118,9 @@ class Network(nn.Module):
                 unique = tuple((group, block, layer, "unique")
                                for block in self.sharing_blocks()[group] for layer in self.basis_layers())
             if self.sharing.separate_means:
-                sets += [ElementSet((path,), family=path[-1]) for path in shared]
+                sets += [BasisGroup((path,), family=path[-1]) for path in shared]
             elif shared or unique:
-                sets.append(ElementSet(shared, unique))
+                sets.append(BasisGroup(shared, unique))
         return tuple(sets)
 
 
@@ -137,7 +130,7 @@ class Group(nn.Module):
     make_block: Callable[[bool, str], nn.Module]
     """Makes a block, given whether it is the first one, and its name."""
     blocks: int
-    loop: bool = False
+    scan_with_remat: bool = False
     """Whether the blocks after the first one are computed in a loop."""
 
     @nn.compact
@@ -170,7 +163,7 @@ class Group(nn.Module):
         def body(x: Array, variables: Mapping[str, Any]) -> tuple[Array, Mapping[str, Any]]:
             return block.apply(variables, x, shared, train=train, mutable=["batch_stats"] if train else [])
 
-        x, updated = loop(body, x, [{kind: named[name] for kind, named in self.variables.items()} for name in names])
+        x, updated = scan_with_remat(body, x, [{kind: named[name] for kind, named in self.variables.items()} for name in names])
         if train:
             for name, variables in zip(names, updated, strict=True):
                 self.put_variable("batch_stats", name, variables["batch_stats"])
@@ -187,3 +180,15 @@ def linear_head(num_classes: int, features: int) -> nn.Dense:
 def global_average(x: Array) -> Array:
     """Returns the float32 means `[N, C]` of `x [N, H, W, C]`."""
     return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+
+
+def check_rank(name: str, rank: int, kernel_size: int, channels: int) -> None:
+    """Raises `UserError` unless `rank` filters of `[kernel_size, kernel_size, channels]` can be independent.
+
+    Args:
+      name: what the message calls the layer or group.
+    """
+    space = kernel_size**2 * channels
+    if rank > space:
+        raise UserError(f"{name}: a basis of {rank} elements does not fit the {space}-dimensional space of its "
+                        f"{kernel_size}×{kernel_size}×{channels} filters; choose shared + unique rank at most {space}.")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 
-from shared_basis.models.base import Network, global_average, linear_head
-from shared_basis.nn.basis_conv import BasisConv, check_rank
-from shared_basis.nn.ops import Array, Dtype, batch_norm
+from shared_basis.models.base import Network, check_rank, global_average, linear_head
+from shared_basis.nn.basis_conv import BasisConv
+from shared_basis.nn.batch_norm import batch_norm
+from shared_basis.nn.types import Array, Dtype
 
 INNER = 4
 """Channels between a dense layer's 1×1 and 3×3 convolutions, over the growth rate."""

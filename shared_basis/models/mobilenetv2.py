@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from shared_basis.models.base import Group, Network, Sharing, global_average, linear_head
 from shared_basis.models.resnet import shortcut
 from shared_basis.nn.basis_conv import BasisConv
-from shared_basis.nn.ops import Array, Dtype, batch_norm
+from shared_basis.nn.batch_norm import batch_norm
+from shared_basis.nn.types import Array, Dtype
 
 STAGES = ((1, 16, 1, 1), (2, 24, 2, 6), (3, 32, 2, 6), (4, 64, 2, 6), (3, 96, 1, 6), (3, 160, 2, 6), (1, 320, 1, 6))
 """Blocks, output channels, stride of the first block, and expansion of each stage."""

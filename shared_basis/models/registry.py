@@ -16,7 +16,7 @@ from shared_basis.models.densenet import DenseNet
 from shared_basis.models.mobilenetv2 import MobileNetV2
 from shared_basis.models.resnet import ResNet
 from shared_basis.models.resnext import ResNeXt
-from shared_basis.nn.basis_conv import Dtype
+from shared_basis.nn.types import Dtype
 
 GRAMMAR = "<network>[-<sharing>], e.g. resnet56, resnet56-s16u1-double, resnet34-s32u1, resnet50-shared++, resnet32w12"
 """How a network is named; the sharing is one of `SHARING_FORMS`. ResNet-14 to 110 take a width, w<channels>, too."""

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax.numpy as jnp
 
-from shared_basis.models.base import Group, Network, Sharing, global_average, linear_head
-from shared_basis.nn.basis_conv import BasisConv, check_rank
-from shared_basis.nn.ops import Array, Dtype, batch_norm
+from shared_basis.models.base import Group, Network, Sharing, check_rank, global_average, linear_head
+from shared_basis.nn.basis_conv import BasisConv
+from shared_basis.nn.batch_norm import batch_norm
+from shared_basis.nn.types import Array, Dtype
 
 Shared = Mapping[str, Array]
 """The shared array of each layer of a block that uses one."""

@@ -21,10 +21,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from shared_basis.errors import UserError
-from shared_basis.nn.ops import Array, Dtype, batch_norm, convolve, multiply
-
-Path = tuple[str, ...]
+from shared_basis.nn.batch_norm import batch_norm
+from shared_basis.nn.ops import convolve, multiply
+from shared_basis.nn.types import Array, Dtype, Path
 
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 """He initialisation by fan-out (k²T), as published."""
@@ -33,7 +32,7 @@ he_normal_templates = nn.initializers.variance_scaling(
 """The same for each template of `[k, k, C, T, templates]`."""
 
 
-class ElementSet(NamedTuple):
+class BasisGroup(NamedTuple):
     """Names, by path in the parameter tree, the basis elements of one group that are to be orthonormal together.
 
     Each array holds its elements on its last axis: `[k, k, C, s]`, or any `[..., elements]`.
@@ -45,18 +44,6 @@ class ElementSet(NamedTuple):
     """One array of unique elements for each layer; empty where unique elements are not to be penalised."""
     family: str = ""
     """The mean penalty is taken over the groups of one family; the means of several families are added."""
-
-
-def check_rank(name: str, rank: int, kernel_size: int, channels: int) -> None:
-    """Raises `UserError` unless `rank` filters of `[kernel_size, kernel_size, channels]` can be independent.
-
-    Args:
-      name: what the message calls the layer or group.
-    """
-    space = kernel_size**2 * channels
-    if rank > space:
-        raise UserError(f"{name}: a basis of {rank} elements does not fit the {space}-dimensional space of its "
-                        f"{kernel_size}×{kernel_size}×{channels} filters; choose shared + unique rank at most {space}.")
 
 
 def init_shared_bases(key: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:

@@ -10,30 +10,21 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-Array = jax.Array
-Dtype = Any
-Tree = Any
-
-MOMENTUM = 0.9
-"""Of the running statistics of batch normalisation: 0.9 old + 0.1 new, as published."""
-EPSILON = 1e-5
-"""Added to variances by batch normalisation, as published."""
+from shared_basis.nn.types import Array, Dtype, Tree
 
 FEW_FILTERS = 8
 """Up to so many filters, a vector of floats, a convolution on CPU is computed by `_convolve_by_few`."""
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
-_KEPT = "kept"
+KEPT = "kept"
 """Names what a loop keeps for its gradient: results of convolutions, and statistics of batches."""
 
 
@@ -88,14 +79,15 @@ def prefers_loops() -> bool:
     On CPU it takes less memory and no more time, and compiles such blocks once. Elsewhere it has not been measured.
     Where NaNs are traced (--debug_nans) a loop would hide their place.
     """
-    return _suits_cpu() and not jax.config.jax_debug_nans  # type: ignore[attr-defined]
+    return use_cpu_forms() and not jax.config.jax_debug_nans  # type: ignore[attr-defined]
 
 
-def _suits_cpu() -> bool:
+def use_cpu_forms() -> bool:
+    """Returns whether operations are to be traced in the forms that are fast on CPU."""
     return jax.default_backend() == "cpu" and not _PORTABLE.get()
 
 
-def loop(body: Callable[[Tree, Tree], tuple[Tree, Tree]], carry: Tree, inputs: list[Tree]) -> tuple[Tree, list[Tree]]:
+def scan_with_remat(body: Callable[[Tree, Tree], tuple[Tree, Tree]], carry: Tree, inputs: list[Tree]) -> tuple[Tree, list[Tree]]:
     """Returns what `carry, output = body(carry, input)` makes of `carry` over all `inputs`, and the list of outputs.
 
     The inputs have one structure and one shape. For the gradient the loop keeps no more than the results of
@@ -103,7 +95,7 @@ def loop(body: Callable[[Tree, Tree], tuple[Tree, Tree]], carry: Tree, inputs: l
     time on CPU than writing it to memory and reading it back.
     """
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
-    keeping = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
+    keeping = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
     carry, outputs = jax.lax.scan(keeping, carry, stacked)
     return carry, unstack(outputs, len(inputs))
 
@@ -116,13 +108,13 @@ def unstack(tree: Tree, count: int) -> list[Tree]:
 def convolve(x: Array, kernel: Array, strides: int, padding: int, dtype: Dtype) -> Array:
     """Convolves `x [N, H, W, C]` by `kernel [k, k, C / groups, T]`, zero-padded on all sides; computes in `dtype`."""
     x, kernel = x.astype(dtype), kernel.astype(dtype)
-    if not _suits_cpu() or x.shape[-1] != kernel.shape[2]:
+    if not use_cpu_forms() or x.shape[-1] != kernel.shape[2]:
         y = _convolve(x, kernel, strides, padding)
     elif kernel.shape[-1] <= FEW_FILTERS and strides == 1:
         y = _convolve_by_few(x, kernel, padding)
     else:
         y = _convolve_on_cpu(x, kernel, strides, padding)
-    return checkpoint_name(y, _KEPT)
+    return checkpoint_name(y, KEPT)
 
 
 def multiply(x: Array, matrix: Array) -> Array:
@@ -131,7 +123,7 @@ def multiply(x: Array, matrix: Array) -> Array:
     On CPU that is one product of matrices: XLA turns round an array of more axes for the matrix's gradient, in one
     fusion with all that has computed it, in an order that misses the cache, which takes as long as the product itself.
     """
-    rows = x.reshape(-1, x.shape[-1]) if _suits_cpu() else x
+    rows = x.reshape(-1, x.shape[-1]) if use_cpu_forms() else x
     return jnp.matmul(rows, matrix, preferred_element_type=jnp.float32).reshape(*x.shape[:-1], -1)
 
 
@@ -221,109 +213,3 @@ def _convolve_on_cpu_bwd(strides: int, padding: int, saved: tuple[Array, Array],
 
 
 _convolve_on_cpu.defvjp(_convolve_on_cpu_fwd, _convolve_on_cpu_bwd)
-
-
-class BatchNorm(nn.Module):
-    """Batch normalisation over all axes but the last; statistics and parameters are float32.
-
-    It computes what Flax's does, and keeps `scale`, `bias`, and in `batch_stats` `mean` and `var`, under the same
-    names. Its gradient is written out and takes two sums over the batch, where derived ones take three.
-    """
-
-    train: bool
-    """Whether to normalise by the statistics of the batch and to move the running ones towards them."""
-    dtype: Dtype = jnp.float32
-    """Type of the result."""
-
-    def __call__(self, x: Array) -> Array:
-        """Maps `x [..., C]` to the same shape."""
-        mean, var, scale, bias = self._variables(x.shape[-1])
-        if not self.train:
-            return _normalize(x, mean.value, _factor(var.value, scale), bias).astype(self.dtype)
-        y, *moments = _normalize_batch(x, scale, bias)
-        self._move(mean, var, *moments)
-        return y.astype(self.dtype)
-
-    def followed_by(self, parts: Sequence[Array], matrix: Array) -> Array:
-        """Maps `parts [..., C_i]`, whose channels follow one another, to `self(all of them) @ matrix [ΣC_i, T]`.
-
-        Both are linear: factors go into the matrix and the rest into an offset of the product, so that normalised
-        arrays are neither written nor read, and gradients need no further sums over the batch. On CPU the parts are not
-        written side by side either, but each is multiplied by its rows of the matrix.
-        """
-        if not _suits_cpu():
-            parts = [jnp.concatenate(parts, axis=-1)]
-        if _PORTABLE.get():
-            return self(*parts) @ matrix.astype(self.dtype)
-        mean, var, scale, bias = self._variables(len(matrix))
-        moments = mean.value, var.value
-        if self.train:
-            means, variances = zip(*map(_moments, parts), strict=True)
-            moments = jnp.concatenate(means), jnp.concatenate(variances)
-            self._move(mean, var, *moments)
-        scaled = (_factor(moments[1], scale)[:, None] * matrix).astype(self.dtype)
-        # By the rounded matrix, so that the mean goes exactly; sums, as products would count as those of the network.
-        offset = jnp.sum(bias[:, None] * matrix, 0) - jnp.sum(moments[0][:, None] * scaled, 0)
-        *ends, _ = itertools.accumulate(part.shape[-1] for part in parts)
-        rows = jnp.split(scaled, ends)
-        return sum(map(multiply, parts, rows), offset).astype(self.dtype)
-
-    @nn.compact
-    def _variables(self, channels: int) -> tuple[nn.Variable, nn.Variable, Array, Array]:
-        return (self.variable("batch_stats", "mean", jnp.zeros, (channels,)),
-                self.variable("batch_stats", "var", jnp.ones, (channels,)),
-                self.param("scale", nn.initializers.ones, (channels,)),
-                self.param("bias", nn.initializers.zeros, (channels,)))
-
-    def _move(self, mean: nn.Variable, var: nn.Variable, batch_mean: Array, batch_var: Array) -> None:
-        if not self.is_initializing():
-            mean.value = MOMENTUM * mean.value + (1 - MOMENTUM) * batch_mean
-            var.value = MOMENTUM * var.value + (1 - MOMENTUM) * batch_var
-
-
-def _factor(var: Array, scale: Array) -> Array:
-    return jax.lax.rsqrt(var + EPSILON) * scale
-
-
-def _normalize(x: Array, mean: Array, factor: Array, bias: Array) -> Array:
-    return (x - mean) * factor + bias
-
-
-def _moments(x: Array) -> tuple[Array, Array]:
-    """Returns the mean and the (biased) variance `[C]` of `x [..., C]`, in float32."""
-    exact, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
-    mean = checkpoint_name(jnp.mean(exact, axes), _KEPT)
-    square = checkpoint_name(jnp.mean(jnp.square(exact), axes), _KEPT)
-    return mean, jnp.maximum(square - jnp.square(mean), 0)
-
-
-@jax.custom_vjp
-def _normalize_batch(x: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
-    """Returns `x [..., C]` normalised over its batch, in float32, and its mean and (biased) variance `[C]`.
-
-    The latter two are for running statistics: no gradient goes through them.
-    """
-    return _normalize_batch_fwd(x, scale, bias)[0]
-
-
-def _normalize_batch_fwd(x: Array, scale: Array, bias: Array) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
-    mean, var = _moments(x)
-    inverse = jax.lax.rsqrt(var + EPSILON)
-    return (_normalize(x, mean, inverse * scale, bias), mean, var), (x, mean, inverse, scale)
-
-
-def _normalize_batch_bwd(saved: tuple[Array, ...], cotangents: tuple[Array, ...]) -> tuple[Array, Array, Array]:
-    x, mean, inverse, scale = saved
-    dy, axes, count = cotangents[0], tuple(range(x.ndim - 1)), x.size // x.shape[-1]
-    dbias = jnp.sum(dy, axes)
-    dscale = jnp.sum(dy * (x - mean), axes) * inverse
-    dx = scale * inverse * (dy - dbias / count - (x - mean) * (inverse * dscale / count))
-    return dx.astype(x.dtype), dscale, dbias
-
-
-_normalize_batch.defvjp(_normalize_batch_fwd, _normalize_batch_bwd)
-
-
-def batch_norm(train: bool, dtype: Dtype, name: str) -> BatchNorm:
-    """Returns batch normalisation as published: ε 1e-5, running average 0.9 old + 0.1 new, float32 statistics."""
-    return BatchNorm(train, dtype, name=name)

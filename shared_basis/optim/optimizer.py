@@ -9,9 +9,9 @@ import jax
 import optax
 
 from shared_basis.config import OptimizerConfig, OrthogonalityConfig
-from shared_basis.models.parameters import label_parameters
-from shared_basis.nn.basis_conv import ElementSet
+from shared_basis.nn.basis_conv import BasisGroup
 from shared_basis.optim.gradient_norms import record_gradient_norms
+from shared_basis.optim.labels import label_parameters
 from shared_basis.optim.orthonormal import keep_orthonormal
 from shared_basis.optim.penalty import add_orthogonality_penalty
 
@@ -33,7 +33,7 @@ def learning_rate_schedule(config: OptimizerConfig, epochs: int, steps_per_epoch
     return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), main], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, orthogonality: OrthogonalityConfig, element_sets: Sequence[ElementSet],
+def make_optimizer(config: OptimizerConfig, orthogonality: OrthogonalityConfig, element_sets: Sequence[BasisGroup],
                    schedule: optax.Schedule, recorded_steps: int = 0) -> optax.GradientTransformation:
     """Returns the chain: orthogonality penalty, weight decay, SGD with momentum.
 

@@ -14,17 +14,15 @@ frame.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from shared_basis.errors import UserError
-from shared_basis.nn.basis_conv import Array, ElementSet, Path
+from shared_basis.nn.basis_conv import BasisGroup
+from shared_basis.nn.types import Array, Path, Tree
 from shared_basis.optim.penalty import rows_at
-
-Tree = Any
 
 LIFTING, CONVERGING = (3.4445, -4.775, 2.0315), (1.875, -1.25, 0.375)
 """Of Newton–Schulz iterations X ← (a + b X Xᵀ + c (X Xᵀ)²) X.
@@ -88,7 +86,7 @@ def tangent(matrix: Array, direction: Array) -> Array:
     return direction - _product((products + _transposed(products)) / 2, matrix)
 
 
-def keep_orthonormal(element_sets: Sequence[ElementSet]) -> optax.GradientTransformation:
+def keep_orthonormal(element_sets: Sequence[BasisGroup]) -> optax.GradientTransformation:
     """Returns the optax link that ends a chain so that the named bases are orthonormal after each update.
 
         optax.chain(optax.sgd(0.1, momentum=0.9), keep_orthonormal(element_sets))
@@ -128,7 +126,7 @@ def keep_orthonormal(element_sets: Sequence[ElementSet]) -> optax.GradientTransf
     return optax.GradientTransformation(init, update)
 
 
-def _retract(params: Tree, updates: Tree, elements: ElementSet) -> dict[Path, Array]:
+def _retract(params: Tree, updates: Tree, elements: BasisGroup) -> dict[Path, Array]:
     """Returns by path the updates, as rows, that lead from orthonormal elements to orthonormal ones."""
     found: dict[Path, Array] = {}
     shared = None

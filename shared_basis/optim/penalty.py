@@ -13,15 +13,13 @@ Nothing here knows a network: bases are named by path (`ElementSet`), in any tre
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from shared_basis.nn.basis_conv import Array, ElementSet, Path
-
-Tree = Any
+from shared_basis.nn.basis_conv import BasisGroup
+from shared_basis.nn.types import Array, Path, Tree
 
 
 def rows_at(params: Tree, path: Path) -> Array:
@@ -39,7 +37,7 @@ def _product(a: Array, b: Array) -> Array:
     return jnp.matmul(a, jnp.swapaxes(b, -1, -2), precision=jax.lax.Precision.HIGHEST)
 
 
-def _gram_blocks(params: Tree, elements: ElementSet) -> Iterator[tuple[Array, Array]]:
+def _gram_blocks(params: Tree, elements: BasisGroup) -> Iterator[tuple[Array, Array]]:
     """Yields the counted pairs of one group as blocks of B Bᵀ, each with the block of I that it is compared with.
 
     The blocks are `[s, rows]` (shared × all rows) and `[layers, u, u]` (unique × unique within each layer), so that
@@ -56,7 +54,7 @@ def _gram_blocks(params: Tree, elements: ElementSet) -> Iterator[tuple[Array, Ar
         yield products, jnp.broadcast_to(jnp.eye(layers.shape[1]), products.shape)
 
 
-def orthogonality_penalty(params: Tree, element_sets: Sequence[ElementSet], reduction: str = "mean") -> Array:
+def orthogonality_penalty(params: Tree, element_sets: Sequence[BasisGroup], reduction: str = "mean") -> Array:
     """Returns the penalty of the bases named by `element_sets` in `params`, a float32 scalar (section 3.2).
 
     Args:
@@ -82,7 +80,7 @@ def orthogonality_penalty(params: Tree, element_sets: Sequence[ElementSet], redu
                jnp.zeros(()))
 
 
-def orthogonality_diagnostics(params: Tree, element_sets: Sequence[ElementSet]) -> dict[str, Array]:
+def orthogonality_diagnostics(params: Tree, element_sets: Sequence[BasisGroup]) -> dict[str, Array]:
     """Returns how far the named bases are from orthonormal, as float32 scalars.
 
     `penalty` is the mean penalty, `norm_min`, `norm_mean`, `norm_max` are of the norms of all elements, and
@@ -100,7 +98,7 @@ def orthogonality_diagnostics(params: Tree, element_sets: Sequence[ElementSet]) 
 
 
 def add_orthogonality_penalty(
-    weight: float | optax.Schedule, element_sets: Sequence[ElementSet], reduction: str = "mean",
+    weight: float | optax.Schedule, element_sets: Sequence[BasisGroup], reduction: str = "mean",
 ) -> optax.GradientTransformation:
     """Returns the optax link that adds the gradient of `weight · penalty` to the updates.
 

@@ -12,7 +12,7 @@ from shared_basis.config import Config
 from shared_basis.evaluation.per_example import Image, Scores
 from shared_basis.optim.optimizer import learning_rate_schedule
 from shared_basis.plotting import DASHES, MARKERS, Picture, Theme, drawable, label_lines, picture, png, set_log
-from shared_basis.report.run_summary import Facts
+from shared_basis.report.run_summary import RunSummary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ CELLS = 250
 _SPLITS = ("train", "validation", "test")
 
 
-def learning_curves(facts: Facts) -> list[Picture]:
+def learning_curves(facts: RunSummary) -> list[Picture]:
     """Returns loss, accuracy and learning rate over the epochs; none for a run without evaluations."""
     if not facts.lines:
         return []
@@ -38,7 +38,7 @@ def learning_curves(facts: Facts) -> list[Picture]:
             _learning_rate(facts)]
 
 
-def basis_curves(facts: Facts) -> list[Picture]:
+def basis_curves(facts: RunSummary) -> list[Picture]:
     """Returns penalty, norms and coherence of the filter bases over the epochs; none where there are none."""
     if not np.isfinite(facts.series("penalty")).any():
         return []
@@ -50,7 +50,7 @@ def basis_curves(facts: Facts) -> list[Picture]:
                     [("coherence", "coherence")])]
 
 
-def _curves(facts: Facts, name: str, title: str, unit: str, metrics: Sequence[tuple[str, str]], scale: float = 1,
+def _curves(facts: RunSummary, name: str, title: str, unit: str, metrics: Sequence[tuple[str, str]], scale: float = 1,
             log: bool = False) -> Picture:
     """Returns `metrics`, as labels and names, over the epochs; a label's place decides on colour, dash and marker."""
     epochs = facts.series("epoch")
@@ -79,7 +79,7 @@ def _first_and_last(values: np.ndarray) -> str:
     return f"from {known[0]:.4g} to {known[-1]:.4g}"
 
 
-def _learning_rate(facts: Facts) -> Picture:
+def _learning_rate(facts: RunSummary) -> Picture:
     """Returns the learning rate over the epochs: the schedule as a line, and what the evaluations noted as points."""
     config, steps = facts.config, facts.steps_per_epoch
     schedule = learning_rate_schedule(config.optimizer, config.train.epochs, steps)
@@ -112,7 +112,7 @@ def boundaries(config: Config) -> list[tuple[float, str]]:
         config.optimizer.boundaries, config.optimizer.factors, strict=True)]
 
 
-def _mark_boundaries(axes: Axes, facts: Facts, theme: Theme, named: bool) -> None:
+def _mark_boundaries(axes: Axes, facts: RunSummary, theme: Theme, named: bool) -> None:
     """Draws a vertical line at each change of the learning rate that was reached."""
     for epoch, text in boundaries(facts.config):
         if epoch <= facts.epoch:
@@ -122,13 +122,13 @@ def _mark_boundaries(axes: Axes, facts: Facts, theme: Theme, named: bool) -> Non
                               textcoords="offset points", fontsize=8.5)
 
 
-def count_bars(facts: Facts) -> list[Picture]:
+def count_bars(facts: RunSummary) -> list[Picture]:
     """Returns parameters and MACs by group, each beside those of the plain network."""
     return [_bars(facts, "parameters", "Parameters by group", "parameters"),
             _bars(facts, "macs", "MACs by group", "multiply-accumulates of one image")]
 
 
-def _bars(facts: Facts, key: str, title: str, unit: str) -> Picture:
+def _bars(facts: RunSummary, key: str, title: str, unit: str) -> Picture:
     groups, plain = facts.counts["groups"], facts.counts["plain"]
     alone = facts.counts["model"] == plain["model"]
     kinds = [(facts.counts["model"], groups)] + ([] if alone else [(f"plain {plain['model']}", plain["groups"])])

@@ -14,7 +14,7 @@ import numpy as np
 from shared_basis.config import differences as config_differences
 from shared_basis.config import replace
 from shared_basis.errors import UserError
-from shared_basis.report.run_summary import Facts, gather
+from shared_basis.report.run_summary import RunSummary, load_run_summary
 
 LABELS = ("name", "seed", "train.record_gradients")
 """Fields of the configuration that runs of one point may differ in: what the run is called, the seed, and what is only
@@ -40,12 +40,12 @@ class Spread:
 class Point:
     """Runs that differ in nothing but the seed, and have come to the same epoch."""
 
-    runs: Sequence[Facts]
+    runs: Sequence[RunSummary]
     label: str
     """The network, with what else tells it from the other points."""
 
     @property
-    def first(self) -> Facts:
+    def first(self) -> RunSummary:
         """One that stands for all."""
         return self.runs[0]
 
@@ -101,9 +101,9 @@ def find_runs(directories: Sequence[str]) -> list[Path]:
     return list(found.values())
 
 
-def group(runs: Sequence[Facts]) -> tuple[list[Point], list[str]]:
+def group(runs: Sequence[RunSummary]) -> tuple[list[Point], list[str]]:
     """Returns runs as points, by parameters, and the fields of the configuration that points differ in."""
-    groups: list[list[Facts]] = []
+    groups: list[list[RunSummary]] = []
     for run in runs:
         alike = next((each for each in groups if _alike(each[0], run)), None)
         if alike is None:
@@ -117,13 +117,13 @@ def group(runs: Sequence[Facts]) -> tuple[list[Point], list[str]]:
     return sorted(points, key=lambda point: (point.parameters, point.label)), fields
 
 
-def _alike(one: Facts, other: Facts) -> bool:
+def _alike(one: RunSummary, other: RunSummary) -> bool:
     names = {name: operator.attrgetter(name)(one.config) for name in LABELS}
     return (not config_differences(one.config, replace(other.config, names)) and one.epoch == other.epoch
             and one.record["data"] == other.record["data"])
 
 
-def _label(run: Facts, groups: Sequence[Sequence[Facts]], fields: Sequence[str]) -> str:
+def _label(run: RunSummary, groups: Sequence[Sequence[RunSummary]], fields: Sequence[str]) -> str:
     """Returns the name of the network, and the fields that tell it from others of this name."""
     name = run.config.model.name
     rivals = [each[0] for each in groups if each[0] is not run and each[0].config.model.name == name]
@@ -134,7 +134,7 @@ def _label(run: Facts, groups: Sequence[Sequence[Facts]], fields: Sequence[str])
     return f"{name} ({', '.join(told)})" if told else name
 
 
-def value(run: Facts, field: str) -> str:
+def value(run: RunSummary, field: str) -> str:
     """Returns a field of the run's configuration, given by its dotted path, as text."""
     found = operator.attrgetter(field)(run.config)
     return f"{found:g}" if isinstance(found, float) else str(found)
@@ -146,7 +146,7 @@ def gather_points(directories: Sequence[str]) -> tuple[list[Point], list[str]]:
     Raises:
       UserError: as `find_runs`, or the record of a run is damaged.
     """
-    return group([gather(path) for path in find_runs(directories)])
+    return group([load_run_summary(path) for path in find_runs(directories)])
 
 
 def as_result(points: Sequence[Point]) -> list[dict[str, Any]]:

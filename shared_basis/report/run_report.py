@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from shared_basis.errors import UserError
-from shared_basis.evaluation import evaluate
 from shared_basis.evaluation.per_example import Scores, confusion_csv, errors_csv, score
 from shared_basis.report import files, plots, sections
 from shared_basis.report.html import element, page, section
-from shared_basis.report.run_summary import Facts, gather
-from shared_basis.runtime.reporter import Screen
+from shared_basis.report.run_summary import RunSummary, load_run_summary
+from shared_basis.runs.trained import Trained
+from shared_basis.runtime.reporter import Reporter
 
 FILES = (*(f"{name}.png" for name in ("loss", "accuracy", "learning_rate", "penalty", "norms", "coherence",
                                       "parameters", "macs", "confusion", "errors")), "confusion.csv", "errors.csv")
@@ -20,7 +20,7 @@ FILES = (*(f"{name}.png" for name in ("loss", "accuracy", "learning_rate", "pena
 
 
 def report(workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None,
-           screen: Screen | None = None, output: str = "", scoring: bool = True) -> dict[str, Any]:
+           screen: Reporter | None = None, output: str = "", scoring: bool = True) -> dict[str, Any]:
     """Writes `report.html` and `report/` of a run.
 
     Where the test images or the checkpoint are not there any more the page says so in the place of what needs them,
@@ -41,12 +41,12 @@ def report(workdir: str | Path, which: str = "latest", overrides: Mapping[str, A
       UserError: there is no such run or checkpoint, the images named by `overrides` cannot be read, or the report
         cannot be written.
     """
-    facts = gather(workdir)
+    facts = load_run_summary(workdir)
     scores: Scores | None = None
     missing: str | None = None
     try:
         if scoring:
-            scores = score(evaluate.Trained.open(workdir, which, overrides), screen or Screen(verbosity="quiet"))
+            scores = score(Trained.open(workdir, which, overrides), screen or Reporter(verbosity="quiet"))
         else:
             missing = "the training had several processes, and this takes one alone."
     except UserError as error:
@@ -70,7 +70,7 @@ def render(result: Mapping[str, Any]) -> str:
     return f"{result['report']}, and {len(result['files'])} pictures and tables beside it{missing}{removed}{warning}"
 
 
-def after_training(workdir: str | Path, screen: Screen, scoring: bool) -> str | None:
+def after_training(workdir: str | Path, screen: Reporter, scoring: bool) -> str | None:
     """Writes the report of a run that has just ended; what prevents it is a warning, as the run is saved.
 
     Returns:
@@ -90,7 +90,7 @@ def after_training(workdir: str | Path, screen: Screen, scoring: bool) -> str | 
     return str(result["report"])
 
 
-def compose(facts: Facts, scores: Scores | None, which: str, missing: str | None) -> tuple[bytes, dict[str, bytes]]:
+def compose(facts: RunSummary, scores: Scores | None, which: str, missing: str | None) -> tuple[bytes, dict[str, bytes]]:
     """Returns the page, and the files beside it by name.
 
     Args:

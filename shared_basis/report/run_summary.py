@@ -14,13 +14,13 @@ import numpy as np
 
 from shared_basis.config import Config, ModelConfig, differences
 from shared_basis.models import summary
-from shared_basis.runs.checkpoints import Checkpoints, chosen_on
+from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runs.metrics import chosen_on, is_evaluation, last_and_best, number
 from shared_basis.runs.workdir import Workdir
-from shared_basis.training import train
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
+class RunSummary:
     """A run."""
 
     path: Path
@@ -42,7 +42,7 @@ class Facts:
     @property
     def outcome(self) -> dict[str, Any] | None:
         """What training returned: the counts, the last evaluation, and the best one; None without any evaluation."""
-        return {**self.counts, **train.last_and_best(self.lines)} if self.lines else None
+        return {**self.counts, **last_and_best(self.lines)} if self.lines else None
 
     @property
     def changed(self) -> dict[str, tuple[Any, Any]]:
@@ -89,10 +89,10 @@ class Facts:
 
     def series(self, name: str) -> np.ndarray:
         """Returns a metric at each evaluation, float64; NaN where it is missing or no finite number."""
-        return np.array([_number(line.get(name)) for line in self.lines])
+        return np.array([number(line.get(name)) for line in self.lines])
 
 
-def gather(workdir: str | Path) -> Facts:
+def load_run_summary(workdir: str | Path) -> RunSummary:
     """Returns what is known of the run in `workdir`.
 
     Raises:
@@ -102,25 +102,13 @@ def gather(workdir: str | Path) -> Facts:
     config, record = run.load()
     counts = _count(config.model, len(record["data"]["classes"]), tuple(record["data"]["image_shape"]))
     known, written = run.read_metrics()
-    lines = [line for line in known if _is_evaluation(line)]
+    lines = [line for line in known if is_evaluation(line)]
     chooses = f"{chosen_on(lines[-1])}_accuracy" if lines else ""
-    lines = [line for line in lines if math.isfinite(_number(line.get(chooses)))]
-    return Facts(run.path, config, record, lines, counts, written - len(lines))
+    lines = [line for line in lines if math.isfinite(number(line.get(chooses)))]
+    return RunSummary(run.path, config, record, lines, counts, written - len(lines))
 
 
 @functools.cache
 def _count(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
     """Counts a network once, as runs that are compared often have the same."""
     return summary.compare_with_plain(config, num_classes, image_shape)
-
-
-def _is_evaluation(line: Mapping[str, Any]) -> bool:
-    """Returns whether a line of metrics.jsonl, which anyone may have edited, holds what makes it an evaluation."""
-    counted = all(type(line.get(name)) is int and line[name] > 0 for name in ("step", "epoch"))
-    return counted and line["step"] >= line["epoch"] and all(
-        math.isfinite(_number(line.get(name))) for name in ("test_accuracy", "test_loss", "images_per_second"))
-
-
-def _number(value: Any) -> float:
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else math.nan

@@ -16,7 +16,7 @@ from shared_basis.models.summary import render_saving
 from shared_basis.plotting import Picture, data_uri
 from shared_basis.report import files, plots
 from shared_basis.report.html import Html, element, join, section, shown, table
-from shared_basis.report.run_summary import Facts
+from shared_basis.report.run_summary import RunSummary
 from shared_basis.runtime.reporter import duration
 from shared_basis.training import train
 
@@ -27,7 +27,7 @@ IMAGE_SIDE = 96
 """Images of the page are enlarged by a whole factor to about so many pixels; larger ones are reduced to twice that."""
 
 
-def headline(facts: Facts) -> str:
+def headline(facts: RunSummary) -> str:
     """Returns how the run ended, in `train.render`'s words, or how far it came; and what must be known of that."""
     outcome = facts.outcome
     text = (train.render(outcome).partition("\n")[0] if outcome else
@@ -45,7 +45,7 @@ def _unscored(step: int | None) -> str:
             "the file is lost")
 
 
-def cards(facts: Facts) -> Html:
+def cards(facts: RunSummary) -> Html:
     """Returns the figures that one looks for first."""
     outcome = facts.outcome
     saving = {key: f"{abs(100 * share):.1f} % {'fewer' if share > 0 else 'more'} than plain" if share else "as plain"
@@ -76,7 +76,7 @@ def _unbroken(text: str) -> str:
     return text.replace(" %", "\u00a0%")
 
 
-def learning_curves(facts: Facts, pictures: Sequence[Picture]) -> Html:
+def learning_curves(facts: RunSummary, pictures: Sequence[Picture]) -> Html:
     """Returns the part with `plots.learning_curves`, and all evaluations."""
     if not pictures:
         return section("Learning curves", element("p", "There are none: metrics.jsonl holds no evaluation."))
@@ -88,12 +88,12 @@ def learning_curves(facts: Facts, pictures: Sequence[Picture]) -> Html:
         element("div", *(shown(each, files.FOLDER) for each in pictures), class_="panels"), _evaluations(facts))
 
 
-def _evaluated(facts: Facts) -> str:
+def _evaluated(facts: RunSummary) -> str:
     names = " and ".join(name for name in ("validation", "test") if np.isfinite(facts.series(f"{name}_loss")).any())
     return f"{names.capitalize()}: all images at the end of the epoch"
 
 
-def _evaluations(facts: Facts) -> Html:
+def _evaluations(facts: RunSummary) -> Html:
     """Returns all evaluations as a table, folded."""
     names = [name for name in dict.fromkeys(key for line in facts.lines for key in line)
              if np.isfinite(facts.series(name)).any()]
@@ -107,7 +107,7 @@ def _evaluations(facts: Facts) -> Html:
                          numbers=range(len(names))))
 
 
-def filter_bases(facts: Facts, pictures: Sequence[Picture]) -> Html:
+def filter_bases(facts: RunSummary, pictures: Sequence[Picture]) -> Html:
     """Returns the part with `plots.basis_curves`."""
     if not pictures:
         return section("Filter bases", element("p", "No penalty was noted" + (
@@ -129,7 +129,7 @@ def _method(config: OrthogonalityConfig) -> str:
     return f"The penalty is shown and not trained on (orthogonality.method={config.method!r})."
 
 
-def confusion_matrix(picture: Picture, scores: Scores, facts: Facts, which: str) -> Html:
+def confusion_matrix(picture: Picture, scores: Scores, facts: RunSummary, which: str) -> Html:
     """Returns the part with `plots.confusion` and the most frequent confusions; `which` is the checkpoint asked for."""
     classes, totals = facts.classes, scores.confusion.sum(1)
     right = int(np.trace(scores.confusion))
@@ -181,7 +181,7 @@ def _pixels(pixels: np.ndarray, text: str) -> Html:
                    height=str(picture.height))
 
 
-def counts(facts: Facts, pictures: Sequence[Picture]) -> Html:
+def counts(facts: RunSummary, pictures: Sequence[Picture]) -> Html:
     """Returns the part with `plots.count_bars`, and the counts as a table."""
     own, plain = facts.counts, facts.counts["plain"]
     rows = [[name, f"{row['parameters']:,}", f"{row['shared_parameters']:,}", f"{row['macs']:,}",
@@ -198,7 +198,7 @@ def counts(facts: Facts, pictures: Sequence[Picture]) -> Html:
         element("p", "MACs: multiply-accumulates of convolutions and linear layers for one image.", class_="soft"))
 
 
-def run_facts(facts: Facts) -> Html:
+def run_facts(facts: RunSummary) -> Html:
     """Returns the part with what the run is and was made with."""
     data, config = facts.record["data"], facts.config
     images = ", ".join(f"{data[f'{name}_examples']} {name}" for name in ("train", "validation", "test")

@@ -21,19 +21,10 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from shared_basis.runtime.distributed import agreed, leads
 from shared_basis.errors import UserError
-
-Tree = Any
-
-
-def chosen_on(metrics: Mapping[str, Any]) -> str | None:
-    """Returns the images whose accuracy chooses the best checkpoint.
-
-    'validation' if there are such images in `metrics`; otherwise 'test', the published protocol, whose figure is too
-    good, as the test images have a say in it; None if `metrics` holds neither.
-    """
-    return next((name for name in ("validation", "test") if f"{name}_accuracy" in metrics), None)
+from shared_basis.nn.types import Tree
+from shared_basis.runs.metrics import chosen_on
+from shared_basis.runtime.distributed import is_main_process, raise_on_all_processes
 
 
 class _Manager(ocp.CheckpointManager):
@@ -154,7 +145,7 @@ class Checkpoints:
         state = None
         for step in reversed(self.steps):
             try:
-                with agreed():
+                with raise_on_all_processes():
                     state = self.restore(step, target)
                 break
             except UserError as error:
@@ -175,8 +166,8 @@ class Checkpoints:
     def _set_aside(self, path: Path, why: str) -> None:
         """Moves a checkpoint out of the way, so that its step can be saved anew."""
         assert self._aside is not None
-        with agreed():
-            if leads():
+        with raise_on_all_processes():
+            if is_main_process():
                 try:
                     self._aside.mkdir(exist_ok=True)
                     new = next(new for number in itertools.count(1)

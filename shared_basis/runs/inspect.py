@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.config import Config, differences, from_config_dict, to_dict
 from shared_basis.errors import UserError
-from shared_basis.runtime.reporter import size_text
+from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.workdir import Workdir
+from shared_basis.runtime.reporter import size_text
 
 SHOWN = ("test_accuracy", "test_loss", "validation_accuracy", "train_loss", "penalty", "coherence")
 """The metrics of a checkpoint that the listing shows, where it has them; the result holds all."""

@@ -36,7 +36,7 @@ CACHE_BYTES = 2**30
 
 
 @contextlib.contextmanager
-def started(distributed: bool, coordinator: str | None, processes: int | None, process: int | None,
+def jax_runtime(distributed: bool, coordinator: str | None, processes: int | None, process: int | None,
             debug_nans: bool) -> Iterator[None]:
     """Starts JAX: within this context this process is one of several, if `distributed` or any of the next three is set.
 
@@ -59,14 +59,14 @@ def started(distributed: bool, coordinator: str | None, processes: int | None, p
         reason = (str(error).splitlines() or [f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')!r}"])[0]
         raise UserError(f"JAX cannot use the devices: {reason}; see that no other process has them, or leave "
                         "JAX_PLATFORMS unset.") from error
-    if not leads():
+    if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the rest of the process
     try:
         yield
     except UserError as error:
         if jax.process_count() == 1:
             raise
-        if leads():
+        if is_main_process():
             time.sleep(PARTING_SECONDS)
         raise UserError(f"process {jax.process_index()}: {error}") from error
     except jax.errors.JaxRuntimeError as error:
@@ -75,7 +75,7 @@ def started(distributed: bool, coordinator: str | None, processes: int | None, p
         raise UserError(f"process {jax.process_index()}: another process was lost ({' '.join(str(error).split())[:150]}"
                         "). Start all of them again, with the same commands.") from error
     except KeyboardInterrupt:
-        if not leads():
+        if not is_main_process():
             sys.stderr = sys.stdout
         raise
 
@@ -161,13 +161,13 @@ def _give_up(where: str, processes: int | None) -> None:
     os._exit(2)
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Returns whether this process is the one that prints and writes."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
-def agreed() -> Iterator[None]:
+def raise_on_all_processes() -> Iterator[None]:
     """Ends in all processes, or in none: where one raises `UserError` in this context, the others do so after it.
 
     All processes must enter it together; otherwise those that go on would wait for the one that has failed.
@@ -177,14 +177,14 @@ def agreed() -> Iterator[None]:
         yield
     except UserError as error:
         failure = error
-    failed = np.flatnonzero(everyone(failure is not None))
+    failed = np.flatnonzero(process_allgather(failure is not None))
     if failure is not None:
         raise failure
     if len(failed):
         raise UserError(f"process {failed[0]} cannot go on; it says why.")
 
 
-def everyone(value: Any) -> np.ndarray:
+def process_allgather(value: Any) -> np.ndarray:
     """Returns a number that each process gives, for all of them, `[processes]`."""
     return np.atleast_1d(multihost_utils.process_allgather(np.asarray(value)))
 
@@ -203,12 +203,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def divided(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch whose first axis is divided among the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def make_global_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """Returns `array`, which every process has whole, as one that lies on the devices as `sharding` says."""
     if jax.process_count() == 1:
         return jax.device_put(array, sharding)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from shared_basis.config import Config
-from shared_basis.data import in_memory
 from shared_basis.errors import UserError
 from shared_basis.runtime.reporter import size_text
 
@@ -64,7 +65,7 @@ def check(memory: Memory, config: Config, mesh: Mesh) -> None:
     """Raises `UserError`, with what to reduce, if the devices have less than `memory`: better now than in an hour."""
     device = mesh.local_mesh.devices.flat[0]
     if device.platform == "cpu":  # all devices of this process take it from the same memory
-        free, copies = in_memory.available_memory(), mesh.local_mesh.size
+        free, copies = available_memory(), mesh.local_mesh.size
         free = None if free is None else free + memory.data * copies  # which is there already
     else:
         free, copies = (device.memory_stats() or {}).get("bytes_limit"), 1
@@ -86,7 +87,7 @@ def advice(config: Config, needed: Memory | None = None, batch: str = "train.bat
 
 
 @contextlib.contextmanager
-def explained(config: Config, batch: str = "train.batch_size", saved: Callable[[], str] = lambda: "") -> Iterator[None]:
+def oom_as_user_error(config: Config, batch: str = "train.batch_size", saved: Callable[[], str] = lambda: "") -> Iterator[None]:
     """Turns a failed allocation, and the loss of another process, into `UserError`.
 
     Args:
@@ -103,3 +104,33 @@ def explained(config: Config, batch: str = "train.batch_size", saved: Callable[[
             raise UserError(f"another process was lost ({text}).{saved()} Start all of them again, with the same "
                             "commands.") from error
         raise
+
+
+def available_memory() -> int | None:
+    """Returns bytes of memory that can be had without swapping; the total where only that is known; or None."""
+    free = [value for value in (_free_in_system(), _free_in_cgroup()) if value is not None]
+    return min(free, default=None)
+
+
+def _free_in_system() -> int | None:
+    try:  # sysconf's count of free pages leaves out the file cache, which the kernel gives back when asked
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None
+
+
+def _free_in_cgroup() -> int | None:
+    """Returns what a container's limit leaves, its file cache counted as free; None without a limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        cache = next(int(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines()
+                     if line.startswith("inactive_file "))
+        return None if limit == "max" else max(0, int(limit) - int(used) + cache)
+    except (OSError, ValueError, StopIteration):
+        return None

@@ -19,7 +19,7 @@ PLAIN_INTERVAL = 60.0
 VERBOSITIES = ("quiet", "normal", "verbose")
 
 
-class Screen:
+class Reporter:
     """Prints lines, and keeps one progress line below them on a terminal.
 
     A quiet one prints warnings alone; a verbose one details too, each line with its process and step.
@@ -121,7 +121,7 @@ class Screen:
             self._progress.stop()
             self._progress = None
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> Reporter:
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from shared_basis import data
 from shared_basis.config import Config
 from shared_basis.errors import UserError
-from shared_basis.evaluation.evaluate import Variables, build_model
 from shared_basis.interop.pytorch import load_official
 from shared_basis.models import Network
 from shared_basis.models.parameters import count_parameters
 from shared_basis.optim.optimizer import learning_rate_schedule, make_optimizer
 from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runs.trained import Variables, build_model
 from shared_basis.runs.workdir import Workdir, make_record
 from shared_basis.training.steps import start_from
 

@@ -12,10 +12,9 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shared_basis.config import DataConfig
-from shared_basis.nn.basis_conv import Array
-
-Tree = Any
-Metrics = dict[str, Array]
+from shared_basis.data.augment import augment, normalize
+from shared_basis.evaluation.evaluator import Metrics
+from shared_basis.nn.types import Array, Tree
 
 
 class TrainState(struct.PyTreeNode):
@@ -44,49 +43,9 @@ def start_from(variables: Tree, optimizer: optax.GradientTransformation) -> Trai
     return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params), totals)
 
 
-def select_batch(step: Array, images: Array, labels: Array, order: Array, *, batch_size: int,
-                 batch_sharding: NamedSharding) -> tuple[Array, Array]:
-    """Takes the batch of `step` from images that lie on the devices.
-
-    Args:
-      step: updates made before this one.
-      images: all training images, uint8 `[N, H, W, C]`.
-      labels: their classes, int32 `[N]`.
-      order: `shared_basis.data.epoch_order` of the epoch that `step` lies in, `[N]`.
-      batch_sharding: how a batch lies on the devices.
-
-    Returns:
-      Images uint8 `[B, H, W, C]` and labels int32 `[B]`. Images left over at the end of an epoch's order are not used.
-    """
-    first = step % (order.shape[0] // batch_size) * batch_size
-    chosen = jax.lax.with_sharding_constraint(jax.lax.dynamic_slice(order, (first,), (batch_size,)), batch_sharding)
-    return images[chosen], labels[chosen]
-
-
 def _stream(seed: int | Array, stream: int, index: int | Array) -> Array:
     """Returns the key of `index` in an independent stream of the seed (1: augmentation, 2: dropout)."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), index)
-
-
-def normalize(images: Array, config: DataConfig) -> Array:
-    """Maps uint8 images `[N, H, W, C]` to float32: scaled to [0, 1], less `mean`, over `std`."""
-    return (images.astype(jnp.float32) / 255 - jnp.asarray(config.mean)) / jnp.asarray(config.std)
-
-
-def augment(images: Array, key: Array, config: DataConfig) -> Array:
-    """Returns images `[N, H, W, C]`, each padded with zeros, cropped at random and mirrored at random."""
-    count, height, width, _ = images.shape
-    if config.pad:
-        pad = config.pad
-        padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        corners = jax.random.randint(jax.random.fold_in(key, 0), (count, 2), 0, 2 * pad + 1)
-        rows = corners[:, :1] + jnp.arange(height)
-        columns = corners[:, 1:] + jnp.arange(width)
-        images = padded[jnp.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    if config.flip:
-        mirrored = jax.random.bernoulli(jax.random.fold_in(key, 1), shape=(count, 1, 1, 1))
-        images = jnp.where(mirrored, images[:, :, ::-1], images)
-    return images
 
 
 def train_step(state: TrainState, images: Array, labels: Array, *, model: nn.Module,
@@ -154,24 +113,3 @@ def _norm(tree: Tree) -> Array:
     return jnp.linalg.norm(jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)]))
 
 
-def eval_step(variables: Tree, images: Array, labels: Array, *, model: nn.Module, data: DataConfig) -> Metrics:
-    """Scores one batch with running statistics.
-
-    Args:
-      variables: `params` and `batch_stats`.
-      images: uint8 `[N, H, W, C]`.
-      labels: int32 `[N]`; −1 marks an image that only fills the batch and does not count.
-
-    Returns:
-      The sums over the images that count: `loss`, `correct`, `correct_top5` and `count`, float32.
-    """
-    logits: Any = model.apply(variables, normalize(images, data), train=False)
-    counts = labels >= 0
-    targets = jnp.maximum(labels, 0)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    target_logit = jnp.take_along_axis(logits, targets[:, None], axis=-1)
-    top5 = (jnp.sum(logits > target_logit, axis=-1) < 5) & ~jnp.isnan(target_logit[:, 0])
-    return {"loss": jnp.sum(loss * counts),
-            "correct": jnp.sum((jnp.argmax(logits, -1) == targets) & counts, dtype=jnp.float32),
-            "correct_top5": jnp.sum(top5 & counts, dtype=jnp.float32),
-            "count": jnp.sum(counts, dtype=jnp.float32)}

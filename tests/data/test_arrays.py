@@ -16,6 +16,7 @@ from shared_basis.config import DataConfig
 from shared_basis.data import Spec, in_memory
 from shared_basis.data.examples import ArrayExamples, Encoded
 from shared_basis.errors import UserError
+from shared_basis.runtime import memory
 
 SPEC = Spec((4, 5, 3), ("cat", "dog"))
 
@@ -45,7 +46,7 @@ def lay_out(monkeypatch: pytest.MonkeyPatch, files: Mapping[str, str]) -> None:
 
 
 def test_available_memory_is_plausible():
-    available = in_memory.available_memory()
+    available = memory.available_memory()
     assert available is not None
     assert 2**20 < available <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -62,19 +63,19 @@ def test_available_memory_is_plausible():
         "unreadable limit"])
 def test_available_memory_is_what_system_and_container_both_leave(monkeypatch, files, expected):
     lay_out(monkeypatch, files)
-    assert in_memory.available_memory() == expected
+    assert memory.available_memory() == expected
 
 
 def test_the_total_stands_in_where_the_system_does_not_tell_what_is_available(monkeypatch):
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     lay_out(monkeypatch, {"/proc/meminfo": "MemTotal: 1 kB\n"})
-    assert in_memory.available_memory() == total
+    assert memory.available_memory() == total
     lay_out(monkeypatch, CONTAINER)
-    assert in_memory.available_memory() == 270_000
+    assert memory.available_memory() == 270_000
     monkeypatch.delattr(in_memory.os, "sysconf")
-    assert in_memory.available_memory() == 270_000
+    assert memory.available_memory() == 270_000
     lay_out(monkeypatch, {})
-    assert in_memory.available_memory() is None
+    assert memory.available_memory() is None
 
 
 def test_resident_bytes_are_those_of_the_decoded_images():

@@ -31,7 +31,7 @@ from shared_basis.data import streaming
 from shared_basis.data.examples import ArrayExamples, Spec, crop_generator, epoch_order
 from shared_basis.data.folder import FileExamples
 from shared_basis.data.images import TEST_PART, central, decode, random_resized
-from shared_basis.data.streaming import Batch, Batches, Shard, TestBatches, TrainingBatches, read
+from shared_basis.data.streaming import Batch, Batches, EvalBatches, Shard, TrainingBatches, read
 
 COUNT, BATCH, PER_EPOCH, EPOCHS, SEED = 11, 3, 3, 3, 7
 """Eleven images are three batches an epoch, with two images left over."""
@@ -114,7 +114,7 @@ def test_each_epoch_trains_on_the_images_in_its_order_and_not_on_those_left_over
 def test_an_evaluation_scores_each_image_once_and_what_fills_the_last_batch_does_not_count(
         count: int, batch: int) -> None:
     examples, spec = numbered(count)
-    batches = TestBatches(examples, spec, DataConfig(), batch_size=batch)
+    batches = EvalBatches(examples, spec, DataConfig(), batch_size=batch)
     whole = together([batches[number] for number in range(len(batches))])
     assert whole.images.shape == (len(batches) * batch, 1, 1, 1)
     assert len(batches) * batch - count < batch
@@ -134,8 +134,8 @@ def test_the_parts_of_all_processes_are_the_whole_batch(tmp_path: Path, processe
     for whole, parts in (
             (training(examples, config, batch_size=4),
              [training(examples, config, batch_size=4, shard=shard) for shard in shards]),
-            (TestBatches(examples, SPEC, config, batch_size=4),
-             [TestBatches(examples, SPEC, config, batch_size=4, shard=shard) for shard in shards])):
+            (EvalBatches(examples, SPEC, config, batch_size=4),
+             [EvalBatches(examples, SPEC, config, batch_size=4, shard=shard) for shard in shards])):
         assert {len(part) for part in parts} == {len(whole)}
         for number in range(len(whole)):
             assert {len(part[number].labels) for part in parts} == {4 // processes}
@@ -166,7 +166,7 @@ def test_random_crops_are_functions_of_the_seed_and_of_the_images_trained_on_bef
 
 def test_images_are_scored_on_their_centre(examples: FileExamples) -> None:
     for config, part in ((CENTER, 1), (RANDOM, TEST_PART)):
-        batch = TestBatches(examples, SPEC, config, batch_size=COUNT)[0]
+        batch = EvalBatches(examples, SPEC, config, batch_size=COUNT)[0]
         np.testing.assert_array_equal(
             batch.images, [decode(examples.name(index), 3, (6, 6), central(part, 1)) for index in range(COUNT)])
 
@@ -264,7 +264,7 @@ def test_each_image_that_is_skipped_is_warned_of_once(tmp_path: Path, workers: i
 
 def test_a_broken_image_does_not_count_in_an_evaluation(tmp_path: Path) -> None:
     examples = write_images(tmp_path, [0, 10])
-    batches = TestBatches(examples, SPEC, SKIP, batch_size=4)
+    batches = EvalBatches(examples, SPEC, SKIP, batch_size=4)
     whole = together([batches[number] for number in range(len(batches))])
     np.testing.assert_array_equal(whole.labels, [-1, *np.arange(1, 10) % 4, -1, -1])
     assert [problem.split(" ")[0] for problem in whole.skipped] == [examples.name(0), examples.name(10)]
@@ -274,7 +274,7 @@ def test_a_broken_image_does_not_count_in_an_evaluation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("batches", "workers"), [("training", 0), ("training", 2), ("test", 1)])
 def test_a_broken_image_that_may_not_be_skipped_is_named(tmp_path: Path, batches: str, workers: int) -> None:
     examples = write_images(tmp_path, [ORDER[4]])
-    source: Batches = training(examples) if batches == "training" else TestBatches(
+    source: Batches = training(examples) if batches == "training" else EvalBatches(
         examples, SPEC, CENTER, batch_size=BATCH)
     got = []
     with user_error(f"{examples.name(ORDER[4])} is not an image", "Replace or remove it",
@@ -290,7 +290,7 @@ def test_images_that_are_all_broken_end_the_search_for_a_whole_one(tmp_path: Pat
     examples = write_images(tmp_path, range(COUNT))
     with user_error("100 images in a row cannot be decoded", ".png is not an image"):
         list(read(training(examples, SKIP), 0))
-    scored = TestBatches(examples, SPEC, SKIP, batch_size=COUNT)[0]
+    scored = EvalBatches(examples, SPEC, SKIP, batch_size=COUNT)[0]
     assert set(scored.labels) == {-1}
 
 
@@ -301,7 +301,7 @@ def test_images_of_other_sizes_are_told_unless_they_are_brought_to_one(tmp_path:
 
     def read_all(spec: Spec, config: DataConfig) -> list[Any]:
         source: Batches = TrainingBatches(examples, spec, config, seed=0, batch_size=COUNT, epochs=1) if (
-            batches == "training") else TestBatches(examples, spec, config, batch_size=COUNT)
+            batches == "training") else EvalBatches(examples, spec, config, batch_size=COUNT)
         return list(read(source, 0))
 
     with user_error("images differ in size", examples.name(4), "45×61", "45×60", "--config.data.image_size"):
@@ -316,7 +316,7 @@ def test_a_label_that_is_none_of_the_classes_is_told(label: int) -> None:
     examples, spec = numbered()
     examples.labels[3] = label
     with user_error(f"image 3 has the label {label}", "4 classes"):
-        list(read(TestBatches(examples, spec, DataConfig(), batch_size=4), 0))
+        list(read(EvalBatches(examples, spec, DataConfig(), batch_size=4), 0))
 
 
 # Worker processes

@@ -127,7 +127,7 @@ def test_imagenet_in_memory_and_streamed_is_the_decoded_files(put):
     config = dataclasses.replace(put("imagenet2012", FILES["imagenet2012"]()), image_size=16)
     source = data.open_source(config)
     train, test = source.splits["train"], source.splits["test"]
-    region = in_memory.region_without_chance(config, (16, 16, 3))
+    region = in_memory.eval_crop(config, (16, 16, 3))
     decoded = [images.decode(body, 3, (16, 16), region) for body, _ in train.read(range(8))]
     dataset = data.load(config)
     np.testing.assert_array_equal(dataset.train.images, decoded)
@@ -144,7 +144,7 @@ def test_imagenet_in_memory_and_streamed_is_the_decoded_files(put):
     np.testing.assert_array_equal(first.images, [images.decode(body, 3, (16, 16), box)
                                                  for body, box in zip(bodies, boxes, strict=True)])
 
-    plain = streaming.TestBatches(test, source.spec, config, batch_size=4)
+    plain = streaming.EvalBatches(test, source.spec, config, batch_size=4)
     streamed = list(streaming.read(plain, workers=0))
     np.testing.assert_array_equal(np.concatenate([batch.images for batch in streamed])[:6], dataset.test.images)
     np.testing.assert_array_equal(np.concatenate([batch.labels for batch in streamed]),

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from shared_basis.config import TFDS_PREFIX, DataConfig
-from shared_basis.data.examples import Encoded, Examples, Progress, Source, Spec, unseen
+from shared_basis.data.examples import Encoded, Examples, Progress, Source, Spec, no_progress
 from shared_basis.errors import UserError
 
 _CIFAR100 = """
@@ -80,7 +80,7 @@ def describe(config: DataConfig) -> Spec:
 
 
 def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = None,
-                progress: Progress = unseen) -> Source:
+                progress: Progress = no_progress) -> Source:
     """Opens the splits `names`, in the order of TFDS; prepares the data set first where it is not, if that can be done.
 
     Raises:

@@ -1,0 +1,134 @@
+"""What is analysed of a run: its bases, coefficients, and gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from shared_basis import data
+from shared_basis.analysis import bases
+from shared_basis.analysis.bases import BasisSet
+from shared_basis.analysis.gradient_flow import gradient_flow, layer_paths
+from shared_basis.config import replace
+from shared_basis.data import feeds
+from shared_basis.data.augment import normalize
+from shared_basis.errors import UserError
+from shared_basis.nn import ops
+from shared_basis.runs.trained import Trained
+from shared_basis.runtime import memory
+from shared_basis.runtime.reporter import Reporter
+
+Flow = dict[int, dict[str, dict[str, float]]]
+"""By step (0 is initialisation) `blocks` and `parameters`: norms by path, see `gradient_flow`."""
+
+
+_OURS = re.compile(r"((products|filters|coefficients|similarity)_\w+|stem|bases|singular_values|effective_rank|"
+                   r"gradient_flow|gradient_training)(\.against)?\.(csv|png)")
+"""The names of the files of an analysis."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """All that is known of one run for its tables and pictures."""
+
+    label: str
+    """Names the run in pictures: its directory's name."""
+    model: str
+    step: int
+    sets: list[BasisSet]
+    described: dict[str, list[dict[str, Any]]]
+    """By name of the set, `analysis.describe_set`."""
+    stem: np.ndarray
+    """`[k, k, channels, T]`."""
+    layers: list[str]
+    """The paths of all layers, in order of depth."""
+    flow: Flow
+    recorded: list[dict[str, Any]]
+    """The lines of gradients.jsonl."""
+    notes: list[str]
+    """What does not apply to this network or this run, and why."""
+
+    @classmethod
+    def of(cls, trained: Trained, tell: Callable[[str], None] = lambda text: None) -> Analysis:
+        """Analyses a checkpoint, and the gradients at all that are kept."""
+        variables = jax.device_get(trained.variables)
+        sets = bases.basis_sets(trained.model, variables)
+        notes = list(_notes(trained, sets))
+        flow: Flow = {}
+        try:
+            inputs = training_batch(trained, tell)
+        except UserError as error:
+            notes.append(f"no gradients at the checkpoints, for want of images: {error}")
+        else:
+            tell("gradients: compiling …")
+            flow = flows(trained, *inputs)
+        recorded = trained.run.gradients()
+        if not recorded:
+            notes.append("no gradients while training: the run was made without --config.train.record_gradients")
+        return cls(trained.run.path.absolute().name, trained.config.model.name, trained.step, sets,
+                   {found.name: bases.describe_set(found) for found in sets}, np.asarray(
+                       variables["params"]["stem"]["kernel"]),
+                   ["/".join(path) for path in layer_paths(trained.model, trained.spec.image_shape)], flow, recorded,
+                   notes)
+
+
+def _notes(trained: Trained, sets: Sequence[BasisSet]) -> Iterator[str]:
+    """Yields a line for whatever of the analysis does not apply to the network."""
+    sharing = trained.model.sharing
+    if not sets:
+        yield "a plain network: it has no bases and no coefficients"
+        return
+    if sharing.templates:
+        yield "templates are not drawn orthonormal and not penalised; coefficients combine whole kernels"
+    elif not sharing.orthonormal:
+        yield "the shared filters are whole layers (naive recursion), not drawn orthonormal and not penalised"
+    elif sharing.whole_filters:
+        yield "the shared filters are whole layers: there are no unique elements"
+    if sharing.whole_filters:
+        yield "no coefficients: the layers share their filters themselves"
+    if not any(found.shared for found in sets):
+        yield "nothing is shared: coefficients of different layers belong to different elements and are not compared"
+    if not all(found.comparable for found in sets):
+        yield ("unique elements see other channels than shared ones (channel groups): no products between them, and "
+               "the unique elements of each layer are described by themselves")
+
+
+def training_batch(trained: Trained, tell: Callable[[str], None]) -> tuple[jax.Array, jax.Array]:
+    """Returns the run's first batch of training images, normalised and not augmented, and its labels.
+
+    Raises:
+      UserError: the images cannot be found or read.
+    """
+    # Streamed by threads, so that no more than the batch is read.
+    config = replace(trained.config, {"data.placement": "stream", "data.workers": 0})
+    source = data.open_source(config.data, ("train",), trained.spec)
+    feed = feeds.load(source, config.data, trained.mesh, Reporter(verbosity="quiet")).feed(config, trained.mesh)
+    batches = feed.batches(0)
+    images, labels = next(batches)
+    batches.close()
+    tell(f"gradients: on the first {len(labels)} training images")
+    return normalize(images, config.data), labels
+
+
+def flows(trained: Trained, images: jax.Array, labels: jax.Array) -> Flow:
+    """Returns the norms of gradients at initialisation (step 0) and at each checkpoint that is kept."""
+    flow = gradient_flow(trained.model)
+
+    def initial() -> Any:
+        return trained.model.init(jax.random.key(trained.config.seed), jnp.zeros((1, *trained.spec.image_shape)),
+                                  train=False)
+
+    steps = {step: trained.at(step).variables for step in trained.checkpoints.steps if step}
+    # A run that began with published weights has them as step 0; others began with what the seed gives.
+    first = (trained.at(0).variables if 0 in trained.checkpoints.steps else
+             jax.jit(initial, compiler_options=ops.quick_compiler_options())())
+    with memory.oom_as_user_error(trained.config, "train.batch_size"):
+        return {step: dict(zip(("blocks", "parameters"), flow(
+            variables["params"], variables["batch_stats"], images, labels), strict=True))
+            for step, variables in {0: first, **steps}.items()}

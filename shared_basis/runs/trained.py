@@ -1,0 +1,116 @@
+"""A trained network: a checkpoint of a run, opened."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from shared_basis import data
+from shared_basis.config import Config, replace
+from shared_basis.data.augment import normalize
+from shared_basis.errors import UserError
+from shared_basis.models import Network, create_model
+from shared_basis.models.parameters import abstract_variables
+from shared_basis.nn import ops
+from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runs.workdir import Workdir
+from shared_basis.runtime import memory
+from shared_basis.runtime.distributed import make_mesh, replicated
+
+Variables = Mapping[str, Any]
+
+
+def build_model(config: Config, spec: data.Spec) -> Network:
+    """Returns the network of `config` for data of `spec`.
+
+    Raises:
+      UserError: as `create_model`, or the normalisation does not fit the channels of the images.
+    """
+    channels = spec.image_shape[2]
+    for field in ("mean", "std"):
+        values = getattr(config.data, field)
+        if len(values) not in (1, channels):
+            raise UserError(f"data.{field}={values}: the images have {channels} channel{'s' * (channels > 1)}; give "
+                            "one value, or one for each channel.")
+    return create_model(config.model.name, num_classes=len(spec.classes), stem=config.model.stem,
+                        dtype=jnp.dtype(config.model.dtype),
+                        loop={"auto": None, "yes": True, "no": False}[config.model.loop])
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained network: a checkpoint of a run, with its variables on the devices."""
+
+    run: Workdir
+    config: Config
+    """The run's, with what the caller overrides."""
+    spec: data.Spec
+    mesh: Mesh
+    checkpoints: Checkpoints
+    step: int
+    """Of the checkpoint."""
+    model: Network
+    variables: Variables
+    """`params` and `batch_stats`."""
+
+    @classmethod
+    def open(cls, workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None) -> Trained:
+        """Restores the checkpoint `which` ('latest', 'best' or the number of a step) of the run in `workdir`.
+
+        Args:
+          overrides: fields of the run's configuration to replace by dotted path: those of `data`, where the images lie
+            elsewhere now, and `train.eval_batch_size`.
+
+        Raises:
+          UserError: no such run or checkpoint, or it is damaged or of another network, or other overrides.
+        """
+        run = Workdir(workdir)
+        config, record = run.load()
+        for path in overrides or {}:
+            if not path.startswith("data.") and path != "train.eval_batch_size":
+                raise UserError(f"--config.{path} cannot be changed for the trained run in {run.path}; only fields of "
+                                "data, and train.eval_batch_size, can.")
+        config = replace(config, overrides or {})
+        mesh = make_mesh()
+        with memory.oom_as_user_error(config, "train.eval_batch_size"):
+            checkpoints = Checkpoints(run.checkpoints, read_only=True)
+            step = checkpoints.find(which)
+            spec = data.Spec(tuple(record["data"]["image_shape"]), tuple(record["data"]["classes"]))
+            model = build_model(config, spec)
+            variables = _restore(checkpoints, step, model, spec, mesh)
+        return cls(run, config, spec, mesh, checkpoints, step, model, variables)
+
+    def at(self, step: int) -> Trained:
+        """Restores another checkpoint of the same run.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        variables = _restore(self.checkpoints, step, self.model, self.spec, self.mesh)
+        return dataclasses.replace(self, step=step, variables=variables)
+
+    def open_source(self) -> data.Source:
+        """Opens the run's test images, which must have its classes and shape."""
+        return data.open_source(self.config.data, ("test",), self.spec)
+
+    def classifier(self) -> Callable[[jax.Array], jax.Array]:
+        """Returns the compiled function from images uint8 `[N, H, W, C]` to logits float32 `[N, classes]`."""
+        @functools.partial(jax.jit, out_shardings=replicated(self.mesh), compiler_options=ops.compiler_options())
+        def classify(variables: Variables, images: jax.Array) -> jax.Array:
+            logits: Any = self.model.apply(variables, normalize(images, self.config.data), train=False)
+            return logits
+
+        return functools.partial(classify, self.variables)
+
+
+def _restore(checkpoints: Checkpoints, step: int, model: Network, spec: data.Spec, mesh: Mesh) -> Variables:
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
+                          dict(abstract_variables(model, spec.image_shape)))
+    return checkpoints.restore_variables(step, target)

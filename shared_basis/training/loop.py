@@ -1,0 +1,218 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+
+from shared_basis.config import Config
+from shared_basis.data import feeds
+from shared_basis.errors import UserError
+from shared_basis.evaluation.evaluator import Metrics
+from shared_basis.optim.gradient_norms import recorded_norms
+from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runs.workdir import Workdir
+from shared_basis.runtime.distributed import is_main_process
+from shared_basis.runtime.preemption import Interrupted, StopNow, StopSignals
+from shared_basis.runtime.reporter import Reporter, count, duration
+from shared_basis.training.program import Program, debugging_nans
+from shared_basis.training.steps import TrainState
+
+
+class Clock:
+    """Measures training without its first step, which warms up, and without evaluations."""
+
+    def __init__(self) -> None:
+        self.steps = -1
+        """Steps measured."""
+        self._training = 0.0
+        self._began = self._last = time.monotonic()
+
+    def tick(self) -> None:
+        """Counts a finished step."""
+        now = time.monotonic()
+        self.steps += 1
+        if self.steps:
+            self._training += now - self._last
+        else:
+            self._began = now
+        self._last = now
+
+    def skip(self) -> None:
+        """Leaves out the time since the last step or skip."""
+        self._last = time.monotonic()
+
+    def speed(self, batch_size: int) -> float:
+        """Returns images per second; 0 before two steps are done."""
+        return self.steps * batch_size / self._training if self.steps > 0 else 0.0
+
+    def left(self, steps: int) -> float:
+        """Returns the seconds that `steps` more will take, with their evaluations; 0 before two steps are done."""
+        return (time.monotonic() - self._began) / self.steps * steps if self.steps > 0 else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The loop, and all that it works with beside the state."""
+
+    config: Config
+    program: Program
+    run: Workdir
+    checkpoints: Checkpoints
+    record: dict[str, Any]
+    screen: Reporter
+    signals: StopSignals
+    clock: Clock = dataclasses.field(default_factory=Clock)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.config.train.epochs * self.program.steps_per_epoch
+
+    def loop(self, state: TrainState) -> None:
+        """Trains from `state` to the last epoch, evaluating and saving as configured."""
+        first = int(state.step)
+        if self.ends_with_evaluation(first) and self.checkpoints.metrics(first) is None:
+            self.evaluate(state, first)  # it was stopped in the middle of this
+        running = None
+        with contextlib.closing(self.program.batches(first)) as batches:
+            for step, inputs in zip(range(first + 1, self.steps + 1), batches, strict=False):
+                state, metrics = self.advance(state, inputs, step)
+                if running is not None:  # waits for the step before, so that the devices always have one ahead
+                    self.follow(running, step - 1)
+                running = metrics
+                evaluating = self.ends_with_evaluation(step)
+                stopping = self.signals.due()
+                if evaluating or stopping:  # what is saved is finite
+                    self.follow(running, step)
+                    running = None
+                if evaluating and not stopping:
+                    self.evaluate(state, step)
+                if stopping:
+                    self.stop(state, step)
+        self.screen.end_progress()
+        self.checkpoints.wait()
+
+    def ends_with_evaluation(self, step: int) -> bool:
+        """Returns whether the state after `step` is to be evaluated."""
+        epoch, left = divmod(step, self.program.steps_per_epoch)
+        every, epochs = self.config.train.evaluate_every, self.config.train.epochs
+        return epoch > 0 and not left and (epoch % every == 0 or epoch == epochs)
+
+    def advance(self, state: TrainState, inputs: feeds.Inputs, step: int) -> tuple[TrainState, Metrics]:
+        """Makes `step`; with --debug_nans says which operation gives the first NaN."""
+        try:
+            # Set in this thread once more: the global setting is lost when jnp.var is traced (JAX 0.10.2).
+            with jax.debug_nans(debugging_nans()):
+                return self.program.step(state, *inputs)
+        except FloatingPointError as error:
+            raise UserError(f"step {count(step)}: {_where(error)}") from error
+
+    def follow(self, metrics: Metrics, step: int) -> None:
+        """Waits for `step`, makes sure that it is finite, and shows the means over its epoch so far."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.clock.tick()
+        self.screen.step = step
+        self.require_finite(values, step)
+        text = (
+            f"epoch {-(-step // self.program.steps_per_epoch)}/{self.config.train.epochs}  "
+            f"loss {values['loss'] / values['count']:.4f}  accuracy {100 * values['correct'] / values['count']:.2f} %  "
+            f"{count(self.clock.speed(self.config.train.batch_size))} images/s  "
+            f"{duration(self.clock.left(self.steps - step))} left")
+        self.screen.progress(step, self.steps, text)
+        self.screen.detail(f"{text}  gradient norm {values['gradient_norm']:.4g}")
+
+    def evaluate(self, state: TrainState, step: int) -> None:
+        """Scores and saves `state`; a stop in the meantime saves it without its scores."""
+        try:
+            line = self.measure(state)
+        except StopNow:
+            self.stop(state, step)
+        self.require_finite(line, step)
+        self.checkpoints.wait()  # for the one before, so that a kill costs one evaluated interval at most
+        if is_main_process():
+            self.run.append_metrics(line)
+            if self.config.train.record_gradients:
+                self.run.append_gradients({"step": step, "epoch": line["epoch"],
+                                           "norms": recorded_norms(state.params, state.opt_state)})
+        self.screen.line(render_metrics(line, self.config.train.epochs))
+        self.checkpoints.save(step, state, self.record, line)
+        self.screen.detail(f"checkpoint {step} is being written to {self.run.checkpoints}")
+        self.clock.skip()
+
+    def measure(self, state: TrainState) -> dict[str, Any]:
+        """Returns the line of metrics.jsonl at `state`, the end of an epoch."""
+        step = int(state.step)
+        totals = {name: float(value) for name, value in state.totals.items()}
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        scores: dict[str, float] = {}
+        for name, evaluate in self.program.evaluate.items():
+            result = evaluate(variables, functools.partial(self.follow_scoring, name, step))
+            scores |= {f"{name}_{key}": result[key] for key in ("loss", "accuracy", "accuracy_top5")}
+        return {
+            "step": step, "epoch": step // self.program.steps_per_epoch,
+            "learning_rate": float(self.program.schedule(step - 1)),
+            "train_loss": totals["loss"] / totals["count"], "train_accuracy": totals["correct"] / totals["count"],
+            **scores,
+            **{name: float(value) for name, value in self.program.diagnose(state.params).items()},
+            "images_per_second": self.clock.speed(self.config.train.batch_size),
+        }
+
+    def follow_scoring(self, name: str, step: int, scored: int) -> None:
+        """Shows how far an evaluation is; raises `StopNow` if it is time to stop."""
+        self.screen.progress(step, self.steps, f"epoch {step // self.program.steps_per_epoch}/"
+                             f"{self.config.train.epochs}  {count(scored)} {name} images scored")
+        self.signals.check()
+
+    def require_finite(self, values: Mapping[str, float], step: int) -> None:
+        """Raises `UserError` with all that helps to find the cause, unless all values of `step` are finite."""
+        if all(math.isfinite(value) for value in values.values()):
+            return
+        self.checkpoints.wait()
+        shown = ", ".join(f"{name.replace('_', ' ')} {values[name]:.4g}" for name in (
+            "loss", "train_loss", "test_loss", "gradient_norm", "parameter_norm", "penalty", "norm_min", "norm_max")
+            if name in values)
+        rate = float(self.program.schedule(step - 1))
+        raise UserError(
+            f"training diverged at step {count(step)}: {shown}, at learning rate {rate:g}. Saved and finite: "
+            f"{self.checkpoints.describe()}. In a new workdir lower --config.optimizer.learning_rate or raise "
+            "--config.optimizer.warmup_epochs; --debug_nans finds the operation that gives the first NaN.")
+
+    def stop(self, state: TrainState, step: int) -> NoReturn:
+        """Saves `state` and raises `Interrupted`."""
+        assert self.signals.received is not None
+        self.screen.end_progress()
+        self.checkpoints.save(step, state, self.record, None)
+        self.checkpoints.wait()
+        name = signal.Signals(self.signals.received).name
+        raise Interrupted(self.signals.received, f"stopped by {name} and saved at step {count(step)} of "
+                                                 f"{count(self.steps)}; the same command goes on from there")
+
+
+def _where(error: FloatingPointError) -> str:
+    """Returns JAX's message with the line of code that it comes from."""
+    ours = Path(__file__).parent
+    places = [f"{Path(frame.filename).relative_to(ours.parent)}:{frame.lineno}, in {frame.name}: {frame.line}"
+              for frame in traceback.extract_tb(error.__traceback__)
+              if Path(frame.filename).is_relative_to(ours) and frame.filename != __file__]
+    return f"{str(error).splitlines()[0].rstrip('.')}, at {places[-1] if places else 'a line outside of this package'}"
+
+
+def render_metrics(line: dict[str, Any], epochs: int) -> str:
+    """Returns a line of metrics.jsonl as one line for a person."""
+    penalty = f"  penalty {line['penalty']:.1e}" if "penalty" in line else ""
+    validation = (f"  validation accuracy {100 * line['validation_accuracy']:.2f} %" if "validation_accuracy" in line
+                  else "")
+    return (f"epoch {line['epoch']}/{epochs}  loss {line['train_loss']:.4f}  accuracy "
+            f"{100 * line['train_accuracy']:.2f} %{validation}  test loss {line['test_loss']:.4f}  test accuracy "
+            f"{100 * line['test_accuracy']:.2f} %{penalty}  {count(line['images_per_second'])} images/s")

@@ -1,0 +1,93 @@
+"""What is compiled for training, and the state that it begins with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from shared_basis.config import Config
+from shared_basis.data import feeds
+from shared_basis.evaluation.evaluator import Evaluator, Metrics, make_evaluator
+from shared_basis.nn import ops
+from shared_basis.optim.optimizer import learning_rate_schedule, make_optimizer
+from shared_basis.optim.penalty import orthogonality_diagnostics
+from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runtime import memory
+from shared_basis.runtime.distributed import batch_sharding, raise_on_all_processes, replicated
+from shared_basis.training.steps import TrainState, create_train_state, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled functions of a run, with the shapes that they were compiled for."""
+
+    step: Callable[..., tuple[TrainState, Metrics]]
+    batches: Callable[[int], Generator[feeds.Inputs, None, None]]
+    """What `step` reads beside the state, from a step on."""
+    evaluate: Mapping[str, Evaluator]
+    """By split: 'test', and 'validation' if there is one."""
+    diagnose: Callable[[Any], dict[str, jax.Array]]
+    schedule: optax.Schedule
+    steps_per_epoch: int
+    memory: memory.Memory
+
+
+def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
+          checkpoints: Checkpoints) -> tuple[TrainState, Program]:
+    """Places the data, compiles the step, and returns the program with the latest saved state, or a new one.
+
+    Raises:
+      UserError: no checkpoint can be restored, or the devices have not the memory.
+    """
+    steps_per_epoch = images.count("train") // config.train.batch_size
+    element_sets = model.element_sets(config.orthogonality.elements)
+    schedule = learning_rate_schedule(config.optimizer, config.train.epochs, steps_per_epoch)
+    optimizer = make_optimizer(config.optimizer, config.orthogonality, element_sets, schedule,
+                               steps_per_epoch if config.train.record_gradients else 0)
+    everywhere = replicated(mesh)
+    seed = np.int32(config.seed)  # an argument of the compiled functions, which then serve all seeds
+    create = jax.jit(functools.partial(create_train_state, model, optimizer, image_shape=images.spec.image_shape),
+                     out_shardings=everywhere, compiler_options=ops.quick_compiler_options())
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+                          create.eval_shape(seed))
+    feed = images.feed(config, mesh)
+
+    def diagnose(params: Any) -> dict[str, jax.Array]:
+        return orthogonality_diagnostics(params, element_sets) if element_sets else {}
+
+    @functools.partial(jax.jit, donate_argnums=() if debugging_nans() else 0, out_shardings=everywhere,
+                       compiler_options=ops.compiler_options())
+    def step(state: TrainState, seed: jax.Array, *inputs: jax.Array) -> tuple[TrainState, Metrics]:
+        new, metrics = train_step(
+            state, *feed.select(state.step, *inputs), model=model, optimizer=optimizer, data=config.data,
+            seed=seed, steps_per_epoch=steps_per_epoch, batch_sharding=batch_sharding(mesh),
+            accumulate=config.optimizer.accumulate)
+        return new, {**metrics, **diagnose(state.params)}
+
+    lowered = step.lower(target, seed, *feed.abstract)
+    with ThreadPoolExecutor() as threads:  # XLA compiles without Python's lock
+        creating = None if checkpoints.steps else threads.submit(create.lower(seed).compile)
+        compiled = lowered.compile()
+    needed = memory.measure(target, images.bytes_on_device(feed, mesh), compiled)
+    with raise_on_all_processes():
+        memory.check(needed, config, mesh)
+    run = step if debugging_nans() else compiled
+    program = Program(
+        step=lambda state, *inputs: run(state, seed, *inputs),
+        batches=feed.batches,
+        evaluate={name: make_evaluator(model, config.data, images.batches(name, config.train.eval_batch_size, mesh),
+                                       mesh) for name in images.splits if name != "train"},
+        diagnose=jax.jit(diagnose), schedule=schedule, steps_per_epoch=steps_per_epoch, memory=needed)
+    return checkpoints.restore_latest(target) if creating is None else creating.result()(seed), program
+
+
+def debugging_nans() -> bool:
+    """Returns whether JAX is to compute a step again that gives NaN, operation by operation (--debug_nans)."""
+    return jax.config.jax_debug_nans  # type: ignore[attr-defined]
