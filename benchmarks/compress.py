@@ -106,24 +106,24 @@ def tuning(config: Config, epochs: int) -> Config:
         "optimizer.learning_rate": config.optimizer.learning_rate / 10})
 
 
-def measure(options: argparse.Namespace, command: str, screen: Reporter) -> list[Row]:
+def measure(options: argparse.Namespace, command: str, reporter: Reporter) -> list[Row]:
     """Returns a row for each budget; runs that are finished already take no time."""
     runs = Path(options.runs) / f"{Path(options.data).name}-{options.network}-{options.seed}"
     plain = recipe(options, options.network)
-    train.train(plain, runs / "plain", screen)
+    train.train(plain, runs / "plain", reporter)
     learned: list[dict[str, Any]] = []
     for budget in options.budgets:
         workdir, told = runs / f"{budget:g}", runs / f"{budget:g}.json"
         if not told.exists():
-            result = compress.compress(tuning(plain, options.tuning), workdir, str(runs / "plain"), screen,
+            result = compress.compress(tuning(plain, options.tuning), workdir, str(runs / "plain"), reporter,
                                           budget=budget)
             temporary = told.with_suffix(".tmp")
             temporary.write_text(json.dumps(result))
             os.replace(temporary, told)
         found = json.loads(told.read_text())
         scratch = recipe(options, found["model"])
-        tuned = train.train(tuning(scratch, options.tuning), workdir, screen)
-        alone = {} if options.noscratch else train.train(scratch, runs / found["model"], screen)
+        tuned = train.train(tuning(scratch, options.tuning), workdir, reporter)
+        alone = {} if options.noscratch else train.train(scratch, runs / found["model"], reporter)
         learned.append({
             "date": datetime.date.today().isoformat(), "commit": commit(), "command": command,
             "data": Path(options.data).name, "plain": options.network, "seed": options.seed, "budget": budget,
@@ -135,21 +135,21 @@ def measure(options: argparse.Namespace, command: str, screen: Reporter) -> list
             "scratch_epochs": str(scratch.train.epochs) if alone else "",
             "scratch_accuracy": str(alone["test_accuracy"]) if alone else "",
             "test_examples": found["test_examples"]})
-    shipped = ship([runs / "plain", *(runs / f"{budget:g}" for budget in options.budgets)], options.rounds, screen)
+    shipped = ship([runs / "plain", *(runs / f"{budget:g}" for budget in options.budgets)], options.rounds, reporter)
     return [Row(**row, **file) for row, file in zip(learned, shipped, strict=True)]
 
 
-def ship(workdirs: Sequence[Path], rounds: int, screen: Reporter) -> list[dict[str, Any]]:
+def ship(workdirs: Sequence[Path], rounds: int, reporter: Reporter) -> list[dict[str, Any]]:
     """Exports runs, folded, and returns of each but the first, the plain one, how large, right and fast its file is."""
     opened = [Trained.open(workdir) for workdir in workdirs]
-    tests = load_tests(opened[0], screen)
+    tests = load_tests(opened[0], reporter)
     labels = np.concatenate([classes for _, classes in tests])
     contents = [onnx.serialise(fold(graph_of_run(trained), "auto")[0], {})[""] for trained in opened]
     sessions = [session_of(content) for content in contents]
     one = {"images": tests[0][0][:1]}
     timed = {index: Timed(repeated(functools.partial(session.run, None, one)))
              for index, session in enumerate(sessions)}
-    screen.line(f"timing {len(sessions)} files, an image at a time …")
+    reporter.info(f"timing {len(sessions)} files, an image at a time …")
     for measure_one in timed.values():
         measure_one()  # finds out how often
     plain, *others = in_turns(timed, rounds).values()
@@ -240,8 +240,8 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> None:
     command = shlex.join(["python", "benchmarks/compress.py", *(
         f"--data={Path(options.data).name}" if word.startswith("--data=") else word for word in words
         if not word.startswith("--runs"))])  # no path of this machine
-    with Reporter(sys.stderr) as screen:
-        for row in measure(options, command, screen):
+    with Reporter(sys.stderr) as reporter:
+        for row in measure(options, command, reporter):
             record(RECORDS, row)
     text = tables(read(RECORDS, Row))
     print(text)

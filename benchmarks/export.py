@@ -51,7 +51,7 @@ Key = tuple[str, str]
 
 def graph_of(case: Case) -> Node:
     """Returns the graph of a network with weights at random: how fast it is does not depend on them."""
-    model = create_model(case.network, num_classes=case.classes, stem=case.stem, loop=False)
+    model = create_model(case.network, num_classes=case.classes, stem=case.stem, scan_blocks=False)
     shape, random = (case.image_size, case.image_size, 3), np.random.default_rng(0)
 
     def draw(path: Any, leaf: Any) -> np.ndarray:
@@ -104,13 +104,13 @@ def files(session: Session, cases: Sequence[Case]) -> Table:
 
 def graph_of_run(trained: Trained) -> Node:
     """Returns the graph of a trained network, from images to logits."""
-    return trace(trained.model.clone(dtype=np.float32, loop=False), jax.device_get(dict(trained.variables)),
+    return trace(trained.model.clone(dtype=np.float32, scan_blocks=False), jax.device_get(dict(trained.variables)),
                  trained.spec.image_shape, functools.partial(normalize, config=trained.config.data))
 
 
-def load_tests(trained: Trained, screen: Reporter) -> list[tuple[np.ndarray, np.ndarray]]:
+def load_tests(trained: Trained, reporter: Reporter) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns all test images of a run, uint8 `[N, H, W, C]`, and their classes, `[N]`, in batches."""
-    images = feeds.load(trained.open_source(), trained.config.data, trained.mesh, screen)
+    images = feeds.load(trained.open_source(), trained.config.data, trained.mesh, reporter)
     batches = images.batches("test", trained.config.train.eval_batch_size, trained.mesh)()
     arrays = [(np.asarray(pixels), np.asarray(labels)) for pixels, labels in batches]
     return [(pixels[labels >= 0], labels[labels >= 0]) for pixels, labels in arrays]  # the last batch is filled up

@@ -75,7 +75,7 @@ def penalty(session: Session, cases: Sequence[Case]) -> Part:
     table = [["penalty", "its gradient alone over the step", "step with λ = 10 over step with λ = 0",
               "exact orthogonality alone over the step", "gradient alone, ms", "exact alone, ms", "step, ms"]]
     for case in cases:
-        sets = create_model(case.network, num_classes=case.classes, stem=case.stem).element_sets(case.elements)
+        sets = create_model(case.network, num_classes=case.classes, stem=case.stem).basis_groups(case.elements)
         if not sets:
             continue
         session.tell(f"penalty: compiling {case.network}")

@@ -45,14 +45,14 @@ class ModelConfig:
     """'cifar' for small images (3×3 stem); further stems belong to networks for large images."""
     dtype: str = "float32"
     """Compute type: 'float32' or 'bfloat16'. Parameters, batch statistics and penalty are float32 always."""
-    loop: str = "auto"
+    scan_blocks: str = "auto"
     """Whether blocks that are alike are computed in a loop, which compiles sooner, and keeps less for the gradient and
     computes the rest again: 'yes', 'no' or 'auto', which is what is faster (on CPU yes; elsewhere no, not measured)."""
 
     def __post_init__(self) -> None:
         _require_choice("model.stem", self.stem, ("cifar", "imagenet"))
         _require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
-        _require_choice("model.loop", self.loop, ("auto", "yes", "no"))
+        _require_choice("model.scan_blocks", self.scan_blocks, ("auto", "yes", "no"))
 
 
 DATA_NAMES = ("digits", "folder", "cifar10", "cifar100", "fashion_mnist", "imagenet2012")
@@ -182,7 +182,7 @@ class OptimizerConfig:
     nesterov: bool = False
     weight_decay: float = 5e-4
     """L2 coefficient, added to the gradient before momentum (as in PyTorch)."""
-    decay: tuple[str, ...] = PARAMETER_LABELS
+    weight_decay_labels: tuple[str, ...] = PARAMETER_LABELS
     """The kinds of parameters that decay: any of basis, coefficients, kernel, norm, bias. Published: all."""
     schedule: str = "piecewise"
     """'piecewise' (constant, multiplied by `factors` after the epochs `boundaries`) or 'cosine' (to 0)."""
@@ -190,19 +190,19 @@ class OptimizerConfig:
     factors: tuple[float, ...] = ()
     warmup_epochs: float = 0.0
     """Linear rise of the learning rate from 0, counted in epochs (fractions allowed)."""
-    accumulate: int = 1
+    grad_accumulation_steps: int = 1
     """Parts that a batch is divided into, whose gradients are computed one after another and averaged: N parts take
     about 1/N of the memory for activations (on GPU and TPU). Everything else stays, learning rate and steps too, but
     batch normalisation and dropout see the parts: on networks with batch normalisation it is not the same training."""
 
     def __post_init__(self) -> None:
-        _require(1 <= self.accumulate < 2**31, "optimizer.accumulate", self.accumulate, "a positive whole number")
+        _require(1 <= self.grad_accumulation_steps < 2**31, "optimizer.grad_accumulation_steps", self.grad_accumulation_steps, "a positive whole number")
         for field, low in (("learning_rate", 0.0), ("weight_decay", 0.0), ("warmup_epochs", 0.0)):
             value = getattr(self, field)
             _require(low <= value <= 1e30, f"optimizer.{field}", value, "0 or a positive number, at most 1e30")
         _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "at least 0 and below 1")
-        for label in self.decay:
-            _require_choice("optimizer.decay", label, PARAMETER_LABELS)
+        for label in self.weight_decay_labels:
+            _require_choice("optimizer.weight_decay_labels", label, PARAMETER_LABELS)
         _require_choice("optimizer.schedule", self.schedule, ("piecewise", "cosine"))
         if self.schedule == "cosine":
             for field in ("boundaries", "factors"):
@@ -368,7 +368,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if isinstance(hint, types.GenericAlias):
         item = typing.get_args(hint)[0]
         items = value if isinstance(value, (list, tuple)) else (value,)
-        if item is str:  # the command line gives --config.optimizer.decay=kernel,basis as one string
+        if item is str:  # the command line gives --config.optimizer.weight_decay_labels=kernel,basis as one string
             items = [part.strip() for text in items for part in str(text).split(",") if part.strip()]
         return tuple(_convert(item, entry, path) for entry in items)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -145,7 +145,7 @@ class Watcher(Reporter):
         self.steps: list[int] = []
         self.totals: set[int] = set()
 
-    def progress(self, done: int, total: int, text: str) -> None:
+    def show_progress(self, done: int, total: int, text: str) -> None:
         if " images/s " not in text:
             return
         self.steps.append(done)

@@ -75,7 +75,7 @@ def test_coherence_is_the_largest_product_of_different_elements_and_not_normalis
 def test_a_group_agrees_with_the_diagnostics_of_training() -> None:
     network = create_model("resnet14-s4u1-double")
     variables = random_variables(network)
-    sets = network.element_sets("shared+unique")
+    sets = network.basis_groups("shared+unique")
     for found, elements in zip(basis_sets(network, variables), sets, strict=True):
         expected = orthogonality_diagnostics(variables["params"], [elements])
         described = describe_set(found)
@@ -181,7 +181,7 @@ def test_layers_come_in_the_order_of_the_computation() -> None:
     assert paths.index("group1/block6/second") < paths.index("transition1") < paths.index("group2/block1/first")
     assert paths.index("group2/block9/first") < paths.index("group2/block10/first")
     assert len(paths) == 121
-    looped = ["/".join(path) for path in layer_paths(create_model("resnet20-s4u1-double", loop=True), (8, 8, 3))]
+    looped = ["/".join(path) for path in layer_paths(create_model("resnet20-s4u1-double", scan_blocks=True), (8, 8, 3))]
     assert looped[1:5] == ["group1/block1/first", "group1/block1/second", "group1/block2/first", "group1/block2/second"]
     assert len(looped) == 20
     assert by_depth(["b", "a"], {"a/kernel": 1, "bases/x/y": 1, "b/unique": 1, "b/coefficients": 1}) == [
@@ -191,7 +191,7 @@ def test_layers_come_in_the_order_of_the_computation() -> None:
 # Gradients
 
 def test_gradients_at_blocks_are_those_of_the_network_cut_there() -> None:
-    network = tiny_network(blocks=(10,), loop=True)
+    network = tiny_network(blocks=(10,), scan_blocks=True)
     pixels, labels = make_images(6)
     images = jnp.asarray(pixels / np.float32(255))
     variables = network.init(jax.random.key(0), images[:1], train=False)
@@ -213,7 +213,7 @@ def test_gradients_at_blocks_are_those_of_the_network_cut_there() -> None:
     def head(features: Any) -> Any:
         logits = features.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
         return -jnp.sum(jax.nn.log_softmax(logits)[jnp.arange(6), labels])
-    _, captured = network.clone(loop=False).apply(
+    _, captured = network.clone(scan_blocks=False).apply(
         variables, images, train=True, mutable=["batch_stats", "intermediates"],
         capture_intermediates=lambda module, _: module.name == "block10")
     output = captured["intermediates"]["group1"]["block10"]["__call__"][0]

@@ -113,7 +113,7 @@ def test_networks_in_pytorch_compute_the_same(networks: Any, name: str, stem: st
         penalty = float(networks.orthogonality_penalty(theirs))
     assert np.std(expected) > 1e-3
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
-    sets = model.element_sets(elements)
+    sets = model.basis_groups(elements)
     assert penalty == pytest.approx(float(orthogonality_penalty(variables["params"], sets)) if sets else 0, rel=1e-4)
 
 

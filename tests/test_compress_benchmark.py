@@ -57,7 +57,7 @@ def test_committed_rows_are_those_of_the_page() -> None:
 def test_the_command_of_a_row_names_no_path_of_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     told: list[str] = []
 
-    def measure(options: argparse.Namespace, command: str, screen: Reporter) -> list[Row]:
+    def measure(options: argparse.Namespace, command: str, reporter: Reporter) -> list[Row]:
         told.append(command)
         return [dataclasses.replace(ROW, command=command)]
     monkeypatch.setattr(compress, "measure", measure)

@@ -43,7 +43,7 @@ def sharing(layers: tuple[tuple[str, str], ...], shared: int, unique: int) -> Sh
 
 
 def plain_network(**changes: Any) -> Network:
-    return tiny_network(sharing=Sharing(), blocks=(3,), loop=False, **changes)
+    return tiny_network(sharing=Sharing(), blocks=(3,), scan_blocks=False, **changes)
 
 
 def dense_network(layers: tuple[tuple[str, str], ...] = (), shared: int = 0, unique: int = 0) -> Network:
@@ -154,10 +154,10 @@ def test_what_is_written_is_orthonormal_and_what_is_not_factorised_is_copied(
     expected = flatten_dict(dict(abstract_variables(network, SHAPE)))
     assert {path: (leaf.shape, leaf.dtype) for path, leaf in flat.items()} == {
         path: (leaf.shape, leaf.dtype) for path, leaf in expected.items()}
-    sets = network.element_sets("shared+unique")
+    sets = network.basis_groups("shared+unique")
     assert not sets or float(orthogonality_penalty(found["params"], sets)) < (1e-10 if layers != DOUBLE else 0.02)
     if shared:  # together, of double sharing too
-        assert float(orthogonality_penalty(found["params"], network.element_sets("shared"))) < 1e-10
+        assert float(orthogonality_penalty(found["params"], network.basis_groups("shared"))) < 1e-10
     moved = {("batch_stats", *layers.following_norm(tuple(layer["path"].split("/")))) for layer in errors}
     for path in flat.keys() & source.arrays.keys():
         if path[:-1] not in moved:
@@ -168,7 +168,7 @@ def test_what_is_written_is_orthonormal_and_what_is_not_factorised_is_copied(
 def test_batch_norms_are_told_the_statistics_that_they_will_see(resnet: tuple[Any, layers.PlainLayers]) -> None:
     """In the first block that shares, whose inputs are those of the plain network."""
     variables, source = resnet
-    network = tiny_network(sharing=sharing(SINGLE, 3, 1), blocks=(3,), loop=False)
+    network = tiny_network(sharing=sharing(SINGLE, 3, 1), blocks=(3,), scan_blocks=False)
     found, _ = compressed(source, network)
     inputs, _ = make_images(40)
     path = ("group1", "block2")

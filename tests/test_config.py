@@ -67,7 +67,7 @@ NAN, INF = float("nan"), float("inf")
     ("seed", -1, "seed=-1: must be at least 0 and below 2^31"),
     ("seed", 2**31, "seed=2147483648: must be at least 0 and below 2^31"),
     ("model.stem", "cifarr", "model.stem='cifarr': must be one of cifar, imagenet. Did you mean 'cifar'?"),
-    ("model.loop", "maybe", "model.loop='maybe': must be one of auto, yes, no."),
+    ("model.scan_blocks", "maybe", "model.scan_blocks='maybe': must be one of auto, yes, no."),
     ("model.dtype", "float16", "model.dtype='float16': must be one of float32, bfloat16. Did you mean 'bfloat16'?"),
     ("data.name", "cifar", "fashion_mnist, imagenet2012, tfds:<name>. Did you mean 'cifar10'?"),
     ("data.name", "zzz", "data.name='zzz': must be one of digits, folder, cifar10, cifar100, fashion_mnist,"),
@@ -120,7 +120,7 @@ NAN, INF = float("nan"), float("inf")
     ("optimizer.momentum", 1.0, "optimizer.momentum=1.0: must be at least 0 and below 1"),
     ("optimizer.momentum", -0.1, "optimizer.momentum=-0.1: must be at least 0 and below 1"),
     ("optimizer.momentum", NAN, "optimizer.momentum=nan: must be at least 0 and below 1"),
-    ("optimizer.decay", ("kernels",), "optimizer.decay='kernels': must be one of basis, coefficients, kernel, norm, "
+    ("optimizer.weight_decay_labels", ("kernels",), "optimizer.weight_decay_labels='kernels': must be one of basis, coefficients, kernel, norm, "
                                       "bias. Did you mean 'kernel'?"),
     ("optimizer.schedule", "cosin", "must be one of piecewise, cosine. Did you mean 'cosine'?"),
     ("optimizer.boundaries", (5.0,), "optimizer.factors=(): must be as many as optimizer.boundaries=(5.0,)"),
@@ -223,11 +223,11 @@ def test_absent_fields_take_their_defaults():
 
 @pytest.mark.parametrize("value", ["kernel,basis", " kernel , basis,", ("kernel", "basis"), ["kernel,basis"]])
 def test_a_tuple_of_strings_may_come_as_one_from_the_command_line(value):
-    assert from_config_dict({"optimizer": {"decay": value}}).optimizer.decay == ("kernel", "basis")
+    assert from_config_dict({"optimizer": {"decay": value}}).optimizer.weight_decay_labels == ("kernel", "basis")
 
 
 def test_an_empty_string_is_an_empty_tuple():
-    assert from_config_dict({"optimizer": {"decay": ""}}).optimizer.decay == ()
+    assert from_config_dict({"optimizer": {"decay": ""}}).optimizer.weight_decay_labels == ()
 
 
 def test_a_whole_number_is_taken_for_a_float():
@@ -248,8 +248,8 @@ def test_a_value_of_another_type_is_refused(path, value, kind):
 
 
 def test_replace_sets_fields_by_path_and_checks_them():
-    changed = replace(Config(), {"train.epochs": 3, "seed": 5, "optimizer.decay": "norm"})
-    assert (changed.train.epochs, changed.seed, changed.optimizer.decay) == (3, 5, ("norm",))
+    changed = replace(Config(), {"train.epochs": 3, "seed": 5, "optimizer.weight_decay_labels": "norm"})
+    assert (changed.train.epochs, changed.seed, changed.optimizer.weight_decay_labels) == (3, 5, ("norm",))
     assert changed.train.batch_size == TrainConfig().batch_size
     with pytest.raises(UserError, match=r"train\.epochs=0: must be a positive"):
         replace(Config(), {"train.epochs": 0})

@@ -75,7 +75,7 @@ def test_cifar_resnet_is_the_published_recipe():
         "data": {**ALL_IMAGES, "name": "cifar10", "image_size": 0, "crop": "center", "mean": [0.485, 0.456, 0.406],
                  "std": [0.229, 0.224, 0.225], "pad": 4, "flip": True},
         "orthogonality": {"method": "penalty", "weight": 10.0, "elements": "shared+unique", "reduction": "mean"},
-        "optimizer": {"learning_rate": 0.1, "momentum": 0.9, "nesterov": False, "accumulate": 1, "weight_decay": 5e-4,
+        "optimizer": {"learning_rate": 0.1, "momentum": 0.9, "nesterov": False, "grad_accumulation_steps": 1, "weight_decay": 5e-4,
                       "decay": ["basis", "coefficients", "kernel", "norm", "bias"], "schedule": "piecewise",
                       "boundaries": [150.0, 225.0], "factors": [0.1, 0.1], "warmup_epochs": 0.0},
         "train": {"epochs": 300, "batch_size": 256, "eval_batch_size": 1000, "evaluate_every": 1,
@@ -83,7 +83,7 @@ def test_cifar_resnet_is_the_published_recipe():
     }
 
 
-STEPS = {"learning_rate": 0.1, "momentum": 0.9, "nesterov": False, "accumulate": 1, "schedule": "piecewise",
+STEPS = {"learning_rate": 0.1, "momentum": 0.9, "nesterov": False, "grad_accumulation_steps": 1, "schedule": "piecewise",
          "warmup_epochs": 0.0, "decay": ["basis", "coefficients", "kernel", "norm", "bias"]}
 CIFAR = {"epochs": 300, "batch_size": 256, "boundaries": [150.0, 225.0], "factors": [0.1, 0.1], "weight_decay": 5e-4}
 RESNETS = {"epochs": 150, "batch_size": 256, "boundaries": [60.0, 100.0, 140.0], "factors": [0.1, 0.1, 0.1],

@@ -70,13 +70,13 @@ CONFIG = Config(
 
 def trained(workdir: Path, count: int, fields: Mapping[str, Any] | None = None, stop: int | None = None) -> Watcher:
     """Trains a network with batch normalisation on so many devices to the end, or until it is stopped at a step."""
-    screen = Watcher(at=[] if stop is None else [stop - 1])
+    reporter = Watcher(at=[] if stop is None else [stop - 1])
     with pytest.MonkeyPatch.context() as patch, (
             contextlib.nullcontext() if stop is None else pytest.raises(train.Interrupted, match=f"at step {stop} ")):
         patch.setattr(train, "make_mesh", lambda: mesh_of(count))
         patch.setattr(train, "build_model", lambda config, spec: tiny_network(len(spec.classes)))
-        train.train(replace(CONFIG, fields or {}), workdir, screen)
-    return screen
+        train.train(replace(CONFIG, fields or {}), workdir, reporter)
+    return reporter
 
 
 def assert_close(actual: Any, desired: Any) -> None:
@@ -103,8 +103,8 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("count", "placement"), [(2, "device"), (4, "stream")])
 def test_a_run_is_the_same_on_any_number_of_devices(one: Path, tmp_path: Path, count: int, placement: str) -> None:
-    screen = trained(tmp_path / "run", count, {"data.placement": placement})
-    assert f"; {count} × cpu; workdir" in screen.text.getvalue()
+    reporter = trained(tmp_path / "run", count, {"data.placement": placement})
+    assert f"; {count} × cpu; workdir" in reporter.text.getvalue()
     assert_runs_close(tmp_path / "run", one)
 
 
@@ -129,10 +129,10 @@ def test_a_run_is_the_same_on_eight_devices(one: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("first", "then"), [(4, 1), (1, 4)])
 def test_a_run_goes_on_with_another_number_of_devices(one: Path, tmp_path: Path, first: int, then: int) -> None:
     trained(tmp_path / "run", first, stop=3)
-    screen = trained(tmp_path / "run", then)
-    assert "resumes at step 3 of 8" in screen.text.getvalue()
-    assert f"; {then} × cpu; workdir" in screen.text.getvalue()
-    assert screen.steps == [4, 5, 6, 7, 8]
+    reporter = trained(tmp_path / "run", then)
+    assert "resumes at step 3 of 8" in reporter.text.getvalue()
+    assert f"; {then} × cpu; workdir" in reporter.text.getvalue()
+    assert reporter.steps == [4, 5, 6, 7, 8]
     assert_runs_close(tmp_path / "run", one)
 
 
@@ -213,21 +213,21 @@ def test_what_every_process_has_is_placed_as_jax_places_it(monkeypatch: pytest.M
         np.testing.assert_array_equal(shard.data, expected.data)
 
 
-@given(batch_size=st.integers(1, 3000), count=st.integers(1, 40), accumulate=st.integers(1, 9))
+@given(batch_size=st.integers(1, 3000), count=st.integers(1, 40), grad_accumulation_steps=st.integers(1, 9))
 def test_a_batch_divides_among_devices_and_parts_or_the_nearest_that_do_are_told(batch_size: int, count: int,
-                                                                                 accumulate: int) -> None:
+                                                                                 grad_accumulation_steps: int) -> None:
     def fits(size: int) -> bool:
-        return size % count == 0 and size // count % accumulate == 0
+        return size % count == 0 and size // count % grad_accumulation_steps == 0
 
     mesh: Any = types.SimpleNamespace(size=count)
     if fits(batch_size):
-        check_batch_size(batch_size, mesh, accumulate)
+        check_batch_size(batch_size, mesh, grad_accumulation_steps)
         return
     with user_error(f"train.batch_size={batch_size}: ", f"the {count} devices") as caught:
-        check_batch_size(batch_size, mesh, accumulate)
+        check_batch_size(batch_size, mesh, grad_accumulation_steps)
     message = str(caught.value)
-    assert ("optimizer.accumulate" in message) == (accumulate > 1)
-    assert f"optimizer.accumulate={accumulate}" in message or accumulate == 1
+    assert ("optimizer.grad_accumulation_steps" in message) == (grad_accumulation_steps > 1)
+    assert f"optimizer.grad_accumulation_steps={grad_accumulation_steps}" in message or grad_accumulation_steps == 1
     offered = [int(size) for size in re.findall(r"\d+", message.partition("the nearest: ")[2])]
     below = next((size for size in range(batch_size, 0, -1) if fits(size)), None)
     above = next(size for size in itertools.count(batch_size) if fits(size))
@@ -235,8 +235,8 @@ def test_a_batch_divides_among_devices_and_parts_or_the_nearest_that_do_are_told
 
 
 def test_a_batch_that_cannot_be_divided_ends_training_before_it_begins(tmp_path: Path) -> None:
-    with user_error("train.batch_size=12", "4 devices times optimizer.accumulate=2", "8 or 16"):
-        trained(tmp_path / "run", 4, {"train.batch_size": 12, "optimizer.accumulate": 2})
+    with user_error("train.batch_size=12", "4 devices times optimizer.grad_accumulation_steps=2", "8 or 16"):
+        trained(tmp_path / "run", 4, {"train.batch_size": 12, "optimizer.grad_accumulation_steps": 2})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -423,13 +423,13 @@ class Normalized(nn.Module):
         return nn.Dense(10, name="head")(pixels)
 
 
-def updates(model: nn.Module, steps: int, accumulate: int, count: int = 1,
+def updates(model: nn.Module, steps: int, grad_accumulation_steps: int, count: int = 1,
             data: DataConfig = DATA) -> tuple[TrainState, list[Metrics]]:
     """Returns the state after so many updates with batches of 16 images, and the metrics of each."""
     mesh, optimizer = mesh_of(count), optax.sgd(0.1)
     step = jax.jit(functools.partial(
         train_step, model=model, optimizer=optimizer, data=data, seed=0, steps_per_epoch=steps,
-        batch_sharding=batch_sharding(mesh), accumulate=accumulate), out_shardings=replicated(mesh))
+        batch_sharding=batch_sharding(mesh), grad_accumulation_steps=grad_accumulation_steps), out_shardings=replicated(mesh))
     state = jax.device_put(create_train_state(model, optimizer, 0, (4, 4, 1)), replicated(mesh))
     images, labels = make_images(16 * steps, size=4)
     metrics = []
@@ -440,15 +440,15 @@ def updates(model: nn.Module, steps: int, accumulate: int, count: int = 1,
     return state, metrics
 
 
-@pytest.mark.parametrize(("accumulate", "count"), [(1, 4), (2, 1), (4, 1), (2, 2), (8, 2), (2, 4), (4, 4)])
-def test_a_network_without_batch_normalisation_trains_the_same_in_parts(accumulate: int, count: int) -> None:
+@pytest.mark.parametrize(("grad_accumulation_steps", "count"), [(1, 4), (2, 1), (4, 1), (2, 2), (8, 2), (2, 4), (4, 4)])
+def test_a_network_without_batch_normalisation_trains_the_same_in_parts(grad_accumulation_steps: int, count: int) -> None:
     data = DataConfig(mean=(0.5,), std=(0.25,), pad=1, flip=True)
     whole, expected = updates(Plain(), 3, 1, data=data)
-    parts, metrics = updates(Plain(), 3, accumulate, count, data)
+    parts, metrics = updates(Plain(), 3, grad_accumulation_steps, count, data)
     for actual, desired in ((parts.params, whole.params), (metrics, expected), (parts.totals, whole.totals)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), actual, desired)
     assert (int(parts.step), float(parts.totals["count"])) == (3, 48)
-    assert float(parts.batch_stats["calls"]) == 3 * accumulate
+    assert float(parts.batch_stats["calls"]) == 3 * grad_accumulation_steps
 
 
 def test_each_part_of_each_step_makes_draws_of_its_own() -> None:
@@ -456,7 +456,7 @@ def test_each_part_of_each_step_makes_draws_of_its_own() -> None:
     assert len(set(draws.tolist())) == 16
 
 
-def normalized_by_hand(params: Any, accumulate: int) -> tuple[Any, Any, dict[str, float]]:
+def normalized_by_hand(params: Any, grad_accumulation_steps: int) -> tuple[Any, Any, dict[str, float]]:
     """Returns parameters, running statistics and metrics of `Normalized` after two updates, in NumPy and float64."""
     images, labels = make_images(32, size=4)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jax.device_get(params))
@@ -464,8 +464,8 @@ def normalized_by_hand(params: Any, accumulate: int) -> tuple[Any, Any, dict[str
     for first in (0, 16):
         batch = ((images[first:first + 16] / 255 - 0.5) / 0.25).reshape(16, -1)
         gradient = jax.tree.map(np.zeros_like, params)
-        for part in range(accumulate):
-            inputs, targets = batch[part::accumulate], labels[first:first + 16][part::accumulate]
+        for part in range(grad_accumulation_steps):
+            inputs, targets = batch[part::grad_accumulation_steps], labels[first:first + 16][part::grad_accumulation_steps]
             mean, var = 0.9 * mean + 0.1 * inputs.mean(0), 0.9 * var + 0.1 * inputs.var(0)
             normal = (inputs - inputs.mean(0)) / np.sqrt(inputs.var(0) + 1e-3)
             outputs = normal * params["norm"]["scale"] + params["norm"]["bias"]
@@ -484,12 +484,12 @@ def normalized_by_hand(params: Any, accumulate: int) -> tuple[Any, Any, dict[str
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-@pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_batch_normalisation_sees_every_nth_image_of_a_batch_on_any_number_of_devices(accumulate: int,
+@pytest.mark.parametrize("grad_accumulation_steps", [1, 2, 4])
+def test_batch_normalisation_sees_every_nth_image_of_a_batch_on_any_number_of_devices(grad_accumulation_steps: int,
                                                                                       count: int) -> None:
     first = create_train_state(Normalized(), optax.sgd(0.1), 0, (4, 4, 1)).params
-    params, statistics, sums = normalized_by_hand(first, accumulate)
-    state, metrics = updates(Normalized(), 2, accumulate, count)
+    params, statistics, sums = normalized_by_hand(first, grad_accumulation_steps)
+    state, metrics = updates(Normalized(), 2, grad_accumulation_steps, count)
     for actual, desired in ((state.params, params), (state.batch_stats, statistics), (metrics[-1], sums)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, desired)
 
@@ -512,7 +512,7 @@ def test_a_loop_over_the_parts_computes_what_the_unrolled_one_does(monkeypatch: 
 
 def test_a_run_in_parts_is_the_same_on_any_number_of_devices(one: Path, tmp_path: Path) -> None:
     for count in (1, 4):
-        trained(tmp_path / str(count), count, {"optimizer.accumulate": 2})
+        trained(tmp_path / str(count), count, {"optimizer.grad_accumulation_steps": 2})
     assert_runs_close(tmp_path / "4", tmp_path / "1")
     losses = [read_metrics(workdir)[-1]["train_loss"] for workdir in (tmp_path / "1", one)]
     assert abs(losses[0] - losses[1]) > 1e-3, "batch normalisation saw the whole batch"

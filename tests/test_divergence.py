@@ -48,7 +48,7 @@ CONFIG = Config(
 class Plain(Linear):
     """`Linear` as training wants it: with sets of basis elements, of which it has none."""
 
-    def element_sets(self, elements: str) -> tuple[()]:
+    def basis_groups(self, elements: str) -> tuple[()]:
         return ()
 
 
@@ -57,7 +57,7 @@ class Cliff(nn.Module):
 
     num_classes: int = 10
 
-    def element_sets(self, elements: str) -> tuple[()]:
+    def basis_groups(self, elements: str) -> tuple[()]:
         return ()
 
     @nn.compact
@@ -136,10 +136,10 @@ def test_any_figure_that_is_not_finite_ends_the_run_at_its_step(tmp_path: Path, 
 def test_a_gradient_that_is_not_finite_is_seen_at_its_step_though_the_loss_is(tmp_path: Path,
                                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, Cliff)
-    screen = Watcher()
+    reporter = Watcher()
     with user_error("diverged at step 1: ", f"loss {math.log(10) * 8:.4g}, gradient norm inf, parameter norm inf"):
-        train(CONFIG, tmp_path / "run", screen)
-    assert screen.steps == []
+        train(CONFIG, tmp_path / "run", reporter)
+    assert reporter.steps == []
     assert saved(tmp_path / "run") == []
 
 
@@ -252,9 +252,9 @@ def test_a_run_that_diverged_goes_on_from_its_last_good_step(tmp_path: Path, mon
         alter(patch, 13, lambda state, metrics: (spoil_parameters(state), {**metrics, "loss": jnp.asarray(NAN)}))
         with user_error("diverged at step 13", "checkpoints 5, 10 in"):
             train(CONFIG, tmp_path / "run", Watcher())
-    screen = Watcher()
-    train(CONFIG, tmp_path / "run", screen)
-    assert screen.steps == list(range(11, 16))
+    reporter = Watcher()
+    train(CONFIG, tmp_path / "run", reporter)
+    assert reporter.steps == list(range(11, 16))
     assert_trees_equal(read_arrays(tmp_path / "run", 15), read_arrays(tmp_path / "whole", 15))
     assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "whole")
 

@@ -211,7 +211,7 @@ MISTAKES = {
         (f"--config={ROOT / 'configs' / 'cifar_resnet.py'}", "--config.train.epochs=100"),
         ("optimizer.boundaries=(150.0, 225.0)", "train.epochs=100")),
     "not a number": ((RECIPE, "--config.optimizer.learning_rate=nan"), ("optimizer.learning_rate=nan",)),
-    "unknown kind of parameter": ((RECIPE, "--config.optimizer.decay=kernels"),
+    "unknown kind of parameter": ((RECIPE, "--config.optimizer.weight_decay_labels=kernels"),
                                   ("'kernels'", "Did you mean 'kernel'?")),
     "batch larger than the data": ((*SMALL, "--config.train.batch_size=400"), ("train.batch_size=400", "only 200")),
     "more images than there are": ((*SMALL, "--config.data.train_examples=2000"), ("=2000", "1442")),

@@ -105,7 +105,7 @@ def traced(model: Network, shape: tuple[int, int, int] = SHAPE) -> Traced:
 
 
 def read(model: Network, shape: tuple[int, int, int] = SHAPE) -> Node:
-    return trace(model.clone(loop=False), random_variables(model, shape), shape, lambda x: normalize(x, DATA))
+    return trace(model.clone(scan_blocks=False), random_variables(model, shape), shape, lambda x: normalize(x, DATA))
 
 
 def onnx_logits(output: Node, images: np.ndarray) -> np.ndarray:
@@ -314,7 +314,7 @@ def test_stablehlo_is_for_every_platform_and_has_no_form_of_one(run: Path) -> No
 
 
 def test_a_checkpoint_and_a_precision_are_the_runs(tmp_path: Path) -> None:
-    config = Config(model=ModelConfig(name="resnet14-s4u1", dtype="bfloat16", loop="yes"),
+    config = Config(model=ModelConfig(name="resnet14-s4u1", dtype="bfloat16", scan_blocks="yes"),
                     data=DataConfig(name="digits", mean=(0.3,), std=(0.38,)))
     path = save_run(tmp_path / "run", config, {1: 0.5, 2: 0.25})
     best, latest = (export.export(path, "onnx", which=which, output=str(tmp_path / which))

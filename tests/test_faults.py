@@ -73,9 +73,9 @@ def collect_unfinished_reads() -> Iterator[None]:
 
 
 def run(workdir: Path, **watch: Any) -> Watcher:
-    screen = Watcher(**watch)
-    train(CONFIG, workdir, screen)
-    return screen
+    reporter = Watcher(**watch)
+    train(CONFIG, workdir, reporter)
+    return reporter
 
 
 def files(workdir: Path) -> dict[str, bytes]:
@@ -102,10 +102,10 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stop(workdir: Path) -> Watcher:
     """Trains until it is stopped at step 17."""
-    screen = Watcher(at=[16])
+    reporter = Watcher(at=[16])
     with pytest.raises(Interrupted, match="saved at step 17"):
-        train(CONFIG, workdir, screen)
-    return screen
+        train(CONFIG, workdir, reporter)
+    return reporter
 
 
 @pytest.fixture
@@ -154,15 +154,15 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     for step in damaged:
         damage(copied / "checkpoints" / str(step))
     before = {step: files(copied / "checkpoints" / str(step)) for step in damaged}
-    screen = run(copied)
-    warnings = [line for line in screen.text.getvalue().splitlines() if line.startswith("warning: ")]
+    reporter = run(copied)
+    warnings = [line for line in reporter.text.getvalue().splitlines() if line.startswith("warning: ")]
     assert len(warnings) == len(damaged)
     for step, warning in zip(damaged, warnings, strict=True):
         assert f"checkpoint {step} in {copied / 'checkpoints'} cannot be restored" in warning
         assert warning.endswith(f"Checkpoint {step} is set aside as {copied / 'damaged' / f'{step}.1'}.")
         assert files(copied / "damaged" / f"{step}.1") == before[step]
-    assert f"resumes at step {resumed} of 20\n" in screen.text.getvalue()
-    assert screen.steps == list(range(resumed + 1, 21))
+    assert f"resumes at step {resumed} of 20\n" in reporter.text.getvalue()
+    assert reporter.steps == list(range(resumed + 1, 21))
     assert_as_undisturbed(copied, finished)
 
 
@@ -170,8 +170,8 @@ def test_checkpoints_damaged_at_the_same_step_are_all_kept_aside(finished: Path,
     truncate(copied / "checkpoints" / "17")
     stop(copied)
     flip(copied / "checkpoints" / "17")
-    screen = run(copied)
-    assert f"set aside as {copied / 'damaged' / '17.2'}." in screen.text.getvalue()
+    reporter = run(copied)
+    assert f"set aside as {copied / 'damaged' / '17.2'}." in reporter.text.getvalue()
     assert sorted(path.name for path in (copied / "damaged").iterdir()) == ["17.1", "17.2"]
     assert_as_undisturbed(copied, finished)
 
@@ -187,9 +187,9 @@ def test_where_all_checkpoints_are_damaged_the_run_is_refused_and_nothing_is_mov
 
 def test_a_directory_that_looks_like_a_checkpoint_is_set_aside(finished: Path, copied: Path) -> None:
     (copied / "checkpoints" / "999").mkdir()
-    screen = run(copied)
-    assert f"set aside as {copied / 'damaged' / '999.1'}." in screen.text.getvalue()
-    assert "resumes at step 17 of 20\n" in screen.text.getvalue()
+    reporter = run(copied)
+    assert f"set aside as {copied / 'damaged' / '999.1'}." in reporter.text.getvalue()
+    assert "resumes at step 17 of 20\n" in reporter.text.getvalue()
     assert_as_undisturbed(copied, finished)
     assert steps(copied) == [5, 17, 20]
 
@@ -197,10 +197,10 @@ def test_a_directory_that_looks_like_a_checkpoint_is_set_aside(finished: Path, c
 @pytest.mark.parametrize("content", ["{}", "[" * 100_000], ids=["no accuracy", "deep"])
 def test_a_checkpoint_with_damaged_metrics_is_set_aside(finished: Path, copied: Path, content: str) -> None:
     (copied / "checkpoints" / "15" / "metrics" / "metrics").write_text(content)
-    screen = run(copied)
-    assert screen.text.getvalue().count("warning: ") == 1
-    assert f"Checkpoint 15 is set aside as {copied / 'damaged' / '15.1'}." in screen.text.getvalue()
-    assert "resumes at step 17 of 20\n" in screen.text.getvalue()
+    reporter = run(copied)
+    assert reporter.text.getvalue().count("warning: ") == 1
+    assert f"Checkpoint 15 is set aside as {copied / 'damaged' / '15.1'}." in reporter.text.getvalue()
+    assert "resumes at step 17 of 20\n" in reporter.text.getvalue()
     assert_as_undisturbed(copied, finished)
 
 
@@ -308,8 +308,8 @@ def test_a_full_disk_is_told_and_with_space_the_run_goes_on(
             train(CONFIG, workdir, Full(size, when))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    screen = run(workdir)
-    assert screen.steps == list(range(18 if begun else 1, 21))
+    reporter = run(workdir)
+    assert reporter.steps == list(range(18 if begun else 1, 21))
     assert_as_undisturbed(workdir, finished)
 
 

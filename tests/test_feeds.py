@@ -104,14 +104,14 @@ def small_network() -> Iterator[None]:
 
 def run(workdir: Path, fields: dict[str, Any], stop: int | None = None) -> dict[str, Any]:
     """Trains until the end, or until a signal comes while the step before `stop` is shown; returns the result."""
-    screen = Watcher(at=[] if stop is None else [stop - 1])
+    reporter = Watcher(at=[] if stop is None else [stop - 1])
     config = replace(CONFIG, fields)
     if stop is None:
-        result = train_module.train(config, workdir, screen)
-        assert (screen.steps[-1], screen.totals) == (15, {15})
+        result = train_module.train(config, workdir, reporter)
+        assert (reporter.steps[-1], reporter.totals) == (15, {15})
         return {**result, "images_per_second": 0}
     with pytest.raises(train_module.Interrupted, match=f"saved at step {stop} of 15"):
-        train_module.train(config, workdir, screen)
+        train_module.train(config, workdir, reporter)
     return {}
 
 

@@ -81,10 +81,10 @@ USUAL: dict[str, st.SearchStrategy[Any]] = {
     "orthogonality.weight": st.floats(0, 1e30), "optimizer.learning_rate": st.floats(0, 1e30),
     "optimizer.momentum": st.floats(0, 1), "optimizer.nesterov": st.booleans(),
     "optimizer.weight_decay": st.floats(0, 1e30), "optimizer.warmup_epochs": st.floats(0, 2),
-    "optimizer.decay": st.lists(st.sampled_from((*PARAMETER_LABELS, "kernels")), max_size=3),
+    "optimizer.weight_decay_labels": st.lists(st.sampled_from((*PARAMETER_LABELS, "kernels")), max_size=3),
     "optimizer.boundaries": st.lists(st.floats(0, 3), max_size=3), "optimizer.factors": st.lists(
         st.floats(0, 10), max_size=3),
-    "optimizer.accumulate": st.integers(1, 4), "train.epochs": st.integers(1, 3),
+    "optimizer.grad_accumulation_steps": st.integers(1, 4), "train.epochs": st.integers(1, 3),
     "train.batch_size": st.sampled_from((4, 8, 12, 16, 10)), "train.eval_batch_size": st.integers(1, 50),
     "train.evaluate_every": st.integers(1, 4), "train.record_gradients": st.booleans()}
 """Values that are mostly allowed, and small enough to be tried."""
@@ -102,7 +102,7 @@ RELATED = {
     "optimizer.factors": ("optimizer.boundaries",), "optimizer.warmup_epochs": ("optimizer.boundaries",),
     "optimizer.schedule": ("optimizer.boundaries", "optimizer.factors"), "train.epochs": (
         "optimizer.warmup_epochs", "optimizer.boundaries"),
-    "optimizer.accumulate": ("train.batch_size",), "model.name": ("network",), "model.stem": ("network",)}
+    "optimizer.grad_accumulation_steps": ("train.batch_size",), "model.name": ("network",), "model.stem": ("network",)}
 """What a message may name in place of a field: what that is checked against."""
 
 DIVERGED = ("training diverged at step ", "--config.optimizer.learning_rate")
@@ -133,14 +133,14 @@ def small_networks() -> Iterator[None]:
     build_model = trained.build_model
 
     class Plain(Linear):
-        def element_sets(self, elements: str) -> tuple[()]:
+        def basis_groups(self, elements: str) -> tuple[()]:
             return ()
 
     def build(config: Config, spec: Any) -> Any:
         build_model(config, spec)
         dtype = jax.numpy.dtype(config.model.dtype)
         if config.model.name == "resnet14":
-            return Plain(len(spec.classes), config.train.batch_size // config.optimizer.accumulate)
+            return Plain(len(spec.classes), config.train.batch_size // config.optimizer.grad_accumulation_steps)
         return tiny_network(len(spec.classes), dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
         for module in (train_module, evaluate_module):
@@ -151,7 +151,7 @@ def small_networks() -> Iterator[None]:
 def bounded(config: Config) -> bool:
     """Returns whether trying it is a matter of a moment."""
     return (config.data.image_size <= 32 and config.data.pad <= 64 and config.train.epochs <= 3
-            and config.train.batch_size <= 64 and config.data.workers <= 0 and config.optimizer.accumulate <= 8
+            and config.train.batch_size <= 64 and config.data.workers <= 0 and config.optimizer.grad_accumulation_steps <= 8
             and config.data.name in ("digits", "folder"))
 
 
@@ -216,9 +216,9 @@ def test_a_configuration_trains_or_is_refused_by_the_name_of_a_field(images: Pat
             "train.epochs": 3, "optimizer.warmup_epochs": 0.0, "optimizer.boundaries": (), "optimizer.factors": ()})))):
         return
     with tempfile.TemporaryDirectory() as scratch:
-        screen = Watcher(at=[1] if endless else [])
+        reporter = Watcher(at=[1] if endless else [])
         try:
-            result = train(config, Path(scratch) / "runs" / config.name, screen)
+            result = train(config, Path(scratch) / "runs" / config.name, reporter)
         except UserError as error:
             message = one_line(error)
             if not all(part in message for part in DIVERGED):
@@ -227,7 +227,7 @@ def test_a_configuration_trains_or_is_refused_by_the_name_of_a_field(images: Pat
         except Interrupted:
             assert endless
             return
-        assert screen.steps
+        assert reporter.steps
         assert all(math.isfinite(value) for value in result.values() if isinstance(value, float))
 
 
@@ -277,7 +277,7 @@ def test_a_name_is_that_of_a_network_or_refused(name: str, stem: str | None, siz
     assert re.fullmatch(r"\w+(-(s\d+u\d+(-double)?|shared|shared\+\+|tied|template\d+))?", name, re.ASCII)
     assert variables["params"]["head"]["kernel"].shape[1] == classes
     bases = {(group, array) for group, arrays in variables["params"].get("bases", {}).items() for array in arrays}
-    named = {(path[1], path[2]) for elements in model.element_sets("shared") for path in elements.shared}
+    named = {(path[1], path[2]) for elements in model.basis_groups("shared") for path in elements.shared}
     assert named == (bases if model.sharing.orthonormal else set())
 
 
@@ -344,7 +344,7 @@ TRAINING = ("--config.train.epochs=1", "--config.data.train_examples=16", "--con
     ["--workdir=two\nlines"], ["--config.name=two\nlines"], ["--config.name=[red]x"], ["--config.name=\udcff"],
     ["--config.data.std=(1e300,)"], ["--config.data.mean=(1e300,)"], ["--config.data.image_size=1"],
     ["--config.data.pad=30"], ["--config.train.eval_batch_size=2147483647"], ["--config.data.validation=0.5"],
-    ["--config.optimizer.decay="], ["--config.model.dtype=bfloat16", "--json"], ["--config.data.workers=513"],
+    ["--config.optimizer.weight_decay_labels="], ["--config.model.dtype=bfloat16", "--json"], ["--config.data.workers=513"],
     ["--config.name="]], ids=ascii)
 def test_an_odd_command_trains_or_is_refused_in_one_line(main: CommandLine, tmp_path: Path,
                                                          commands: list[str]) -> None:

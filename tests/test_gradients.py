@@ -107,7 +107,7 @@ def test_each_evaluation_adds_the_means_of_its_epoch(finished: Path) -> None:
     order = data.epoch_order(CONFIG.seed, 0, 44)
     sums = np.zeros(len(lines[0]["norms"]))
     optimizer = train_module.make_optimizer(
-        CONFIG.optimizer, CONFIG.orthogonality, model.element_sets("shared+unique"), lambda count: 0.05)
+        CONFIG.optimizer, CONFIG.orthogonality, model.basis_groups("shared+unique"), lambda count: 0.05)
 
     @jax.jit
     def differentiate(params: Any, stats: Any, inputs: Any, targets: Any) -> Any:

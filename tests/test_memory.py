@@ -155,13 +155,13 @@ def test_the_line_holds_all_figures() -> None:
 
 @pytest.mark.usefixtures("small_network")
 def test_a_run_begins_with_what_it_takes(tmp_path: Path) -> None:
-    screen = Watcher()
-    train_module.train(CONFIG, tmp_path / "run", screen)
+    reporter = Watcher()
+    train_module.train(CONFIG, tmp_path / "run", reporter)
     state = read_arrays(tmp_path / "run", 10)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((state["params"], state["batch_stats"])))
     optimizer = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state["opt_state"]))
     images = 44 * 72 + 30 * 68 // 4
-    line, = (line for line in screen.text.getvalue().splitlines() if "memory of each device" in line)
+    line, = (line for line in reporter.text.getvalue().splitlines() if "memory of each device" in line)
     assert line.startswith("ready in ")
     for part in (f"{size_text(size)} for parameters", f"{size_text(optimizer)} for the optimizer",
                  f"{size_text(images)} for data", "with the step at its peak"):
@@ -222,15 +222,15 @@ def test_devices_of_the_processor_share_its_memory_and_have_their_images_already
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
 def test_accelerators_are_advised_to_accumulate_and_others_are_not(monkeypatch: pytest.MonkeyPatch,
                                                                    backend: str) -> None:
-    """On CPU it saves no memory; in an evaluation there is nothing to accumulate."""
-    config = replace(CONFIG, {"optimizer.accumulate": 4})
-    assert "accumulate" not in advice(config, STEP_LARGEST)
+    """On CPU it saves no memory; in an evaluation there is nothing to grad_accumulation_steps."""
+    config = replace(CONFIG, {"optimizer.grad_accumulation_steps": 4})
+    assert "grad_accumulation_steps" not in advice(config, STEP_LARGEST)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     assert advice(config, STEP_LARGEST) == (
-        "The largest part is the step: set --config.optimizer.accumulate=8 or more, a smaller "
+        "The largest part is the step: set --config.optimizer.grad_accumulation_steps=8 or more, a smaller "
         "--config.train.batch_size, or a smaller --config.data.image_size.")
-    assert "accumulate" not in advice(config, IMAGES_LARGEST)
-    assert "accumulate" not in advice(config, batch="train.eval_batch_size")
+    assert "grad_accumulation_steps" not in advice(config, IMAGES_LARGEST)
+    assert "grad_accumulation_steps" not in advice(config, batch="train.eval_batch_size")
 
 
 def test_where_the_parts_are_not_known_all_fields_are_named() -> None:
@@ -243,10 +243,10 @@ def test_where_the_parts_are_not_known_all_fields_are_named() -> None:
 def test_a_run_without_the_memory_is_refused_before_its_first_step(tmp_path: Path,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "arrays", types.SimpleNamespace(available_memory=lambda: 1000))
-    screen = Watcher()
+    reporter = Watcher()
     with user_error("the memory does not suffice: memory of each device: ", "of 15.3 KiB", "× 4 devices"):
-        train_module.train(CONFIG, tmp_path / "run", screen)
-    assert screen.steps == []
+        train_module.train(CONFIG, tmp_path / "run", reporter)
+    assert reporter.steps == []
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps == []
 
 
@@ -317,9 +317,9 @@ def test_memory_that_fails_in_training_is_told_with_what_is_saved(tmp_path: Path
             train_module.train(CONFIG, tmp_path / "run", Watcher())
     steps = Checkpoints(tmp_path / "run" / "checkpoints").steps
     assert steps == ([5] if at > 5 else [])
-    screen = Watcher()
-    train_module.train(CONFIG, tmp_path / "run", screen)
-    assert screen.steps == list(range((steps or [0])[-1] + 1, 11)), "the same command goes on"
+    reporter = Watcher()
+    train_module.train(CONFIG, tmp_path / "run", reporter)
+    assert reporter.steps == list(range((steps or [0])[-1] + 1, 11)), "the same command goes on"
 
 
 @pytest.mark.usefixtures("small_network")

@@ -165,12 +165,12 @@ def test_element_sets_name_the_arrays_of_each_group():
     unique = [tuple((group, block, layer, "unique") for block in ("block2", "block3") for layer in ("first", "second"))
               for group in groups]
     both = [(("bases", group, "first"), ("bases", group, "second")) for group in groups]
-    assert single.element_sets() == tuple(BasisGroup((("bases", group, "shared"),)) for group in groups)
-    assert double.element_sets("shared") == tuple(BasisGroup(paths) for paths in both)
-    assert double.element_sets("shared+unique") == tuple(map(BasisGroup, both, unique))
-    assert unique_only.element_sets("shared") == ()
-    assert unique_only.element_sets("shared+unique") == tuple(BasisGroup((), paths) for paths in unique)
-    assert create_model("resnet20").element_sets("shared+unique") == ()
+    assert single.basis_groups() == tuple(BasisGroup((("bases", group, "shared"),)) for group in groups)
+    assert double.basis_groups("shared") == tuple(BasisGroup(paths) for paths in both)
+    assert double.basis_groups("shared+unique") == tuple(map(BasisGroup, both, unique))
+    assert unique_only.basis_groups("shared") == ()
+    assert unique_only.basis_groups("shared+unique") == tuple(BasisGroup((), paths) for paths in unique)
+    assert create_model("resnet20").basis_groups("shared+unique") == ()
 
 
 # What they compute

@@ -115,7 +115,7 @@ MOBILENET_WITH_BOTH_SHARED = pytest.param("mobilenetv2-shared++", "imagenet", {}
 
 @pytest.mark.parametrize(("name", "stem", "smaller"), [*STRUCTURES, MOBILENET_WITH_BOTH_SHARED])
 def test_gradient_of_what_is_shared_is_the_sum_over_the_layers_that_use_it(name, stem, smaller):
-    model = create_model(name, num_classes=5, stem=stem, loop=False).clone(**smaller)
+    model = create_model(name, num_classes=5, stem=stem, scan_blocks=False).clone(**smaller)
     size = 64 if stem == "imagenet" else 16
     images = jax.random.normal(jax.random.key(1), (4, size, size, 3))
     variables = jit_quickly(lambda key: model.init(key, images, train=False))(jax.random.key(0))
@@ -152,7 +152,7 @@ def test_gradient_of_what_is_shared_is_the_sum_over_the_layers_that_use_it(name,
     pytest.param(*row, marks=[pytest.mark.slow] if row[0].startswith(("mobilenet", "resnet34", "resnet50", "resnext"))
                  else []) for row in STRUCTURES if not row[0].startswith("dense")])
 def test_a_loop_computes_what_blocks_do_one_after_another(name, stem, smaller):
-    one, other = (create_model(name, num_classes=5, stem=stem, loop=loop).clone(**smaller) for loop in (True, False))
+    one, other = (create_model(name, num_classes=5, stem=stem, scan_blocks=loop).clone(**smaller) for loop in (True, False))
     size = 64 if stem == "imagenet" else 16
     images = jax.random.normal(jax.random.key(1), (4, size, size, 3))
     variables = jit_quickly(lambda key: other.init(key, images, train=False))(jax.random.key(0))
@@ -179,7 +179,7 @@ def test_a_loop_computes_what_blocks_do_one_after_another(name, stem, smaller):
 
 def test_a_loop_keeps_less_for_the_gradient():
     def memory(loop):
-        model = create_model("resnet44-s16u1-double", loop=loop)
+        model = create_model("resnet44-s16u1-double", scan_blocks=loop)
         images = jax.ShapeDtypeStruct((64, 32, 32, 3), jnp.float32)
 
         def loss(params, batch_stats, images):
@@ -258,7 +258,7 @@ def test_dropout_acts_in_training_alone():
 
 
 def test_penalty_takes_the_mean_over_each_kind_of_array_apart():
-    kinds = {elements.family for elements in create_model("resnet50-shared++").element_sets()}
+    kinds = {elements.reduction_group for elements in create_model("resnet50-shared++").basis_groups()}
     assert kinds == {"second", "third"}
-    assert {elements.family for elements in create_model("resnet34-s8u1-double").element_sets()} == {""}
-    assert create_model("resnet34-tied").element_sets() == ()
+    assert {elements.reduction_group for elements in create_model("resnet34-s8u1-double").basis_groups()} == {""}
+    assert create_model("resnet34-tied").basis_groups() == ()

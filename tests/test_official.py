@@ -42,7 +42,7 @@ class Network:
         with np.load(directory / f"{name}.npz") as arrays:
             self.expected = dict(arrays)
         self.images = self.expected["images_nchw"].transpose(0, 2, 3, 1)
-        sets = model.element_sets("shared+unique") if self.expected["penalty"] else ()
+        sets = model.basis_groups("shared+unique") if self.expected["penalty"] else ()
 
         def run(variables, images, labels):
             def loss(params):
@@ -174,7 +174,7 @@ def test_published_checkpoints_have_the_norms_that_penalty_and_weight_decay_leav
         pytest.skip(f"no {path}")
     model = create_model(name)
     params = load_official(path, model)["params"]
-    sets = model.element_sets("shared+unique")
+    sets = model.basis_groups("shared+unique")
     found = jax.jit(lambda params: orthogonality_diagnostics(params, sets))(params)
     balance = 1 - 5e-4 * pairs / (4 * 10)
     assert balance < found["norm_min"]**2 < found["norm_max"]**2 < balance + 0.7 * (1 - balance)

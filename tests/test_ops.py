@@ -132,7 +132,7 @@ def test_batch_norm_is_flax_s(shape, dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("ends", [(), (1,)])
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_batch_norm_followed_by_a_product_is_the_product_of_what_it_normalises(train, dtype, ends, backend,
+def test_batch_norm_normalize_and_multiply_a_product_is_the_product_of_what_it_normalises(train, dtype, ends, backend,
                                                                                monkeypatch):
     x, dy, matrix = draw(2, (6, 5, 4, 3), (6, 5, 4, 9), (3, 9))
     x, variables = jnp.asarray(3 * x + 1, dtype), variables_of(3)
@@ -146,7 +146,7 @@ def test_batch_norm_followed_by_a_product_is_the_product_of_what_it_normalises(t
         assert y.dtype == dtype
         return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), (y, stats, pull(jnp.asarray(dy, dtype))))
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    folded = run(lambda norm, x, matrix: norm.followed_by(jnp.split(x, ends, axis=-1), matrix))
+    folded = run(lambda norm, x, matrix: norm.normalize_and_multiply(jnp.split(x, ends, axis=-1), matrix))
     plain = run(lambda norm, x, matrix: norm(x) @ matrix.astype(dtype))
     assert jax.tree.structure(folded) == jax.tree.structure(plain)
     for one, other in zip(jax.tree.leaves(folded), jax.tree.leaves(plain), strict=True):
@@ -242,7 +242,7 @@ def test_portable_programs_have_each_operation_as_it_is_written_down():
         @nn.compact
         def __call__(self, x):
             y = ops.convolve(x, kernel, 1, 1, jnp.float32)
-            return batch_norm.batch_norm(False, jnp.float32, "norm").followed_by([y], kernel[0, 0, :2].T @ kernel[0, 0, :2])
+            return batch_norm.batch_norm(False, jnp.float32, "norm").normalize_and_multiply([y], kernel[0, 0, :2].T @ kernel[0, 0, :2])
 
     def program(x):
         return Layer().apply({kind: {"norm": tree} for kind, tree in variables.items()}, x)

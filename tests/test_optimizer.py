@@ -125,7 +125,7 @@ def test_training_a_network_equals_descent_on_the_summed_loss():
                             np.full(leaf.shape, path[-1].key in ("scale", "var"))).astype(np.float32),
         dict(abstract_variables(model, (8, 8, 1))))
     images = rng.normal(size=(4, 4, 8, 8, 1)).astype(np.float32)
-    elements, rate = model.element_sets("shared+unique"), 0.02
+    elements, rate = model.basis_groups("shared+unique"), 0.02
 
     def cross_entropy(params, batch):
         logits, _ = model.apply({**variables, "params": params}, batch, train=True, mutable=["batch_stats"])

@@ -176,7 +176,7 @@ WRONG = [
     ([BasisGroup((A,), (("x", "y"),))], "mean", KeyError, "no basis at x/y: the parameter tree has no x"),
     ([BasisGroup((("other", "y"),))], "mean", KeyError, "no basis at other/y: the parameter tree has no other/y"),
     (SETS["shared only"], "median", ValueError, "reduction='median': must be 'mean' or 'sum'"),
-    ([], "mean", ValueError, "element_sets is empty: name at least one basis"),
+    ([], "mean", ValueError, "basis_groups is empty: name at least one basis"),
 ]
 
 

@@ -194,6 +194,6 @@ def test_training_on_four_devices_keeps_bases_orthonormal_and_resumes_bit_for_bi
     train(CONFIG, tmp_path / "stopped", Watcher())
     whole, stopped = (read_arrays(tmp_path / name, 20) for name in ("whole", "stopped"))
     assert_trees_equal(whole, stopped)
-    elements = tiny_network(10).element_sets("shared+unique")
+    elements = tiny_network(10).basis_groups("shared+unique")
     assert orthogonality_diagnostics(whole["params"], elements)["penalty"] < 1e-11
     assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(whole["opt_state"]))

@@ -172,7 +172,7 @@ def test_totals_add_up_over_an_epoch_and_begin_anew_with_the_next() -> None:
 
 def test_two_updates_equal_ones_built_by_hand() -> None:
     images, labels = make_images(16)
-    model, sets = tiny_network(), tiny_network().element_sets("shared+unique")
+    model, sets = tiny_network(), tiny_network().basis_groups("shared+unique")
     config = OptimizerConfig(learning_rate=0.05, momentum=0.9, weight_decay=0.01, decay=("kernel", "basis"))
     optimizer = make_optimizer(config, OrthogonalityConfig(weight=3.0), sets, optax.constant_schedule(0.05))
     trainer = Trainer(model, images, labels, 8, data=DataConfig(), optimizer=optimizer)
@@ -230,7 +230,7 @@ def test_bfloat16_computes_and_leaves_what_is_kept_in_float32() -> None:
     full, half = (trainer.run(1)[-1] for trainer in trainers)
     floats = jax.tree.leaves((half.params, half.batch_stats, half.opt_state, half.totals))
     assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
-    diagnostics = orthogonality_diagnostics(half.params, tiny_network().element_sets())
+    diagnostics = orthogonality_diagnostics(half.params, tiny_network().basis_groups())
     assert {value.dtype for value in diagnostics.values()} == {jnp.dtype("float32")}
     loss, reference = float(half.totals["loss"]), float(full.totals["loss"])
     assert loss != reference

@@ -66,8 +66,8 @@ def small_network() -> Iterator[None]:
 
 
 def run(workdir: Path, config: Config = CONFIG, **watch: Any) -> tuple[dict[str, Any], Watcher]:
-    screen = Watcher(**watch)
-    return train(config, workdir, screen), screen
+    reporter = Watcher(**watch)
+    return train(config, workdir, reporter), reporter
 
 
 def stop(workdir: Path, at: int, signum: int = signal.SIGTERM) -> Interrupted:
@@ -90,7 +90,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 
 def test_a_run_leaves_metrics_checkpoints_and_its_result(finished: Any) -> None:
-    workdir, result, screen = finished
+    workdir, result, reporter = finished
     lines = read_metrics(workdir)
     assert [(line["step"], line["epoch"]) for line in lines] == [(10, 2), (20, 4)]
     assert Checkpoints(workdir / "checkpoints", read_only=True).steps == [10, 20]
@@ -99,12 +99,12 @@ def test_a_run_leaves_metrics_checkpoints_and_its_result(finished: Any) -> None:
     assert (result["best_test_accuracy"], result["best_epoch"]) == (best["test_accuracy"], best["epoch"])
     assert result["chosen_on"] == "test"
     assert json.loads(json.dumps(result)) == result
-    assert screen.steps == list(range(1, 21))
-    assert screen.totals == {20}
-    assert "images are resident on the device (decoded, the images take 4.6 KiB (×5 here)" in screen.text.getvalue()
-    assert "44 training and 30 test images of 8×8×1" in screen.text.getvalue()
-    assert "epoch 2/4" in screen.text.getvalue()
-    assert "epoch 4/4" in screen.text.getvalue()
+    assert reporter.steps == list(range(1, 21))
+    assert reporter.totals == {20}
+    assert "images are resident on the device (decoded, the images take 4.6 KiB (×5 here)" in reporter.text.getvalue()
+    assert "44 training and 30 test images of 8×8×1" in reporter.text.getvalue()
+    assert "epoch 2/4" in reporter.text.getvalue()
+    assert "epoch 4/4" in reporter.text.getvalue()
 
 
 def test_metrics_are_those_of_the_saved_state(finished: Any) -> None:
@@ -149,9 +149,9 @@ def test_an_interrupted_run_equals_one_that_was_not(finished: Any, tmp_path: Pat
         message = str(stop(tmp_path / "run", at))
         assert f"saved at step {saved} of 20" in message
         assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps[-1] == saved
-    result, screen = run(tmp_path / "run")
-    assert f"resumes at step {saved} of 20" in screen.text.getvalue()
-    assert screen.steps == list(range(saved + 1, 21))
+    result, reporter = run(tmp_path / "run")
+    assert f"resumes at step {saved} of 20" in reporter.text.getvalue()
+    assert reporter.steps == list(range(saved + 1, 21))
 
     workdir, expected, _ = finished
     assert read_metrics(tmp_path / "run") == read_metrics(workdir)
@@ -182,8 +182,8 @@ def test_a_run_stopped_in_the_middle_of_an_evaluation_saves_at_once_and_evaluate
     assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).metrics(at) is None
     monkeypatch.setattr(train_module, "make_evaluator", make_evaluator)
 
-    _, screen = run(tmp_path / "run", config)
-    assert screen.steps == list(range(at + 1, 21))
+    _, reporter = run(tmp_path / "run", config)
+    assert reporter.steps == list(range(at + 1, 21))
     assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "whole")
     assert_trees_equal(read_arrays(tmp_path / "run", 20), read_arrays(tmp_path / "whole", 20))
     whole, resumed = (Checkpoints(tmp_path / name / "checkpoints", read_only=True) for name in ("whole", "run"))
@@ -195,8 +195,8 @@ def test_a_run_killed_between_metrics_and_checkpoint_writes_the_line_once(finish
     workdir, _, _ = finished
     shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
-    _, screen = run(tmp_path / "run")
-    assert screen.steps == list(range(11, 21))
+    _, reporter = run(tmp_path / "run")
+    assert reporter.steps == list(range(11, 21))
     assert read_metrics(tmp_path / "run") == read_metrics(workdir)
     assert_trees_equal(read_arrays(tmp_path / "run", 20), read_arrays(workdir, 20))
 
@@ -204,9 +204,9 @@ def test_a_run_killed_between_metrics_and_checkpoint_writes_the_line_once(finish
 def test_a_finished_run_does_not_change(finished: Any) -> None:
     workdir, expected, _ = finished
     before = files(workdir)
-    result, screen = run(workdir)
+    result, reporter = run(workdir)
     assert result == expected
-    assert screen.steps == []
+    assert reporter.steps == []
     assert files(workdir) == before
 
 
@@ -328,13 +328,13 @@ def fake_accuracies(monkeypatch: pytest.MonkeyPatch, validation: list[float], te
 def test_validation_images_choose_the_best_checkpoint_and_test_images_do_not(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_accuracies(monkeypatch, validation=[0.2, 0.9, 0.3, 0.4], test=[0.8, 0.1, 0.5, 0.3])
-    result, screen = run(tmp_path, VALIDATED)
+    result, reporter = run(tmp_path, VALIDATED)
     assert (result["chosen_on"], result["best_epoch"], result["best_test_accuracy"]) == ("validation", 2, 0.1)
     assert (result["epoch"], result["validation_accuracy"], result["test_accuracy"]) == (4, 0.4, 0.3)
     checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
     assert (checkpoints.steps, checkpoints.find("best")) == ([10, 15, 20], 10)
-    assert "44 training, 30 test and 144 validation images" in screen.text.getvalue()
-    assert "validation accuracy 90.00 %  test loss" in screen.text.getvalue()
+    assert "44 training, 30 test and 144 validation images" in reporter.text.getvalue()
+    assert "validation accuracy 90.00 %  test loss" in reporter.text.getvalue()
     assert "30.00 % test accuracy after 4 epochs, 10.00 % after 2 (best validation epoch)" in render(result)
     assert "published" not in render(result)
 

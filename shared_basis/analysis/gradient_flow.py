@@ -39,7 +39,7 @@ def _called(network: Network, image_shape: tuple[int, int, int]) -> list[nn.Modu
             called.append(context.module)
         return call(*args, **kwargs)
 
-    unrolled = network.clone(loop=False)  # a loop computes blocks without their names
+    unrolled = network.clone(scan_blocks=False)  # a loop computes blocks without their names
     variables = abstract_variables(network, image_shape)
     with nn.intercept_methods(note):
         jax.eval_shape(functools.partial(unrolled.apply, train=False), variables, jnp.zeros((1, *image_shape)))
@@ -67,7 +67,7 @@ def gradient_flow(network: Network) -> Callable[..., tuple[dict[str, float], dic
       gradients are what vanishes or explodes on its way back;
     - of the gradient of the mean cross entropy with respect to each parameter that is recorded while training.
     """
-    unrolled = network.clone(loop=False)  # a loop computes blocks without their names
+    unrolled = network.clone(scan_blocks=False)  # a loop computes blocks without their names
 
     def run(params: Tree, stats: Tree, images: Array, change: Callable[[Path, Array], Array]) -> Array:
         def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:

@@ -56,7 +56,7 @@ class Request:
     spectra: bool = False
 
     @functools.cached_property
-    def screen(self) -> Reporter:
+    def reporter(self) -> Reporter:
         """Where lines and progress are shown: where the result is to be JSON, on standard error."""
         return Reporter(sys.stderr if self.json and is_main_process() else sys.stdout,
                       "quiet" if self.quiet else "verbose" if self.verbose else "normal", jax.process_index())
@@ -88,30 +88,30 @@ def run(mode: str, request: Request) -> Result:
 
 
 def _train(request: Request) -> Result:
-    with request.screen:
-        result = train.train(request.config, request.workdir, request.screen, tensorboard=request.tensorboard)
+    with request.reporter:
+        result = train.train(request.config, request.workdir, request.reporter, tensorboard=request.tensorboard)
         if request.report and is_main_process():
-            result["report"] = run_report.after_training(request.workdir, request.screen, jax.process_count() == 1)
+            result["report"] = run_report.after_training(request.workdir, request.reporter, jax.process_count() == 1)
     return result, train.render(result) if is_main_process() else ""
 
 
 def _evaluate(request: Request) -> Result:
-    with request.screen:
-        result = evaluate.evaluate(request.workdir, request.checkpoint, request.overrides, request.screen)
+    with request.reporter:
+        result = evaluate.evaluate(request.workdir, request.checkpoint, request.overrides, request.reporter)
     return result, evaluate.render(result)
 
 
 def _predict(request: Request) -> Result:
-    with request.screen:
+    with request.reporter:
         result = predict.predict(request.workdir, request.images, request.checkpoint, request.overrides,
-                                    request.output, request.screen.counting("classifying images"))
+                                    request.output, request.reporter.progress("classifying images"))
     return result, predict.render(result)
 
 
 def _export(request: Request) -> Result:
-    with request.screen:
+    with request.reporter:
         result = export.export(request.workdir, request.format, request.fold, request.checkpoint, request.overrides,
-                               request.output, request.screen.counting("exporting: stage"))
+                               request.output, request.reporter.progress("exporting: stage"))
     return result, export.render(result)
 
 
@@ -122,7 +122,7 @@ def _report(request: Request) -> Result:
         own = [request.workdir] if request.workdir_given else []
         result = compare.compare([*own, *request.runs], request.output or "comparison")
         return result, compare.render(result)
-    result = run_report.report(request.workdir, request.checkpoint, request.overrides, request.screen, request.output)
+    result = run_report.report(request.workdir, request.checkpoint, request.overrides, request.reporter, request.output)
     return result, run_report.render(result)
 
 
@@ -133,7 +133,7 @@ def _inspect(request: Request) -> Result:
 
 def _analyze(request: Request) -> Result:
     result = analyze.analyze(request.workdir, request.checkpoint, request.overrides, request.against, request.output,
-                             request.screen.line)
+                             request.reporter.info)
     return result, tables.render(result)
 
 
@@ -145,8 +145,8 @@ def _summary(request: Request) -> Result:
 
 
 def _prepare(request: Request) -> Result:
-    with request.screen:
-        text = data.prepare(request.config.data, request.screen.counting("preparing images"))
+    with request.reporter:
+        text = data.prepare(request.config.data, request.reporter.progress("preparing images"))
     return {"name": request.config.data.name, "prepared": text}, text
 
 
@@ -157,17 +157,17 @@ def _import(request: Request) -> Result:
 
 def _compress(request: Request) -> Result:
     if request.spectra:
-        with request.screen:
-            result = spectra.write_spectra(request.source, request.screen, which=request.checkpoint,
+        with request.reporter:
+            result = spectra.write_spectra(request.source, request.reporter, which=request.checkpoint,
                                   overrides=request.overrides, calibration=request.calibration,
                                   output=request.output)
         return result, spectra.render(result)
     if request.output:
         raise UserError("--output: the file of --spectra; the run of --mode=compress goes to --workdir.")
     workdir = request.workdir if request.workdir_given else f"{request.workdir}-compressed"
-    with request.screen:
+    with request.reporter:
         result = compress.compress(
-            request.config, workdir, request.source, request.screen, which=request.checkpoint,
+            request.config, workdir, request.source, request.reporter, which=request.checkpoint,
             calibration=request.calibration, budget=request.budget, measure=request.budget_of)
     return result, compress.render(result)
 

@@ -45,7 +45,7 @@ from shared_basis.runtime.reporter import Reporter, count
 from shared_basis.training.start import require_new, start_run
 
 
-def compress(config: Config, workdir: str | FilePath, source: str, screen: Reporter, *, which: str = "latest",
+def compress(config: Config, workdir: str | FilePath, source: str, reporter: Reporter, *, which: str = "latest",
              calibration: int | None = None, budget: float | None = None,
              measure: str = "parameters") -> dict[str, Any]:
     """Writes the network of `config`, in closed form from the plain one in `source`, as step 0 of a run in `workdir`.
@@ -69,12 +69,12 @@ def compress(config: Config, workdir: str | FilePath, source: str, screen: Repor
     require_new(workdir)
     trained = open_plain(source, which)
     check_alike(config, trained)
-    images = load_images(config, trained, calibration, True, screen)
-    plain = extract_layers(trained, config, images, screen)
+    images = load_images(config, trained, calibration, True, reporter)
+    plain = extract_layers(trained, config, images, reporter)
     if budget is not None:
-        config = _renamed(config, ranks.choose(ranks.Candidates(plain, trained), budget, measure, screen.detail))
+        config = _renamed(config, ranks.choose(ranks.Candidates(plain, trained), budget, measure, reporter.debug))
     network = build_model(config, trained.spec)
-    screen.line(f"factorising the layers of {config.model.name} …")
+    reporter.info(f"factorising the layers of {config.model.name} …")
     arrays, layers = factorised(plain, network, trained.spec.image_shape)
     variables = unflatten_dict(arrays)
     batches = images.batches("test", config.train.eval_batch_size, trained.mesh)
@@ -82,7 +82,7 @@ def compress(config: Config, workdir: str | FilePath, source: str, screen: Repor
         scores = {kind: make_evaluator(model, config.data, batches, trained.mesh)(values) for kind, model, values in (
             ("plain", trained.model, trained.variables), ("compressed", network, variables))}
     start_run(config, workdir, network, trained.spec, variables)
-    sets = network.element_sets(config.orthogonality.elements)
+    sets = network.basis_groups(config.orthogonality.elements)
     return {
         "workdir": str(workdir), "source": str(trained.run.path), "step": trained.step,
         "calibration": images.count("train") if "train" in images.splits else 0,

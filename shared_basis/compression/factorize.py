@@ -42,14 +42,14 @@ class Layer:
     """M, invertible, float64 `[D, D]`."""
 
     @functools.cached_property
-    def seen(self) -> Matrix:
+    def weighted_kernel(self) -> Matrix:
         """M W, `[D, T]`, whose squared norm is the layer's energy."""
         return self.factor @ self.kernel
 
     @property
     def energy(self) -> float:
         """The error of an approximation by 0."""
-        return float(np.sum(self.seen**2))
+        return float(np.sum(self.weighted_kernel**2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +101,15 @@ def orthonormal_together(bases: Sequence[Matrix]) -> list[Matrix]:
 def residual(layer: Layer, basis: Matrix) -> Matrix:
     """Returns what least squares by `basis` `[D, s]` leaves of M W, `[D, T]`."""
     span = np.linalg.qr(layer.factor @ basis)[0]
-    return layer.seen - span @ (span.T @ layer.seen)
+    return layer.weighted_kernel - span @ (span.T @ layer.weighted_kernel)
 
 
 def remaining_energy(layer: Layer, basis: Matrix) -> Matrix:
     """Returns the error over the layer's energy for `basis` and u = 0, 1, … T unique elements, the best for each u."""
     seen = layer.factor @ basis  # by the normal equations: many ranks are asked for, and this is the quickest form
     inverse = np.linalg.inv(np.linalg.cholesky(seen.T @ seen))
-    fitted = inverse @ (seen.T @ layer.seen)
-    squares = np.maximum(np.linalg.eigvalsh(layer.seen.T @ layer.seen - fitted.T @ fitted), 0)  # rising
+    fitted = inverse @ (seen.T @ layer.weighted_kernel)
+    squares = np.maximum(np.linalg.eigvalsh(layer.weighted_kernel.T @ layer.weighted_kernel - fitted.T @ fitted), 0)  # rising
     return np.append(np.cumsum(squares)[::-1], 0.0) / (layer.energy or 1.0)
 
 
@@ -125,7 +125,7 @@ def factorise(layer: Layer, basis: Matrix, unique_rank: int) -> Factorised:
 
 def fit(layer: Layer, elements: Matrix) -> Matrix:
     """Returns the least-squares coefficients `[R, T]` of `elements` `[D, R]`."""
-    return np.linalg.lstsq(layer.factor @ elements, layer.seen, rcond=None)[0]
+    return np.linalg.lstsq(layer.factor @ elements, layer.weighted_kernel, rcond=None)[0]
 
 
 def relative_error(kernel: Matrix, approximation: Matrix, factor: Matrix | None = None) -> float:

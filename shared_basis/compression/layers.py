@@ -94,7 +94,7 @@ def open_plain(source: str, which: str = "latest", overrides: Mapping[str, Any] 
         if not np.isfinite(np.asarray(leaf)).all():
             raise UserError(f"--source={source}: {'/'.join(path)} of checkpoint {trained.step} is not finite; choose "
                             "another with --checkpoint.")
-    model = build_model(replace(trained.config, {"model.loop": "no"}), trained.spec)
+    model = build_model(replace(trained.config, {"model.scan_blocks": "no"}), trained.spec)
     return dataclasses.replace(trained, model=model)
 
 
@@ -109,7 +109,7 @@ def check_family(name: str) -> None:
                         "train it from scratch.")
 
 
-def load_images(config: Config, trained: Trained, calibration: int | None, tests: bool, screen: Reporter) -> Images:
+def load_images(config: Config, trained: Trained, calibration: int | None, tests: bool, reporter: Reporter) -> Images:
     """Loads what compression looks at: the first `calibration` images of a fixed random order of the training images.
 
     Args:
@@ -131,20 +131,20 @@ def load_images(config: Config, trained: Trained, calibration: int | None, tests
             raise UserError(f"--calibration={wanted}: there are only {count} training images; give at most {count}.")
         splits["train"] = splits["train"].take(np.sort(np.random.default_rng(0).permutation(count)[:wanted]))
     with memory.oom_as_user_error(config, "train.eval_batch_size"):
-        return feeds.load(data.Source(source.spec, splits), config.data, trained.mesh, screen)
+        return feeds.load(data.Source(source.spec, splits), config.data, trained.mesh, reporter)
 
 
-def extract_layers(trained: Trained, config: Config, images: Images | None, screen: Reporter) -> PlainLayers:
+def extract_layers(trained: Trained, config: Config, images: Images | None, reporter: Reporter) -> PlainLayers:
     """Returns the layers of `trained`, measured on the training images among `images`, if there are any."""
     moments: Mapping[Path, Moments] = {}
     if images is not None and "train" in images.splits:
         total = images.count("train")
-        show = screen.counting("measuring the inputs of layers on training images")
+        show = reporter.progress("measuring the inputs of layers on training images")
         with memory.oom_as_user_error(config, "train.eval_batch_size"):
             moments = input_moments(
                 trained.model, trained.variables, config.data,
                 [path for paths in layer_paths(trained.model).values() for path in paths],
                 images.batches("train", config.train.eval_batch_size, trained.mesh)(),
                 lambda seen: show(seen, total))
-        screen.end_progress()
+        reporter.end_progress()
     return PlainLayers(flatten_dict(jax.device_get(dict(trained.variables))), moments)

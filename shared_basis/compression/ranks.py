@@ -131,7 +131,7 @@ def shown_ranks(candidates: Candidates) -> list[int]:
             and candidates.cost("single", "parameters", rank, 0) < limit]
 
 
-def spectrum(candidates: Candidates, uniques: tuple[int, ...], screen: Reporter) -> list[dict[str, Any]]:
+def spectrum(candidates: Candidates, uniques: tuple[int, ...], reporter: Reporter) -> list[dict[str, Any]]:
     """Returns the energy that networks capture, by group and of all layers, one row each.
 
     Its columns are `sharing`, `group` ('all' for the mean of all layers), `S` and `U` of the network's name, the
@@ -140,7 +140,7 @@ def spectrum(candidates: Candidates, uniques: tuple[int, ...], screen: Reporter)
     """
     rows: list[dict[str, Any]] = []
     ranks = shown_ranks(candidates)
-    show = screen.counting("taking spectra")
+    show = reporter.progress("taking spectra")
     plain = {measure: candidates.plain_cost(measure) for measure in MEASURES}
     for done, (sharing, shared) in enumerate(
             [(sharing, shared) for sharing in candidates.sharings for shared in ranks], start=1):

@@ -25,7 +25,7 @@ COLUMNS = ("sharing", "group", "S", "U", "shared_elements", "unique_elements", "
 Rows = Sequence[Mapping[str, Any]]
 
 
-def write_spectra(source: str, screen: Reporter, *, which: str = "latest", overrides: Mapping[str, Any] | None = None,
+def write_spectra(source: str, reporter: Reporter, *, which: str = "latest", overrides: Mapping[str, Any] | None = None,
          calibration: int | None = None, output: str = "") -> dict[str, Any]:
     """Writes what networks with shared bases can capture of the plain one in `source`, as a table and a picture.
 
@@ -46,9 +46,9 @@ def write_spectra(source: str, screen: Reporter, *, which: str = "latest", overr
     if output and not path.parent.is_dir():
         raise UserError(f"--output={output}: there is no directory {path.parent}.")
     trained = open_plain(source, which, overrides)
-    images = load_images(trained.config, trained, calibration, False, screen) if calibration != 0 else None
-    plain = extract_layers(trained, trained.config, images, screen)
-    rows = spectrum(Candidates(plain, trained), UNIQUE, screen)
+    images = load_images(trained.config, trained, calibration, False, reporter) if calibration != 0 else None
+    plain = extract_layers(trained, trained.config, images, reporter)
+    rows = spectrum(Candidates(plain, trained), UNIQUE, reporter)
     seen = images.count("train") if images else 0
     metric = f"activations on {seen:,} training images" if seen else "filters"
 

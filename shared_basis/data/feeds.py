@@ -87,18 +87,18 @@ class Images:
         return lambda: placed
 
 
-def load(source: Source, config: DataConfig, mesh: Mesh, screen: Reporter) -> Images:
+def load(source: Source, config: DataConfig, mesh: Mesh, reporter: Reporter) -> Images:
     """Chooses where the images of `source` wait, says so in one line, and decodes them if they are to be resident.
 
     Raises:
       UserError: resident images do not fit into memory, or cannot be decoded.
     """
     streamed, line = choose(source, config, mesh)
-    screen.line(line)
+    reporter.info(line)
     if streamed:
         return Images(source.spec, source.splits, config)
-    loaded = {name: in_memory.load_split(part, source.spec, config, screen.warn,
-                                      screen.counting(f"decoding {name} images"))
+    loaded = {name: in_memory.load_split(part, source.spec, config, reporter.warn,
+                                      reporter.progress(f"decoding {name} images"))
               for name, part in source.splits.items()}
     for name, part in loaded.items():
         if not (part.labels >= 0).any():

@@ -70,7 +70,7 @@ class Batch(NamedTuple):
 class Batches(Protocol):
     """Batches by number; can be pickled."""
 
-    told: set[str]
+    warned: set[str]
     """Warnings given: one for each skipped image, also where it is read again and again."""
 
     def __len__(self) -> int:
@@ -107,7 +107,7 @@ class TrainingBatches:
         self._per_epoch = len(examples) // batch_size
         self._epochs = epochs
         self._orders: dict[int, np.ndarray] = {}
-        self.told: set[str] = set()
+        self.warned: set[str] = set()
 
     def __len__(self) -> int:
         return self._per_epoch * self._epochs
@@ -168,7 +168,7 @@ class EvalBatches:
                  shard: Shard = WHOLE) -> None:
         self._examples, self._spec, self._config = examples, spec, config
         self._batch_size, self._rows = batch_size, shard.of(batch_size)
-        self.told: set[str] = set()
+        self.warned: set[str] = set()
 
     def __len__(self) -> int:
         return -(-len(self._examples) // self._batch_size)
@@ -222,8 +222,8 @@ def read(batches: Batches, workers: int, start: int = 0) -> Generator[Batch, Non
             if batch.error:
                 raise UserError(batch.error)
             for problem in dict.fromkeys(batch.skipped):
-                if problem not in batches.told:
-                    batches.told.add(problem)
+                if problem not in batches.warned:
+                    batches.warned.add(problem)
                     print(f"warning: skipped: {problem}", file=sys.stderr, flush=True)
             segments.extend(part.shm.name for part in batch[:2] if getattr(part, "shm", None))
             # Copies, as JAX lets go of what it was given at a time of its own, and the workers' shared memory must not

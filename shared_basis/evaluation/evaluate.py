@@ -16,12 +16,12 @@ from shared_basis.runtime.reporter import Reporter
 
 
 def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None,
-             screen: Reporter | None = None) -> dict[str, Any]:
+             reporter: Reporter | None = None) -> dict[str, Any]:
     """Scores a checkpoint of `workdir` on the test images.
 
     Args:
       which, overrides: as in `Trained.open`.
-      screen: is told of the images and of the progress; None for none.
+      reporter: is told of the images and of the progress; None for none.
 
     Returns:
       `workdir`, `step`, `model`, `test_loss`, `test_accuracy`, `test_accuracy_top5`, `test_examples`, and `chosen_on`:
@@ -30,7 +30,7 @@ def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str,
     Raises:
       UserError: as `Trained.open`, or other data than the run was trained for.
     """
-    screen = screen or Reporter(verbosity="quiet")
+    reporter = reporter or Reporter(verbosity="quiet")
     with raise_on_all_processes():
         trained = Trained.open(workdir, which, overrides)
     config, mesh = trained.config, trained.mesh
@@ -38,12 +38,12 @@ def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str,
         with raise_on_all_processes():
             source = trained.open_source()
         with raise_on_all_processes():  # apart, as processes settle something in it
-            images = feeds.load(source, config.data, mesh, screen)
+            images = feeds.load(source, config.data, mesh, reporter)
         evaluator = make_evaluator(trained.model, config.data,
                                    images.batches("test", config.train.eval_batch_size, mesh), mesh)
-        show = screen.counting("scoring test images")
+        show = reporter.progress("scoring test images")
         scores = evaluator(trained.variables, lambda scored: show(scored, images.count("test")))
-        screen.end_progress()  # where broken images were left out it has not come to its end
+        reporter.end_progress()  # where broken images were left out it has not come to its end
     return {"workdir": str(trained.run.path), "step": trained.step, "model": config.model.name,
             "test_loss": scores["loss"], "test_accuracy": scores["accuracy"],
             "test_accuracy_top5": scores["accuracy_top5"], "test_examples": int(scores["count"]),

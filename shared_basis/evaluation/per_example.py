@@ -71,11 +71,11 @@ class Scores:
         return [pair for pair in found if pair[2]]
 
 
-def score(trained: Trained, screen: Reporter) -> Scores:
+def score(trained: Trained, reporter: Reporter) -> Scores:
     """Scores the run's test images one by one; of their pixels only those of the worst are kept.
 
     Args:
-      screen: is told of the images and of the progress.
+      reporter: is told of the images and of the progress.
 
     Raises:
       UserError: the images cannot be found or read, are not those of the run, or do not fit into memory.
@@ -84,9 +84,9 @@ def score(trained: Trained, screen: Reporter) -> Scores:
     confusion, worst, total, first = np.zeros((classes, classes), np.int64), list[Image](), 0.0, 0
     with memory.oom_as_user_error(config, "train.eval_batch_size"):
         source = trained.open_source()
-        images = feeds.load(source, config.data, trained.mesh, screen)
+        images = feeds.load(source, config.data, trained.mesh, reporter)
         classify = trained.classifier()
-        show = screen.counting("scoring test images one by one")
+        show = reporter.progress("scoring test images one by one")
         for pixels, placed in images.batches("test", config.train.eval_batch_size, trained.mesh)():
             labels = np.asarray(placed)
             losses, predicted, probabilities = per_example_metrics(np.asarray(classify(pixels)), labels)
@@ -103,7 +103,7 @@ def score(trained: Trained, screen: Reporter) -> Scores:
             worst = sorted(worst, key=lambda image: -image.loss)[:WORST]
             first += len(labels)
             show(int(confusion.sum()), images.count("test"))
-        screen.end_progress()  # where broken images were left out it has not come to its end
+        reporter.end_progress()  # where broken images were left out it has not come to its end
     return Scores(trained.step, confusion, worst, total / max(1, int(confusion.sum())))
 
 

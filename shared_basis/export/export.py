@@ -69,7 +69,7 @@ def export(workdir: str | Path, kind: str, choice: str = "auto", which: str = "l
     trained = Trained.open(workdir, which, overrides)
     data, shape = trained.config.data, trained.spec.image_shape
     progress(1, STAGES)
-    model = trained.model.clone(dtype=jnp.float32, loop=False)
+    model = trained.model.clone(dtype=jnp.float32, scan_blocks=False)
     variables = jax.device_get(dict(trained.variables))
     graph, outcome = fold(trace(model, variables, shape, lambda images: normalize(images, data)), choice)
     progress(2, STAGES)

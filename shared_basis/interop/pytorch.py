@@ -52,7 +52,7 @@ def convert_official(tensors: Tensors, model: Network) -> dict[str, Any]:
     prefix = "module." if all(name.startswith("module.") for name in tensors) else ""  # as DataParallel saves it
     left, renamed = _prepare({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, model)
 
-    def said(name: str) -> str:
+    def source_name(name: str) -> str:
         """Returns the name in the file, quoted."""
         module, _, leaf = name.rpartition(".")
         return repr(f"{renamed.get(module, module)}.{leaf}")
@@ -61,7 +61,7 @@ def convert_official(tensors: Tensors, model: Network) -> dict[str, Any]:
         for name in slot:
             if name in left:
                 return name, left.pop(name)
-        names = dict.fromkeys(map(said, slot))
+        names = dict.fromkeys(map(source_name, slot))
         raise UserError(f"tensor {' or '.join(names)} (for {path}) is missing.")
 
     def fill(entry: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -71,18 +71,18 @@ def convert_official(tensors: Tensors, model: Network) -> dict[str, Any]:
         for slot in aliases:
             alias, copy = take(slot, "/".join(path))
             if not np.array_equal(copy, tensor, equal_nan=True):
-                raise UserError(f"tensor {said(alias)} differs from {said(name)}, whose alias it is.")
+                raise UserError(f"tensor {source_name(alias)} differs from {source_name(name)}, whose alias it is.")
         if path[-1] == "var":  # counts batches beside each pair of running statistics; nothing needs it
             left.pop(name.removesuffix("running_var") + "num_batches_tracked", None)
         array = to_jax_layout(tensor, leaf.ndim)
         if array.shape != leaf.shape:
-            raise UserError(f"tensor {said(name)} has shape {list(tensor.shape)}, in this layout {list(array.shape)}; "
+            raise UserError(f"tensor {source_name(name)} has shape {list(tensor.shape)}, in this layout {list(array.shape)}; "
                             f"{'/'.join(path)} needs {list(leaf.shape)}.")
         return array.astype(leaf.dtype)
 
     variables = jax.tree_util.tree_map_with_path(fill, dict(abstract_variables(model, (32, 32, 3))))
     if left:
-        raise _no_place(said(name).strip("'") for name in left)
+        raise _no_place(source_name(name).strip("'") for name in left)
     return variables
 
 

@@ -59,9 +59,9 @@ class Network(nn.Module):
 
     def loops(self, blocks: int) -> bool:
         """Returns whether a group's `blocks`, of which the first one differs, are computed in a loop."""
-        if self.loop is None:
+        if self.scan_blocks is None:
             return prefers_loops() and (self.sharing.factorised or blocks >= MANY_BLOCKS)
-        return self.loop
+        return self.scan_blocks
 
     def shared_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Returns by group and name the shape of each shared array; groups that share nothing are absent."""
@@ -97,7 +97,7 @@ class Network(nn.Module):
         """Returns the shared array of each layer that uses one, for the blocks of `group`."""
         return {layer: bases[group][name] for layer, name in self.sharing.layers} if group in bases else {}
 
-    def element_sets(self, elements: str = "shared") -> tuple[BasisGroup, ...]:
+    def basis_groups(self, elements: str = "shared") -> tuple[BasisGroup, ...]:
         """Names the basis elements of each group for the orthogonality penalty.
 
         Args:
@@ -118,7 +118,7 @@ class Network(nn.Module):
                 unique = tuple((group, block, layer, "unique")
                                for block in self.sharing_blocks()[group] for layer in self.basis_layers())
             if self.sharing.separate_means:
-                sets += [BasisGroup((path,), family=path[-1]) for path in shared]
+                sets += [BasisGroup((path,), reduction_group=path[-1]) for path in shared]
             elif shared or unique:
                 sets.append(BasisGroup(shared, unique))
         return tuple(sets)
@@ -143,7 +143,7 @@ class Group(nn.Module):
             alike = blocks[0].clone(parent=None, name=None)
             if self.is_initializing():
                 self._initialise(alike, names, x, shared)
-            if self.loop:
+            if self.scan_blocks:
                 return self._loop(alike, names, x, shared, train)
         for block in blocks:
             x = block(x, shared, train=train)

@@ -94,7 +94,7 @@ def family_of(name: str) -> Family:
 
 
 def create_model(name: str, *, num_classes: int = 10, stem: str | None = None, dtype: Dtype = jnp.float32,
-                 loop: bool | None = None) -> Network:
+                 scan_blocks: bool | None = None) -> Network:
     """Returns the network `name` as a Flax module: `model.apply(variables, images [N, H, W, C], train=False)`.
 
     Args:
@@ -102,7 +102,7 @@ def create_model(name: str, *, num_classes: int = 10, stem: str | None = None, d
       num_classes: number of logits.
       stem: 'cifar' for small images or 'imagenet' for large ones; None is the network's usual one.
       dtype: compute type; parameters and batch statistics are float32 always.
-      loop: whether blocks that are alike are computed in a loop; None is what suits the backend.
+      scan_blocks: whether blocks that are alike are computed in a loop; None is what suits the backend.
 
     Raises:
       UserError: the name is unknown (with the nearest known ones), the network has no such sharing or stem, or a rank
@@ -118,7 +118,7 @@ def create_model(name: str, *, num_classes: int = 10, stem: str | None = None, d
     arguments = dict(family.arguments)
     if len(family.stems) > 1:
         arguments["stem"] = stem
-    return family.build(num_classes=num_classes, sharing=sharing, dtype=dtype, loop=loop, **arguments)
+    return family.build(num_classes=num_classes, sharing=sharing, dtype=dtype, scan_blocks=scan_blocks, **arguments)
 
 
 def plain_counterpart(name: str) -> str:

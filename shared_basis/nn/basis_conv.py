@@ -42,8 +42,8 @@ class BasisGroup(NamedTuple):
     """The arrays of shared elements; in double sharing both of the group."""
     unique: tuple[Path, ...] = ()
     """One array of unique elements for each layer; empty where unique elements are not to be penalised."""
-    family: str = ""
-    """The mean penalty is taken over the groups of one family; the means of several families are added."""
+    reduction_group: str = ""
+    """The mean penalty is taken over the basis groups of one reduction group; the means of several are added."""
 
 
 def init_shared_bases(key: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
@@ -137,7 +137,7 @@ class BasisConv(nn.Module):
         rank = sum(filters.shape[-1] for filters in elements)
         coefficients = self.param("coefficients", he_normal_fan_out, (rank, self.features))
         if self.activation is None:
-            return norm.followed_by(found, coefficients)
+            return norm.normalize_and_multiply(found, coefficients)
         y = self.activation(norm(jnp.concatenate(found, axis=-1)))
         return multiply(y, coefficients.astype(self.dtype)).astype(self.dtype)
 

@@ -42,7 +42,7 @@ class BatchNorm(nn.Module):
         self._move(mean, var, *moments)
         return y.astype(self.dtype)
 
-    def followed_by(self, parts: Sequence[Array], matrix: Array) -> Array:
+    def normalize_and_multiply(self, parts: Sequence[Array], matrix: Array) -> Array:
         """Maps `parts [..., C_i]`, whose channels follow one another, to `self(all of them) @ matrix [ΣC_i, T]`.
 
         Both are linear: factors go into the matrix and the rest into an offset of the product, so that normalised

@@ -33,7 +33,7 @@ def learning_rate_schedule(config: OptimizerConfig, epochs: int, steps_per_epoch
     return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), main], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, orthogonality: OrthogonalityConfig, element_sets: Sequence[BasisGroup],
+def make_optimizer(config: OptimizerConfig, orthogonality: OrthogonalityConfig, basis_groups: Sequence[BasisGroup],
                    schedule: optax.Schedule, recorded_steps: int = 0) -> optax.GradientTransformation:
     """Returns the chain: orthogonality penalty, weight decay, SGD with momentum.
 
@@ -45,14 +45,14 @@ def make_optimizer(config: OptimizerConfig, orthogonality: OrthogonalityConfig, 
       recorded_steps: the steps over which `record_gradient_norms`, before all, averages; 0 leaves it out.
     """
     links = [record_gradient_norms(recorded_steps)] if recorded_steps else []
-    if orthogonality.method == "penalty" and orthogonality.weight and element_sets:
-        links.append(add_orthogonality_penalty(orthogonality.weight, element_sets, orthogonality.reduction))
-    exact = element_sets if orthogonality.method == "exact" else ()
+    if orthogonality.method == "penalty" and orthogonality.weight and basis_groups:
+        links.append(add_orthogonality_penalty(orthogonality.weight, basis_groups, orthogonality.reduction))
+    exact = basis_groups if orthogonality.method == "exact" else ()
     kept = {path for elements in exact for path in (*elements.shared, *elements.unique)}
 
     def decays(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
-            lambda path, label: label in config.decay and tuple(entry.key for entry in path) not in kept,
+            lambda path, label: label in config.weight_decay_labels and tuple(entry.key for entry in path) not in kept,
             label_parameters(params))
 
     if config.weight_decay:

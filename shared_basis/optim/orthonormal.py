@@ -86,27 +86,27 @@ def tangent(matrix: Array, direction: Array) -> Array:
     return direction - _product((products + _transposed(products)) / 2, matrix)
 
 
-def keep_orthonormal(element_sets: Sequence[BasisGroup]) -> optax.GradientTransformation:
+def keep_orthonormal(basis_groups: Sequence[BasisGroup]) -> optax.GradientTransformation:
     """Returns the optax link that ends a chain so that the named bases are orthonormal after each update.
 
-        optax.chain(optax.sgd(0.1, momentum=0.9), keep_orthonormal(element_sets))
+        optax.chain(optax.sgd(0.1, momentum=0.9), keep_orthonormal(basis_groups))
 
     Works for any optimizer, and any tree of nested dicts. Bases that are not orthonormal yet become so by the first
     update, or, with norms far from 1, by the first updates. Leave the same paths out of weight decay: the projection
     removes its effect, but not from momentum.
 
     Args:
-      element_sets: name the bases in the parameter tree, as for `add_orthogonality_penalty`.
+      basis_groups: name the bases in the parameter tree, as for `add_orthogonality_penalty`.
 
     Raises:
       UserError: (when initialised) shared and unique elements of a layer are more than their space has dimensions.
       ValueError: there is no element set, or (when updating) `params` was not passed to `update`.
     """
-    if not element_sets:
-        raise ValueError("element_sets is empty: name at least one basis")
+    if not basis_groups:
+        raise ValueError("basis_groups is empty: name at least one basis")
 
     def init(params: Tree) -> optax.EmptyState:
-        for elements in element_sets:
+        for elements in basis_groups:
             shared = sum(rows_at(params, path).shape[0] for path in elements.shared)
             for path in elements.unique:
                 rows, size = rows_at(params, path).shape
@@ -118,7 +118,7 @@ def keep_orthonormal(element_sets: Sequence[BasisGroup]) -> optax.GradientTransf
     def update(updates: Tree, state: optax.EmptyState, params: Tree = None) -> tuple[Tree, optax.EmptyState]:
         if params is None:
             raise ValueError("keep_orthonormal needs the parameters: call update(updates, state, params)")
-        for elements in element_sets:
+        for elements in basis_groups:
             for path, rows in _retract(params, updates, elements).items():
                 updates = _replaced(updates, path, rows)
         return updates, state

@@ -20,7 +20,7 @@ FILES = (*(f"{name}.png" for name in ("loss", "accuracy", "learning_rate", "pena
 
 
 def report(workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None,
-           screen: Reporter | None = None, output: str = "", scoring: bool = True) -> dict[str, Any]:
+           reporter: Reporter | None = None, output: str = "", scoring: bool = True) -> dict[str, Any]:
     """Writes `report.html` and `report/` of a run.
 
     Where the test images or the checkpoint are not there any more the page says so in the place of what needs them,
@@ -28,7 +28,7 @@ def report(workdir: str | Path, which: str = "latest", overrides: Mapping[str, A
 
     Args:
       which, overrides: as in `Trained.open`: the checkpoint that scores the test images one by one.
-      screen: is told of the images and of the progress; None for none.
+      reporter: is told of the images and of the progress; None for none.
       output: the directory to write to; empty is `workdir`.
       scoring: whether to score the test images. It takes one process that sees all devices.
 
@@ -46,7 +46,7 @@ def report(workdir: str | Path, which: str = "latest", overrides: Mapping[str, A
     missing: str | None = None
     try:
         if scoring:
-            scores = score(Trained.open(workdir, which, overrides), screen or Reporter(verbosity="quiet"))
+            scores = score(Trained.open(workdir, which, overrides), reporter or Reporter(verbosity="quiet"))
         else:
             missing = "the training had several processes, and this takes one alone."
     except UserError as error:
@@ -70,23 +70,23 @@ def render(result: Mapping[str, Any]) -> str:
     return f"{result['report']}, and {len(result['files'])} pictures and tables beside it{missing}{removed}{warning}"
 
 
-def after_training(workdir: str | Path, screen: Reporter, scoring: bool) -> str | None:
+def after_training(workdir: str | Path, reporter: Reporter, scoring: bool) -> str | None:
     """Writes the report of a run that has just ended; what prevents it is a warning, as the run is saved.
 
     Returns:
       The page's path, or None.
     """
     try:
-        screen.line("writing the report …")
-        result = report(workdir, screen=screen, scoring=scoring)
+        reporter.info("writing the report …")
+        result = report(workdir, reporter=reporter, scoring=scoring)
     except Exception as error:  # whatever it is, the training has not failed
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        screen.end_progress()
-        screen.warn(f"the run is saved, but not its report ({reason}); make it with --mode=report --workdir={workdir}")
+        reporter.end_progress()
+        reporter.warn(f"the run is saved, but not its report ({reason}); make it with --mode=report --workdir={workdir}")
         return None
     missing = (f" (without what needs the test images: {result['missing']}; make it whole with --mode=report "
                f"--workdir={workdir})" if result["missing"] else "")
-    screen.line(f"report: {result['report']}{missing}")
+    reporter.info(f"report: {result['report']}{missing}")
     return str(result["report"])
 
 

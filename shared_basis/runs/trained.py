@@ -41,7 +41,7 @@ def build_model(config: Config, spec: data.Spec) -> Network:
                             "one value, or one for each channel.")
     return create_model(config.model.name, num_classes=len(spec.classes), stem=config.model.stem,
                         dtype=jnp.dtype(config.model.dtype),
-                        loop={"auto": None, "yes": True, "no": False}[config.model.loop])
+                        scan_blocks={"auto": None, "yes": True, "no": False}[config.model.scan_blocks])
 
 
 @dataclasses.dataclass(frozen=True)

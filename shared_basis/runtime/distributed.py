@@ -215,12 +215,12 @@ def make_global_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])  # sends nothing around
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+def check_batch_size(batch_size: int, mesh: Mesh, grad_accumulation_steps: int = 1) -> None:
     """Raises `UserError`, with the nearest sizes, unless every part of a batch divides evenly among the devices."""
-    divisor = mesh.size * accumulate
+    divisor = mesh.size * grad_accumulation_steps
     if batch_size % divisor:
         below = batch_size // divisor * divisor
         sizes = " or ".join(str(size) for size in (below, below + divisor) if size)
-        parts = f" times optimizer.accumulate={accumulate}" if accumulate > 1 else ""
+        parts = f" times optimizer.grad_accumulation_steps={grad_accumulation_steps}" if grad_accumulation_steps > 1 else ""
         raise UserError(f"train.batch_size={batch_size}: must be a multiple of the {mesh.size} devices{parts}; the "
                         f"nearest: {sizes}.")

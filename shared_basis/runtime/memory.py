@@ -80,7 +80,7 @@ def advice(config: Config, needed: Memory | None = None, batch: str = "train.bat
     data = "set --config.data.placement=stream"
     step = f"set a smaller --config.{batch}, or a smaller --config.data.image_size"
     if jax.default_backend() != "cpu" and batch == "train.batch_size":
-        step = f"set --config.optimizer.accumulate={2 * config.optimizer.accumulate} or more, {step[4:]}"
+        step = f"set --config.optimizer.grad_accumulation_steps={2 * config.optimizer.grad_accumulation_steps} or more, {step[4:]}"
     if needed is None:
         return f"To reduce it, {step}, or {data}."
     return f"The largest part is {'the images: ' + data if needed.data > needed.step else 'the step: ' + step}."

@@ -39,17 +39,17 @@ class Reporter:
         self._task = TaskID(0)
         self._last_plain = time.monotonic()
 
-    def line(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Prints `text` on a line of its own, above the progress line, unless the screen is quiet."""
         self._show(text, 1)
 
-    def detail(self, text: str) -> None:
+    def debug(self, text: str) -> None:
         """Prints `text` likewise, if the screen is verbose; only then is it logged."""
         if self._level == 2:
             self._show(text, 2)
 
     def warn(self, text: str) -> None:
-        """Prints the warning `text`, also on a quiet screen."""
+        """Prints the warning `text`, also on a quiet reporter."""
         self._show(f"warning: {text}", 0)
 
     def _show(self, text: str, level: int) -> None:
@@ -85,7 +85,7 @@ class Reporter:
                 self._log.close()
             self._log = io.StringIO()
 
-    def progress(self, done: int, total: int, text: str) -> None:
+    def show_progress(self, done: int, total: int, text: str) -> None:
         """Shows `text` as the progress line: on a terminal at once, elsewhere at most once a minute."""
         if not self._level:
             return
@@ -98,9 +98,9 @@ class Reporter:
             self._progress.update(self._task, completed=done, total=total, description=text)
         elif time.monotonic() - self._last_plain >= PLAIN_INTERVAL:
             self._last_plain = time.monotonic()
-            self.line(text)
+            self.info(text)
 
-    def counting(self, what: str) -> Callable[[int, int], None]:
+    def progress(self, what: str) -> Callable[[int, int], None]:
         """Returns a function of how many are done, and of how many, that shows it with the time left until all are."""
         began = time.monotonic()
 
@@ -109,7 +109,7 @@ class Reporter:
             if not done:
                 began = time.monotonic()  # what came before is no part of it
             left = (time.monotonic() - began) / max(done, 1) * (total - done)
-            self.progress(done, total, f"{what}  {count(done)}/{count(total)}  {duration(left)} left")
+            self.show_progress(done, total, f"{what}  {count(done)}/{count(total)}  {duration(left)} left")
             if done >= total:
                 self.end_progress()
 

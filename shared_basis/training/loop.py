@@ -70,7 +70,7 @@ class Training:
     run: Workdir
     checkpoints: Checkpoints
     record: dict[str, Any]
-    screen: Reporter
+    reporter: Reporter
     signals: StopSignals
     clock: Clock = dataclasses.field(default_factory=Clock)
 
@@ -89,18 +89,18 @@ class Training:
             for step, inputs in zip(range(first + 1, self.steps + 1), batches, strict=False):
                 state, metrics = self.advance(state, inputs, step)
                 if running is not None:  # waits for the step before, so that the devices always have one ahead
-                    self.follow(running, step - 1)
+                    self.log_step(running, step - 1)
                 running = metrics
                 evaluating = self.ends_with_evaluation(step)
                 stopping = self.signals.due()
                 if evaluating or stopping:  # what is saved is finite
-                    self.follow(running, step)
+                    self.log_step(running, step)
                     running = None
                 if evaluating and not stopping:
                     self.evaluate(state, step)
                 if stopping:
                     self.stop(state, step)
-        self.screen.end_progress()
+        self.reporter.end_progress()
         self.checkpoints.wait()
 
     def ends_with_evaluation(self, step: int) -> bool:
@@ -118,19 +118,19 @@ class Training:
         except FloatingPointError as error:
             raise UserError(f"step {count(step)}: {_where(error)}") from error
 
-    def follow(self, metrics: Metrics, step: int) -> None:
+    def log_step(self, metrics: Metrics, step: int) -> None:
         """Waits for `step`, makes sure that it is finite, and shows the means over its epoch so far."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.clock.tick()
-        self.screen.step = step
+        self.reporter.step = step
         self.require_finite(values, step)
         text = (
             f"epoch {-(-step // self.program.steps_per_epoch)}/{self.config.train.epochs}  "
             f"loss {values['loss'] / values['count']:.4f}  accuracy {100 * values['correct'] / values['count']:.2f} %  "
             f"{count(self.clock.speed(self.config.train.batch_size))} images/s  "
             f"{duration(self.clock.left(self.steps - step))} left")
-        self.screen.progress(step, self.steps, text)
-        self.screen.detail(f"{text}  gradient norm {values['gradient_norm']:.4g}")
+        self.reporter.show_progress(step, self.steps, text)
+        self.reporter.debug(f"{text}  gradient norm {values['gradient_norm']:.4g}")
 
     def evaluate(self, state: TrainState, step: int) -> None:
         """Scores and saves `state`; a stop in the meantime saves it without its scores."""
@@ -145,9 +145,9 @@ class Training:
             if self.config.train.record_gradients:
                 self.run.append_gradients({"step": step, "epoch": line["epoch"],
                                            "norms": recorded_norms(state.params, state.opt_state)})
-        self.screen.line(render_metrics(line, self.config.train.epochs))
+        self.reporter.info(render_metrics(line, self.config.train.epochs))
         self.checkpoints.save(step, state, self.record, line)
-        self.screen.detail(f"checkpoint {step} is being written to {self.run.checkpoints}")
+        self.reporter.debug(f"checkpoint {step} is being written to {self.run.checkpoints}")
         self.clock.skip()
 
     def measure(self, state: TrainState) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class Training:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         scores: dict[str, float] = {}
         for name, evaluate in self.program.evaluate.items():
-            result = evaluate(variables, functools.partial(self.follow_scoring, name, step))
+            result = evaluate(variables, functools.partial(self.log_scoring, name, step))
             scores |= {f"{name}_{key}": result[key] for key in ("loss", "accuracy", "accuracy_top5")}
         return {
             "step": step, "epoch": step // self.program.steps_per_epoch,
@@ -168,9 +168,9 @@ class Training:
             "images_per_second": self.clock.speed(self.config.train.batch_size),
         }
 
-    def follow_scoring(self, name: str, step: int, scored: int) -> None:
+    def log_scoring(self, name: str, step: int, scored: int) -> None:
         """Shows how far an evaluation is; raises `StopNow` if it is time to stop."""
-        self.screen.progress(step, self.steps, f"epoch {step // self.program.steps_per_epoch}/"
+        self.reporter.show_progress(step, self.steps, f"epoch {step // self.program.steps_per_epoch}/"
                              f"{self.config.train.epochs}  {count(scored)} {name} images scored")
         self.signals.check()
 
@@ -191,7 +191,7 @@ class Training:
     def stop(self, state: TrainState, step: int) -> NoReturn:
         """Saves `state` and raises `Interrupted`."""
         assert self.signals.received is not None
-        self.screen.end_progress()
+        self.reporter.end_progress()
         self.checkpoints.save(step, state, self.record, None)
         self.checkpoints.wait()
         name = signal.Signals(self.signals.received).name

@@ -47,9 +47,9 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
       UserError: no checkpoint can be restored, or the devices have not the memory.
     """
     steps_per_epoch = images.count("train") // config.train.batch_size
-    element_sets = model.element_sets(config.orthogonality.elements)
+    basis_groups = model.basis_groups(config.orthogonality.elements)
     schedule = learning_rate_schedule(config.optimizer, config.train.epochs, steps_per_epoch)
-    optimizer = make_optimizer(config.optimizer, config.orthogonality, element_sets, schedule,
+    optimizer = make_optimizer(config.optimizer, config.orthogonality, basis_groups, schedule,
                                steps_per_epoch if config.train.record_gradients else 0)
     everywhere = replicated(mesh)
     seed = np.int32(config.seed)  # an argument of the compiled functions, which then serve all seeds
@@ -60,7 +60,7 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
     feed = images.feed(config, mesh)
 
     def diagnose(params: Any) -> dict[str, jax.Array]:
-        return orthogonality_diagnostics(params, element_sets) if element_sets else {}
+        return orthogonality_diagnostics(params, basis_groups) if basis_groups else {}
 
     @functools.partial(jax.jit, donate_argnums=() if debugging_nans() else 0, out_shardings=everywhere,
                        compiler_options=ops.compiler_options())
@@ -68,7 +68,7 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
         new, metrics = train_step(
             state, *feed.select(state.step, *inputs), model=model, optimizer=optimizer, data=config.data,
             seed=seed, steps_per_epoch=steps_per_epoch, batch_sharding=batch_sharding(mesh),
-            accumulate=config.optimizer.accumulate)
+            grad_accumulation_steps=config.optimizer.grad_accumulation_steps)
         return new, {**metrics, **diagnose(state.params)}
 
     lowered = step.lower(target, seed, *feed.abstract)

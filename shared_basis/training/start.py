@@ -58,7 +58,7 @@ def start_run(config: Config, workdir: str | Path, model: Network, spec: data.Sp
     # The structure of the optimizer's state does not depend on the number of steps.
     schedule = learning_rate_schedule(config.optimizer, config.train.epochs, steps_per_epoch=1000)
     optimizer = make_optimizer(config.optimizer, config.orthogonality,
-                               model.element_sets(config.orthogonality.elements), schedule,
+                               model.basis_groups(config.orthogonality.elements), schedule,
                                recorded_steps=int(config.train.record_gradients))
     state = start_from(jax.tree.map(jnp.asarray, variables), optimizer)
     record = make_record(config, {"classes": list(spec.classes), "image_shape": list(spec.image_shape)})

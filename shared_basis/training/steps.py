@@ -50,7 +50,7 @@ def _stream(seed: int | Array, stream: int, index: int | Array) -> Array:
 
 def train_step(state: TrainState, images: Array, labels: Array, *, model: nn.Module,
                optimizer: optax.GradientTransformation, data: DataConfig, seed: int | Array, steps_per_epoch: int,
-               batch_sharding: NamedSharding, accumulate: int = 1) -> tuple[TrainState, Metrics]:
+               batch_sharding: NamedSharding, grad_accumulation_steps: int = 1) -> tuple[TrainState, Metrics]:
     """Makes one update; its augmentation is determined by `seed` and `state.step`.
 
     Args:
@@ -58,7 +58,7 @@ def train_step(state: TrainState, images: Array, labels: Array, *, model: nn.Mod
       images: the batch, uint8 `[B, H, W, C]`.
       labels: its classes, int32 `[B]`.
       batch_sharding: how the batch lies on the devices; batch statistics are those of the whole batch.
-      accumulate: parts, of B / `accumulate` images, whose gradients are computed one after another and averaged. That
+      grad_accumulation_steps: parts, of B / `grad_accumulation_steps` images, whose gradients are computed one after another and averaged. That
         equals the gradient of the whole batch but for what sees a part alone: batch normalisation, whose running
         statistics then move once for each part, and dropout's draws.
 
@@ -80,7 +80,7 @@ def train_step(state: TrainState, images: Array, labels: Array, *, model: nn.Mod
         return cross_entropy, (updated["batch_stats"], sums)
 
     differentiate = jax.grad(loss, has_aux=True)
-    if accumulate == 1:
+    if grad_accumulation_steps == 1:
         gradient, (batch_stats, batch) = differentiate(state.params, state.batch_stats, inputs, labels, dropout)
     else:
         def add_part(carry: Any, part: Any) -> tuple[Any, None]:
@@ -89,17 +89,17 @@ def train_step(state: TrainState, images: Array, labels: Array, *, model: nn.Mod
                                                            jax.random.fold_in(dropout, part[2]))
             return (batch_stats, jax.tree.map(jnp.add, sums, (gradient, batch))), None
 
-        # Part i has the images i, i + accumulate, …, so that no image changes its device.
+        # Part i has the images i, i + grad_accumulation_steps, …, so that no image changes its device.
         parts = [jax.lax.with_sharding_constraint(
-            jnp.swapaxes(array.reshape(-1, accumulate, *array.shape[1:]), 0, 1),
+            jnp.swapaxes(array.reshape(-1, grad_accumulation_steps, *array.shape[1:]), 0, 1),
             NamedSharding(batch_sharding.mesh, PartitionSpec(None, *batch_sharding.spec)))
             for array in (inputs, labels)]
         zeros = jax.tree.map(jnp.zeros_like, (state.params, state.totals))
         # A loop on CPU runs convolutions 15 times slower (resnet20-s16u1-double); unrolled, it saves no memory there.
         (batch_stats, (summed, batch)), _ = jax.lax.scan(
-            add_part, (state.batch_stats, zeros), (*parts, jnp.arange(accumulate)),
+            add_part, (state.batch_stats, zeros), (*parts, jnp.arange(grad_accumulation_steps)),
             unroll=jax.default_backend() == "cpu")
-        gradient = jax.tree.map(lambda leaf: leaf / accumulate, summed)
+        gradient = jax.tree.map(lambda leaf: leaf / grad_accumulation_steps, summed)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     first = state.step % steps_per_epoch == 0

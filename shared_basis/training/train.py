@@ -29,7 +29,7 @@ from shared_basis.training.program import Program, build
 from shared_basis.training.steps import TrainState
 
 
-def train(config: Config, workdir: str | Path, screen: Reporter, *, tensorboard: bool = False) -> dict[str, Any]:
+def train(config: Config, workdir: str | Path, reporter: Reporter, *, tensorboard: bool = False) -> dict[str, Any]:
     """Trains, or goes on training, the run of `config` in `workdir`.
 
     Args:
@@ -44,7 +44,7 @@ def train(config: Config, workdir: str | Path, screen: Reporter, *, tensorboard:
       Interrupted: a signal came; the run is saved and the same call goes on.
     """
     mesh = make_mesh()
-    check_batch_size(config.train.batch_size, mesh, config.optimizer.accumulate)
+    check_batch_size(config.train.batch_size, mesh, config.optimizer.grad_accumulation_steps)
     if tensorboard:
         require()
     run = Workdir(workdir, tensorboard)
@@ -52,14 +52,14 @@ def train(config: Config, workdir: str | Path, screen: Reporter, *, tensorboard:
         if is_main_process():  # alone: what others looked for and did not find, a network's file system may hide from them
             run.read_record()  # an unreadable workdir is told before the images are read
         create_model(config.model.name, stem=config.model.stem)  # an unknown name is told before data is looked for
-        source = data.open_source(config.data, progress=screen.counting("preparing images"))
+        source = data.open_source(config.data, progress=reporter.progress("preparing images"))
         model = build_model(config, source.spec)
         comparison = compare_with_plain(config.model, len(source.spec.classes), source.spec.image_shape)
         examples = len(source.splits["train"])
         if examples < config.train.batch_size:
             raise UserError(f"train.batch_size={config.train.batch_size}: there are only {examples} training images.")
     with raise_on_all_processes(), memory.oom_as_user_error(config):  # apart, as processes settle something in it
-        images = feeds.load(source, config.data, mesh, screen)
+        images = feeds.load(source, config.data, mesh, reporter)
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     device = f"{mesh.size} × {jax.devices()[0].device_kind}{processes}"
     record = make_record(config, {
@@ -72,40 +72,40 @@ def train(config: Config, workdir: str | Path, screen: Reporter, *, tensorboard:
                 run.claim(record)
         with raise_on_all_processes():
             run.require(record)
-        stack.enter_context(screen.logging(run.path))
-        screen.line(f"{config.model.name}: {render_saving(comparison)}")
-        screen.detail(", ".join(f"{name} {version}" for name, version in versions().items()))
+        stack.enter_context(reporter.logging(run.path))
+        reporter.info(f"{config.model.name}: {render_saving(comparison)}")
+        reporter.debug(", ".join(f"{name} {version}" for name, version in versions().items()))
         for field, (value, default) in differences(config, Config()).items():
-            screen.detail(f"{field}: {value!r}, by default {default!r}")
+            reporter.debug(f"{field}: {value!r}, by default {default!r}")
         *parts, last = (f"{count(images.count(name))} {'training' if name == 'train' else name}"
                         for name in images.splits)
-        screen.line(f"data {config.data.name}: {', '.join(parts)} and {last} images of "
+        reporter.info(f"data {config.data.name}: {', '.join(parts)} and {last} images of "
                     f"{'×'.join(map(str, source.spec.image_shape))}, {len(source.spec.classes)} classes; "
                     f"{device}; workdir {run.path}")
-        checkpoints = Checkpoints(run.checkpoints, aside=run.damaged, tell=screen.warn)
+        checkpoints = Checkpoints(run.checkpoints, aside=run.damaged, tell=reporter.warn)
         stack.callback(checkpoints.close)
         end = config.train.epochs * (examples // config.train.batch_size)
         if checkpoints.steps[-1:] == [end] and checkpoints.metrics(end) is not None:
-            screen.line("this run is finished")
+            reporter.info("this run is finished")
         else:
             with memory.oom_as_user_error(config, saved=lambda: f" Saved: {checkpoints.describe()}."):
-                resume(config, images, model, mesh, run, checkpoints, record, screen)
+                resume(config, images, model, mesh, run, checkpoints, record, reporter)
     return {**comparison, "device": device, **result(run)} if is_main_process() else comparison
 
 
 def resume(config: Config, images: feeds.Images, model: Any, mesh: Any, run: Workdir, checkpoints: Checkpoints,
-          record: dict[str, Any], screen: Reporter) -> None:
+          record: dict[str, Any], reporter: Reporter) -> None:
     """Compiles, and trains from the latest checkpoint, or the beginning, to the end."""
     started = time.monotonic()
-    screen.line("compiling …")
+    reporter.info("compiling …")
     state, program = build(config, images, model, mesh, checkpoints)
     with StopSignals() as signals:
-        screen.line(f"ready in {duration(time.monotonic() - started)}; {program.memory.render()}")
-        note_resume(run, state, program, config, screen)
-        Training(config, program, run, checkpoints, record, screen, signals).loop(state)
+        reporter.info(f"ready in {duration(time.monotonic() - started)}; {program.memory.render()}")
+        note_resume(run, state, program, config, reporter)
+        Training(config, program, run, checkpoints, record, reporter, signals).loop(state)
 
 
-def note_resume(run: Workdir, state: TrainState, program: Program, config: Config, screen: Reporter) -> None:
+def note_resume(run: Workdir, state: TrainState, program: Program, config: Config, reporter: Reporter) -> None:
     """Says where a saved run goes on, and drops the metrics that it will compute again."""
     step = int(state.step)
     with raise_on_all_processes():
@@ -113,12 +113,12 @@ def note_resume(run: Workdir, state: TrainState, program: Program, config: Confi
             run.rewind_metrics(step)
     if not step:
         return
-    screen.line(f"resumes at step {count(step)} of {count(config.train.epochs * program.steps_per_epoch)}")
+    reporter.info(f"resumes at step {count(step)} of {count(config.train.epochs * program.steps_per_epoch)}")
     _, record = run.load()
     changed = [f"{name} {then} → {versions().get(name)}" for name, then in record["versions"].items()
                if versions().get(name) != then]
     if changed:
-        screen.line(f"note: other versions than the run began with ({', '.join(changed)}); "
+        reporter.info(f"note: other versions than the run began with ({', '.join(changed)}); "
                     "the result may differ in the last bits")
 
 
