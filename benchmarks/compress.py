@@ -35,14 +35,13 @@ from benchmarks.common import Parser, Table, in_turns, markdown, positive, repla
 from benchmarks.export import classify, graph_of_run, load_tests, session_of
 from benchmarks.records import ROOT, commit, read
 from configs import cifar_resnet, digits_resnet
-from shared_basis.compression import compress
+from shared_basis.cli.app import run_and_exit
 from shared_basis.config import Config, from_config_dict, replace
-from shared_basis.errors import end_with
 from shared_basis.export import onnx
 from shared_basis.export.folding import fold
 from shared_basis.runs.trained import Trained
 from shared_basis.runtime.reporter import Reporter
-from shared_basis.training import train
+from shared_basis.training import start, train
 
 RECORDS, PAGE = ROOT / "results" / "compress.csv", ROOT / "docs" / "compress.md"
 BEGIN, END = "<!-- compress -->\n", "<!-- end of compress -->\n"
@@ -115,7 +114,7 @@ def measure(options: argparse.Namespace, command: str, reporter: Reporter) -> li
     for budget in options.budgets:
         workdir, told = runs / f"{budget:g}", runs / f"{budget:g}.json"
         if not told.exists():
-            result = compress.compress(tuning(plain, options.tuning), workdir, str(runs / "plain"), reporter,
+            result = start.compress_run(tuning(plain, options.tuning), workdir, str(runs / "plain"), reporter,
                                           budget=budget)
             temporary = told.with_suffix(".tmp")
             temporary.write_text(json.dumps(result))
@@ -256,4 +255,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    end_with(main)
+    run_and_exit(main)

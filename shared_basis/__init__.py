@@ -1,11 +1,21 @@
 """Deeply shared filter bases (Kang & Kim) in JAX and Flax."""
 
-from shared_basis.errors import UserError
-from shared_basis.interop.pytorch import load_official
-from shared_basis.models import create_model
-from shared_basis.nn.basis_conv import BasisConv, BasisGroup, init_shared_bases
-from shared_basis.optim.orthonormal import keep_orthonormal
-from shared_basis.optim.penalty import add_orthogonality_penalty, orthogonality_diagnostics, orthogonality_penalty
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shared_basis.errors import UserError
+    from shared_basis.interop.pytorch import load_official
+    from shared_basis.models.registry import create_model
+    from shared_basis.nn.basis_conv import BasisConv, BasisGroup, init_shared_bases
+    from shared_basis.optim.orthonormal import keep_orthonormal
+    from shared_basis.optim.penalty import (
+        add_orthogonality_penalty,
+        orthogonality_diagnostics,
+        orthogonality_penalty,
+    )
 
 __all__ = [
     "BasisConv",
@@ -19,3 +29,23 @@ __all__ = [
     "orthogonality_diagnostics",
     "orthogonality_penalty",
 ]
+
+_MODULES = {
+    "BasisConv": "nn.basis_conv", "BasisGroup": "nn.basis_conv", "init_shared_bases": "nn.basis_conv",
+    "UserError": "errors", "create_model": "models.registry", "keep_orthonormal": "optim.orthonormal",
+    "load_official": "interop.pytorch", "add_orthogonality_penalty": "optim.penalty",
+    "orthogonality_diagnostics": "optim.penalty", "orthogonality_penalty": "optim.penalty",
+}
+"""Where each name lives: it is imported on first use, so that errors in a command line do not wait for JAX."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ElementSet":
+        import warnings
+
+        warnings.warn("shared_basis.ElementSet is now called BasisGroup; the old name goes with the next version",
+                      DeprecationWarning, stacklevel=2)
+        name = "BasisGroup"
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"shared_basis.{_MODULES[name]}"), name)

@@ -244,7 +244,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compress(run: Path, workdir: Path, name: str = "resnet14-s4u1", changes: Any = {},  # noqa: B006
              **options: Any) -> dict[str, Any]:
-    return compress_module.compress(config_of(name, **changes), workdir, str(run), QUIET, **options)
+    return start.compress_run(config_of(name, **changes), workdir, str(run), QUIET, **options)
 
 
 def test_a_compressed_run_is_trained_on(run: Path, main: CommandLine, tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_another_stem_is_told(run: Path, tmp_path: Path) -> None:
 
 def test_a_source_that_is_not_plain_not_there_or_not_finite_is_told(run: Path, tmp_path: Path) -> None:
     with user_error("--source=RUN"):
-        compress_module.compress(config_of("resnet14-s4u1"), tmp_path / "new", "", QUIET)
+        start.compress_run(config_of("resnet14-s4u1"), tmp_path / "new", "", QUIET)
     with user_error("holds no run"):
         compress(tmp_path / "nowhere", tmp_path / "new")
     shared = make_run(tmp_path / "shared", config_of("resnet14-s2u1"))

@@ -29,8 +29,8 @@ from helpers import (
     user_error,
 )
 
+from shared_basis.cli.app import run_and_exit
 from shared_basis.config import Config, DataConfig, ModelConfig, OptimizerConfig, OrthogonalityConfig, TrainConfig
-from shared_basis.errors import end_with
 from shared_basis.evaluation import evaluate as evaluate_module
 from shared_basis.evaluation.evaluate import evaluate
 from shared_basis.runs import workdir as workdir_module
@@ -417,9 +417,9 @@ def test_a_bucket_is_refused_and_help_is_no_mistake(main: CommandLine, tmp_path:
 
 
 def test_what_a_failed_save_abandons_prints_no_traceback() -> None:
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); from shared_basis.errors import end_with\n"
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from shared_basis.cli.app import run_and_exit\n"
             "class Abandoned:\n    def __del__(self): raise RuntimeError('Event loop is closed')\n"
-            "end_with(lambda: print(type(Abandoned()).__name__))")
+            "run_and_exit(lambda: print(type(Abandoned()).__name__))")
     done = subprocess.run([sys.executable, "-c", code, ROOT], text=True, capture_output=True, timeout=120, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "Abandoned\n", "")
 
@@ -437,9 +437,9 @@ def test_a_reader_who_has_read_enough_is_no_mistake(arguments: list[str]) -> Non
 @pytest.mark.parametrize("code", [0, 1, 2])
 def test_a_command_that_ends_the_process_itself_keeps_its_exit_code(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a benchmark's parser does, whose mistakes once ended with 0."""
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which `end_with` replaces
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which `run_and_exit` replaces
     with pytest.raises(SystemExit) as ended:
-        end_with(lambda: sys.exit(code))
+        run_and_exit(lambda: sys.exit(code))
     assert ended.value.code == code
 
 

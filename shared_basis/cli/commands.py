@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,6 +42,7 @@ class Request:
     quiet: bool = False
     verbose: bool = False
     checkpoint: str = "latest"
+    weights: str = ""
     against: str = ""
     images: Sequence[str] = ()
     output: str = ""
@@ -57,14 +59,16 @@ class Request:
 
     @functools.cached_property
     def reporter(self) -> Reporter:
-        """Where lines and progress are shown: where the result is to be JSON, on standard error."""
-        return Reporter(sys.stderr if self.json and is_main_process() else sys.stdout,
-                      "quiet" if self.quiet else "verbose" if self.verbose else "normal", jax.process_index())
+        """Shows lines and progress, in the first process alone: where the result is to be JSON, on standard error."""
+        if not is_main_process():
+            return Reporter(io.StringIO(), "quiet", jax.process_index())
+        return Reporter(sys.stderr if self.json else sys.stdout,
+                        "quiet" if self.quiet else "verbose" if self.verbose else "normal", jax.process_index())
 
 
 MODES_BY_FLAG = {
     "checkpoint": ("evaluate", "predict", "export", "inspect", "analyze", "report", "import", "compress"),
-    "against": ("inspect", "analyze"), "images": ("predict",), "runs": ("report",),
+    "weights": ("import",), "against": ("inspect", "analyze"), "images": ("predict",), "runs": ("report",),
     "output": ("predict", "compress", "export", "analyze", "report"), "tensorboard": ("train",), "format": ("export",),
     "fold": ("export",), **dict.fromkeys(("source", "calibration", "budget", "budget_of", "spectra"), ("compress",))}
 """The modes that a field of `Request` is for; the others are for all modes."""
@@ -151,7 +155,11 @@ def _prepare(request: Request) -> Result:
 
 
 def _import(request: Request) -> Result:
-    result = start.import_weights(request.config, request.workdir, request.checkpoint)
+    file = request.weights
+    if not file and request.checkpoint != "latest":
+        request.reporter.info("note: --checkpoint=FILE of --mode=import is now --weights=FILE")
+        file = request.checkpoint
+    result = start.import_weights(request.config, request.workdir, file)
     return result, start.render(result)
 
 
@@ -166,7 +174,7 @@ def _compress(request: Request) -> Result:
         raise UserError("--output: the file of --spectra; the run of --mode=compress goes to --workdir.")
     workdir = request.workdir if request.workdir_given else f"{request.workdir}-compressed"
     with request.reporter:
-        result = compress.compress(
+        result = start.compress_run(
             request.config, workdir, request.source, request.reporter, which=request.checkpoint,
             calibration=request.calibration, budget=request.budget, measure=request.budget_of)
     return result, compress.render(result)

@@ -1,6 +1,6 @@
-"""A trained plain network into one with shared filter bases, in closed form: an ordinary run at step 0.
+"""A trained plain network into one with shared filter bases, in closed form.
 
-The mathematics is `shared_basis.compression.factorize`; this is what becomes of a run. What is not factorised is copied by path.
+The mathematics is `shared_basis.compression.factorize`; here it is applied to a run. What is not factorised is copied by path.
 The batch normalisation of a basis gives back the mean and the deviation that it takes away: at evaluation it is the
 identity, in training about that. The one that follows a layer is told how the approximation changes the means and
 variances that it sees, which it would find out by itself in training.
@@ -8,8 +8,8 @@ variances that it sees, which it would find out by itself in training.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
@@ -39,16 +39,27 @@ from shared_basis.models.summary import compare_with_plain, render_saving
 from shared_basis.nn.batch_norm import EPSILON
 from shared_basis.nn.types import Path
 from shared_basis.optim.penalty import orthogonality_penalty
-from shared_basis.runs.trained import Trained, build_model
+from shared_basis.runs.trained import Trained, Variables, build_model
 from shared_basis.runtime import memory
 from shared_basis.runtime.reporter import Reporter, count
-from shared_basis.training.start import require_new, start_run
 
 
-def compress(config: Config, workdir: str | FilePath, source: str, reporter: Reporter, *, which: str = "latest",
-             calibration: int | None = None, budget: float | None = None,
-             measure: str = "parameters") -> dict[str, Any]:
-    """Writes the network of `config`, in closed form from the plain one in `source`, as step 0 of a run in `workdir`.
+@dataclasses.dataclass(frozen=True)
+class Compressed:
+    """A network with shared bases, computed from a trained plain one."""
+
+    config: Config
+    """Names the network, whose ranks may have been chosen."""
+    network: Network
+    spec: data.Spec
+    variables: Variables
+    report: dict[str, Any]
+    """What `compress` tells of it."""
+
+
+def compress(config: Config, source: str, reporter: Reporter, *, which: str = "latest",
+             calibration: int | None = None, budget: float | None = None, measure: str = "parameters") -> Compressed:
+    """Computes the network of `config`, in closed form, from the plain one that the run `source` holds.
 
     Args:
       which: the checkpoint of `source`: 'latest', 'best' or the number of a step.
@@ -58,15 +69,15 @@ def compress(config: Config, workdir: str | FilePath, source: str, reporter: Rep
         `measure`, 'parameters' or 'macs'.
 
     Returns:
-      `workdir`, `source`, `step`, `calibration`, the counts of `compare_with_plain`, `layers` with the relative errors
-      of `filters` and, on the calibration images, `activations` (None without), `penalty` (None without shared bases),
-      `test_examples`, and `test_accuracy` and `test_loss` of the `plain` and the `compressed` network.
+      The network and its variables, with the `report`: `source`, `step`, `calibration`, the counts of
+      `compare_with_plain`, `layers` with the relative errors of `filters` and, on the calibration images, `activations`
+      (None without), `penalty` (None without shared bases), `test_examples`, and `test_accuracy` and `test_loss` of the
+      `plain` and the `compressed` network.
 
     Raises:
-      UserError: `source` is not a plain network of this kind on these data, or `workdir` holds a run.
+      UserError: `source` is not a plain network of this kind on these data.
     """
     check_target(config, budget, measure)
-    require_new(workdir)
     trained = open_plain(source, which)
     check_alike(config, trained)
     images = load_images(config, trained, calibration, True, reporter)
@@ -81,15 +92,14 @@ def compress(config: Config, workdir: str | FilePath, source: str, reporter: Rep
     with memory.oom_as_user_error(config, "train.eval_batch_size"):
         scores = {kind: make_evaluator(model, config.data, batches, trained.mesh)(values) for kind, model, values in (
             ("plain", trained.model, trained.variables), ("compressed", network, variables))}
-    start_run(config, workdir, network, trained.spec, variables)
-    sets = network.basis_groups(config.orthogonality.elements)
-    return {
-        "workdir": str(workdir), "source": str(trained.run.path), "step": trained.step,
+    groups = network.basis_groups(config.orthogonality.elements)
+    return Compressed(config, network, trained.spec, variables, {
+        "source": str(trained.run.path), "step": trained.step,
         "calibration": images.count("train") if "train" in images.splits else 0,
         **compare_with_plain(config.model, len(trained.spec.classes), trained.spec.image_shape),
-        "layers": layers, "penalty": float(orthogonality_penalty(variables["params"], sets)) if sets else None,
+        "layers": layers, "penalty": float(orthogonality_penalty(variables["params"], groups)) if groups else None,
         "test_examples": int(scores["plain"]["count"]),
-        **{f"test_{name}": {kind: each[name] for kind, each in scores.items()} for name in ("accuracy", "loss")}}
+        **{f"test_{name}": {kind: each[name] for kind, each in scores.items()} for name in ("accuracy", "loss")}})
 
 
 def check_target(config: Config, budget: float | None, measure: str) -> None:

@@ -54,7 +54,7 @@ class Network(nn.Module):
     sharing: Sharing = Sharing()
     dtype: Dtype = jnp.float32
     """Compute type."""
-    scan_with_remat: bool | None = None
+    scan_blocks: bool | None = None
     """Whether the blocks of a group that are alike are computed in a loop; None is what suits them and the backend."""
 
     def loops(self, blocks: int) -> bool:
@@ -130,7 +130,7 @@ class Group(nn.Module):
     make_block: Callable[[bool, str], nn.Module]
     """Makes a block, given whether it is the first one, and its name."""
     blocks: int
-    scan_with_remat: bool = False
+    scan_blocks: bool = False
     """Whether the blocks after the first one are computed in a loop."""
 
     @nn.compact

@@ -59,8 +59,6 @@ def jax_runtime(distributed: bool, coordinator: str | None, processes: int | Non
         reason = (str(error).splitlines() or [f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')!r}"])[0]
         raise UserError(f"JAX cannot use the devices: {reason}; see that no other process has them, or leave "
                         "JAX_PLATFORMS unset.") from error
-    if not is_main_process():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the rest of the process
     try:
         yield
     except UserError as error:
@@ -74,9 +72,9 @@ def jax_runtime(distributed: bool, coordinator: str | None, processes: int | Non
             raise
         raise UserError(f"process {jax.process_index()}: another process was lost ({' '.join(str(error).split())[:150]}"
                         "). Start all of them again, with the same commands.") from error
-    except KeyboardInterrupt:
-        if not is_main_process():
-            sys.stderr = sys.stdout
+    except KeyboardInterrupt as interrupt:
+        if not is_main_process():  # the first process prints what there is to say
+            raise SystemExit(getattr(interrupt, "exit_code", 130)) from interrupt
         raise
 
 

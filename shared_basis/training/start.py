@@ -1,4 +1,4 @@
-"""Import of published weights into an ordinary workdir."""
+"""How a run begins otherwise than anew: from a file of published weights, or from a trained plain network."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from shared_basis import data
+from shared_basis.compression.compress import compress
 from shared_basis.config import Config
 from shared_basis.errors import UserError
 from shared_basis.interop.pytorch import load_official
 from shared_basis.models import Network
 from shared_basis.models.parameters import count_parameters
-from shared_basis.optim.optimizer import learning_rate_schedule, make_optimizer
+from shared_basis.optim.optimizer import make_optimizer
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.trained import Variables, build_model
 from shared_basis.runs.workdir import Workdir, make_record
+from shared_basis.runtime.reporter import Reporter
 from shared_basis.training.steps import start_from
 
 
@@ -32,14 +35,35 @@ def import_weights(config: Config, workdir: str | Path, file: str) -> dict[str, 
     Raises:
       UserError: the file does not hold this network (see `load_official`), or the workdir holds checkpoints already.
     """
-    if file == "latest":
-        raise UserError("--mode=import needs --checkpoint=FILE, a .pth or .safetensors file.")
+    if not file:
+        raise UserError("--mode=import needs --weights=FILE, a .pth or .safetensors file.")
     spec = data.describe(config.data)
     model = build_model(config, spec)
     variables = load_official(file, model)
     require_new(workdir)
     parameters = start_run(config, workdir, model, spec, variables)
     return {"workdir": str(workdir), "model": config.model.name, "file": str(file), "parameters": parameters}
+
+
+def compress_run(config: Config, workdir: str | Path, source: str, reporter: Reporter, *, which: str = "latest",
+                 calibration: int | None = None, budget: float | None = None,
+                 measure: str = "parameters") -> dict[str, Any]:
+    """Writes the network of `config`, in closed form from the plain one in `source`, as step 0 of a run in `workdir`.
+
+    Args:
+      which, calibration, budget, measure: as in `shared_basis.compression.compress`.
+
+    Returns:
+      `workdir` and the report of `shared_basis.compression.compress`.
+
+    Raises:
+      UserError: as `shared_basis.compression.compress`, or `workdir` holds checkpoints already.
+    """
+    require_new(workdir)
+    compressed = compress(config, source, reporter, which=which, calibration=calibration, budget=budget,
+                          measure=measure)
+    start_run(compressed.config, workdir, compressed.network, compressed.spec, compressed.variables)
+    return {"workdir": str(workdir), **compressed.report}
 
 
 def require_new(workdir: str | Path) -> None:
@@ -55,10 +79,9 @@ def start_run(config: Config, workdir: str | Path, model: Network, spec: data.Sp
     Raises:
       UserError: the workdir holds another run, or cannot be written.
     """
-    # The structure of the optimizer's state does not depend on the number of steps.
-    schedule = learning_rate_schedule(config.optimizer, config.train.epochs, steps_per_epoch=1000)
+    # The optimizer's state at step 0 does not depend on the schedule, which needs the number of images.
     optimizer = make_optimizer(config.optimizer, config.orthogonality,
-                               model.basis_groups(config.orthogonality.elements), schedule,
+                               model.basis_groups(config.orthogonality.elements), optax.constant_schedule(0.0),
                                recorded_steps=int(config.train.record_gradients))
     state = start_from(jax.tree.map(jnp.asarray, variables), optimizer)
     record = make_record(config, {"classes": list(spec.classes), "image_shape": list(spec.image_shape)})

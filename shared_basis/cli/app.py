@@ -1,0 +1,206 @@
+"""The command line: flags, error handling and exit codes.
+
+    python main.py                                                 trains the embedded default
+    python main.py --config=configs/cifar_resnet.py:resnet56       another recipe and network
+    python main.py --mode=evaluate --workdir=DIR                   scores a trained run
+    python main.py --mode=predict --workdir=DIR --images=PATH       classifies image files, and those in directories
+    python main.py --mode=export --workdir=DIR --format=onnx       the inference function as a file (or stablehlo)
+    python main.py --mode=inspect --workdir=DIR                    what a run holds, without loading its arrays
+    python main.py --mode=analyze --workdir=DIR                    pictures and numbers of its bases and gradients
+    python main.py --mode=report --workdir=DIR                     a page on the run; of several: --runs=DIR --runs=DIR
+    python main.py --mode=summary --config=…                       parameters and multiply-accumulates
+    python main.py --mode=prepare --config=…                       downloads and prepares a data set
+    python main.py --mode=import --weights=FILE.pth --config=…     published weights into a workdir
+    python main.py --mode=compress --source=DIR --config=…         a trained plain network into one with shared bases
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from shared_basis.config import RENAMED, Config, check_field, from_config_dict
+from shared_basis.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+"""The recipes beside main.py."""
+
+TRAINED_MODES = ("evaluate", "predict", "export", "inspect", "analyze", "report")
+"""Modes of a run, which has a recipe of its own."""
+
+MODES = ("train", *TRAINED_MODES, "summary", "prepare", "import", "compress")
+
+
+def define_flags() -> tuple[flags.FlagValues, list[str]]:
+    """Returns all flags, and the names of those that are fields of `shared_basis.cli.commands.Request`."""
+    values = flags.FlagValues()  # and not absl's global ones, which belong to the program that imports this package
+
+    def enum(name: str, default: str, choices: Sequence[str], text: str) -> None:
+        flags.DEFINE_enum(name, default, choices, text, flag_values=values)
+
+    def string(name: str, default: str | None, text: str) -> None:
+        flags.DEFINE_string(name, default, text, flag_values=values)
+
+    def boolean(name: str, default: bool, text: str) -> None:
+        flags.DEFINE_bool(name, default, text, flag_values=values)
+
+    def integer(name: str, text: str) -> None:
+        flags.DEFINE_integer(name, None, text, flag_values=values)
+
+    config_flags.DEFINE_config_file("config", None, "Recipe, as FILE.py[:network]; default: digits_resnet.py.",
+                                    flag_values=values)
+    boolean("help", False, "Show this help.")
+    enum("mode", "train", MODES, "What to do.")
+    string("workdir", None, "Directory of the run; default: runs/<config>-<network>.")
+    boolean("debug_nans", False, "Stop at the operation that gives the first NaN; slow.")
+    boolean("distributed", False, "Join the other processes, which TPU pods and SLURM announce.")
+    string("coordinator", None, "HOST:PORT of process 0, when it cannot be auto-detected.")
+    integer("processes", "Number of processes, when it cannot be auto-detected.")
+    integer("process", "Number of this process, from 0, when it cannot be auto-detected.")
+    before = set(values)
+    boolean("json", False, "Print the result as one JSON object; other lines go to standard error.")
+    boolean("quiet", False, "Print warnings and the result alone.")
+    boolean("verbose", False, "Print details too, such as each step.")
+    boolean("tensorboard", False, "train: write metrics as TensorBoard event files too.")
+    boolean("report", True, "train: write report.html at the end.")
+    string("checkpoint", "latest", "The checkpoint of the run: latest, best or a step.")
+    string("weights", "", "import: the file, .pth or .safetensors.")
+    string("against", "", "inspect, analyze: compare with this step, or WORKDIR or WORKDIR:STEP.")
+    flags.DEFINE_multi_string("runs", [], "report: runs to compare, or directories of runs; may be repeated.",
+                              flag_values=values)
+    flags.DEFINE_multi_string("images", [], "predict: an image file, or a directory of them; may be repeated.",
+                              flag_values=values)
+    string("output", "", "Where the result goes: the file of predict, export and compress --spectra, the directory of "
+           "analyze and report.")
+    enum("format", "onnx", ("onnx", "stablehlo"), "export: what to write.")
+    enum("fold", "auto", ("auto", "basis", "composed", "none"), "export: see docs/export.md.")
+    string("source", "", "compress: the workdir of a trained plain network.")
+    integer("calibration", "compress: training images to measure on; 0 is none.")
+    flags.DEFINE_float("budget", None, "compress: choose the ranks for this part of the plain network.",
+                       flag_values=values)
+    string("budget_of", "parameters", "compress: what the budget is of, parameters or macs.")
+    boolean("spectra", False, "compress: report how much can be shared, and write no run.")
+    return values, sorted(set(values) - before)
+
+
+def main() -> NoReturn:
+    """Is the program: reads `sys.argv`, runs what it asks for, and ends the process."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the process at once and silently while packages are imported
+    # Huge pages save a tenth of a step on CPU; glibc reads this when a process starts (see benchmarks/README.md).
+    if sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    logging.set_verbosity(logging.FATAL)  # failures end in one line
+    sys.argv = [_renamed(argument) for argument in sys.argv]  # where ml_collections looks for fields of the recipe
+    values, options = define_flags()
+    run_and_exit(lambda: parse(values, sys.argv), lambda: run(values, options))
+
+
+def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Parses the command line into `values`.
+
+    Raises:
+      UserError: with one line, for any invalid argument.
+      SystemExit: help was asked for, and is printed.
+    """
+    program, *arguments = argv
+    if any(argument in ("-h", "-help", "--help", "--helpfull", "--helpshort") for argument in arguments):
+        print(f"{__doc__}\n{values.get_help()}")
+        sys.stdout.flush()
+        sys.exit()
+    for argument in arguments:
+        name = argument.lstrip("-").split("=")[0]
+        if name.startswith("config."):
+            check_field(name.removeprefix("config."))
+    files = [argument for argument in arguments if argument.startswith(("--config=", "-config="))]
+    for file in (path.partition("=")[2].partition(":")[0] for path in files):
+        if not os.path.isfile(file):
+            raise UserError(f"--config={file}: no such file; recipes are configs/*.py, as FILE.py[:network].")
+    try:  # the file comes first: the fields of the others are its own
+        rest = values([program, *(files or [f"--config={CONFIGS / 'digits_resnet.py'}"]),
+                       *(argument for argument in arguments if argument not in files)])
+        values.config.to_dict()  # a configuration file that is missing shows only on use
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"{error} (see --help; fields of the recipe are set like --config.seed=1).") from error
+    except Exception as error:  # a configuration file is code and may raise anything
+        text = str(error).replace("\\n", "\n") or type(error).__name__
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        raise UserError(" ".join(dict.fromkeys((lines[0], lines[-1], *files[-1:])))) from error
+    if values.quiet and values.verbose:
+        raise UserError("--quiet --verbose: choose one of the two.")
+    if rest[1:]:
+        raise UserError(f"unexpected argument {rest[1]!r}; flags look like --mode=train, see --help.")
+
+
+def _renamed(argument: str) -> str:
+    """Returns an argument that sets a field by the name of an earlier version with the present name, and prints so."""
+    flag, equals, value = argument.partition("=")
+    dashes = flag[:len(flag) - len(flag.lstrip("-"))]
+    old = flag.removeprefix(f"{dashes}config.")
+    if not dashes or old == flag or old not in RENAMED:
+        return argument
+    print(f"note: --config.{old} is now --config.{RENAMED[old]}", file=sys.stderr)
+    return f"{dashes}config.{RENAMED[old]}{equals}{value}"
+
+
+def _expand_user(value: Any) -> Any:
+    """Returns a flag's value with the user's home for a ~, which no shell expands after a =."""
+    if isinstance(value, list):
+        return [_expand_user(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def run(values: flags.FlagValues, options: Sequence[str]) -> None:
+    """Does what the flags `values` say, and prints the result; `options` are fields of `Request`."""
+    from shared_basis.cli import commands  # here, so that errors in flags do not wait for these imports
+    from shared_basis.runtime import distributed
+
+    with distributed.jax_runtime(values.distributed, values.coordinator, values.processes, values.process,
+                                 values.debug_nans):
+        # What is set here of a trained run's configuration need suit that one alone.
+        config = Config() if values.mode in TRAINED_MODES else from_config_dict(values.config)
+        request = commands.Request(
+            config, config_flags.get_override_values(values["config"]),
+            _expand_user(values.workdir or os.path.join("runs", values.config.name)), bool(values.workdir),
+            **{name: _expand_user(values[name].value) for name in options})
+        result, text = commands.run(values.mode, request)
+        if distributed.is_main_process():
+            print(json.dumps(result) if request.json else text)
+
+
+def run_and_exit(*commands: Callable[[], None]) -> NoReturn:
+    """Runs `commands` and ends the process.
+
+    The exit code is 0; 2 for the user's mistake, which is printed in one line; 1, silently, where nobody reads what is
+    printed; or 128 + the number of the signal that stopped it (130 for Ctrl-C, 143 for SIGTERM; training catches them,
+    to save). A `SystemExit` goes on as it is.
+    """
+    sys.unraisablehook = lambda unraisable: None  # writes and reads that Orbax abandons print tracebacks by it
+    code = 0
+    try:
+        for command in commands:
+            command()
+        sys.stdout.flush()
+    except UserError as error:
+        # Threads of a restore that failed may still print tracebacks: not between these words, nor at the end.
+        stderr, sys.stderr = sys.stderr, io.StringIO()
+        stderr.write(f"error: {error}\n")
+        stderr.flush()
+        sys.stdout.flush()
+        os._exit(2)
+    except BrokenPipeError:  # who reads this, such as head, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        code = 1
+    except KeyboardInterrupt as interrupt:
+        print(*interrupt.args or ["stopped"], file=sys.stderr)
+        code = getattr(interrupt, "exit_code", 130)
+    sys.exit(code)

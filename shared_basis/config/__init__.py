@@ -1,0 +1,47 @@
+"""The configuration: frozen dataclasses that hold every default, their validation, and their conversion to plain data.
+
+A configuration file (`configs/*.py`) builds a `Config`, hands it to ml_collections as a `ConfigDict` so that
+`--config.a.b=value` can override any field, and `from_config_dict` turns the result back into a checked `Config`.
+"""
+
+from shared_basis.config.convert import (
+    RENAMED,
+    check_field,
+    differences,
+    from_config_dict,
+    replace,
+    to_config_dict,
+    to_dict,
+)
+from shared_basis.config.fields import (
+    DATA_NAMES,
+    LOCATION_FIELDS,
+    PARAMETER_LABELS,
+    TFDS_PREFIX,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OrthogonalityConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "DATA_NAMES",
+    "LOCATION_FIELDS",
+    "PARAMETER_LABELS",
+    "RENAMED",
+    "TFDS_PREFIX",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "OrthogonalityConfig",
+    "TrainConfig",
+    "check_field",
+    "differences",
+    "from_config_dict",
+    "replace",
+    "to_config_dict",
+    "to_dict",
+]

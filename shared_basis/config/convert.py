@@ -1,0 +1,140 @@
+"""Configurations to and from plain data: dotted paths, `ConfigDict`, JSON, the fields of earlier versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from shared_basis.config.fields import LOCATION_FIELDS, Config
+from shared_basis.errors import UserError
+
+RENAMED = {
+    "model.loop": "model.scan_blocks",
+    "optimizer.accumulate": "optimizer.grad_accumulation_steps",
+    "optimizer.decay": "optimizer.weight_decay_labels",
+}
+"""Fields that had another name in version 0.1: runs of it still open, and the command line still takes them."""
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Returns `config` as nested plain dicts that JSON can hold (tuples become lists)."""
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+    return plain(dataclasses.asdict(config))
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+    """Returns `config` as the mutable, type-checked `ConfigDict` that a `get_config` returns."""
+    return ml_collections.ConfigDict(dataclasses.asdict(config))
+
+
+def from_config_dict(tree: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
+    """Builds a validated `Config` from nested mappings, e.g. a `ConfigDict` or parsed JSON.
+
+    Absent fields take their defaults.
+
+    Raises:
+      UserError: a key is unknown (with the nearest known one), a value has the wrong type, or it is not allowed.
+    """
+    return _build(Config, tree.to_dict() if isinstance(tree, ml_collections.ConfigDict) else tree, "")
+
+
+def replace(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns `config` with fields given by dotted path replaced, e.g. `{'train.epochs': 3}`; checked like any other.
+
+    Raises:
+      UserError: as `from_config_dict`.
+    """
+    tree = dataclasses.asdict(config)
+    for path, value in values.items():
+        check_field(path)
+        *parents, last = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return from_config_dict(tree)
+
+
+def check_field(path: str) -> None:
+    """Raises `UserError` with the nearest field unless the dotted `path` names a field of `Config`."""
+    known = sorted(_flatten(dataclasses.asdict(Config())))
+    if path not in known:
+        raise UserError(_unknown(path, known))
+
+
+def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """Returns `{dotted path: (value, other value)}` for the fields that differ, `LOCATION_FIELDS` apart."""
+    mine, theirs = _flatten(dataclasses.asdict(config)), _flatten(dataclasses.asdict(other))
+    return {path: (mine[path], theirs[path]) for path in mine
+            if mine[path] != theirs[path] and path not in LOCATION_FIELDS}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves of nested mappings by dotted path."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _unknown(path: str, known: Sequence[str]) -> str:
+    """Returns what to say of a field that is none of the `known`; its section is taken at its word."""
+    section, _, name = path.rpartition(".")
+    beside = [field for field in known if section and field.rpartition(".")[0] == section]
+    near = _nearest(name, beside, 0.5) or _nearest(name, known, 0.8 if beside else 0.5)
+    return (f"unknown configuration field {path!r}.{''.join(f' Did you mean {field!r}?' for field in near)} The fields "
+            f"{f'of {section} ' if beside else ''}are: {', '.join(beside or known)}.")
+
+
+def _nearest(name: str, fields: Sequence[str], cutoff: float) -> list[str]:
+    """Returns the one of the `fields` whose last part is nearest to `name`, or nothing."""
+    last = {field.rpartition(".")[2]: field for field in fields}  # a whole path would match by its section alone
+    return [last[near] for near in difflib.get_close_matches(name, last, n=1, cutoff=cutoff)]
+
+
+def _build(cls: type, tree: Any, prefix: str) -> Any:
+    """Builds the dataclass `cls` from the mapping `tree`; `prefix` is its dotted path for messages."""
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{prefix.rstrip('.')}={tree!r}: must hold the fields of {cls.__name__}.")
+    hints = typing.get_type_hints(cls)
+    renamed = {old.rpartition(".")[2]: new.rpartition(".")[2] for old, new in RENAMED.items()
+               if f"{old.rpartition('.')[0]}." == prefix}
+    tree = {renamed.get(key, key): value for key, value in tree.items()}
+    for key in tree:
+        if key not in hints:
+            raise UserError(_unknown(f"{prefix}{key}", [f"{prefix}{name}" for name in sorted(hints)]))
+    values = {}
+    for key, value in tree.items():
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            values[key] = _build(typing.cast(type, hint), value, f"{prefix}{key}.")
+        else:
+            values[key] = _convert(hint, value, f"{prefix}{key}")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """Returns `value` as the type `hint` (bool, int, float, str or a tuple of one of them), or raises `UserError`."""
+    if isinstance(hint, types.GenericAlias):
+        item = typing.get_args(hint)[0]
+        items = value if isinstance(value, (list, tuple)) else (value,)
+        if item is str:  # the command line gives --config.optimizer.weight_decay_labels=kernel,basis as one string
+            items = [part.strip() for text in items for part in str(text).split(",") if part.strip()]
+        return tuple(_convert(item, entry, path) for entry in items)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{path}: must be a number below 1e308.") from None
+    if type(value) is not hint:
+        raise UserError(f"{path}={value!r}: must be of type {hint.__name__}.")
+    return value
