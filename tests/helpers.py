@@ -28,6 +28,7 @@ from shared_basis.config import Config
 from shared_basis.errors import UserError
 from shared_basis.models.base import Sharing
 from shared_basis.models.parameters import abstract_variables
+from shared_basis.models.registry import FAMILIES, Family, register
 from shared_basis.models.resnet import ResNet
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.trained import build_model
@@ -43,6 +44,18 @@ def tiny_network(num_classes: int = 10, **changes: Any) -> ResNet:
     double = Sharing((("first", "first"), ("second", "second")), shared_rank=2, unique_rank=1)
     return ResNet(**{"blocks": (2,), "widths": (4,), "num_classes": num_classes, "sharing": double, "project": False,
                      **changes})
+
+
+def register_tiny() -> str:
+    """Makes `tiny_network` known by the name that it returns, for configurations: `tiny-s2u1-double` and others."""
+    if "tiny" not in FAMILIES:
+        register("tiny", Family(ResNet, ("cifar",), FAMILIES["resnet20"].forms,
+                                {"blocks": (2,), "widths": (4,), "project": False}))
+    return "tiny-s2u1-double"
+
+
+TINY = register_tiny()
+"""The name of the network that tests train: one compiled program, whatever is tested of training."""
 
 
 @contextlib.contextmanager

@@ -66,23 +66,23 @@ def replace(config: Config, values: Mapping[str, Any]) -> Config:
 
 def check_field(path: str) -> None:
     """Raises `UserError` with the nearest field unless the dotted `path` names a field of `Config`."""
-    known = sorted(_flatten(dataclasses.asdict(Config())))
+    known = sorted(flatten(dataclasses.asdict(Config())))
     if path not in known:
         raise UserError(_unknown(path, known))
 
 
 def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
     """Returns `{dotted path: (value, other value)}` for the fields that differ, `LOCATION_FIELDS` apart."""
-    mine, theirs = _flatten(dataclasses.asdict(config)), _flatten(dataclasses.asdict(other))
+    mine, theirs = flatten(dataclasses.asdict(config)), flatten(dataclasses.asdict(other))
     return {path: (mine[path], theirs[path]) for path in mine
             if mine[path] != theirs[path] and path not in LOCATION_FIELDS}
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns the leaves of nested mappings by dotted path."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
     return flat
 
 

@@ -67,6 +67,18 @@ def _families() -> dict[str, Family]:
 FAMILIES = _families()
 """Every network by the first part of its name. ResNet-14 is the least in which layers share; the paper has none."""
 
+
+def register(name: str, family: Family) -> None:
+    """Makes a network of your own known by `name`, to `create_model`, to configurations and to the command line.
+
+    Raises:
+      ValueError: `name` is taken, or is no part of a network's name: letters, digits and underscores.
+    """
+    if name in FAMILIES or not re.fullmatch(r"[A-Za-z]\w*", name):
+        raise ValueError(f"name={name!r}: must be letters, digits and underscores, and none of {', '.join(FAMILIES)}")
+    FAMILIES[name] = family
+
+
 USUAL_WIDTH = 16
 """Channels of the first group of ResNet-14 to 110; `resnet32w12` has 12, 24 and 48 where ResNet-32 has 16, 32, 64."""
 

@@ -32,7 +32,7 @@ from shared_basis.runtime.preemption import Interrupted
 from shared_basis.training import train as train_module
 from shared_basis.training.train import train
 
-FIELDS = sorted(config_module._flatten(to_dict(Config())))
+FIELDS = sorted(config_module.flatten(to_dict(Config())))
 
 THOROUGH = settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -177,8 +177,8 @@ def test_a_configuration_is_taken_or_refused_by_the_name_of_a_field(changed: dic
         assert_names(one_line(error), changed)
         return
     assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
-    kinds = {path: type(value) for path, value in config_module._flatten(to_dict(Config())).items()}
-    assert {path: type(value) for path, value in config_module._flatten(to_dict(config)).items()} == kinds
+    kinds = {path: type(value) for path, value in config_module.flatten(to_dict(Config())).items()}
+    assert {path: type(value) for path, value in config_module.flatten(to_dict(config)).items()} == kinds
 
 
 @settings(THOROUGH, max_examples=12)

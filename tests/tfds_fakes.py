@@ -221,7 +221,7 @@ def write(directory: Path | str, splits: Mapping[str, Sequence[Example]], featur
 def python(code: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """Starts a Python process that can import this module, and kills it at the end; its output is text."""
     here = Path(__file__).parent
-    path = os.pathsep.join([str(here.parents[1]), str(here)])
+    path = os.pathsep.join([str(here.parent), str(here)])
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path, **environment},
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with process:

@@ -32,7 +32,7 @@ OTHER = Config(
                     crop="random_resized", on_broken="skip", placement="stream", workers=2, train_examples=10,
                     mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), pad=4, flip=True),
     orthogonality=OrthogonalityConfig(weight=0.0, elements="shared+unique", reduction="sum"),
-    optimizer=OptimizerConfig(learning_rate=0.2, nesterov=True, decay=("kernel", "basis"), boundaries=(1.5, 2.0),
+    optimizer=OptimizerConfig(learning_rate=0.2, nesterov=True, weight_decay_labels=("kernel", "basis"), boundaries=(1.5, 2.0),
                               factors=(0.1, 0.5), warmup_epochs=0.5),
     train=TrainConfig(epochs=3, batch_size=8))
 """A configuration in which most fields differ from their defaults."""

@@ -10,7 +10,7 @@ import pytest
 
 from shared_basis.published import table
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
