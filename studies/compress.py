@@ -1,8 +1,8 @@
 """A trained network compressed at several budgets: before and after fine-tuning, from scratch, and as a file to ship.
 
-    python benchmarks/compress.py --write                                       ResNet-20 on the digits
-    python benchmarks/compress.py --data=fashion_mnist --epochs=3 --tuning=1 --write           an hour on two cores
-    python benchmarks/compress.py --data=DIR --network=resnet56 --write         on a directory of images (32×32)
+    python -m studies.compress --write                                       ResNet-20 on the digits
+    python -m studies.compress --data=fashion_mnist --epochs=3 --tuning=1 --write           an hour on two cores
+    python -m studies.compress --data=DIR --network=resnet56 --write         on a directory of images (32×32)
 
 Runs are kept below --runs: the same command goes on where it was stopped. Fine-tuned networks are exported folded, as
 ONNX, and classify all test images by onnxruntime; files are timed in turns with the plain network's. The rows go to
@@ -12,42 +12,41 @@ results/compress.csv; --write puts the tables of all that is there into docs/com
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import math
-import os
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
 
 import numpy as np
 
 from benchmarks.cases import Timed, repeated
 from benchmarks.common import Parser, Table, in_turns, markdown, positive, replace_section
 from benchmarks.export import classify, graph_of_run, load_tests, session_of
-from benchmarks.records import ROOT, commit, read
+from benchmarks.records import ROOT, append, cells, check_file, columns, commit, read
 from configs import cifar_resnet, digits_resnet
 from shared_basis.cli.app import run_and_exit
 from shared_basis.config import Config, from_config_dict, replace
 from shared_basis.export import onnx
 from shared_basis.export.folding import fold
 from shared_basis.runs.trained import Trained
+from shared_basis.runtime.files import write_atomic
 from shared_basis.runtime.reporter import Reporter
 from shared_basis.training import start, train
 
-RECORDS, PAGE = ROOT / "results" / "compress.csv", ROOT / "docs" / "compress.md"
-BEGIN, END = "<!-- compress -->\n", "<!-- end of compress -->\n"
+FILE, PAGE = Path("results") / "compress.csv", Path("docs") / "compress.md"
+"""Below the repository's root."""
+
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class CompressionRow:
     """A network that was compressed; its fields are the columns. Accuracies are parts of 1."""
 
     date: str
@@ -81,6 +80,8 @@ class Row:
 
 NOTED = ("date", "commit", "command", "latency", "latency_over_plain")
 """Columns that differ from call to call where all else is the same."""
+SUBJECT = ("data", "plain", "seed", "budget")
+"""Columns that say what was compressed; the latest row of each counts."""
 
 
 def recipe(options: argparse.Namespace, network: str) -> Config:
@@ -105,21 +106,19 @@ def tuning(config: Config, epochs: int) -> Config:
         "optimizer.learning_rate": config.optimizer.learning_rate / 10})
 
 
-def measure(options: argparse.Namespace, command: str, reporter: Reporter) -> list[Row]:
+def measure(options: argparse.Namespace, command: str, reporter: Reporter) -> list[CompressionRow]:
     """Returns a row for each budget; runs that are finished already take no time."""
     runs = Path(options.runs) / f"{Path(options.data).name}-{options.network}-{options.seed}"
     plain = recipe(options, options.network)
     train.train(plain, runs / "plain", reporter)
     learned: list[dict[str, Any]] = []
     for budget in options.budgets:
-        workdir, told = runs / f"{budget:g}", runs / f"{budget:g}.json"
-        if not told.exists():
+        workdir, kept = runs / f"{budget:g}", runs / f"{budget:g}.json"
+        if not kept.exists():
             result = start.compress_run(tuning(plain, options.tuning), workdir, str(runs / "plain"), reporter,
-                                          budget=budget)
-            temporary = told.with_suffix(".tmp")
-            temporary.write_text(json.dumps(result))
-            os.replace(temporary, told)
-        found = json.loads(told.read_text())
+                                        budget=budget)
+            write_atomic(kept, json.dumps(result))
+        found = json.loads(kept.read_text())
         scratch = recipe(options, found["model"])
         tuned = train.train(tuning(scratch, options.tuning), workdir, reporter)
         alone = {} if options.noscratch else train.train(scratch, runs / found["model"], reporter)
@@ -135,7 +134,7 @@ def measure(options: argparse.Namespace, command: str, reporter: Reporter) -> li
             "scratch_accuracy": str(alone["test_accuracy"]) if alone else "",
             "test_examples": found["test_examples"]})
     shipped = ship([runs / "plain", *(runs / f"{budget:g}" for budget in options.budgets)], options.rounds, reporter)
-    return [Row(**row, **file) for row, file in zip(learned, shipped, strict=True)]
+    return [CompressionRow(**row, **file) for row, file in zip(learned, shipped, strict=True)]
 
 
 def ship(workdirs: Sequence[Path], rounds: int, reporter: Reporter) -> list[dict[str, Any]]:
@@ -159,26 +158,21 @@ def ship(workdirs: Sequence[Path], rounds: int, reporter: Reporter) -> list[dict
              "rounds": rounds} for content, session, seconds in zip(contents[1:], sessions[1:], others, strict=True)]
 
 
-def record(path: Path, row: Row) -> None:
-    """Adds a row to the file, in place of an older one of the same network, data, seed and budget.
-
-    One that finds the same is kept, with the commit that it was found at.
-    """
-    rows = read(path, Row)
-    if any(dataclasses.replace(each, **{name: getattr(row, name) for name in NOTED}) == row for each in rows):
-        return
-    kept = [each for each in rows if any(getattr(each, name) != getattr(row, name)
-                                         for name in ("data", "plain", "seed", "budget"))]
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
-        writer.writeheader()
-        writer.writerows(map(dataclasses.asdict, [*kept, row]))
-    os.replace(temporary, path)
+def record(path: Path, row: CompressionRow) -> None:
+    """Adds a row to the file, unless one there finds the same; that keeps the commit that it was found at."""
+    found = [name not in NOTED for name in columns(CompressionRow)]
+    if all(list(itertools.compress(cells(each), found)) != list(itertools.compress(cells(row), found))
+           for each in latest(read(path, CompressionRow))):
+        append(path, [row])
 
 
-def tables(rows: Sequence[Row]) -> str:
-    """Returns the rows as two tables for a person: what was learned, and what is shipped."""
+def latest(rows: Sequence[CompressionRow]) -> list[CompressionRow]:
+    """Returns the last row of each subject."""
+    return list({tuple(getattr(row, name) for name in SUBJECT): row for row in rows}.values())
+
+
+def tables(rows: Sequence[CompressionRow]) -> str:
+    """Returns two tables in Markdown: what was learned, and what is shipped."""
     def percent(value: float) -> str:
         return f"{100 * value:.2f}"
 
@@ -200,8 +194,8 @@ def tables(rows: Sequence[Row]) -> str:
     return f"\n{markdown(learned)}\n{markdown(shipped)}\n"
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
-    """Returns the parser, for later mistakes, and the options."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the options."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="digits", help="digits, cifar10, fashion_mnist, or a directory of images")
     parser.add_argument("--network", default="resnet20", help="the plain network")
@@ -214,7 +208,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--rounds", type=positive, default=9, help="measurements of each file's latency")
     parser.add_argument("--runs", default="runs/compress", help="where runs are kept")
     parser.add_argument("--write", action="store_true", help="replace the tables in docs/compress.md")
-    return parser, parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
 
 def _budget(text: str) -> float:
@@ -228,30 +222,31 @@ def _budget(text: str) -> float:
     return value
 
 
-def run(options: argparse.Namespace, words: Sequence[str]) -> None:
-    """Measures, records, and writes the tables if asked to.
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT,
+         rows_of: Callable[[argparse.Namespace, str, Reporter], list[CompressionRow]] = measure) -> None:
+    """Measures, keeps the rows below `root`, prints the tables, and writes them to the page if asked to.
 
     Args:
-      words: the command line, for the rows.
+      rows_of: measures, by the options, and returns rows with the command.
+
+    Raises:
+      UserError: an option does not fit the data, a package is missing, or the rows cannot be read.
+      SystemExit: an option is invalid.
     """
+    options = parse(arguments)
     onnx.require_packages()
-    read(RECORDS, Row)  # a file of other rows is told before what takes hours
-    command = shlex.join(["python", "benchmarks/compress.py", *(
-        f"--data={Path(options.data).name}" if word.startswith("--data=") else word for word in words
+    check_file(root / FILE, CompressionRow)  # before what takes hours
+    command = shlex.join(["python", "-m", "studies.compress", *(
+        f"--data={Path(options.data).name}" if word.startswith("--data=") else word
+        for word in (sys.argv[1:] if arguments is None else arguments)
         if not word.startswith("--runs"))])  # no path of this machine
     with Reporter(sys.stderr) as reporter:
-        for row in measure(options, command, reporter):
-            record(RECORDS, row)
-    text = tables(read(RECORDS, Row))
+        for row in rows_of(options, command, reporter):
+            record(root / FILE, row)
+    text = tables(latest(read(root / FILE, CompressionRow)))
     print(text)
     if options.write:
-        replace_section(PAGE, BEGIN, END, text)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Does what the command line says."""
-    parser, options = parse(arguments)
-    parser.end_with(run, options, sys.argv[1:] if arguments is None else arguments)
+        replace_section(root / PAGE, "compress", text)
 
 
 if __name__ == "__main__":
