@@ -75,10 +75,11 @@ def append(path: Path, rows: Sequence[Any]) -> None:
     check_file(path, type(rows[0]))
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.exists() else b""
+    end = "\r\n" if b"\r\n" in content else "\n"
     with path.open("a", newline="", encoding="utf-8") as file:
         if content and not content.endswith(b"\n"):  # an editor, or a full disk, left it so
-            file.write("\n")
-        writer = csv.writer(file, lineterminator="\r\n" if b"\r\n" in content else "\n")
+            file.write(end)
+        writer = csv.writer(file, lineterminator=end)
         if not content:
             writer.writerow(columns(type(rows[0])))
         writer.writerows(map(cells, rows))
