@@ -1,4 +1,4 @@
-"""What `benchmarks/speed.py` measures: networks with a batch, images of random pixels, and the trainer's own step."""
+"""What `benchmarks.speed` measures: networks with a batch, images of random pixels, and the trainer's own step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import BareStep, build
+from benchmarks.trainer import BareStep, build
 from shared_basis.config import Config, ModelConfig, from_config_dict, replace
 from shared_basis.data.examples import Spec, Split
 from shared_basis.data.feeds import Images
@@ -24,6 +24,8 @@ from shared_basis.runtime.distributed import check_batch_size, make_mesh
 
 SECONDS = 1.5
 """What a measurement of steps is to last, at least, so that clocks and queues do not show."""
+MOST_STEPS = 1000
+"""Of a measurement, however short they are."""
 
 NETWORKS = {
     "cpu": ("resnet32", "resnet32-s16u1-double", "resnet34", "resnet34-s32u1"),
@@ -49,7 +51,7 @@ class Case:
     batch: int
     image_size: int = 32
     dtype: str = "float32"
-    """Compute type of this package; PyTorch's is the variant's."""
+    """Compute type of this package; PyTorch's is the mode's."""
     eval_batch: int = 1000
 
     @property
@@ -157,16 +159,16 @@ def make_step(case: Case, model: Network | None = None, test: int = 1, **changes
 
 
 class Timed:
-    """Seconds of one step: measures as many of them as take `SECONDS`, which the first call finds out."""
+    """Seconds of one step: measures as many of them as take so many `seconds`, which the first call finds out."""
 
-    def __init__(self, run: Callable[[int], float], most: int = 1000) -> None:
-        self._run, self._most = run, most
+    def __init__(self, run: Callable[[int], float], seconds: float = SECONDS) -> None:
+        self._run, self._seconds = run, seconds
         self._steps = 0
 
     def __call__(self) -> float:
         """Returns the seconds of one step."""
         if not self._steps:
-            self._steps = min(self._most, max(2, round(SECONDS / self._run(2))))
+            self._steps = min(MOST_STEPS, max(2, round(self._seconds / self._run(2))))
         return self._run(self._steps)
 
 

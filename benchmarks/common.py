@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: measuring in turns, tables, sections of README.md, options, the trainer."""
+"""What benchmarks and studies have in common: measuring in turns, tables, sections of pages, options."""
 
 from __future__ import annotations
 
@@ -6,47 +6,35 @@ import argparse
 import contextlib
 import datetime
 import importlib.metadata
-import io
 import os
 import platform
 import re
 import statistics
-import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
-if TYPE_CHECKING:  # JAX is imported by what needs it: benchmarks/data.py measures the memory of a process without it
-    from jax.sharding import Mesh
+from shared_basis.errors import UserError
+from shared_basis.runtime.files import write_atomic
 
-    from shared_basis.config import Config
-    from shared_basis.data.feeds import Images
-    from shared_basis.models import Network
-    from shared_basis.training.program import Program
+PAGE = Path("benchmarks") / "README.md"
+"""The page that benchmarks write their tables to, below the repository's root."""
 
-README = Path(__file__).parent / "README.md"
+NOT_MEASURED = "–"
+"""What a cell shows where there is no value."""
 
 Table = list[list[str]]
 Measure = Callable[[], float]
 Key = TypeVar("Key", bound=Hashable)
-Result = TypeVar("Result")
 
 
 class Parser(argparse.ArgumentParser):
-    """Ends at a mistake with one line and exit code 2."""
+    """Ends at an invalid argument with one line and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         """See `argparse.ArgumentParser`."""
         self.exit(2, f"error: {message}\n")
 
-    def end_with(self, run: Callable[..., Result], *arguments: Any) -> Result:
-        """Returns what `run` returns; a `UserError` is a mistake in the arguments."""
-        from shared_basis.errors import UserError  # imports JAX, which some benchmarks prepare for first
-
-        try:
-            return run(*arguments)
-        except UserError as error:
-            self.error(str(error))
 
 
 def names(text: str, choices: Sequence[str] = ()) -> tuple[str, ...]:
@@ -103,101 +91,29 @@ def machine(packages: Iterable[str]) -> str:
             f"{platform.python_version()}, {', '.join(named)}")
 
 
-def replace_section(path: Path, begin: str, end: str, text: str) -> None:
-    """Replaces what stands between the marks `begin` and `end` of a file."""
-    before, _, rest = path.read_text().partition(begin)
-    path.write_text(before + begin + text + end + rest.partition(end)[2])
+def section_of(path: Path, name: str) -> str:
+    """Returns what stands between the marks `<!-- name -->` and `<!-- end of name -->`, each a line of a file.
 
-
-def build(config: Config, images: Images, model: Network, mesh: Mesh, root: Path) -> tuple[Any, Program]:
-    """Returns the state before the first step, and the trainer's compiled program; `root` is for its checkpoints."""
-    from shared_basis.runs.checkpoints import Checkpoints
-    from shared_basis.training import program
-
-    with contextlib.closing(Checkpoints(root)) as checkpoints:
-        return program.build(config, images, model, mesh, checkpoints)
-
-
-class BareStep:
-    """The trainer's compiled step, called on one batch again and again, from the beginning of training each time."""
-
-    def __init__(self, state: Any, program: Program, mesh: Mesh) -> None:
-        import jax
-
-        self.program, self._mesh = program, mesh
-        self._inputs = next(program.batches(0))
-        self._beginning = jax.device_get(state)  # steps donate the state they are given
-
-    def state(self) -> Any:
-        """Returns the state before the first step, on the devices."""
-        import jax
-
-        from shared_basis.runtime.distributed import replicated
-        return jax.device_put(self._beginning, replicated(self._mesh))
-
-    def run(self, steps: int) -> float:
-        """Returns the seconds that a step takes, without the first one."""
-        import jax
-
-        # Several steps in flight can deadlock virtual devices that outnumber the cores.
-        virtual = self._mesh.size > 1 and self._mesh.devices.flat[0].platform == "cpu"
-        state, _ = self.program.step(self.state(), *self._inputs)
-        jax.block_until_ready(state)
-        began = time.perf_counter()
-        for _ in range(steps):
-            state, _ = self.program.step(state, *self._inputs)
-            if virtual:
-                jax.block_until_ready(state)
-        jax.block_until_ready(state)
-        return (time.perf_counter() - began) / steps
-
-
-def trainers(config: Config, load: Callable[[Config, Mesh], Images], placements: Sequence[str],
-             root: Path) -> dict[str, Measure]:
-    """Returns functions that train two epochs and return images per second: 'bare', the step alone, and by placement.
-
-    Args:
-      load: returns the images of a configuration.
-      placements: of `data.placement`; the training loop is measured with each, the step alone with the first.
-      root: an empty directory, for workdirs.
+    Raises:
+      UserError: a mark is missing.
     """
-    from shared_basis.runs.checkpoints import Checkpoints
-    from shared_basis.runs.trained import build_model
-    from shared_basis.runs.workdir import Workdir, make_record
-    from shared_basis.runtime.distributed import make_mesh
-    from shared_basis.runtime.preemption import StopSignals
-    from shared_basis.runtime.reporter import Reporter
-    from shared_basis.training.loop import Training
-
-    mesh, numbers = make_mesh(), iter(range(10**6))
-    steps = {}
-    for placement in placements:
-        placed = replace_placement(config, placement)
-        images = load(placed, mesh)
-        steps[placement] = placed, BareStep(
-            *build(placed, images, build_model(placed, images.spec), mesh, root / f"compiled-{placement}"), mesh)
-
-    def bare() -> float:
-        _, step = steps[placements[0]]
-        return config.train.batch_size / step.run(2 * step.program.steps_per_epoch)
-
-    def whole(placement: str) -> Measure:
-        def measure() -> float:
-            placed, step = steps[placement]
-            workdir = Workdir(root / str(next(numbers)))
-            workdir.claim(make_record(placed, {"classes": [], "image_shape": []}))
-            checkpoints = Checkpoints(workdir.checkpoints)
-            with StopSignals() as signals:
-                Training(placed, step.program, workdir, checkpoints, {}, Reporter(io.StringIO()),
-                               signals).loop(step.state())
-            checkpoints.close()
-            return workdir.metrics()[-1]["images_per_second"]
-        return measure
-    return {"bare": bare, **{placement: whole(placement) for placement in placements}}
+    return _split(path, name)[1]
 
 
-def replace_placement(config: Config, placement: str) -> Config:
-    """Returns `config` for two epochs that are evaluated once, with images that wait in `placement`."""
-    from shared_basis.config import replace
+def replace_section(path: Path, name: str, text: str) -> None:
+    """Replaces what `section_of` returns.
 
-    return replace(config, {"data.placement": placement, "train.epochs": 2, "train.evaluate_every": 2})
+    Raises:
+      UserError: a mark is missing.
+    """
+    before, _, after = _split(path, name)
+    write_atomic(path, before + text + after)
+
+
+def _split(path: Path, name: str) -> tuple[str, str, str]:
+    """Returns what stands before, between and after the marks, which belong to the first and the last part."""
+    content, begin, end = path.read_text(encoding="utf-8"), f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    if not 0 <= content.find(begin) < content.find(end):
+        raise UserError(f"{path.name} has not the marks {begin.strip()} and, below it, {end.strip()}.")
+    first, last = content.index(begin) + len(begin), content.index(end)
+    return content[:first], content[first:last], content[last:]

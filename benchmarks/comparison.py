@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.cases import Case
-from benchmarks.common import Measure, Table, in_turns
-from benchmarks.records import OURS, Session, spread
+from benchmarks.common import NOT_MEASURED, Measure, Table, in_turns
+from benchmarks.session import OURS, Session, spread
 from shared_basis.errors import UserError
+from shared_basis.runtime.files import first_line
 
 MISSING = "PyTorch is not installed and its columns are empty: pip install -e '.[bench]'"
-NONE = "–"
-"""What a cell shows that was not measured."""
 
 
 @dataclasses.dataclass
@@ -35,38 +34,35 @@ class Comparison:
 
         Args:
           ours: makes what is measured of this package.
-          theirs: makes what is measured of PyTorch, from a `pytorch_networks.Trainer`.
+          theirs: makes what is measured of PyTorch, from a `pytorch_trainer.Trainer`.
         """
-        networks = _pytorch_networks(self.session) if self.frameworks else None
+        pytorch = _pytorch(self.session) if self.frameworks else None
         for group in self.groups:
             subjects: dict[tuple[str, str], Measure] = {}
             for case in group:
-                self.session.tell(f"{self.subject}: compiling {case.network}")
+                self.session.print_progress(f"{self.subject}: compiling {case.network}")
                 subjects[case.network, OURS] = ours(case)
-                if networks is not None:
+                if pytorch is not None:
                     subjects |= {(case.network, name): measure for name, measure in
-                                 self._prepared(networks, case, theirs)}
-            self.session.tell(f"{self.subject}: {self.session.rounds} rounds of {len(subjects)} measurements")
+                                 self._prepared(pytorch, case, theirs)}
+            self.session.print_progress(f"{self.subject}: {self.session.rounds} rounds of {len(subjects)} measurements")
             self.seconds |= in_turns(subjects, self.session.rounds)
-            if networks is not None:
-                networks.forget_compiled()
+            if pytorch is not None:
+                pytorch.forget_compiled()
         self._record()
 
-    def _prepared(self, networks: Any, case: Case,
+    def _prepared(self, pytorch: Any, case: Case,
                   theirs: Callable[[Any], Measure]) -> Iterator[tuple[str, Measure]]:
         """Yields PyTorch's ways to do it, each tried once; what does not work becomes a note."""
         for framework in self.frameworks:
-            self.session.tell(f"{self.subject}: preparing {case.network}, {framework}")
-            variant = networks.VARIANTS[framework.removeprefix("pytorch ")]
+            self.session.print_progress(f"{self.subject}: preparing {case.network}, {framework}")
             try:
-                network = networks.create(case.network, case.classes, case.stem, case.elements)
+                measure = theirs(pytorch.make_trainer(case, framework.removeprefix("pytorch ")))
+                measure()
             except UserError as error:
                 self.notes.append(f"{error}.")
                 return
-            try:
-                measure = theirs(networks.Trainer(network, variant, case.batch, case.image_size))
-                measure()
-            except Exception as error:  # a compiler may fail anyhow
+            except Exception as error:  # a compiler may fail in any way
                 self.notes.append(f"{case.network}, {framework}: {failure(error)}.")
             else:
                 yield framework, measure
@@ -100,13 +96,13 @@ class Comparison:
                 values = self.ratio((case.network, framework), (case.network, OURS))
                 table[-1].append(self.session.add(self.subject, case, "ratio: its time over shared_basis'", values,
                                                   framework=framework, dtype=dtype_of(framework, case))
-                                 if values else NONE)
+                                 if values else NOT_MEASURED)
         return table
 
     def against_plain(self) -> Table:
         """Returns time over the plain network's, beside multiply-accumulates over its, and adds rows of it."""
         frameworks = (OURS, *self.frameworks[:1])
-        table = [["over the plain network's", *(f"time, {_said(name)}" for name in frameworks), "MACs", "parameters"]]
+        table = [["over the plain network's", *(f"time, {_shown(name)}" for name in frameworks), "MACs", "parameters"]]
         for group in self.groups:
             for case in group[1:]:
                 counts = case.counts()
@@ -115,18 +111,18 @@ class Comparison:
                     values = self.ratio((case.network, framework), (case.plain, framework))
                     table[-1].append(self.session.add(self.subject, case, "ratio: time over plain", values,
                                                       framework=framework, dtype=dtype_of(framework, case))
-                                     if values else NONE)
+                                     if values else NOT_MEASURED)
                 table[-1] += [spread([counts[f"{key} over plain"]]) for key in ("macs", "parameters")]
         return table
 
     def absolute(self, unit: str) -> Table:
         """Returns milliseconds of everything, and images per second of this package."""
         frameworks = (OURS, *self.frameworks)
-        table = [[f"ms a {unit}", *map(_said, frameworks), "images/s, this package"]]
+        table = [[f"ms a {unit}", *map(_shown, frameworks), "images/s, this package"]]
         for case in self.cases:
             found = [self.seconds.get((case.network, framework)) for framework in frameworks]
             ours = self.seconds[case.network, OURS]
-            table.append([f"{case.network}, batch {case.batch}", *(spread(part, 1000) if part else NONE
+            table.append([f"{case.network}, batch {case.batch}", *(spread(part, 1000) if part else NOT_MEASURED
                                                                    for part in found),
                           spread([case.batch / value for value in ours])])
         return table
@@ -144,12 +140,12 @@ def torch_frameworks(platform: str, dtype: str) -> list[str]:
     """
     if platform == "tpu":  # PyTorch has no such device
         return []
-    variants = ["channels_last", "eager", "compiled"]
+    modes = ["channels_last", "eager", "compiled"]
     if dtype == "bfloat16":
-        variants = ["channels_last bf16", "compiled bf16", "channels_last"]
+        modes = ["channels_last bf16", "compiled bf16", "channels_last"]
     elif platform != "cpu":
-        variants += ["channels_last bf16", "compiled bf16"]
-    return [f"pytorch {variant}" for variant in variants]
+        modes += ["channels_last bf16", "compiled bf16"]
+    return [f"pytorch {mode}" for mode in modes]
 
 
 def dtype_of(framework: str, case: Case) -> str:
@@ -161,19 +157,18 @@ def dtype_of(framework: str, case: Case) -> str:
 
 def failure(error: Exception) -> str:
     """Returns in one line that something does not work."""
-    line = next(iter(str(error).strip().splitlines()), "")
-    return f"does not work: {type(error).__name__}: {line[:200]}".rstrip(" .:")
+    return f"does not work: {type(error).__name__}: {first_line(error)[:200]}".rstrip(" .:")
 
 
-def _said(framework: str) -> str:
+def _shown(framework: str) -> str:
     return "this package" if framework == OURS else framework
 
 
-def _pytorch_networks(session: Session) -> Any:
-    """Returns `benchmarks.pytorch_networks`, or None, which is said, where PyTorch is not installed."""
+def _pytorch(session: Session) -> Any:
+    """Returns `benchmarks.pytorch_trainer`; where PyTorch is not installed prints so, and returns None."""
     try:
-        from benchmarks import pytorch_networks
+        from benchmarks import pytorch_trainer
     except ImportError:
-        session.tell(MISSING)
+        session.print_progress(MISSING)
         return None
-    return pytorch_networks
+    return pytorch_trainer

@@ -1,6 +1,6 @@
-"""How fast images are decoded, streamed and trained on. Prints tables; --write puts them into benchmarks/README.md.
+"""How fast images are streamed and trained on. Prints tables; --write puts them into benchmarks/README.md.
 
-    python benchmarks/data.py --write
+    python -m benchmarks.data --write
 
 Subjects are measured in turns within one session, several rounds, and medians are reported: on a shared machine
 only ratios mean much. Images are photographs (scikit-learn's two samples, cut at random) of ImageNet's usual size.
@@ -8,13 +8,11 @@ only ratios mean much. Images are photographs (scikit-learn's two samples, cut a
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import functools
-import importlib.util
 import io
-import statistics
-import sys
+import multiprocessing
+import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +22,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
+if not __package__:  # python benchmarks/data.py, as an earlier version had it
+    from moved import run_as_module
+    run_as_module("benchmarks.data")
 
-from benchmarks.common import README, Table, in_turns, machine, markdown, medians, replace_section, trainers
+# Each worker that Grain starts imports this file: without JAX, as those of a training do.
+from benchmarks.common import PAGE, Parser, Table, in_turns, machine, markdown, medians, positive, replace_section
+from benchmarks.records import ROOT
+from shared_basis.cli.app import run_and_exit
 from shared_basis.config import Config, DataConfig, ModelConfig, TrainConfig, replace
-from shared_basis.data import images, streaming
+from shared_basis.data import streaming
 from shared_basis.data.examples import Source
 
 if TYPE_CHECKING:
@@ -36,8 +39,7 @@ if TYPE_CHECKING:
 
     from shared_basis.data.feeds import Images
 
-BEGIN, END = "<!-- data -->\n", "<!-- end of data -->\n"
-PACKAGES = ("jax", "pillow", "grain", "simplejpeg", "opencv-python-headless")
+PACKAGES = ("jax", "pillow", "grain")
 
 
 def photographs(count: int, size: tuple[int, int], quality: int = 92) -> list[bytes]:
@@ -56,79 +58,6 @@ def photographs(count: int, size: tuple[int, int], quality: int = 92) -> list[by
         part.save(buffer, "JPEG", quality=quality)
         files.append(buffer.getvalue())
     return files
-
-
-def rate(function: Callable[[bytes], object], files: Sequence[bytes]) -> float:
-    """Returns images per second of one thread."""
-    began = time.perf_counter()
-    for file in files:
-        function(file)
-    return len(files) / (time.perf_counter() - began)
-
-
-Box = tuple[int, int, int, int]
-Scale = Callable[[np.ndarray, Box], np.ndarray]
-
-
-def box_of(file: bytes) -> Box:
-    """Returns a random box of a file of 500×375, always the same."""
-    left, top, right, bottom = images.random_resized(np.random.default_rng(len(file)))(375, 500)
-    return int(left), int(top), int(right), int(bottom)
-
-
-def scaled_by_pillow(pixels: np.ndarray, box: Box) -> np.ndarray:
-    """Returns the part `box` of an image, scaled to 224×224 by the antialiased filter of the recipes."""
-    part = Image.fromarray(pixels[box[1]:box[3], box[0]:box[2]])
-    return np.asarray(part.resize((224, 224), Image.Resampling.BILINEAR))
-
-
-def decoding(rounds: int) -> Table:
-    """Returns images per second and core: decoding alone, and with the random resized crop to 224."""
-    large, small = photographs(40, (375, 500), 96), photographs(400, (32, 32))
-    columns = ("decoded, 32×32", "decoded, 500×375", "cropped and scaled to 224")
-    subjects = {}
-    for name, decode, scale in _decoders():
-        whole = decode or (lambda file: images.decode(file, 3))
-        cropped = _cropped(decode, scale)
-        for column, function, files in zip(columns, (whole, whole, cropped), (small, large, large), strict=True):
-            subjects[f"{name}|{column}"] = functools.partial(rate, function, files)
-    found = medians(in_turns(subjects, rounds))
-    names = dict.fromkeys(key.split("|")[0] for key in found)
-    size = statistics.mean(map(len, large)) / 1000
-    return [[f"images/s of one core; 500×375: {size:.0f} kB", *columns],
-            *([name, *(f"{found[f'{name}|{column}']:,.0f}" for column in columns)] for name in names)]
-
-
-def _decoders() -> list[tuple[str, Callable[[bytes], np.ndarray] | None, Scale]]:
-    """Returns names, decoders and scalers; the first, with None, is this package's own way, others are if installed."""
-    found: list[tuple[str, Callable[[bytes], np.ndarray] | None, Scale]] = [
-        ("this package: Pillow", None, scaled_by_pillow)]
-    if importlib.util.find_spec("simplejpeg"):
-        import simplejpeg
-
-        found.append(("simplejpeg, scaled by Pillow", lambda file: simplejpeg.decode_jpeg(file, "RGB"),
-                      scaled_by_pillow))
-    if importlib.util.find_spec("cv2"):
-        import cv2
-
-        cv2.setNumThreads(1)
-
-        def decode(file: bytes) -> np.ndarray:
-            return np.asarray(cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR_RGB))
-
-        def scaled(interpolation: int) -> Scale:
-            return lambda pixels, box: np.asarray(cv2.resize(
-                pixels[box[1]:box[3], box[0]:box[2]], (224, 224), interpolation=interpolation))
-        found += [("OpenCV, scaled by Pillow", decode, scaled_by_pillow),
-                  ("OpenCV, its area filter (another filter)", decode, scaled(cv2.INTER_AREA)),
-                  ("OpenCV, its linear filter (no antialias: not equal)", decode, scaled(cv2.INTER_LINEAR))]
-    return found
-
-
-def _cropped(decode: Callable[[bytes], np.ndarray] | None, scale: Scale) -> Callable[[bytes], np.ndarray]:
-    if decode is None:
-        return lambda file: images.decode(file, 3, (224, 224), lambda height, width: box_of(file))
-    return lambda file: scale(decode(file), box_of(file))
 
 
 def pipeline(rounds: int) -> Table:
@@ -181,17 +110,17 @@ def _streamed(source: Source, config: DataConfig, workers: int) -> tuple[float, 
 
 
 def _memory() -> int:
-    """Returns the bytes that this process and its children hold, what they share counted once."""
-    import psutil
-
-    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    shared = Path("/dev/shm")
-    return sum(process.memory_full_info().uss for process in processes) + (
-        sum(path.stat().st_size for path in shared.glob("psm_*")) if shared.is_dir() else 0)
+    """Returns the bytes that this process and its workers hold, what they share counted once; on Linux alone."""
+    processes = (os.getpid(), *(child.pid for child in multiprocessing.active_children()))
+    maps = "".join(Path(f"/proc/{process}/smaps_rollup").read_text() for process in processes)
+    own = sum(map(int, re.findall(r"^Private_(?:Clean|Dirty):\s+(\d+) kB", maps, re.MULTILINE)))
+    return 1024 * own + sum(path.stat().st_size for path in Path("/dev/shm").glob("psm_*"))
 
 
 def training(rounds: int) -> Table:
     """Returns how much of the compiled step's speed the whole trainer keeps, resident and streamed."""
+    from benchmarks.trainer import trainers
+
     digits = Config(model=ModelConfig(name="resnet20-s8u1-double"), train=TrainConfig(
         epochs=1, batch_size=64, evaluate_every=1))
     table = [["trainer against the bare compiled step", "bare, images/s", "resident", "streamed"]]
@@ -223,20 +152,20 @@ def _load(config: Config, mesh: Mesh) -> Images:
 def report(parts: Iterator[Table]) -> str:
     """Returns the section for the README."""
     tables = "\n".join(markdown(part) for part in parts)
-    return f"`python benchmarks/data.py --write`, {machine(PACKAGES)}:\n\n{tables}"
+    return f"`python -m benchmarks.data --write`, {machine(PACKAGES)}:\n\n{tables}"
 
 
-def main() -> None:
-    """Measures, prints, and writes if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each subject; the median counts")
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
+    """Measures and prints; writes the page below `root` if asked to."""
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=positive, default=7, help="measurements of each subject; the median counts")
     parser.add_argument("--write", action="store_true", help="replace the figures in benchmarks/README.md")
-    options = parser.parse_args()
-    text = report(part(options.rounds) for part in (decoding, pipeline, training))
+    options = parser.parse_args(arguments)
+    text = report(part(options.rounds) for part in (pipeline, training))
     print(text)
     if options.write:
-        replace_section(README, BEGIN, END, text)
+        replace_section(root / PAGE, "data", text)
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

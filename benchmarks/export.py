@@ -1,7 +1,7 @@
 """How large exported files are and how fast, beside the plain network's; and whether they say what the network does.
 
-    python benchmarks/export.py --append --write
-    python benchmarks/export.py --workdirs=runs/NAME
+    python -m benchmarks.export --append --write
+    python -m benchmarks.export --workdirs=runs/NAME
 
 Files are ONNX and computed by onnxruntime. Networks that are named have random weights; runs in workdirs have their own
 and are held to their network on all of their test images. --append adds the rows to results/export.csv; --write puts
@@ -10,6 +10,7 @@ the tables into benchmarks/README.md.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import math
 import sys
@@ -17,16 +18,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
+if not __package__:  # python benchmarks/export.py, as an earlier version had it
+    from moved import run_as_module
+    run_as_module("benchmarks.export")
 
 import jax
 import numpy as np
 
 from benchmarks import records
-from benchmarks.cases import Case, Timed, make_case, repeated
-from benchmarks.common import README, Parser, Table, in_turns, machine, names, positive, replace_section
+from benchmarks.cases import SECONDS, Case, Timed, make_case, repeated
+from benchmarks.common import PAGE, Parser, Table, in_turns, machine, names, positive, replace_section
 from benchmarks.processes import ask
-from benchmarks.records import ROOT, Part, Session, spread
+from benchmarks.records import ROOT
+from benchmarks.session import Part, Session, SpeedRow, spread
+from shared_basis.cli.app import run_and_exit
 from shared_basis.config import DataConfig
 from shared_basis.data import feeds
 from shared_basis.data.augment import normalize
@@ -39,8 +44,8 @@ from shared_basis.models.parameters import abstract_variables
 from shared_basis.runs.trained import Trained
 from shared_basis.runtime.reporter import Reporter
 
-FILE = ROOT / "results" / "export.csv"
-BEGIN, END = "<!-- export -->\n", "<!-- end of export -->\n"
+FILE = Path("results") / "export.csv"
+"""Below the repository's root."""
 NETWORKS = ("resnet32-s16u1-double", "resnet56-s8u1", "resnet34-s32u1", "densenet121-s64u4", "mobilenetv2-shared")
 """What is measured unless others are named."""
 FOLDS = tuple(choice for choice in CHOICES if choice != "none")
@@ -78,15 +83,15 @@ def files(session: Session, cases: Sequence[Case]) -> Table:
     by_network = {name: case for case in cases for name in (case.plain, case.network)}
     made = {name: make_case(name, "cpu", case.batch) for name, case in by_network.items()}
     for name, case in made.items():
-        session.tell(f"export: {name}")
+        session.print_progress(f"export: {name}")
         graph = graph_of(case)
         for choice in FOLDS if case.form else ("auto",):
             folded = fold(graph, choice)[0]
             contents[name, choice], macs[name, choice] = onnx.serialise(folded, {})[""], count_macs(folded)
     images = {name: np.random.default_rng(0).integers(0, 256, (case.batch, case.image_size, case.image_size, 3),
                                                       dtype=np.uint8) for name, case in made.items()}
-    timed = {key: Timed(repeated(functools.partial(session_of(content).run, None, {"images": images[key[0]]})))
-             for key, content in contents.items()}
+    timed = {key: Timed(repeated(functools.partial(session_of(content).run, None, {"images": images[key[0]]})),
+                        session.seconds) for key, content in contents.items()}
     for measure in timed.values():
         measure()  # finds out how often
     seconds = in_turns(timed, session.rounds)
@@ -128,7 +133,7 @@ def agreement(session: Session, workdirs: Sequence[str]) -> Table:
     for workdir in workdirs:
         trained = Trained.open(workdir)
         name = trained.config.model.name
-        session.tell(f"export: {name}, test images")
+        session.print_progress(f"export: {name}, test images")
         tests, network = load_tests(trained, Reporter(sys.stderr)), trained.classifier()
         expected = np.concatenate([np.asarray(network(jax.numpy.asarray(pixels))) for pixels, _ in tests])
         best = np.sort(expected, axis=-1)
@@ -144,14 +149,29 @@ def agreement(session: Session, workdirs: Sequence[str]) -> Table:
     return table
 
 
-def run(options: Any) -> None:
-    """Measures, prints, and keeps what is to be kept.
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the options."""
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--networks", type=names, help="in place of the usual ones; with --workdirs none are usual")
+    parser.add_argument("--workdirs", type=names, default=(), help="runs to hold to their networks")
+    parser.add_argument("--batch", type=positive, default=1, help="images at once")
+    parser.add_argument("--rounds", type=positive, default=5, help="measurements of each; the median counts")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="what a measurement of latency lasts, at least")
+    parser.add_argument("--append", action="store_true", help="add the rows to results/export.csv")
+    parser.add_argument("--write", action="store_true", help="replace the figures in benchmarks/README.md")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
+    """Measures and prints, and keeps the figures below `root` where the options say so.
 
     Raises:
       UserError: a network or a run does not exist, or a package is missing.
+      SystemExit: an option is invalid.
     """
+    options = parse(arguments)
     onnx.require_packages()
-    records.check_file(FILE)
+    records.check_file(root / FILE, SpeedRow)
     networks = options.networks or (() if options.workdirs else NETWORKS)
     cases = [make_case(network, "cpu", options.batch) for network in networks]
     words = [f"--batch={options.batch}", f"--rounds={options.rounds}"]
@@ -160,30 +180,18 @@ def run(options: Any) -> None:
     if options.workdirs:
         words.append(f"--workdirs={','.join(Path(workdir).name for workdir in options.workdirs)}")
     device = ask("device")
-    session = Session(device["device"], device["platform"], " ".join(["python benchmarks/export.py", *words]),
-                      options.rounds)
+    session = Session(device["device"], device["platform"], " ".join(["python -m benchmarks.export", *words]),
+                      options.rounds, options.seconds)
     tables = [files(session, cases)] if cases else []
     if options.workdirs:
         tables.append(agreement(session, options.workdirs))
     text = f"`{session.command}`, {machine(('jax', 'onnx', 'onnxruntime'))}:\n\n{Part(tables).render()}"
     print(text)
     if options.append:
-        records.append(FILE, session.rows)
+        records.append(root / FILE, session.rows)
     if options.write:
-        replace_section(README, BEGIN, END, text)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Does what the command line says."""
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--networks", type=names, help="in place of the usual ones; with --workdirs none are usual")
-    parser.add_argument("--workdirs", type=names, default=(), help="runs to hold to their networks")
-    parser.add_argument("--batch", type=positive, default=1, help="images at once")
-    parser.add_argument("--rounds", type=positive, default=5, help="measurements of each; the median counts")
-    parser.add_argument("--append", action="store_true", help="add the rows to results/export.csv")
-    parser.add_argument("--write", action="store_true", help="replace the figures in benchmarks/README.md")
-    parser.end_with(run, parser.parse_args(arguments))
+        replace_section(root / PAGE, "export", text)
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

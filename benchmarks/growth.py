@@ -10,26 +10,31 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.cases import Case, Timed, by_form, make_step
 from benchmarks.common import Measure, Table, in_turns
 from benchmarks.processes import MIB, ROUNDS, ask
-from benchmarks.records import Part, Session, spread
+from benchmarks.session import Part, Session, spread
 from benchmarks.worker import without_images
 from shared_basis.models.base import Network
 from shared_basis.models.parameters import abstract_variables, count_macs
 from shared_basis.models.resnet import ResNet
+from shared_basis.plotting import MARKERS, Theme, png, set_log
 from shared_basis.runs.trained import build_model
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 WIDTHS = (1, 2, 4)
+"""Times the usual width."""
 BATCHES = (1 / 4, 1 / 2, 1, 2, 4)
 """Times the usual batch."""
 DEVICES = (1, 2, 4)
 
 UNITS = {"depth": "depth (layers)", "width": "width (× 16, 32, 64)", "batch": "batch (images)",
          "devices": "devices (same batch)"}
-"""What a network grows by, as an axis says it."""
+"""What a network grows by, as the label of an axis."""
 
 
 @dataclasses.dataclass
@@ -50,24 +55,28 @@ class Point:
     """Of parameters, optimizer and step, on each device, by XLA."""
 
 
-def growth(session: Session, cases: Sequence[Case], picture: Path | None) -> Part:
+def growth(session: Session, cases: Sequence[Case], picture: Path | None, *, widths: Sequence[int] = WIDTHS,
+           batches: Sequence[float] = BATCHES, devices: Sequence[int] = DEVICES) -> Part:
     """Measures `cases` by depth, and the first one of each form of sharing by width, batch and devices.
 
     Args:
       picture: where the plot goes; None leaves it out.
+      widths, batches: factors of the usual ones.
     """
     base = [networks[0] for networks in by_form(cases).values()]
     points = []
-    for axis, made in (("depth", _by_depth(cases)), ("width", _by_width(base)), ("batch", _by_batch(base))):
-        session.tell(f"growth: {axis}, {len(made)} networks")
+    for axis, made in (("depth", _by_depth(cases)), ("width", _by_width(base, widths)),
+                       ("batch", _by_batch(base, batches))):
+        session.print_progress(f"growth: {axis}, {len(made)} networks")
         _measure(made, session)
         points += made
-    points += _by_devices(base, session)
+    points += _by_devices(base, session, devices)
     _record(session, points)
     notes = []
     if picture is not None:
-        notes.append(f"![time and memory by depth, width, batch and devices](../results/{picture.name})"
-                     if plot(points, picture, session) else "The plot was left out: matplotlib is not installed.")
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_bytes(png(functools.partial(_paint, points), size=(3.1 * len({p.axis for p in points}), 5.6)))
+        notes.append(f"![time and memory by depth, width, batch and devices](../results/{picture.name})")
     return Part([_table(points)], notes)
 
 
@@ -90,11 +99,11 @@ def _by_depth(cases: Sequence[Case]) -> list[Point]:
             for case, found in depths if found]
 
 
-def _by_width(cases: Sequence[Case]) -> list[Point]:
+def _by_width(cases: Sequence[Case], factors: Sequence[int]) -> list[Point]:
     points = []
     for case in cases:
         model = _model(case)
-        for factor in WIDTHS if isinstance(model, ResNet) else ():
+        for factor in factors if isinstance(model, ResNet) else ():
             sharing = dataclasses.replace(model.sharing, shared_rank=factor * model.sharing.shared_rank,
                                           unique_rank=factor * model.sharing.unique_rank)
             wide = model.clone(widths=tuple(factor * width for width in model.widths), sharing=sharing)
@@ -102,8 +111,8 @@ def _by_width(cases: Sequence[Case]) -> list[Point]:
     return points
 
 
-def _by_batch(cases: Sequence[Case]) -> list[Point]:
-    sized = [dataclasses.replace(case, batch=max(1, int(factor * case.batch))) for case in cases for factor in BATCHES]
+def _by_batch(cases: Sequence[Case], factors: Sequence[float]) -> list[Point]:
+    sized = [dataclasses.replace(case, batch=max(1, int(factor * case.batch))) for case in cases for factor in factors]
     return [Point("batch", case.batch, case, case.form or "plain", macs(case) * case.batch) for case in sized]
 
 
@@ -113,21 +122,21 @@ def _measure(points: Sequence[Point], session: Session) -> None:
     for index, point in enumerate(points):
         made = make_step(point.case, point.model)
         point.bytes = without_images(made.program.memory)
-        subjects[index] = Timed(made.run)
+        subjects[index] = Timed(made.run, session.seconds)
     for index, seconds in in_turns(subjects, session.rounds).items():
         points[index].seconds = seconds
 
 
-def _by_devices(cases: Sequence[Case], session: Session) -> list[Point]:
+def _by_devices(cases: Sequence[Case], session: Session, usual: Sequence[int]) -> list[Point]:
     """Measures one batch on several devices, each time in a process of its own."""
-    counts = [count for count in DEVICES if all(case.batch % count == 0 for case in cases)]
+    counts = [count for count in usual if all(case.batch % count == 0 for case in cases)]
     if session.platform != "cpu":
         counts = [count for count in counts if count <= ask("device")["devices"]] if session.platform == "gpu" else []
     points = [Point("devices", count, case, case.form or "plain", macs(case) * case.batch)
               for case in cases for count in counts]
 
     def measure(point: Point, cache: str) -> float:
-        session.tell(f"growth: {point.case.network} on {point.size:g} devices")
+        session.print_progress(f"growth: {point.case.network} on {point.size:g} devices")
         answer = ask("timing", point.case, {**_some_devices(session.platform, int(point.size)),
                                             "JAX_COMPILATION_CACHE_DIR": cache})
         point.bytes = answer["program"]
@@ -171,54 +180,34 @@ def _table(points: Sequence[Point]) -> Table:
     return table
 
 
-def plot(points: Sequence[Point], path: Path, session: Session) -> bool:
-    """Draws time and memory by each axis; returns whether it could."""
-    try:
-        import matplotlib
-    except ImportError:
-        session.tell("matplotlib is not installed and the plot is left out: pip install matplotlib")
-        return False
-    matplotlib.use("agg")  # needs no screen
-    from matplotlib import pyplot
-
+def _paint(points: Sequence[Point], figure: Figure, theme: Theme) -> None:
+    """Draws time and memory by each axis."""
     axes = list(dict.fromkeys(point.axis for point in points))
-    figure, grid = pyplot.subplots(2, len(axes), figsize=(3.1 * len(axes), 5.6), squeeze=False, sharey="row",
-                                   layout="constrained")
+    grid = figure.subplots(2, len(axes), squeeze=False, sharey="row")
     for column, axis in enumerate(axes):
         here = [point for point in points if point.axis == axis]
-        _draw(grid[0, column], here, lambda point: 1000 * statistics.median(point.seconds), work=True)
-        _draw(grid[1, column], here, lambda point: point.bytes / MIB, work=False)
+        _draw(grid[0, column], here, lambda point: 1000 * statistics.median(point.seconds), theme, work=True)
+        _draw(grid[1, column], here, lambda point: point.bytes / MIB, theme, work=False)
         grid[1, column].set_xlabel(UNITS[axis])
     grid[0, 0].set_ylabel("time of a step (ms)")
     grid[1, 0].set_ylabel("memory of a device (MiB)")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
-    return True
 
 
-def _draw(axes: Any, points: Sequence[Point], value: Callable[[Point], float], work: bool) -> None:
+def _draw(axes: Any, points: Sequence[Point], value: Callable[[Point], float], theme: Theme, *,
+          work: bool) -> None:
     """Draws a line for each name; with `work`, dashed, the time that grows as the MACs do from the smallest on."""
-    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
-
     names = list(dict.fromkeys(point.name for point in points))
     for index, name in enumerate(names):
         line = [point for point in points if point.name == name]
         sizes = [point.size for point in line]
-        axes.plot(sizes, [value(point) for point in line], marker="o", markersize=4, color=f"C{index}", label=name)
+        axes.plot(sizes, [value(point) for point in line], marker=MARKERS[index], color=theme.colors[index],
+                  label=name)
         if work:
             ideal = [value(line[0]) * point.work / line[0].work for point in line]
-            axes.plot(sizes, ideal, linestyle="--", linewidth=1, color=f"C{index}", alpha=0.6,
+            axes.plot(sizes, ideal, linestyle="--", linewidth=1, color=theme.colors[index], alpha=0.6,
                       label="in proportion to MACs" if index == len(names) - 1 else None)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    for which in ("x", "y"):
+        set_log(axes, which)
     axes.set_xticks(sorted({point.size for point in points}))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -20,9 +20,10 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.cases import Case, beside_plain, by_form
-from benchmarks.common import Measure, Table, in_turns
-from benchmarks.comparison import MISSING, NONE, torch_frameworks
-from benchmarks.records import OURS, ROOT, Part, Session, spread
+from benchmarks.common import NOT_MEASURED, Measure, Table, in_turns
+from benchmarks.comparison import MISSING, torch_frameworks
+from benchmarks.records import ROOT
+from benchmarks.session import OURS, Part, Session, spread
 from shared_basis.errors import UserError
 
 ROUNDS = 3
@@ -41,7 +42,7 @@ def ask(task: str, case: Case | None = None, environment: Mapping[str, str] | No
     """Returns what `benchmarks.worker` answers; an empty variable in `environment` is one that is not set.
 
     Raises:
-      UserError: it fails; with the last line that it printed.
+      UserError: it failed; with the last line that it printed.
     """
     request = json.dumps({"task": task, "case": dataclasses.asdict(case) if case else None})
     command = [sys.executable, "-m", "benchmarks.worker", request]
@@ -63,7 +64,7 @@ def compiling(session: Session, cases: Sequence[Case]) -> Part:
     answers: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
 
     def measure(case: Case) -> float:
-        session.tell(f"compile: {case.network}")
+        session.print_progress(f"compile: {case.network}")
         answers[case].append(ask("compiling", case, WITHOUT_CACHE))
         return answers[case][-1]["step"]
     seconds = in_turns({case: functools.partial(measure, case) for case in cases}, rounds)
@@ -76,7 +77,7 @@ def compiling(session: Session, cases: Sequence[Case]) -> Part:
         for quantity, other in ((f"ratio: compile time over {first[case.form].network}", first[case.form]),
                                 ("ratio: compile time over plain", plain)):
             ratio = [a / b for a, b in zip(seconds[case], seconds.get(other, ()), strict=False)]
-            row.append(session.add("compile", case, quantity, ratio) if ratio and other != case else NONE)
+            row.append(session.add("compile", case, quantity, ratio) if ratio and other != case else NOT_MEASURED)
         row += [session.add("compile", case, "seconds to compile the step", seconds[case]),
                 session.add("compile", case, "seconds to build the program", [a["build"] for a in answers[case]])]
         table.append(row)
@@ -92,7 +93,7 @@ def memory(session: Session, cases: Sequence[Case]) -> Part:
     groups = beside_plain(cases)
     for case in (case for group in groups for case in group):
         for framework, task in ((OURS, "memory"), (theirs, "pytorch memory"))[:2 if torch else 1]:
-            session.tell(f"memory: {case.network}, {framework}")
+            session.print_progress(f"memory: {case.network}, {framework}")
             try:
                 answers[case, framework] = ask(task, case, WITHOUT_CACHE)
             except UserError as error:
@@ -128,18 +129,20 @@ def _memory_tables(session: Session, groups: Sequence[Sequence[Case]],
     def ratio(case: Case, key: str, other: tuple[Case, str], quantity: str) -> str:
         above, below = answers.get((case, OURS)), answers.get(other)
         if above is None or below is None or not _bytes(above, key) or not _bytes(below, key):
-            return NONE
+            return NOT_MEASURED
         return session.add("memory", case, f"ratio: {_QUANTITIES[key]}, over {quantity}",
                            [_bytes(above, key) / _bytes(below, key)])
     for group in groups:
         for case in group:
             name = f"{case.network}, batch {case.batch}"
-            plain = [ratio(case, key, (group[0], OURS), "plain") if case.form else NONE for key in ("program", "peak")]
+            plain = [ratio(case, key, (group[0], OURS), "plain") if case.form else NOT_MEASURED
+                     for key in ("program", "peak")]
             ratios.append([name, *plain, *(ratio(case, key, (case, theirs), theirs) for key in ("peak", "device"))])
             for framework in (OURS, theirs):
                 if answer := answers.get((case, framework)):
+                    mebibytes = {key: _bytes(answer, key) / MIB for key in _SHORT}
                     absolute.append([f"{name}{'' if framework == OURS else f', {framework}'}", *(
-                        spread([_bytes(answer, key)], 1 / MIB) if _bytes(answer, key) else NONE for key in _SHORT)])
+                        spread([value]) if value else NOT_MEASURED for value in mebibytes.values())])
     return [ratios, absolute]
 
 
@@ -177,7 +180,7 @@ def _latencies(session: Session, case: Case, root: Path) -> dict[str, list[float
         run = next(runs)
         if state == "cold":
             cache = root / f"cache{run}"
-        session.tell(f"latency: {case.network}, {state} cache")
+        session.print_progress(f"latency: {case.network}, {state} cache")
         first, whole = first_step(_command(case, root / "images", root / f"run{run}"), {
             **_USERS_SHELL, "XDG_CACHE_HOME": str(cache)})
         wholes[f"{state} whole"].append(whole)

@@ -1,4 +1,4 @@
-"""The networks in PyTorch, as its users would write them: what `benchmarks/speed.py` compares this package with.
+"""The networks in PyTorch, as its users would write them: what `benchmarks.speed` compares this package with.
 
 Ordinary modules in NCHW; a shared basis is an `nn.Conv2d` that all blocks of a group but the first are given. Modules
 are named as this package names its parameters (`group1.1.first.unique.weight` is `group1/block2/first/unique`), so
@@ -10,16 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.pytorch_blocks import BasicBlock, BasisConv2d, Bottleneck, InvertedResidual, conv
 from shared_basis.errors import UserError
-
-LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, PENALTY_WEIGHT = 0.1, 0.9, 5e-4, 10.0
 
 SMALL = {f"resnet{depth}": ((depth - 2) // 6,) * 3 for depth in (14, 20, 32, 44, 56, 110)}
 BASIC = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
@@ -35,104 +33,6 @@ class Elements:
 
     shared: list[nn.Conv2d]
     unique: list[nn.Conv2d] = dataclasses.field(default_factory=list)
-
-
-def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1, groups: int = 1, bias: bool = False) -> nn.Conv2d:
-    """Returns a convolution that keeps height and width, but for the stride."""
-    return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=bias)
-
-
-class BasisConv2d(nn.Module):
-    """A 3×3 layer as coefficients of its unique elements and of the group's shared ones, with batch normalisation."""
-
-    def __init__(self, shared: nn.Conv2d | None, width: int, unique_rank: int) -> None:
-        super().__init__()
-        self.shared = shared
-        self.unique = conv(width, unique_rank) if unique_rank else None
-        rank = unique_rank + (shared.out_channels if shared is not None else 0)
-        self.norm = nn.BatchNorm2d(rank)
-        self.coefficients = nn.Conv2d(rank, width, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps `[N, width, H, W]` to the same shape."""
-        parts = [part(x) for part in (self.unique, self.shared) if part is not None]
-        return self.coefficients(self.norm(torch.cat(parts, dim=1)))
-
-
-class OptionA(nn.Module):
-    """The shortcut without parameters: subsampled, with zero channels on both sides."""
-
-    def __init__(self, missing: int, stride: int) -> None:
-        super().__init__()
-        self.pad, self.stride = (0, 0, 0, 0, missing // 2, missing - missing // 2), stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps `[N, C, H, W]` to `[N, C + missing, H / stride, W / stride]`."""
-        return F.pad(x[:, :, ::self.stride, ::self.stride], self.pad)
-
-
-def shortcut(inputs: int, outputs: int, stride: int, project: bool) -> nn.Module:
-    """Returns the shortcut of a residual block."""
-    if stride == 1 and inputs == outputs:
-        return nn.Identity()
-    if project:
-        return nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
-    return OptionA(outputs - inputs, stride)
-
-
-class BasicBlock(nn.Module):
-    """Two 3×3 layers."""
-
-    def __init__(self, inputs: int, width: int, stride: int, layers: tuple[nn.Module, nn.Module],
-                 project: bool) -> None:
-        super().__init__()
-        self.first, self.second = layers
-        self.first_norm, self.second_norm = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
-        self.shortcut = shortcut(inputs, width, stride, project)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps `[N, inputs, H, W]` to `[N, width, H / stride, W / stride]`."""
-        y = F.relu(self.first_norm(self.first(x)), inplace=True)
-        y = self.second_norm(self.second(y))
-        return F.relu(y + self.shortcut(x), inplace=True)
-
-
-class Bottleneck(nn.Module):
-    """A 1×1, a 3×3 and a 1×1 layer; the last two may be those of other blocks."""
-
-    def __init__(self, inputs: int, width: int, stride: int, shared: dict[str, nn.Conv2d]) -> None:
-        super().__init__()
-        outputs = 4 * width
-        self.first, self.first_norm = conv(inputs, width, 1), nn.BatchNorm2d(width)
-        self.second, self.second_norm = shared.get("second", conv(width, width, 3, stride)), nn.BatchNorm2d(width)
-        self.third, self.third_norm = shared.get("third", conv(width, outputs, 1)), nn.BatchNorm2d(outputs)
-        self.shortcut = shortcut(inputs, outputs, stride, True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps `[N, inputs, H, W]` to `[N, 4 · width, H / stride, W / stride]`."""
-        y = F.relu(self.first_norm(self.first(x)), inplace=True)
-        y = F.relu(self.second_norm(self.second(y)), inplace=True)
-        y = self.third_norm(self.third(y))
-        return F.relu(y + self.shortcut(x), inplace=True)
-
-
-class InvertedResidual(nn.Module):
-    """1×1 expansion, 3×3 depthwise, 1×1 projection; the 1×1 layers may be those of other blocks."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int, shared: dict[str, nn.Conv2d]) -> None:
-        super().__init__()
-        inner = expansion * inputs
-        self.first, self.first_norm = shared.get("first", conv(inputs, inner, 1)), nn.BatchNorm2d(inner)
-        self.second, self.second_norm = conv(inner, inner, 3, stride, groups=inner), nn.BatchNorm2d(inner)
-        self.third, self.third_norm = shared.get("third", conv(inner, outputs, 1)), nn.BatchNorm2d(outputs)
-        self.residual = stride == 1 and inputs == outputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps `[N, inputs, H, W]` to `[N, outputs, H / stride, W / stride]`."""
-        y = F.relu(self.first_norm(self.first(x)), inplace=True)
-        y = F.relu(self.second_norm(self.second(y)), inplace=True)
-        y = self.third_norm(self.third(y))
-        return x + y if self.residual else y
 
 
 class Network(nn.Module):
@@ -334,103 +234,3 @@ def _errors(elements: Elements) -> Iterator[Tensor]:
     if unique:
         layers = torch.stack(unique)
         yield layers @ layers.mT - torch.eye(layers.shape[1], device=layers.device)
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """How PyTorch is used."""
-
-    channels_last: bool = False
-    autocast: bool = False
-    """Computes in bfloat16 what autocast lets it."""
-    compiled: bool = False
-
-
-VARIANTS = {
-    "eager": Variant(),
-    "channels_last": Variant(channels_last=True),
-    "channels_last bf16": Variant(channels_last=True, autocast=True),
-    "compiled": Variant(channels_last=True, compiled=True),
-    "compiled bf16": Variant(channels_last=True, autocast=True, compiled=True),
-}
-"""By name; all but the first are in channels_last."""
-
-
-class Trainer:
-    """A network with its optimizer, and a batch of normalised images that lies on the device already."""
-
-    def __init__(self, network: Network, variant: Variant, batch: int, image_size: int) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.backends.cudnn.benchmark = True
-        layout = torch.channels_last if variant.channels_last else torch.contiguous_format
-        self.network = network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
-        self.autocast = variant.autocast
-        self.images = self.random_images(batch, image_size).to(memory_format=layout)
-        self.labels = torch.randint(self.network.head.out_features, (batch,), device=self.device)
-        self.optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM,
-                                         weight_decay=WEIGHT_DECAY)
-        self.beginning = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        # Not a step that is compiled in part: what does not work as a whole is said not to work.
-        wrap = functools.partial(torch.compile, fullgraph=True, dynamic=False) if variant.compiled else _as_it_is
-        self.loss: Callable[[], Tensor] = wrap(self._loss)
-        self.score: Callable[[Tensor, Tensor], Tensor] = wrap(self._score)
-
-    def random_images(self, count: int, size: int) -> Tensor:
-        """Returns normalised images `[count, 3, size, size]`."""
-        return torch.randn(count, 3, size, size, device=self.device)
-
-    def _loss(self) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            logits = self.network(self.images)
-        return F.cross_entropy(logits.float(), self.labels) + PENALTY_WEIGHT * orthogonality_penalty(self.network)
-
-    def _score(self, images: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            logits = self.network(images).float()
-        top5 = (logits.topk(5).indices == labels[:, None]).any(1).sum()
-        return torch.stack([F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum(), top5])
-
-    def step(self) -> None:
-        """Makes one update."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.loss().backward()
-        self.optimizer.step()
-
-    def run(self, steps: int) -> float:
-        """Returns the seconds that a step takes, from the beginning of training and without the first one."""
-        self.network.load_state_dict(self.beginning)
-        self.optimizer.state.clear()
-        self.network.train()
-        self.step()
-        self.synchronise()
-        began = time.perf_counter()
-        for _ in range(steps):
-            self.step()
-        self.synchronise()
-        return (time.perf_counter() - began) / steps
-
-    def evaluate(self, images: Tensor, labels: Tensor) -> float:
-        """Returns the seconds that it takes to score a batch: cross entropy, top-1 and top-5."""
-        self.network.eval()
-        began = time.perf_counter()
-        with torch.inference_mode():
-            self.score(images, labels).cpu()
-        return time.perf_counter() - began
-
-    def synchronise(self) -> None:
-        """Waits for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def peak_bytes(self) -> int | None:
-        """Returns the most memory that was in use on the device, where it has a memory of its own."""
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
-
-
-def _as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return function
-
-
-def forget_compiled() -> None:
-    """Has `torch.compile` begin anew: it counts, per line of code, how often that was compiled, and then gives up."""
-    torch._dynamo.reset()

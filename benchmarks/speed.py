@@ -1,6 +1,6 @@
 """How fast training is, and what it takes: prints tables, ratios first. See benchmarks/README.md for what they say.
 
-    python benchmarks/speed.py --append --write
+    python -m benchmarks.speed --append --write
 
 Subjects are measured in turns within one session, several rounds; a cell holds the median, and in brackets the least
 and the greatest. --append adds the rows to results/speed.csv; --write puts the tables into benchmarks/README.md.
@@ -17,7 +17,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
+if not __package__:  # python benchmarks/speed.py, as an earlier version had it
+    from moved import run_as_module
+    run_as_module("benchmarks.speed")
 # As in main.py; PyTorch is measured in the same process and has huge pages too.
 if __name__ == "__main__" and sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
@@ -27,13 +29,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory of the device too
 
 from benchmarks import growth, processes, records, subjects
-from benchmarks.cases import Case, default_networks, make_case
-from benchmarks.common import README, Parser, machine, names, positive, replace_section
-from benchmarks.records import ROOT, Part, Session
+from benchmarks.cases import SECONDS, Case, default_networks, make_case
+from benchmarks.common import PAGE, Parser, machine, names, positive, replace_section, section_of
+from benchmarks.records import ROOT
+from benchmarks.session import Part, Session, SpeedRow
+from shared_basis.cli.app import run_and_exit
 from shared_basis.models import create_model
 
-RESULTS = ROOT / "results"
-BEGIN, END = "<!-- speed -->\n", "<!-- end of speed -->\n"
+RESULTS = Path("results")
+FILE, PICTURE = RESULTS / "speed.csv", RESULTS / "speed_growth.png"
+"""Below the repository's root."""
 PACKAGES = ("jax", "flax", "torch")
 
 _DEPTHS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
@@ -56,8 +61,8 @@ _SHARING_ALONE = ("trainer", "penalty")
 """Subjects that leave out the plain ones among the default networks."""
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
-    """Returns the parser, for later mistakes, and the options."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the options."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--subjects", type=functools.partial(names, choices=tuple(SUBJECTS)),
                         default=tuple(SUBJECTS), help=f"some of {','.join(SUBJECTS)}; default: all")
@@ -67,9 +72,10 @@ def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
                         help="images a step, and a batch of an evaluation; default: what is usual")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="what to compute in")
     parser.add_argument("--rounds", type=positive, default=5, help="measurements of each; the median counts")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="what a measurement of steps lasts, at least")
     parser.add_argument("--append", action="store_true", help="add the rows to results/speed.csv")
     parser.add_argument("--write", action="store_true", help="replace the figures in benchmarks/README.md")
-    return parser, parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
 
 def cases_of(subject: str, options: argparse.Namespace, platform: str) -> list[Case]:
@@ -87,7 +93,7 @@ def cases_of(subject: str, options: argparse.Namespace, platform: str) -> list[C
 
 def command(options: argparse.Namespace) -> str:
     """Returns the command that measures this again."""
-    words = ["python", "benchmarks/speed.py"]
+    words = ["python", "-m", "benchmarks.speed"]
     if options.subjects != tuple(SUBJECTS):
         words.append(f"--subjects={','.join(options.subjects)}")
     if options.networks:
@@ -96,57 +102,55 @@ def command(options: argparse.Namespace) -> str:
         words.append(f"--batch={options.batch}")
     if options.dtype != "float32":
         words.append(f"--dtype={options.dtype}")
-    return shlex.join([*words, f"--rounds={options.rounds}"])
+    words.append(f"--rounds={options.rounds}")
+    if options.seconds != SECONDS:
+        words.append(f"--seconds={options.seconds:g}")
+    return shlex.join(words)
 
 
-def measure(subject: str, session: Session, cases: Sequence[Case], keep: bool) -> str:
-    """Returns a subject's section in Markdown; with `keep` its picture, if it has one, goes into `RESULTS`."""
+def measure(subject: str, session: Session, cases: Sequence[Case], picture: Path | None) -> str:
+    """Returns a subject's section in Markdown; `picture` is where that of growth goes, None leaves it out."""
     title, function, _ = SUBJECTS[subject]
     if function is None:
-        part = growth.growth(session, cases, RESULTS / "speed_growth.png" if keep else None)
+        part = growth.growth(session, cases, picture)
     else:
         part = function(session, cases)
     return f"### {title}\n\n`{session.command}`, {session.device}, {machine(PACKAGES)}:\n\n{part.render()}\n"
 
 
-def write(sections: dict[str, str]) -> None:
-    """Replaces the sections of these subjects between the marks of README.md, and leaves the others."""
-    _, _, rest = README.read_text().partition(BEGIN)
-    pieces = re.split(r"<!-- speed: (\w+) -->\n", rest.partition(END)[0])
+def write(page: Path, sections: dict[str, str]) -> None:
+    """Replaces the sections of these subjects between the marks of the page, and leaves the others."""
+    pieces = re.split(r"<!-- speed: (\w+) -->\n", section_of(page, "speed"))
     all_of_them = {**dict(zip(pieces[1::2], pieces[2::2], strict=True)), **sections}
     text = "".join(f"<!-- speed: {name} -->\n{all_of_them[name]}" for name in SUBJECTS if name in all_of_them)
-    replace_section(README, BEGIN, END, text)
+    replace_section(page, "speed", text)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Measures, prints, and keeps what is to be kept, after each subject.
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
+    """Measures and prints, and keeps each subject below `root` as soon as it is measured, where the options say so.
 
     Raises:
       UserError: the options do not fit, or something that was started fails.
+      SystemExit: an option is invalid.
     """
-    file = RESULTS / "speed.csv"
+    options = parse(arguments)
     if options.append:
-        records.check_file(file)
+        records.check_file(root / FILE, SpeedRow)
     for network in options.networks:
-        create_model(network)  # unknown ones are told before anything is started
+        create_model(network)  # refuses an unknown one before anything is started
     found = processes.ask("device")
     cases = {subject: cases_of(subject, options, found["platform"]) for subject in options.subjects}
-    session = Session(found["device"], found["platform"], command(options), options.rounds)
+    session = Session(found["device"], found["platform"], command(options), options.rounds,
+                      options.seconds)
     for subject in options.subjects:
-        text = measure(subject, session, cases[subject], options.append or options.write)
+        text = measure(subject, session, cases[subject], root / PICTURE if options.append or options.write else None)
         print(text, flush=True)
         if options.append:
-            records.append(file, session.rows)
+            records.append(root / FILE, session.rows)
         if options.write:
-            write({subject: text})
+            write(root / PAGE, {subject: text})
         session.rows.clear()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Does what the command line says."""
-    parser, options = parse(arguments)
-    parser.end_with(run, options)
-
-
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

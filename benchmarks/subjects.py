@@ -12,9 +12,10 @@ from typing import Any
 import jax
 
 from benchmarks.cases import Case, Timed, beside_plain, make_step, random_images, repeated
-from benchmarks.common import Measure, in_turns, trainers
+from benchmarks.common import in_turns
 from benchmarks.comparison import Comparison, torch_frameworks
-from benchmarks.records import Part, Session, spread
+from benchmarks.session import Part, Session, spread
+from benchmarks.trainer import trainers
 from shared_basis.models import create_model
 from shared_basis.nn.basis_conv import BasisGroup
 from shared_basis.optim.orthonormal import keep_orthonormal
@@ -27,7 +28,8 @@ PENALTY_ROUNDS = 3
 def step(session: Session, cases: Sequence[Case]) -> Part:
     """Measures the compiled train step, beside PyTorch's and the plain network's."""
     found = Comparison(session, "step", beside_plain(cases), torch_frameworks(session.platform, cases[0].dtype))
-    found.measure(lambda case: Timed(make_step(case).run), lambda trainer: Timed(trainer.run))
+    found.measure(lambda case: Timed(make_step(case).run, session.seconds),
+                  lambda trainer: Timed(trainer.run, session.seconds))
     return Part(found.tables("step"), found.notes)
 
 
@@ -35,24 +37,24 @@ def evaluation(session: Session, cases: Sequence[Case]) -> Part:
     """Measures the evaluator on one resident batch, beside PyTorch's and the plain network's."""
     scored = [dataclasses.replace(case, batch=case.eval_batch) for case in cases]
     found = Comparison(session, "evaluation", beside_plain(scored), torch_frameworks(session.platform, cases[0].dtype))
-    found.measure(_our_evaluation, lambda trainer: Timed(repeated(
-        functools.partial(trainer.evaluate, trainer.images, trainer.labels))))
+    found.measure(lambda case: Timed(_our_evaluation(case), session.seconds), lambda trainer: Timed(repeated(
+        functools.partial(trainer.evaluate, trainer.images, trainer.labels)), session.seconds))
     return Part(found.tables("batch"), found.notes)
 
 
-def _our_evaluation(case: Case) -> Measure:
+def _our_evaluation(case: Case) -> Callable[[int], float]:
     # The step of this program is compiled for a batch of 16 and not used.
     made = make_step(dataclasses.replace(case, batch=16), test=case.batch)
     state = made.state()
     variables = jax.block_until_ready({"params": state.params, "batch_stats": state.batch_stats})
-    return Timed(repeated(functools.partial(made.program.evaluate["test"], variables)))
+    return repeated(functools.partial(made.program.evaluate["test"], variables))
 
 
 def trainer(session: Session, cases: Sequence[Case]) -> Part:
     """Measures the training loop's images per second over those of the compiled step alone."""
     table = [["trainer over bare step", "ratio", "trainer, images/s", "bare step, images/s"]]
     for case in cases:
-        session.tell(f"trainer: compiling {case.network}")
+        session.print_progress(f"trainer: compiling {case.network}")
         with tempfile.TemporaryDirectory() as root:
             found = in_turns(trainers(case.config(), functools.partial(_an_epoch, case, session.platform), ("device",),
                                       Path(root)), session.rounds)
@@ -75,16 +77,16 @@ def penalty(session: Session, cases: Sequence[Case]) -> Part:
     table = [["penalty", "its gradient alone over the step", "step with λ = 10 over step with λ = 0",
               "exact orthogonality alone over the step", "gradient alone, ms", "exact alone, ms", "step, ms"]]
     for case in cases:
-        sets = create_model(case.network, num_classes=case.classes, stem=case.stem).basis_groups(case.elements)
-        if not sets:
+        groups = create_model(case.network, num_classes=case.classes, stem=case.stem).basis_groups(case.elements)
+        if not groups:
             continue
-        session.tell(f"penalty: compiling {case.network}")
+        session.print_progress(f"penalty: compiling {case.network}")
         made, without = make_step(case), make_step(case, orthogonality__weight=0.0)
-        gradient, exact = _alone(made.state().params, sets)
-        session.tell(f"penalty: {PENALTY_ROUNDS * session.rounds} rounds of {case.network}")
-        found = in_turns({"with": Timed(made.run), "without": Timed(without.run),
-                          "gradient": Timed(repeated(gradient)), "exact": Timed(repeated(exact))},
-                         PENALTY_ROUNDS * session.rounds)
+        gradient, exact = _alone(made.state().params, groups)
+        session.print_progress(f"penalty: {PENALTY_ROUNDS * session.rounds} rounds of {case.network}")
+        found = in_turns({name: Timed(steps, session.seconds) for name, steps in (
+            ("with", made.run), ("without", without.run), ("gradient", repeated(gradient)),
+            ("exact", repeated(exact)))}, PENALTY_ROUNDS * session.rounds)
 
         def ratio(above: str, below: str, found: dict[str, list[float]] = found) -> list[float]:
             return [a / b for a, b in zip(found[above], found[below], strict=True)]
@@ -99,18 +101,18 @@ def penalty(session: Session, cases: Sequence[Case]) -> Part:
     return Part([table] if len(table) > 1 else [], [] if len(table) > 1 else ["No network here has a basis."])
 
 
-def _alone(params: Any, sets: Sequence[BasisGroup]) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Returns two functions of the arrays of `sets` alone, which wait for their results.
+def _alone(params: Any, groups: Sequence[BasisGroup]) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Returns two functions of the arrays of `groups` alone, which wait for their results.
 
     The first computes the gradient of the penalty, the second what `keep_orthonormal` makes of an update.
     """
     named: dict[str, Any] = {}
-    for path in (path for elements in sets for path in (*elements.shared, *elements.unique)):
+    for path in (path for group in groups for path in (*group.shared, *group.unique)):
         source, target = params, named
         for key in path[:-1]:
             source, target = source[key], target.setdefault(key, {})
         target[path[-1]] = source[path[-1]]
-    gradient = jax.jit(jax.grad(lambda tree: orthogonality_penalty(tree, sets)))
-    link = keep_orthonormal(sets)
+    gradient = jax.jit(jax.grad(lambda tree: orthogonality_penalty(tree, groups)))
+    link = keep_orthonormal(groups)
     retract = jax.jit(lambda tree: link.update(tree, link.init(tree), tree)[0])
     return (lambda: jax.block_until_ready(gradient(named))), (lambda: jax.block_until_ready(retract(named)))

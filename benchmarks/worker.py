@@ -6,6 +6,7 @@ The request is JSON: a task, one of `TASKS`, and the fields of a `Case`. So is t
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -22,9 +23,7 @@ STEPS = 3
 
 
 def device(_: Case | None = None) -> dict[str, Any]:
-    """Returns the platform, as JAX calls it, and the devices, for a person."""
-    import os
-
+    """Returns the platform, as JAX calls it, and the devices, human-readable and their number."""
     import jax
 
     devices = jax.devices()
@@ -66,12 +65,10 @@ def memory(case: Case) -> dict[str, Any]:
 
 def pytorch_memory(case: Case) -> dict[str, Any]:
     """Returns the same of PyTorch in channels_last, which has no analysis of a program."""
-    from benchmarks import pytorch_networks
+    from benchmarks.pytorch_trainer import make_trainer
 
     imported = resident_bytes("VmRSS")
-    network = pytorch_networks.create(case.network, case.classes, case.stem, case.elements)
-    variant = pytorch_networks.VARIANTS["channels_last" if case.dtype == "float32" else "channels_last bf16"]
-    trainer = pytorch_networks.Trainer(network, variant, case.batch, case.image_size)
+    trainer = make_trainer(case, "channels_last" if case.dtype == "float32" else "channels_last bf16")
     trainer.run(STEPS)
     return {"peak": resident_bytes("VmHWM"), "imported": imported, "program": None, "device": trainer.peak_bytes()}
 
@@ -104,7 +101,7 @@ TASKS: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Does what the request asks for."""
+    """Answers the request of the command line."""
     request = json.loads(sys.argv[1])
     case = Case(**request["case"]) if request["case"] else None
     print(json.dumps(TASKS[request["task"]](case)))

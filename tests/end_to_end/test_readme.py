@@ -70,7 +70,7 @@ def train(model, optimizer):
 
 
 def test_table_of_networks_is_current():
-    """If not: paste the output of python -m shared_basis.published between the marks."""
+    """If not: paste the output of python -m studies.published between the marks."""
     (block,) = re.findall(r"<!-- networks -->\n(.+?)\n<!-- end of networks -->", README, re.DOTALL)
     assert block == table()
 

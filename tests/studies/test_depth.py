@@ -5,22 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import depth
-from benchmarks.depth import COLUMNS, MEASURED, VARIANTS, Row, Variant, growth, table
-from benchmarks.records import append, read
+from benchmarks.common import section_of
+from benchmarks.records import ROOT, append, read
+from studies import depth
+from studies.depth_findings import MEASURED, PAGE, TREATMENTS, DepthRow, Treatment, growth, section, table
 
-PENALTY = next(variant for variant in VARIANTS if variant.method == "penalty")
+PENALTY = next(treatment for treatment in TREATMENTS if treatment.method == "penalty")
 
 
-def row(layers: int = 2, variant: Variant = PENALTY, seed: int = 0, epoch: int = 0, blocks: str = "4 2 9 3 1 1",
-        **changes: object) -> Row:
-    values = {field.name: "" for field in dataclasses.fields(Row)}
-    return Row(**{**values, "layers": layers, "variant": variant.label, "seed": seed, "epoch": epoch, "blocks": blocks,
-                  "train_loss": 0.5, "test_error": 4.0, "singular_min": 0.9, "singular_max": 1.1, **changes})
+def row(layers: int = 2, treatment: Treatment = PENALTY, seed: int = 0, epoch: int = 0, blocks: str = "4 2 9 3 1 1",
+        **changes: Any) -> DepthRow:
+    values: dict[str, Any] = {field.name: "" for field in dataclasses.fields(DepthRow)}
+    return DepthRow(**{**values, "layers": layers, "variant": treatment.label, "seed": seed, "epoch": epoch,
+                       "blocks": blocks, "train_loss": 0.5, "test_error": 4.0, "singular_min": 0.9, "singular_max": 1.1,
+                       **changes})
 
 
 def test_growth_is_the_mean_of_what_each_group_multiplies_by() -> None:
@@ -42,38 +45,41 @@ def test_spread_bases_keep_their_directions_and_change_their_singular_values() -
 def test_the_table_tells_every_variant_and_what_was_not_run() -> None:
     rows = [row(seed=seed, epoch=epoch, blocks=blocks) for epoch in MEASURED
             for seed, blocks in enumerate(("4 1 4 1 4 1", "1 1 1 1 1 1"))]
-    lines = table([*rows, row(10, VARIANTS[0])])
-    assert [line[:2] for line in lines[1:]] == [[str(layers), v.label] for layers in (2, 10) for v in VARIANTS]
-    penalty = lines[1 + VARIANTS.index(PENALTY)]
+    lines = table([*rows, row(10, TREATMENTS[0])])
+    assert [line[:2] for line in lines[1:]] == [[str(layers), each.label] for layers in (2, 10) for each in TREATMENTS]
+    penalty = lines[1 + TREATMENTS.index(PENALTY)]
     assert penalty[2:] == [*["2.00"] * len(MEASURED), "0.90 – 1.10", "0.500", "0.500", "4.00"]
     assert all(set(line[2:]) == {"not run"} for line in lines[1:] if line is not penalty)
 
 
-def test_what_was_trained_is_not_trained_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    trained = []
+def test_the_page_says_what_the_rows_say() -> None:
+    rows = read(ROOT / depth.FILE, DepthRow)
+    assert section(rows) == section_of(ROOT / PAGE, "depth")
 
-    def train(layers: int, variant: Variant, seed: int) -> Iterator[Row]:
-        trained.append((layers, variant.label, seed))
-        return (row(layers, variant, seed, epoch) for epoch in MEASURED)
-    monkeypatch.setattr(depth, "train", train)
-    monkeypatch.setattr(depth, "FILE", tmp_path / "depth.csv")
-    monkeypatch.setattr(depth, "PICTURE", tmp_path / "depth.png")
-    monkeypatch.setattr(depth, "PAGE", tmp_path / "results.md")
-    (tmp_path / "results.md").write_text("before\n<!-- depth -->\nold\n<!-- end of depth -->\nafter\n")
-    depth.main(["--write"])
-    assert "**Not run** yet" in (tmp_path / "results.md").read_text()
-    append(tmp_path / "depth.csv", [row(4, epoch=epoch) for epoch in MEASURED], COLUMNS)
-    assert depth.main(["--layers=2,4", "--seeds=1"]) == 0
-    assert trained == [(layers, variant.label, 0) for layers in (2, 4) for variant in VARIANTS
-                       if (layers, variant) != (4, PENALTY)]
-    assert len(read(tmp_path / "depth.csv", Row)) == (1 + len(trained)) * len(MEASURED)
-    page = (tmp_path / "results.md").read_text()
-    assert page.startswith("before\n<!-- depth -->\n10 runs of 12 epochs, means over 1 seed, ")
-    assert page.endswith("after\n")
-    assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")
-    assert depth.main(["--layers=2", "--seeds=2"]) == 0
-    assert "\n15 runs of 12 epochs, means over 2 seeds (2 layers), 1 seed (4 layers), " in (
-        tmp_path / "results.md").read_text()
+
+def test_what_was_trained_is_not_trained_again(tmp_path: Path) -> None:
+    trained = []
+    (tmp_path / "docs").mkdir()
+    file, page = tmp_path / depth.FILE, tmp_path / PAGE
+    page.write_text("before\n<!-- depth -->\nold\n<!-- end of depth -->\nafter\n")
+
+    def rows_of(layers: int, treatment: Treatment, seed: int) -> Iterator[DepthRow]:
+        trained.append((layers, treatment.label, seed))
+        return (row(layers, treatment, seed, epoch) for epoch in MEASURED)
+    depth.main(["--write"], tmp_path, rows_of)
+    assert "**Not run** yet" in page.read_text()
+    append(file, [row(4, epoch=epoch) for epoch in MEASURED])
+    depth.main(["--layers=2,4", "--seeds=1"], tmp_path, rows_of)
+    assert trained == [(layers, treatment.label, 0) for layers in (2, 4) for treatment in TREATMENTS
+                       if (layers, treatment) != (4, PENALTY)]
+    assert len(read(file, DepthRow)) == (1 + len(trained)) * len(MEASURED)
+    text = page.read_text()
+    assert text.startswith("before\n<!-- depth -->\n10 runs of 12 epochs, means over 1 seed, ")
+    assert text.endswith("after\n")
+    assert (tmp_path / "results" / "depth.png").read_bytes().startswith(b"\x89PNG")
+    more = [row(2, treatment, 1, epoch) for treatment in TREATMENTS for epoch in MEASURED]
+    assert section([*read(file, DepthRow), *more]).startswith(
+        "15 runs of 12 epochs, means over 2 seeds (2 layers), 1 seed (4 layers), ")
 
 
 @pytest.mark.parametrize("text", ["3", "0", "2,x", ""])
@@ -85,10 +91,8 @@ def test_layers_that_no_block_has_are_refused(text: str, capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
-def test_a_training_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(depth, "EPOCHS", 2)
-    monkeypatch.setattr(depth, "MEASURED", (0, 2))
-    before, after = depth.train(2, VARIANTS[-1], 0)
+def test_a_training_is_measured() -> None:
+    before, after = depth.train(2, TREATMENTS[-1], 0, measured=(0, 2))
     assert (before.epoch, after.epoch, before.layers) == (0, 2, 2)
     assert before.singular_max == pytest.approx(depth.SPREAD, rel=1e-4)
     assert len(before.blocks.split()) == 6

@@ -53,7 +53,7 @@ class Study:
     first_seed: int = 0
     """A study that an earlier one suggested takes other seeds than that one."""
     published: str = ""
-    """The data set under which `shared_basis.published` has figures that these can be compared with."""
+    """The data set under which `studies.published` has figures that these can be compared with."""
 
     @property
     def variants(self) -> tuple[Variant, ...]:

@@ -1,4 +1,4 @@
-"""The networks that the paper reports, with their published errors, as a table: `python -m shared_basis.published`.
+"""The networks that the paper reports, with their published errors, as a table: `python -m studies.published`.
 
 Parameters and multiply-accumulates are counted here and now; only the errors are quoted (Kang & Kim; top-1 error at the
 best test epoch, single runs as far as can be seen; for ImageNet top-1 / top-5).

@@ -7,16 +7,15 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from benchmarks.common import Table, markdown
-from benchmarks.studies import Study, Variant
-from shared_basis.published import PUBLISHED
+from benchmarks.common import NOT_MEASURED, Table, markdown
+from studies.definitions import Study, Variant
+from studies.published import PUBLISHED
 
 NOT_RUN = "not run"
-NONE = "–"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class StudyRow:
     """A finished run; its fields are the columns. Errors are in percent, of test images."""
 
     date: str
@@ -47,10 +46,7 @@ class Row:
     command: str
 
 
-COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
-
-
-def of(rows: Sequence[Row], variant: Variant) -> dict[int, Row]:
+def of(rows: Sequence[StudyRow], variant: Variant) -> dict[int, StudyRow]:
     """Returns the runs of a variant by seed, the latest of each."""
     return {row.seed: row for row in rows if row.variant == variant.label and row.network == variant.network}
 
@@ -71,19 +67,19 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def difference(rows: dict[int, Row], reference: dict[int, Row]) -> str:
+def difference(rows: dict[int, StudyRow], reference: dict[int, StudyRow]) -> str:
     """Returns how much greater the final error is than the reference's, seed by seed, in percentage points."""
     seeds = sorted(rows.keys() & reference.keys())
     if len(seeds) < 2:
-        return NONE
+        return NOT_MEASURED
     mean, low, high = interval([rows[seed].final_error - reference[seed].final_error for seed in seeds])
     verdict = "" if low <= 0 <= high else " better" if mean < 0 else " worse"
     shown = [round(value, 2) + 0.0 for value in (mean, low, high)]  # -0.0 + 0.0 is 0.0
     return f"{shown[0]:+.2f} [{shown[1]:+.2f}, {shown[2]:+.2f}]{verdict}"
 
 
-def verdicts(study: Study, rows: Sequence[Row]) -> Table:
-    """Returns what became of each hypothesis of the study."""
+def verdicts(study: Study, rows: Sequence[StudyRow]) -> Table:
+    """Returns the outcome of each hypothesis of the study."""
     by_label = {variant.label: of(rows, variant) for variant in study.variants}
     lines: Table = [["hypothesis", "difference of final errors, points", "outcome"]]
     for hypothesis in study.hypotheses:
@@ -91,7 +87,7 @@ def verdicts(study: Study, rows: Sequence[Row]) -> Table:
         seeds = sorted(one.keys() & other.keys())
         differences = [one[seed].final_error - other[seed].final_error for seed in seeds]
         if len(seeds) < 2:
-            shown = f"{differences[0]:+.2f} (one seed)" if seeds else NONE
+            shown = f"{differences[0]:+.2f} (one seed)" if seeds else NOT_MEASURED
             lines.append([hypothesis.claim, shown, "too few runs" if seeds else NOT_RUN])
             continue
         mean, low, high = interval(differences)
@@ -102,7 +98,7 @@ def verdicts(study: Study, rows: Sequence[Row]) -> Table:
     return lines
 
 
-def table(study: Study, rows: Sequence[Row]) -> Table:
+def table(study: Study, rows: Sequence[StudyRow]) -> Table:
     """Returns the table of a study: all of its variants, those that were not run too."""
     head = ["variant", "parameters", "MACs", "final test error, %", "best epoch's, %",
             "final error less the first row's", "penalty", "norms", "minutes a run"]
@@ -112,29 +108,30 @@ def table(study: Study, rows: Sequence[Row]) -> Table:
         reference = of(rows, group[0])
         for variant in group:
             runs = of(rows, variant)
-            line = [variant.label, *(_cells(runs) if runs else [NOT_RUN] + [NONE] * (len(head) - 2))]
+            line = [variant.label, *(_cells(runs) if runs else [NOT_RUN] + [NOT_MEASURED] * (len(head) - 2))]
             if runs:
-                line.insert(5, NONE if variant is group[0] else difference(runs, reference))
+                line.insert(5, NOT_MEASURED if variant is group[0] else difference(runs, reference))
             if published:
-                line.append(published.get(variant.network, "") or NONE if not variant.settings else NONE)
+                error = "" if variant.settings else published.get(variant.network, "")
+                line.append(error or NOT_MEASURED)
             lines.append(line)
     return lines
 
 
-def _cells(runs: dict[int, Row]) -> list[str]:
+def _cells(runs: dict[int, StudyRow]) -> list[str]:
     """Returns the cells of a variant that was run, but for the difference."""
     values = list(runs.values())
     first = values[0]
     with_bases = [row for row in values if row.penalty]
-    norms = NONE if not with_bases else (f"{min(float(row.norm_min) for row in with_bases):.2f} – "
+    norms = NOT_MEASURED if not with_bases else (f"{min(float(row.norm_min) for row in with_bases):.2f} – "
                                          f"{max(float(row.norm_max) for row in with_bases):.2f}")
-    penalty = f"{statistics.mean(float(row.penalty) for row in with_bases):.1e}" if with_bases else NONE
+    penalty = f"{statistics.mean(float(row.penalty) for row in with_bases):.1e}" if with_bases else NOT_MEASURED
     return [f"{first.parameters:,}", f"{first.macs:,}", mean_and_deviation([row.final_error for row in values]),
             mean_and_deviation([row.best_error for row in values]), penalty, norms,
             f"{statistics.median(row.wall_seconds for row in values) / 60:.1f}"]
 
 
-def paired(study: Study, rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> Table:
+def paired(study: Study, rows: Sequence[StudyRow], pairs: Sequence[tuple[str, str]]) -> Table:
     """Returns the paired differences of those `pairs` of labels that were run, the second less the first."""
     by_label = {variant.label: of(rows, variant) for variant in study.variants}
     return [["change", "final error of the second less the first's"], *(
@@ -142,7 +139,7 @@ def paired(study: Study, rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) 
         if by_label[one] and by_label[other])]
 
 
-def overview(studies: Mapping[str, Study], rows: Mapping[str, Sequence[Row]]) -> Table:
+def overview(studies: Mapping[str, Study], rows: Mapping[str, Sequence[StudyRow]]) -> Table:
     """Returns a line for each study: how much of it was run, and which of its differences can be told from noise.
 
     These are its contrasts, and those of each variant from the first one of its group.
@@ -152,7 +149,7 @@ def overview(studies: Mapping[str, Study], rows: Mapping[str, Sequence[Row]]) ->
     for name, study in studies.items():
         done = sum(len(of(rows[name], variant)) for variant in study.variants)
         if not done:
-            lines.append([study.title, NOT_RUN, NONE, NONE])
+            lines.append([study.title, NOT_RUN, NOT_MEASURED, NOT_MEASURED])
             continue
         from_first = [(group[0].label, variant.label) for group in study.groups for variant in group[1:]]
         judged = paired(study, rows[name], list(dict.fromkeys((*from_first, *study.contrasts))))[1:]
@@ -163,11 +160,11 @@ def overview(studies: Mapping[str, Study], rows: Mapping[str, Sequence[Row]]) ->
     return lines
 
 
-def section(name: str, study: Study, rows: Sequence[Row]) -> str:
+def section(name: str, study: Study, rows: Sequence[StudyRow]) -> str:
     """Returns the section on a study in Markdown."""
     text = f"## {study.title}\n\n{study.question}\n\n"
     if not rows:
-        return f"{text}**Not run** yet: `python benchmarks/experiments.py --study={name}" + (
+        return f"{text}**Not run** yet: `python -m studies.experiments --study={name}" + (
             " --images=DIR`.\n\n" if study.needs_images else "`.\n\n") + (
             f"{markdown(verdicts(study, rows))}\n" if study.hypotheses else "")
     facts = {key: ", ".join(dict.fromkeys(str(getattr(row, key)) for row in rows))
@@ -175,7 +172,7 @@ def section(name: str, study: Study, rows: Sequence[Row]) -> str:
     dates = sorted(row.date for row in rows)
     span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     return (f"{text}{len(rows)} runs of {facts['epochs']} epochs, {span}, {facts['device']}, JAX {facts['jax']}, "
-            f"commit {facts['commit']}: `results/study-{name}.csv`, by `python benchmarks/experiments.py "
+            f"commit {facts['commit']}: `results/study-{name}.csv`, by `python -m studies.experiments "
             f"--study={name}`.\n\n"
             f"{markdown(table(study, rows))}\n"
             + (f"{markdown(paired(study, rows, study.contrasts))}\n" if study.contrasts else "")

@@ -1,0 +1,1 @@
+"""Does sharing win? Each study is a module, run from the repository's root: `python -m studies.experiments`, …"""

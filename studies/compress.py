@@ -1,0 +1,253 @@
+"""A trained network compressed at several budgets: before and after fine-tuning, from scratch, and as a file to ship.
+
+    python -m studies.compress --write                                       ResNet-20 on the digits
+    python -m studies.compress --data=fashion_mnist --epochs=3 --tuning=1 --write           an hour on two cores
+    python -m studies.compress --data=DIR --network=resnet56 --write         on a directory of images (32×32)
+
+Runs are kept below --runs: the same command goes on where it was stopped. Fine-tuned networks are exported folded, as
+ONNX, and classify all test images by onnxruntime; files are timed in turns with the plain network's. The rows go to
+results/compress.csv; --write puts the tables of all that is there into docs/compress.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+import math
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cases import Timed, repeated
+from benchmarks.common import Parser, Table, in_turns, markdown, positive, replace_section
+from benchmarks.export import classify, graph_of_run, load_tests, session_of
+from benchmarks.records import ROOT, append, cells, check_file, columns, commit, read
+from configs import cifar_resnet, digits_resnet
+from shared_basis.cli.app import run_and_exit
+from shared_basis.config import Config, from_config_dict, replace
+from shared_basis.export import onnx
+from shared_basis.export.folding import fold
+from shared_basis.runs.trained import Trained
+from shared_basis.runtime.files import write_atomic
+from shared_basis.runtime.reporter import Reporter
+from shared_basis.training import start, train
+
+FILE, PAGE = Path("results") / "compress.csv", Path("docs") / "compress.md"
+"""Below the repository's root."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionRow:
+    """A network that was compressed; its fields are the columns. Accuracies are parts of 1."""
+
+    date: str
+    commit: str
+    command: str
+    data: str
+    plain: str
+    seed: int
+    budget: float
+    network: str
+    parameters: int
+    macs: int
+    plain_parameters: int
+    plain_macs: int
+    plain_accuracy: float
+    compressed_accuracy: float
+    tuned_epochs: int
+    tuned_accuracy: float
+    scratch_epochs: str
+    """Empty where it was not trained from scratch, as is its accuracy."""
+    scratch_accuracy: str
+    test_examples: int
+    file_bytes: int
+    plain_file_bytes: int
+    file_accuracy: float
+    latency: float
+    """Seconds of one image."""
+    latency_over_plain: float
+    rounds: int
+
+
+NOTED = ("date", "commit", "command", "latency", "latency_over_plain")
+"""Columns that differ from call to call where all else is the same."""
+SUBJECT = ("data", "plain", "seed", "budget")
+"""Columns that say what was compressed; the latest row of each counts."""
+
+
+def recipe(options: argparse.Namespace, network: str) -> Config:
+    """Returns the recipe of `network` from scratch."""
+    if options.data == "digits":
+        return replace(from_config_dict(digits_resnet.get_config(network)), {"seed": options.seed})
+    data = {"data.name": options.data} if options.data in ("cifar10", "fashion_mnist") else {
+        "data.name": "folder", "data.directory": options.data}
+    if options.data == "fashion_mnist":
+        data |= {"data.mean": (0.286,), "data.std": (0.353,), "data.pad": 2}
+    epochs = options.epochs
+    config = from_config_dict(cifar_resnet.get_config(network))
+    return replace(config, {**data, "seed": options.seed, "train.epochs": epochs, "train.evaluate_every": epochs,
+                            "optimizer.boundaries": (epochs / 2, epochs * 3 / 4)})
+
+
+def tuning(config: Config, epochs: int) -> Config:
+    """Returns the recipe of fine-tuning: a tenth of the learning rate, which falls to 0 as a cosine."""
+    return replace(config, {
+        "train.epochs": epochs, "train.evaluate_every": epochs, "optimizer.schedule": "cosine",
+        "optimizer.boundaries": (), "optimizer.factors": (), "optimizer.warmup_epochs": 0.0,
+        "optimizer.learning_rate": config.optimizer.learning_rate / 10})
+
+
+def measure(options: argparse.Namespace, command: str, reporter: Reporter) -> list[CompressionRow]:
+    """Returns a row for each budget; runs that are finished already take no time."""
+    runs = Path(options.runs) / f"{Path(options.data).name}-{options.network}-{options.seed}"
+    plain = recipe(options, options.network)
+    train.train(plain, runs / "plain", reporter)
+    learned: list[dict[str, Any]] = []
+    for budget in options.budgets:
+        workdir, kept = runs / f"{budget:g}", runs / f"{budget:g}.json"
+        if not kept.exists():
+            result = start.compress_run(tuning(plain, options.tuning), workdir, str(runs / "plain"), reporter,
+                                        budget=budget)
+            write_atomic(kept, json.dumps(result))
+        found = json.loads(kept.read_text())
+        scratch = recipe(options, found["model"])
+        tuned = train.train(tuning(scratch, options.tuning), workdir, reporter)
+        alone = {} if options.noscratch else train.train(scratch, runs / found["model"], reporter)
+        learned.append({
+            "date": datetime.date.today().isoformat(), "commit": commit(), "command": command,
+            "data": Path(options.data).name, "plain": options.network, "seed": options.seed, "budget": budget,
+            "network": found["model"], "parameters": found["parameters"], "macs": found["macs"],
+            "plain_parameters": found["plain"]["parameters"], "plain_macs": found["plain"]["macs"],
+            "plain_accuracy": found["test_accuracy"]["plain"],
+            "compressed_accuracy": found["test_accuracy"]["compressed"],
+            "tuned_epochs": options.tuning, "tuned_accuracy": tuned["test_accuracy"],
+            "scratch_epochs": str(scratch.train.epochs) if alone else "",
+            "scratch_accuracy": str(alone["test_accuracy"]) if alone else "",
+            "test_examples": found["test_examples"]})
+    shipped = ship([runs / "plain", *(runs / f"{budget:g}" for budget in options.budgets)], options.rounds, reporter)
+    return [CompressionRow(**row, **file) for row, file in zip(learned, shipped, strict=True)]
+
+
+def ship(workdirs: Sequence[Path], rounds: int, reporter: Reporter) -> list[dict[str, Any]]:
+    """Exports runs, folded, and returns of each but the first, the plain one, how large, right and fast its file is."""
+    opened = [Trained.open(workdir) for workdir in workdirs]
+    tests = load_tests(opened[0], reporter)
+    labels = np.concatenate([classes for _, classes in tests])
+    contents = [onnx.serialise(fold(graph_of_run(trained), "auto")[0], {})[""] for trained in opened]
+    sessions = [session_of(content) for content in contents]
+    one = {"images": tests[0][0][:1]}
+    timed = {index: Timed(repeated(functools.partial(session.run, None, one)))
+             for index, session in enumerate(sessions)}
+    reporter.info(f"timing {len(sessions)} files, an image at a time …")
+    for measure_one in timed.values():
+        measure_one()  # finds out how often
+    plain, *others = in_turns(timed, rounds).values()
+    return [{"file_bytes": len(content), "plain_file_bytes": len(contents[0]),
+             "file_accuracy": float(np.mean(classify(session, tests).argmax(-1) == labels)),
+             "latency": float(f"{statistics.median(seconds):.4g}"),
+             "latency_over_plain": round(statistics.median(a / b for a, b in zip(seconds, plain, strict=True)), 3),
+             "rounds": rounds} for content, session, seconds in zip(contents[1:], sessions[1:], others, strict=True)]
+
+
+def record(path: Path, row: CompressionRow) -> None:
+    """Adds a row to the file, unless one there finds the same; that keeps the commit that it was found at."""
+    found = [name not in NOTED for name in columns(CompressionRow)]
+    if all(list(itertools.compress(cells(each), found)) != list(itertools.compress(cells(row), found))
+           for each in latest(read(path, CompressionRow))):
+        append(path, [row])
+
+
+def latest(rows: Sequence[CompressionRow]) -> list[CompressionRow]:
+    """Returns the last row of each subject."""
+    return list({tuple(getattr(row, name) for name in SUBJECT): row for row in rows}.values())
+
+
+def tables(rows: Sequence[CompressionRow]) -> str:
+    """Returns two tables in Markdown: what was learned, and what is shipped."""
+    def percent(value: float) -> str:
+        return f"{100 * value:.2f}"
+
+    def part(one: int, other: int) -> str:
+        return f"{100 * one / other:.0f} %"
+    learned: Table = [["data, plain network", "budget", "network", "parameters", "MACs", "plain", "compressed",
+                       "fine-tuned", "from scratch", "date"]]
+    shipped: Table = [["data, network", "file, KiB", "over plain's", "accuracy of the file", "latency, ms",
+                       "over plain's"]]
+    for row in rows:
+        scratch = f"{percent(float(row.scratch_accuracy))} ({row.scratch_epochs})" if row.scratch_epochs else "not run"
+        learned.append([f"{row.data}, {row.plain}", f"{row.budget:g}", row.network,
+                        part(row.parameters, row.plain_parameters), part(row.macs, row.plain_macs),
+                        percent(row.plain_accuracy), percent(row.compressed_accuracy),
+                        f"{percent(row.tuned_accuracy)} ({row.tuned_epochs})", scratch, row.date])
+        shipped.append([f"{row.data}, {row.network}", f"{row.file_bytes / 1024:.0f}",
+                        part(row.file_bytes, row.plain_file_bytes), percent(row.file_accuracy),
+                        f"{1000 * row.latency:.3g}", f"{row.latency_over_plain:.2f}"])
+    return f"\n{markdown(learned)}\n{markdown(shipped)}\n"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the options."""
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="digits", help="digits, cifar10, fashion_mnist, or a directory of images")
+    parser.add_argument("--network", default="resnet20", help="the plain network")
+    parser.add_argument("--budgets", type=_budget, nargs="+", default=[0.35, 0.5, 0.75],
+                        help="parts of its parameters")
+    parser.add_argument("--epochs", type=positive, default=12, help="of training from scratch; of digits always 24")
+    parser.add_argument("--tuning", type=positive, default=4, help="epochs of fine-tuning")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--noscratch", action="store_true", help="train nothing from scratch but the plain network")
+    parser.add_argument("--rounds", type=positive, default=9, help="measurements of each file's latency")
+    parser.add_argument("--runs", default="runs/compress", help="where runs are kept")
+    parser.add_argument("--write", action="store_true", help="replace the tables in docs/compress.md")
+    return parser.parse_args(arguments)
+
+
+def _budget(text: str) -> float:
+    """Returns a number above 0 and at most 1; raises argparse's error for other text."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a budget is above 0 and at most 1")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT,
+         rows_of: Callable[[argparse.Namespace, str, Reporter], list[CompressionRow]] = measure) -> None:
+    """Measures, keeps the rows below `root`, prints the tables, and writes them to the page if asked to.
+
+    Args:
+      rows_of: measures, by the options, and returns rows with the command.
+
+    Raises:
+      UserError: an option does not fit the data, a package is missing, or the rows cannot be read.
+      SystemExit: an option is invalid.
+    """
+    options = parse(arguments)
+    onnx.require_packages()
+    check_file(root / FILE, CompressionRow)  # before what takes hours
+    command = shlex.join(["python", "-m", "studies.compress", *(
+        f"--data={Path(options.data).name}" if word.startswith("--data=") else word
+        for word in (sys.argv[1:] if arguments is None else arguments)
+        if not word.startswith("--runs"))])  # no path of this machine
+    with Reporter(sys.stderr) as reporter:
+        for row in rows_of(options, command, reporter):
+            record(root / FILE, row)
+    text = tables(latest(read(root / FILE, CompressionRow)))
+    print(text)
+    if options.write:
+        replace_section(root / PAGE, "compress", text)
+
+
+if __name__ == "__main__":
+    run_and_exit(main)

@@ -1,0 +1,144 @@
+"""Do gradients vanish or explode with the number of layers that share a basis, and does orthogonality prevent it?
+
+    python -m studies.depth [--layers=2,10,54] [--seeds=2]
+    python -m studies.depth --write                      the section of docs/results.md again, without training
+
+The paper argues (section 3.2) that a shared basis multiplies gradients along the chain of layers that share it, as a
+recurrence does, so that singular values away from 1 make them explode or vanish. Here ResNets of more and more blocks,
+in which one basis a group serves 2, 10 or 54 layers, are trained on the digits, and the gradient is measured by depth
+at initialisation and through training: with the penalty, without it, exactly orthonormal, and from bases whose
+singular values are spread on purpose. The plain network of the same depth says what depth alone does.
+
+Each training leaves rows in results/depth.csv when it is finished, and is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.common import Parser, positive, versions
+from benchmarks.records import ROOT, append, commit, read
+from benchmarks.trainer import build
+from configs.digits_resnet import get_config
+from shared_basis import data
+from shared_basis.analysis.gradient_flow import by_depth, gradient_flow, layer_paths
+from shared_basis.cli.app import run_and_exit
+from shared_basis.config import from_config_dict, replace
+from shared_basis.data import feeds
+from shared_basis.data.augment import normalize
+from shared_basis.runs.trained import build_model
+from shared_basis.runtime.distributed import make_mesh
+from shared_basis.runtime.reporter import Reporter
+from studies.depth_findings import FILE, MEASURED, TREATMENTS, DepthRow, Treatment, write_page
+
+SPREAD = 4.0
+"""Singular values of bases that are spread on purpose lie between 1 / SPREAD and SPREAD."""
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the options."""
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--layers", type=_even, default=(2, 10, 54), help="layers that share a basis, e.g. 2,10,54")
+    parser.add_argument("--seeds", type=positive, default=2, help="how many")
+    parser.add_argument("--write", action="store_true", help="only write the section of docs/results.md again")
+    return parser.parse_args(arguments)
+
+
+def _even(text: str) -> tuple[int, ...]:
+    """Returns even numbers, as a block has two layers; raises argparse's error for other text."""
+    numbers = tuple(positive(part) for part in text.split(","))
+    if any(number % 2 for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r}: blocks have two layers, so even numbers are wanted")
+    return numbers
+
+
+def train(layers: int, treatment: Treatment, seed: int, measured: Sequence[int] = MEASURED) -> Iterator[DepthRow]:
+    """Trains a network in which each basis serves `layers` layers.
+
+    Yields a row after each of the epochs `measured`; the last of them is the end of training.
+    """
+    config = replace(from_config_dict(get_config(f"resnet20{treatment.form}")), {
+        "seed": seed, "orthogonality.method": treatment.method, "train.epochs": measured[-1]})
+    mesh = make_mesh()
+    images = feeds.load(data.open_source(config.data), config.data, mesh, Reporter(verbosity="quiet"))
+    model = build_model(config, images.spec).clone(blocks=(layers // 2 + 1,) * 3)  # the first of a group is plain
+    split, size = data.load_split(config.data, "train"), config.train.batch_size
+    batch = normalize(jax.numpy.asarray(split.images[:size]), config.data), split.labels[:size]
+    flow = gradient_flow(model)
+    order = ["/".join(path) for path in layer_paths(model, images.spec.image_shape)]
+    with tempfile.TemporaryDirectory() as root:
+        state, program = build(config, images, model, mesh, Path(root))
+    if treatment.spread:
+        state = state.replace(params={**state.params, "bases": jax.tree.map(_spread, state.params["bases"])})
+    batches = program.batches(0)
+    for epoch in range(measured[-1] + 1):
+        if epoch:
+            for _ in range(program.steps_per_epoch):
+                state, _ = program.step(state, *next(batches))
+            jax.block_until_ready(state)
+        if epoch in measured:
+            outputs, parameters = flow(state.params, state.batch_stats, *batch)
+            own = [parameters[path] for path in by_depth(order, parameters)
+                   if path.startswith("group") and path.endswith(("/coefficients", "/kernel"))]
+            variables = {"params": state.params, "batch_stats": state.batch_stats}
+            scores = program.evaluate["test"](variables, lambda scored: None)
+            loss = float(state.totals["loss"] / state.totals["count"]) if epoch else 0.0
+            yield DepthRow(datetime.date.today().isoformat(), commit(), jax.devices()[0].device_kind,
+                           versions(("jax",))["jax"], layers, treatment.label, seed, epoch, loss,
+                           100 * (1 - scores["accuracy"]), *_singular_values(state.params), _joined(outputs.values()),
+                           _joined(own), f"python -m studies.depth --layers={layers}")
+    batches.close()
+
+
+def _spread(basis: Any) -> Any:
+    """Returns `basis [k, k, C, s]` with the same singular vectors, and singular values from 1 / SPREAD to SPREAD."""
+    left, _, right = np.linalg.svd(np.asarray(basis).reshape(-1, basis.shape[-1]), full_matrices=False)
+    return ((left * np.geomspace(1 / SPREAD, SPREAD, left.shape[1])) @ right).reshape(basis.shape).astype(np.float32)
+
+
+def _singular_values(params: Any) -> tuple[float, float]:
+    """Returns the least and the greatest singular value of the shared bases; zeros without bases."""
+    values = [np.linalg.svd(np.asarray(basis).reshape(-1, basis.shape[-1]), compute_uv=False)
+              for basis in jax.tree.leaves(params.get("bases", {}))]
+    return (float(min(map(min, values))), float(max(map(max, values)))) if values else (0.0, 0.0)
+
+
+def _joined(norms: Iterable[float]) -> str:
+    return " ".join(f"{norm:.4g}" for norm in norms)
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT,
+         rows_of: Callable[[int, Treatment, int], Iterable[DepthRow]] = train) -> None:
+    """Trains what has no rows yet, and writes the section.
+
+    Args:
+      root: holds the rows and the page.
+      rows_of: trains once and returns the rows of it.
+
+    Raises:
+      UserError: rows cannot be read, or the page has no marks.
+      SystemExit: an option is invalid.
+    """
+    options = parse(arguments)
+    if not options.write:
+        done = {(row.layers, row.variant, row.seed) for row in read(root / FILE, DepthRow)}
+        todo = [(layers, treatment, seed) for seed in range(options.seeds) for layers in options.layers
+                for treatment in TREATMENTS if (layers, treatment.label, seed) not in done]
+        for number, (layers, treatment, seed) in enumerate(todo):
+            print(f"{number + 1}/{len(todo)}: {layers} layers, {treatment.label}, seed {seed}", file=sys.stderr,
+                  flush=True)
+            append(root / FILE, list(rows_of(layers, treatment, seed)))
+    write_page(root)
+
+
+if __name__ == "__main__":
+    run_and_exit(main)
