@@ -46,13 +46,13 @@ def build_model(config: Config, spec: data.Spec) -> Network:
                         scan_blocks={"auto": None, "yes": True, "no": False}[config.model.scan_blocks])
 
 
-def predict_logits(model: nn.Module, variables: Variables, images: jax.Array, data: DataConfig) -> jax.Array:
-    """Returns the logits float32 `[N, classes]` of images uint8 `[N, H, W, C]`, normalised as `data` says.
+def predict_logits(model: nn.Module, variables: Variables, images: jax.Array, config: DataConfig) -> jax.Array:
+    """Returns the logits float32 `[N, classes]` of images uint8 `[N, H, W, C]`, normalised as `config` says.
 
     Args:
       variables: `params` and `batch_stats`, the running statistics that batch normalisation uses.
     """
-    logits: Any = model.apply(variables, normalize(images, data), train=False)
+    logits: Any = model.apply(variables, normalize(images, config), train=False)
     return logits
 
 
