@@ -1,20 +1,18 @@
-"""What a run says of image files, against its network applied to each of them by hand."""
+"""Predictions for image files, against the network applied to each of them by hand."""
 
 from __future__ import annotations
 
 import csv
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, save_run, user_environment, user_error, write_folder
+from helpers import TINY, save_run, user_error, write_folder
 from PIL import Image
 
+from shared_basis.cli import commands
 from shared_basis.config import Config, DataConfig, ModelConfig, replace
 from shared_basis.evaluation import predict
 from shared_basis.runs.trained import Trained
@@ -26,7 +24,7 @@ CLASSES = ("cat", "dog", "eel")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("run")
     images = write_folder(root / "images", CLASSES, 3)
-    config = Config(model=ModelConfig(name="resnet14-s4u1"), data=DataConfig(
+    config = Config(model=ModelConfig(name=TINY), data=DataConfig(
         name="folder", directory=str(images), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)))
     return save_run(root / "run", replace(config, {"train.eval_batch_size": 5}), {1: 0.5, 2: 0.25})
 
@@ -121,14 +119,25 @@ def test_a_mistake_is_told(run: Path, tmp_path: Path) -> None:
         predict.predict(tmp_path, [str(run.parent)])
 
 
-def test_from_the_command_line(run: Path, tmp_path: Path) -> None:
-    def main(*arguments: str) -> Any:
-        return subprocess.run([sys.executable, str(ROOT / "main.py"), "--mode=predict", f"--workdir={run}", *arguments],
-                              env=user_environment(), capture_output=True, text=True, timeout=300, check=False)
-    cat, dog = (run.parent / "images" / "test" / name / "0.png" for name in ("cat", "dog"))
-    done = main(f"--images={cat}", f"--images={dog}", "--json", f"--output={tmp_path / 'out.csv'}")
-    assert done.returncode == 0, done.stderr
-    assert [image["file"] for image in json.loads(done.stdout)["images"]] == [str(cat), str(dog)]
+def test_the_mode_predict_takes_files_and_writes_csv(run: Path, tmp_path: Path) -> None:
+    files = [str(run.parent / "images" / "test" / name / "0.png") for name in ("cat", "dog")]
+    result, text = commands.run("predict", commands.Request(
+        Config(), {}, str(run), True, json=True, quiet=True, checkpoint="best", images=files,
+        output=str(tmp_path / "out.csv")))
+    assert result["step"] == 1
+    assert [image["file"] for image in result["images"]] == files
     assert (tmp_path / "out.csv").read_text().count("\n") == 3
-    wrong = main("--images=/no/such/image.png")
-    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+    assert text.count("\n") == 2
+    with user_error("/no/such/image.png"):
+        commands.run("predict", commands.Request(Config(), {}, str(run), True, images=["/no/such/image.png"]))
+
+
+def test_file_names_that_are_no_text_are_written_and_a_failed_write_leaves_what_was_there(run: Path,
+                                                                                         tmp_path: Path) -> None:
+    table = tmp_path / "out.csv"
+    predict.write_csv(table, ["a"], [{"file": "\udcff.png", "class": "a", "probabilities": {"a": 1.0}}])
+    assert table.read_text().splitlines()[1] == "\\udcff.png,a,1.000000,1.000000"
+    (tmp_path / "folder").mkdir()
+    with user_error("--output=", "folder", "cannot be written"):
+        predict.write_csv(tmp_path / "folder", ["a"], [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "out.csv"]

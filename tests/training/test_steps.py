@@ -1,4 +1,4 @@
-"""The steps against NumPy: what a batch holds, what an update is, what an evaluation counts."""
+"""The training step against NumPy: what a batch holds, and what an update is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shared_basis.config import DataConfig, OptimizerConfig, OrthogonalityConfig
 from shared_basis.data import epoch_order
 from shared_basis.data.augment import augment, normalize
 from shared_basis.data.feeds import select_batch
-from shared_basis.evaluation.evaluator import eval_step
+from shared_basis.evaluation.evaluator import Metrics
 from shared_basis.optim.optimizer import make_optimizer
 from shared_basis.optim.penalty import orthogonality_diagnostics, orthogonality_penalty
 from shared_basis.runtime.distributed import batch_sharding, replicated
@@ -27,6 +27,7 @@ from shared_basis.training.steps import TrainState, create_train_state, train_st
 
 PIXELS = DataConfig(mean=(0.0,), std=(1 / 255,))
 """Leaves pixel values as they are."""
+CENTRED = DataConfig(mean=(0.5,), std=(0.25,))
 
 
 # Images
@@ -173,7 +174,8 @@ def test_totals_add_up_over_an_epoch_and_begin_anew_with_the_next() -> None:
 def test_two_updates_equal_ones_built_by_hand() -> None:
     images, labels = make_images(16)
     model, sets = tiny_network(), tiny_network().basis_groups("shared+unique")
-    config = OptimizerConfig(learning_rate=0.05, momentum=0.9, weight_decay=0.01, decay=("kernel", "basis"))
+    config = OptimizerConfig(learning_rate=0.05, momentum=0.9, weight_decay=0.01,
+                             weight_decay_labels=("kernel", "basis"))
     optimizer = make_optimizer(config, OrthogonalityConfig(weight=3.0), sets, optax.constant_schedule(0.05))
     trainer = Trainer(model, images, labels, 8, data=DataConfig(), optimizer=optimizer)
     states = trainer.run(2)
@@ -215,56 +217,139 @@ def test_a_small_problem_is_learnt() -> None:
     assert float(states[-1].totals["correct"]) == 32
 
 
-def test_the_number_of_devices_does_not_change_training() -> None:
-    images, labels = make_images(16)
-    one, two, four = (Trainer(tiny_network(), images, labels, 8, data=DataConfig(pad=1, flip=True), devices=devices,
-                              optimizer=optax.sgd(0.05, momentum=0.9)).run(3)[-1] for devices in (1, 2, 4))
-    for other in (two, four):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), other, one)
-
-
 def test_bfloat16_computes_and_leaves_what_is_kept_in_float32() -> None:
     images, labels = make_images(16)
-    trainers = [Trainer(tiny_network(dtype=dtype), images, labels, 16, data=DataConfig(),
-                        optimizer=optax.sgd(0.1, momentum=0.9)) for dtype in (jnp.float32, jnp.bfloat16)]
-    full, half = (trainer.run(1)[-1] for trainer in trainers)
+    trainer = Trainer(tiny_network(dtype=jnp.bfloat16), images, labels, 16, data=DataConfig(),
+                      optimizer=optax.sgd(0.1, momentum=0.9))
+    half = trainer.run(1)[-1]
     floats = jax.tree.leaves((half.params, half.batch_stats, half.opt_state, half.totals))
     assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
     diagnostics = orthogonality_diagnostics(half.params, tiny_network().basis_groups())
     assert {value.dtype for value in diagnostics.values()} == {jnp.dtype("float32")}
-    loss, reference = float(half.totals["loss"]), float(full.totals["loss"])
-    assert loss != reference
-    assert loss == pytest.approx(reference, rel=0.02)
+
+    @jax.jit
+    def logits_in_float32() -> jax.Array:
+        inputs = (images[trainer.order(0)] / np.float32(255) - 0.5) / 0.5
+        return tiny_network().apply({"params": trainer.first.params, "batch_stats": trainer.first.batch_stats}, inputs,
+                                    train=True, mutable=["batch_stats"])[0]
+    loss, expected = float(half.totals["loss"]), cross_entropies(logits_in_float32(), labels[trainer.order(0)]).sum()
+    assert abs(loss / expected - 1) > 1e-6
+    assert loss == pytest.approx(expected, rel=0.02)
 
 
-# Evaluation
+# What is not finite
 
-class Pixels(nn.Module):
-    """Takes the pixels of an image for its logits."""
+class Cliff(nn.Module):
+    """A network whose loss is finite and whose gradient is not: √x at 0."""
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        assert not train
-        return images.reshape(len(images), -1) / 50
+        self.variable("batch_stats", "seen", jnp.zeros, ())
+        bias = self.param("bias", nn.initializers.zeros, (10,))
+        return jnp.zeros((len(images), 1)) + jnp.sqrt(bias)
 
 
-def test_evaluation_counts_what_numpy_counts() -> None:
-    rng = np.random.default_rng(0)
-    images = np.stack([rng.permutation(10) * 5 for _ in range(40)]).astype(np.uint8).reshape(40, 1, 10, 1)
-    labels = rng.integers(-1, 10, 40).astype(np.int32)
-    sums = jax.jit(functools.partial(eval_step, model=Pixels(), data=PIXELS))({}, images, labels)
-
-    scored = labels >= 0
-    logits, targets = images[scored].reshape(-1, 10) / 50, labels[scored]
-    ranks = (-logits).argsort(-1)
-    top = {k: (ranks[:, :k] == targets[:, None]).any(-1).sum() for k in (1, 5)}
-    assert 0 < scored.sum() < 40
-    assert {name: float(value) for name, value in sums.items()} == pytest.approx({
-        "loss": cross_entropies(logits, targets).sum(), "correct": top[1], "correct_top5": top[5],
-        "count": scored.sum()}, rel=1e-5)
+@pytest.mark.parametrize(("model", "learning_rate", "gradient", "parameters"), [
+    (Cliff(), 0.1, math.inf, math.inf),  # seen at its step though the loss is finite
+    (Linear(batch=16), 1e30, None, math.inf)])  # an update whose norm has a square beyond float32
+def test_the_norms_of_a_step_show_what_its_loss_does_not(model: nn.Module, learning_rate: float,
+                                                         gradient: float | None, parameters: float) -> None:
+    _, metrics = updates(model, 1, 1, learning_rate=learning_rate)
+    assert np.isfinite(metrics[0]["loss"])
+    assert metrics[0]["parameter_norm"] == parameters
+    assert metrics[0]["gradient_norm"] == gradient if gradient else np.isfinite(metrics[0]["gradient_norm"])
 
 
-def test_a_batch_of_filling_alone_counts_nothing() -> None:
-    images = np.full((4, 1, 10, 1), 255, np.uint8)
-    sums = eval_step({}, images, np.full(4, -1, np.int32), model=Pixels(), data=PIXELS)
-    assert {float(value) for value in sums.values()} == {0.0}
+# Gradient accumulation
+
+class Plain(nn.Module):
+    """A linear classifier that counts its calls, and keeps what dropout's stream draws in each."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        calls = self.variable("batch_stats", "calls", jnp.zeros, (), jnp.int32)
+        draws = self.variable("batch_stats", "draws", jnp.zeros, (16,))
+        if train:
+            draws.value = draws.value.at[calls.value].set(jax.random.uniform(self.make_rng("dropout")))
+            calls.value += 1
+        return nn.Dense(10, name="head")(images.reshape(len(images), -1))
+
+
+class Normalized(nn.Module):
+    """Batch normalisation and a linear classifier."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        pixels = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-3, name="norm")(
+            images.reshape(len(images), -1))
+        return nn.Dense(10, name="head")(pixels)
+
+
+def updates(model: nn.Module, steps: int, parts: int, devices: int = 1, *, learning_rate: float = 0.1,
+            data: DataConfig = CENTRED) -> tuple[TrainState, list[Metrics]]:
+    """Returns the state after so many updates with batches of 16 images, each in `parts`, and the metrics of each."""
+    mesh, optimizer = mesh_of(devices), optax.sgd(learning_rate)
+    step = jax.jit(functools.partial(
+        train_step, model=model, optimizer=optimizer, data=data, seed=0, steps_per_epoch=steps,
+        batch_sharding=batch_sharding(mesh), grad_accumulation_steps=parts), out_shardings=replicated(mesh))
+    state = jax.device_put(create_train_state(model, optimizer, 0, (4, 4, 1)), replicated(mesh))
+    images, labels = make_images(16 * steps, size=4)
+    metrics = []
+    for first in range(0, len(images), 16):
+        batch = jax.device_put((images[first:first + 16], labels[first:first + 16]), batch_sharding(mesh))
+        state, values = step(state, *batch)
+        metrics.append(jax.device_get(values))
+    return state, metrics
+
+
+@pytest.mark.parametrize(("parts", "devices"), [(4, 1), (2, 4)])
+def test_a_network_without_batch_normalisation_trains_the_same_in_parts(parts: int, devices: int) -> None:
+    data = DataConfig(mean=(0.5,), std=(0.25,), pad=1, flip=True)
+    whole, expected = updates(Plain(), 3, 1, data=data)
+    state, metrics = updates(Plain(), 3, parts, devices, data=data)
+    for actual, desired in ((state.params, whole.params), (metrics, expected), (state.totals, whole.totals)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), actual, desired)
+    assert (int(state.step), float(state.totals["count"])) == (3, 48)
+    assert int(state.batch_stats["calls"]) == 3 * parts
+
+
+def test_each_part_of_each_step_makes_draws_of_its_own() -> None:
+    draws = updates(Plain(), 4, 4)[0].batch_stats["draws"]
+    assert len(set(draws.tolist())) == 16
+
+
+def normalized_by_hand(params: Any, parts: int) -> tuple[Any, Any, dict[str, float]]:
+    """Returns parameters, running statistics and metrics of `Normalized` after two updates, in NumPy and float64."""
+    images, labels = make_images(32, size=4)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jax.device_get(params))
+    mean, var, sums = np.zeros(16), np.ones(16), {"loss": 0.0, "correct": 0.0, "count": 0.0}
+    for first in (0, 16):
+        batch = ((images[first:first + 16] / 255 - 0.5) / 0.25).reshape(16, -1)
+        gradient = jax.tree.map(np.zeros_like, params)
+        for part in range(parts):
+            inputs, targets = batch[part::parts], labels[first:first + 16][part::parts]
+            mean, var = 0.9 * mean + 0.1 * inputs.mean(0), 0.9 * var + 0.1 * inputs.var(0)
+            normal = (inputs - inputs.mean(0)) / np.sqrt(inputs.var(0) + 1e-3)
+            outputs = normal * params["norm"]["scale"] + params["norm"]["bias"]
+            logits = outputs @ params["head"]["kernel"] + params["head"]["bias"]
+            slope = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True) - np.eye(10)[targets]
+            back = slope @ params["head"]["kernel"].T
+            new = {"head": {"kernel": outputs.T @ slope, "bias": slope.sum(0)},
+                   "norm": {"scale": (back * normal).sum(0), "bias": back.sum(0)}}
+            gradient = jax.tree.map(lambda a, b: a + b / 16, gradient, new)
+            sums["loss"] += cross_entropies(logits, targets).sum()
+            sums["correct"] += (logits.argmax(-1) == targets).sum()
+            sums["count"] += len(targets)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+    norms = [np.sqrt(sum((leaf ** 2).sum() for leaf in jax.tree.leaves(tree))) for tree in (gradient, params)]
+    return params, {"norm": {"mean": mean, "var": var}}, {**sums, "gradient_norm": norms[0], "parameter_norm": norms[1]}
+
+
+@pytest.mark.parametrize(("parts", "devices"), [(1, 1), (4, 1), (2, 4)])
+def test_batch_normalisation_sees_every_nth_image_of_a_batch_on_any_number_of_devices(parts: int,
+                                                                                      devices: int) -> None:
+    first = create_train_state(Normalized(), optax.sgd(0.1), 0, (4, 4, 1)).params
+    params, statistics, sums = normalized_by_hand(first, parts)
+    state, metrics = updates(Normalized(), 2, parts, devices)
+    for actual, desired in ((state.params, params), (state.batch_stats, statistics), (metrics[-1], sums)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, desired)
