@@ -43,9 +43,16 @@ def __getattr__(name: str) -> Any:
     if name == "ElementSet":
         import warnings
 
-        warnings.warn("shared_basis.ElementSet is now called BasisGroup; the old name goes with the next version",
-                      DeprecationWarning, stacklevel=2)
-        name = "BasisGroup"
+        warnings.warn("shared_basis.ElementSet is now called BasisGroup, and its family reduction_group; the old names "
+                      "go with the next version", DeprecationWarning, stacklevel=2)
+        return _element_set
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"shared_basis.{_MODULES[name]}"), name)
+
+
+def _element_set(shared: Any, unique: Any = (), family: str = "") -> BasisGroup:
+    """Returns a `BasisGroup`, by the arguments of version 0.1."""
+    from shared_basis.nn.basis_conv import BasisGroup
+
+    return BasisGroup(shared, unique, family)

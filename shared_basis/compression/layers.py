@@ -17,7 +17,7 @@ from shared_basis.config import Config, replace
 from shared_basis.data import feeds
 from shared_basis.data.feeds import Images
 from shared_basis.errors import UserError
-from shared_basis.models import Network, family_of, plain_counterpart
+from shared_basis.models import Network, create_model, family_of, plain_counterpart
 from shared_basis.nn.types import Path
 from shared_basis.runs.trained import Trained, build_model
 from shared_basis.runtime import memory
@@ -104,9 +104,9 @@ def open_plain(source: str, which: str = "latest", overrides: Mapping[str, Any] 
 def check_family(name: str) -> None:
     """Raises `UserError` unless plain network `name` has layers that are linear in the elements of a basis."""
     base = plain_counterpart(name)
-    if base.startswith("resnext"):
-        raise UserError(f"{base} cannot be compressed: a ReLU stands between its basis and the coefficients, so that "
-                        "no closed form gives them; train it from scratch.")
+    if not create_model(base).basis_is_linear():
+        raise UserError(f"{base} cannot be compressed: its layers are not linear in their basis (a ReLU stands between "
+                        "it and the coefficients), so that no closed form gives them; train it from scratch.")
     if BASIS_FORM not in family_of(base).forms:
         raise UserError(f"{base} cannot be compressed: it shares whole filters, which are no low-rank form of others; "
                         "train it from scratch.")

@@ -11,7 +11,8 @@ from typing import Any
 from shared_basis.errors import UserError
 
 PARAMETER_LABELS = ("basis", "coefficients", "kernel", "norm", "bias")
-"""Kinds of parameters that weight decay can be limited to; `shared_basis.optim.labels` assigns them."""
+"""Kinds of parameters, which weight decay can be limited to: filter basis elements (shared and unique), coefficients,
+ordinary kernels, scale and bias of batch normalisation, and biases of linear layers; see `shared_basis.optim.labels`."""
 
 
 def _require(condition: bool, field: str, value: Any, allowed: str) -> None:
@@ -188,7 +189,8 @@ class OptimizerConfig:
     batch normalisation and dropout see the parts: on networks with batch normalisation it is not the same training."""
 
     def __post_init__(self) -> None:
-        _require(1 <= self.grad_accumulation_steps < 2**31, "optimizer.grad_accumulation_steps", self.grad_accumulation_steps, "a positive whole number")
+        _require(1 <= self.grad_accumulation_steps < 2**31, "optimizer.grad_accumulation_steps",
+                 self.grad_accumulation_steps, "a positive whole number")
         for field, low in (("learning_rate", 0.0), ("weight_decay", 0.0), ("warmup_epochs", 0.0)):
             value = getattr(self, field)
             _require(low <= value <= 1e30, f"optimizer.{field}", value, "0 or a positive number, at most 1e30")

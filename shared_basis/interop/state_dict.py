@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import math
+import os
 import pickle
 import pickletools
 import sys
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import safetensors.numpy
 
 from shared_basis.errors import UserError
+from shared_basis.runtime.files import first_line
 
-_SAFETENSORS_TYPES: dict[str, Any] = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
 _STORAGE_TYPES: dict[str, Any] = {
     "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
     "LongStorage": np.int64, "IntStorage": np.int32, "ByteStorage": np.uint8}
@@ -27,7 +27,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
 
-def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Returns the tensors of a `.safetensors` or `.pth` file by name; nothing in the file is executed.
 
     A `.pth` file may hold the state dict itself or a dict with it under `net_state_dict`, `state_dict` or `model`.
@@ -39,34 +39,13 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise UserError(f"{path}: a state dict is read from .safetensors or .pth files.")
     try:
-        tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _state_dict(_read_torch(path))
+        if path.suffix == ".safetensors":
+            return safetensors.numpy.load(path.read_bytes())
+        return _state_dict(_read_torch(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # a damaged file can fail anywhere in its decoding
-        raise UserError(f"{path}: not a readable state dict: {str(error) or type(error).__name__}.") from error
-    return tensors
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    # The format: length of the header (8 bytes), header (JSON: dtype, shape and byte range of each tensor), bytes.
-    data = memoryview(path.read_bytes())
-    start = 8 + int.from_bytes(data[:8], "little")
-    if start > len(data):
-        raise ValueError("its header is longer than the file")
-    header = json.loads(bytes(data[8:start]))
-    tensors = {}
-    last = 0
-    for name, entry in sorted(((name, entry) for name, entry in header.items() if name != "__metadata__"),
-                              key=lambda item: item[1]["data_offsets"]):
-        (begin, end), shape = entry["data_offsets"], entry["shape"]
-        if not last <= begin <= end <= len(data) - start:
-            raise ValueError(f"tensor {name} overlaps another, or reaches beyond the file")
-        if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
-            raise ValueError(f"tensor {name} has no shape")
-        last = end
-        array = np.frombuffer(data[start + begin:start + end], _SAFETENSORS_TYPES[entry["dtype"]])
-        tensors[name] = array.reshape(shape)
-    return tensors
+        raise UserError(f"{path}: not a readable state dict: {first_line(error)}.") from error
 
 
 def _state_dict(content: Any) -> dict[str, np.ndarray]:

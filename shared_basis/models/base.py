@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from shared_basis.errors import UserError
 from shared_basis.nn.basis_conv import BasisGroup, he_normal_fan_out, he_normal_templates, init_shared_bases
@@ -47,8 +49,33 @@ class Sharing:
         return bool(self.shared_rank or self.unique_rank)
 
 
+Tensors = Mapping[str, np.ndarray]
+"""A PyTorch state dict."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedNames:
+    """The names that modules have in published PyTorch state dicts; '|' separates those of different versions."""
+
+    top: Mapping[str, str]
+    """By name of a module at the top level, such as 'stem'."""
+    plain: Mapping[str, str]
+    """By name of a module within a plain block, or one that shares whole filters."""
+    factorised: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """By name of a module, or 'layer/unique' and 'layer/coefficients', within a block whose layers have a basis."""
+
+
+def unexpected_tensors(names: Iterable[str]) -> UserError:
+    """Returns the error that a state dict holds tensors for which the network has no place."""
+    return UserError(f"unexpected tensors: {', '.join(sorted(names))}.")
+
+
 class Network(nn.Module):
-    """Base of all networks: owns the shared arrays as the top-level parameter `bases/<group>/<name>`."""
+    """Base of all networks: owns the shared arrays as the top-level parameter `bases/<group>/<name>`.
+
+    What is specific to an architecture is answered by its methods: `shared_shapes`, `sharing_blocks` and `basis_layers`
+    by every one; `whole_layers`, `basis_is_linear` and the names in published files where the defaults are not right.
+    """
 
     num_classes: int
     sharing: Sharing = Sharing()
@@ -74,6 +101,40 @@ class Network(nn.Module):
     def basis_layers(self) -> tuple[str, ...]:
         """Returns the layers of such a block that are factorised when the network is."""
         raise NotImplementedError
+
+    def whole_layers(self) -> tuple[str, ...]:
+        """Returns the layers of a block whose filters are shared as a whole: by `-shared` the first, by `-shared++` all.
+
+        Empty where the network admits neither.
+        """
+        return ()
+
+    def basis_is_linear(self) -> bool:
+        """Returns whether factorised layers are linear in the elements of their basis, so that they can be fitted."""
+        return True
+
+    def published_names(self) -> PublishedNames:
+        """Returns the names of the modules in published PyTorch state dicts.
+
+        Raises:
+          UserError: there are none.
+        """
+        raise UserError(f"{type(self).__name__} has no published weights.")
+
+    def published_blocks(self, group: str, block: str) -> tuple[str, ...]:
+        """Returns the names that a block may have in published PyTorch state dicts."""
+        raise NotImplementedError
+
+    def adapt_published(self, tensors: Tensors) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Brings a published state dict into the layout of `published_names`, where it has another one.
+
+        Returns:
+          The tensors by name, and for each module that was renamed the name that it has in the file.
+
+        Raises:
+          UserError: it holds a tensor that the network has no place for.
+        """
+        return dict(tensors), {}
 
     def bases(self) -> Mapping[str, Mapping[str, Array]]:
         """Returns the shared arrays by group and name; call it once, within the compact method."""
@@ -110,7 +171,7 @@ class Network(nn.Module):
             raise UserError(f"elements={elements!r}: must be 'shared' or 'shared+unique'.")
         if not self.sharing.orthonormal:
             return ()
-        sets = []
+        groups: list[BasisGroup] = []
         for group, named in self.shared_shapes().items():
             shared: tuple[Path, ...] = tuple(("bases", group, name) for name in sorted(named))
             unique: tuple[Path, ...] = ()
@@ -118,10 +179,16 @@ class Network(nn.Module):
                 unique = tuple((group, block, layer, "unique")
                                for block in self.sharing_blocks()[group] for layer in self.basis_layers())
             if self.sharing.separate_means:
-                sets += [BasisGroup((path,), reduction_group=path[-1]) for path in shared]
+                groups += [BasisGroup((path,), reduction_group=path[-1]) for path in shared]
             elif shared or unique:
-                sets.append(BasisGroup(shared, unique))
-        return tuple(sets)
+                groups.append(BasisGroup(shared, unique))
+        return tuple(groups)
+
+    def element_sets(self, elements: str = "shared") -> tuple[BasisGroup, ...]:
+        """Returns `basis_groups`, by its name in version 0.1."""
+        warnings.warn("Network.element_sets is now called basis_groups; the old name goes with the next version",
+                      DeprecationWarning, stacklevel=2)
+        return self.basis_groups(elements)
 
 
 class Group(nn.Module):
@@ -163,10 +230,11 @@ class Group(nn.Module):
         def body(x: Array, variables: Mapping[str, Any]) -> tuple[Array, Mapping[str, Any]]:
             return block.apply(variables, x, shared, train=train, mutable=["batch_stats"] if train else [])
 
-        x, updated = scan_with_remat(body, x, [{kind: named[name] for kind, named in self.variables.items()} for name in names])
+        variables = [{kind: named[name] for kind, named in self.variables.items()} for name in names]
+        x, updated = scan_with_remat(body, x, variables)
         if train:
-            for name, variables in zip(names, updated, strict=True):
-                self.put_variable("batch_stats", name, variables["batch_stats"])
+            for name, changed in zip(names, updated, strict=True):
+                self.put_variable("batch_stats", name, changed["batch_stats"])
         return x
 
 

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
-from shared_basis.models.base import Network, check_rank, global_average, linear_head
+from shared_basis.models.base import Network, PublishedNames, Tensors, check_rank, global_average, linear_head
 from shared_basis.nn.basis_conv import BasisConv
 from shared_basis.nn.batch_norm import batch_norm
 from shared_basis.nn.types import Array, Dtype
 
 INNER = 4
 """Channels between a dense layer's 1×1 and 3×3 convolutions, over the growth rate."""
+
+_PUBLISHED_TOP = {"stem": "conv1", "final_norm": "features.bn", "head": "linear", **{
+    name: f"features.transition_layer_{index - 1}.down_sample.{position}" for index in (1, 2, 3)
+    for position, name in enumerate((f"transition{index}_norm", f"transition{index}"))}}
+_PUBLISHED_PLAIN = {name: f"residual_function.{index}" for name, index in (
+    ("input_norm", 0), ("first", 2), ("first_norm", 3), ("second", 5))}
+_PUBLISHED_BASIS = {"input_norm": "bn0", "first": "conv1", "first_norm": "bn1", "second/unique": "basis_conv2",
+                    "second/norm": "basis_bn2", "second/coefficients": "coeff_conv2"}
 
 
 class DenseLayer(nn.Module):
@@ -77,6 +86,28 @@ class DenseNet(Network):
     def basis_layers(self) -> tuple[str, ...]:
         """See `Network`."""
         return ("second",)
+
+    def published_names(self) -> PublishedNames:
+        """See `Network`."""
+        return PublishedNames(_PUBLISHED_TOP, _PUBLISHED_PLAIN, _PUBLISHED_BASIS)
+
+    def published_blocks(self, group: str, block: str) -> tuple[str, ...]:
+        """See `Network`: the last block of the plain network has a name unlike the others."""
+        index, layer = int(group.removeprefix("group")) - 1, int(block.removeprefix("block")) - 1
+        return (f"features.dense_block_layer_{index}.bottle_neck_layer_{layer}",
+                f"features.dense_block{index}.bottle_neck_layer_{layer}")
+
+    def adapt_published(self, tensors: Tensors) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """See `Network`: gives the fourth block a basis of its own, where it uses the third block's.
+
+        So the official code does; its fourth basis is in the file and unused.
+        """
+        used = tensors.get("features.dense_block_layer_3.bottle_neck_layer_0.shared_basis.weight")
+        third, fourth = tensors.get("shared_basis_3.weight"), tensors.get("shared_basis_4.weight")
+        if used is None or third is None or fourth is None or fourth.shape != third.shape or (
+                not np.array_equal(used, third)):
+            return dict(tensors), {}
+        return {**tensors, "shared_basis_4.weight": third}, {}
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:

@@ -7,11 +7,21 @@ from collections.abc import Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
-from shared_basis.models.base import Group, Network, Sharing, global_average, linear_head
-from shared_basis.models.resnet import shortcut
+from shared_basis.models.base import (
+    Group,
+    Network,
+    PublishedNames,
+    Sharing,
+    Tensors,
+    global_average,
+    linear_head,
+    unexpected_tensors,
+)
+from shared_basis.models.resnet import PUBLISHED_BLOCK, shortcut
 from shared_basis.nn.basis_conv import BasisConv
-from shared_basis.nn.batch_norm import batch_norm
+from shared_basis.nn.batch_norm import EPSILON, batch_norm
 from shared_basis.nn.types import Array, Dtype
 
 STAGES = ((1, 16, 1, 1), (2, 24, 2, 6), (3, 32, 2, 6), (4, 64, 2, 6), (3, 96, 1, 6), (3, 160, 2, 6), (1, 320, 1, 6))
@@ -20,6 +30,9 @@ SHARING_STAGES = (3, 4, 5, 6)
 """The stages, counted from 1, whose blocks after the first share."""
 STEM, NECK = 32, 1280
 """Channels of the stem, and of the last 1×1 convolution."""
+
+_PUBLISHED_TOP = {"stem": "pre.0", "stem_norm": "pre.1", "neck": "conv1.0", "neck_norm": "conv1.1",
+                  "head": "conv2|classifier.1"}
 
 
 class InvertedResidual(nn.Module):
@@ -76,6 +89,55 @@ class MobileNetV2(Network):
     def basis_layers(self) -> tuple[str, ...]:
         """See `Network`."""
         return ()
+
+    def whole_layers(self) -> tuple[str, ...]:
+        """See `Network`: the expansion, and the projection."""
+        return ("first", "third")
+
+    def published_names(self) -> PublishedNames:
+        """See `Network`."""
+        return PublishedNames(_PUBLISHED_TOP, PUBLISHED_BLOCK)
+
+    def published_blocks(self, group: str, block: str) -> tuple[str, ...]:
+        """See `Network`: a block that is alone in its stage has no number."""
+        stage, index = int(group.removeprefix("stage")), int(block.removeprefix("block")) - 1
+        return (f"stage{stage}" if STAGES[stage - 1][0] == 1 else f"stage{stage}.{index}",)
+
+    def adapt_published(self, tensors: Tensors) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """See `Network`: torchvision's layout becomes the official one.
+
+        torchvision has no 1×1 layer in the first stage and no biases before batch normalisation: identities and zeros.
+        """
+        if not any(name.startswith("features.") for name in tensors):
+            return dict(tensors), {}
+        modules = self._torchvision_modules()
+        renamed = {}
+        for name, tensor in tensors.items():
+            module, _, leaf = name.rpartition(".")
+            if module not in modules or name in ("features.0.0.bias", "features.18.0.bias"):
+                raise unexpected_tensors([name])
+            renamed[f"{modules[module]}.{leaf}"] = tensor
+        ones, zeros = np.ones(STEM, np.float32), np.zeros(STEM, np.float32)
+        added = {"pre.0.bias": zeros, "conv1.0.bias": np.zeros(NECK, np.float32),
+                 "stage1.conv1.weight": np.eye(STEM, dtype=np.float32)[:, :, None, None],
+                 "stage1.bn1.weight": ones, "stage1.bn1.bias": zeros, "stage1.bn1.running_mean": zeros,
+                 "stage1.bn1.running_var": ones * (1 - EPSILON)}  # the variance is 1 with ε added
+        return {**renamed, **added}, {official: theirs for theirs, official in modules.items()}
+
+    def _torchvision_modules(self) -> dict[str, str]:
+        """Returns the official name of each module of torchvision's MobileNetV2."""
+        modules = {"features.0.0": "pre.0", "features.0.1": "pre.1", "features.18.0": "conv1.0",
+                   "features.18.1": "conv1.1", "classifier.1": "classifier.1",
+                   "features.1.conv.0.0": "stage1.conv2", "features.1.conv.0.1": "stage1.bn2",
+                   "features.1.conv.1": "stage1.conv3", "features.1.conv.2": "stage1.bn3"}
+        blocks = [(f"stage{stage}", f"block{block}") for stage, (count, *_) in enumerate(STAGES[1:], 2)
+                  for block in range(1, count + 1)]
+        for index, (stage, block) in enumerate(blocks, 2):
+            (prefix,) = self.published_blocks(stage, block)
+            for theirs, official in (("0.0", "conv1"), ("0.1", "bn1"), ("1.0", "conv2"), ("1.1", "bn2"),
+                                     ("2", "conv3"), ("3", "bn3")):
+                modules[f"features.{index}.conv.{theirs}"] = f"{prefix}.{official}"
+        return modules
 
     @nn.nowrap  # so that the block belongs to the group that asks for it
     def block(self, s: int, first: bool, name: str) -> nn.Module:

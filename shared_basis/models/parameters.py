@@ -1,4 +1,4 @@
-"""What kind of parameter each one is, and how many parameters and multiply-accumulates a network has."""
+"""How many parameters and multiply-accumulates a network has, by abstract evaluation."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 from shared_basis.nn.types import Tree
 
 
 def count_parameters(params: Tree) -> dict[str, int]:
     """Returns the number of parameters under each top-level name, arrays and abstract shapes alike."""
-    return {name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
+    return {name: optax.tree.size(tree) for name, tree in params.items()}
 
 
 def count_macs(model: nn.Module, variables: Tree, image_shape: tuple[int, int, int]) -> dict[str, int]:

@@ -31,7 +31,8 @@ SHARING_FORMS = {
 }
 """The forms of sharing, and what they mean."""
 
-_BASIS = ("s<S>u<U>", "s<S>u<U>-double")
+BASIS, DOUBLE = "s<S>u<U>", "s<S>u<U>-double"
+_BASIS = (BASIS, DOUBLE)
 _WHOLE = ("shared", "shared++")
 _BASELINES = ("tied", "template<k>")
 
@@ -41,15 +42,26 @@ class Family:
     """A network without its sharing: what it is built by, and what it admits."""
 
     build: Callable[..., Network]
+    """Its class, or a function that takes the fields of `Network`, Flax's `parent`, and `arguments`."""
     stems: tuple[str, ...]
+    """Of 'cifar' and 'imagenet' those that it has, the usual one first."""
     forms: tuple[str, ...]
+    """The `SHARING_FORMS` that it admits."""
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+CIFAR_DEPTHS = (14, 20, 32, 44, 56, 110)
+CIFAR_WIDTH = 16
+"""Channels of the first group of these ResNets; a name may ask for others: `resnet32w12` has 12, 24 and 48."""
+
+
+def _cifar_resnet(depth: int, width: int = CIFAR_WIDTH) -> Family:
+    return Family(ResNet, ("cifar",), _BASIS + _BASELINES, {
+        "blocks": ((depth - 2) // 6,) * 3, "widths": (width, 2 * width, 4 * width), "project": False})
+
+
 def _families() -> dict[str, Family]:
-    small = {f"resnet{depth}": Family(ResNet, ("cifar",), _BASIS + _BASELINES, {
-        "blocks": ((depth - 2) // 6,) * 3, "widths": (16, 32, 64), "project": False})
-        for depth in (14, 20, 32, 44, 56, 110)}
+    small = {f"resnet{depth}": _cifar_resnet(depth) for depth in CIFAR_DEPTHS}
     wide = {"widths": (64, 128, 256, 512)}
     basic = {f"resnet{depth}": Family(ResNet, ("cifar", "imagenet"), _BASIS + _BASELINES, {"blocks": blocks, **wide})
              for depth, blocks in ((18, (2, 2, 2, 2)), (34, (3, 4, 6, 3)))}
@@ -79,25 +91,18 @@ def register(name: str, family: Family) -> None:
     FAMILIES[name] = family
 
 
-USUAL_WIDTH = 16
-"""Channels of the first group of ResNet-14 to 110; `resnet32w12` has 12, 24 and 48 where ResNet-32 has 16, 32, 64."""
-
-
 def family_of(name: str) -> Family:
-    """Returns the family of the network `name`; of one with a width, the family with that width.
+    """Returns the family of the network `name`, whose ResNet may have a width of its own.
 
     Raises:
       UserError: there is no such network (the nearest known ones are named).
     """
     base, dash, form = name.partition("-")
-    known = base
-    if (wide := re.fullmatch(r"(resnet\d+)w([1-9]\d{0,3})", base)) and int(wide[2]) != USUAL_WIDTH:
-        known = wide[1]
-    family = FAMILIES.get(known)
-    if family and wide and known != base:  # ImageNet's ResNets have no such width
-        widths = tuple(int(wide[2]) << group for group in range(3))
-        usual = family.arguments["widths"][0] == USUAL_WIDTH
-        family = dataclasses.replace(family, arguments={**family.arguments, "widths": widths}) if usual else None
+    family = FAMILIES.get(base)
+    if match := re.fullmatch(r"resnet(\d+)w([1-9]\d{0,3})", base):
+        depth, width = map(int, match.groups())
+        if depth in CIFAR_DEPTHS and width != CIFAR_WIDTH:  # of two names for one network, one is enough
+            family = _cifar_resnet(depth, width)
     if family is None or (dash and not form):
         near = difflib.get_close_matches(base, FAMILIES, n=3, cutoff=0.5)
         hint = f" The nearest: {', '.join(near)}." if near else ""
@@ -121,7 +126,6 @@ def create_model(name: str, *, num_classes: int = 10, stem: str | None = None, d
         exceeds the space of the filters.
     """
     family = family_of(name)
-    sharing = _parse_sharing(name, name.partition("-")[2], family)
     if num_classes < 2:
         raise UserError(f"num_classes={num_classes}: a classifier needs at least 2 classes.")
     stem = stem or family.stems[0]
@@ -130,6 +134,8 @@ def create_model(name: str, *, num_classes: int = 10, stem: str | None = None, d
     arguments = dict(family.arguments)
     if len(family.stems) > 1:
         arguments["stem"] = stem
+    plain = family.build(num_classes=num_classes, parent=None, **arguments)
+    sharing = _parse_sharing(name, family.forms, plain)
     return family.build(num_classes=num_classes, sharing=sharing, dtype=dtype, scan_blocks=scan_blocks, **arguments)
 
 
@@ -138,30 +144,29 @@ def plain_counterpart(name: str) -> str:
     return name.partition("-")[0]
 
 
-def _parse_sharing(name: str, form: str, family: Family) -> Sharing:
-    """Returns what the part `form` of the network's `name` asks for."""
+def _parse_sharing(name: str, forms: tuple[str, ...], plain: Network) -> Sharing:
+    """Returns what the network's `name` asks for, one of the `forms`, in terms of the layers of the `plain` network."""
+    form = name.partition("-")[2]
     if not form:
         return Sharing()
     basis = re.fullmatch(r"s(0|[1-9]\d{0,5})u(0|[1-9]\d{0,5})(-double)?", form)
     template = re.fullmatch(r"template([1-9]\d{0,3})", form)
-    kind = (f"s<S>u<U>{basis[3] or ''}" if basis else "template<k>" if template else form)
-    if kind not in family.forms:
+    kind = (DOUBLE if basis[3] else BASIS) if basis else "template<k>" if template else form
+    if kind not in forms:
         raise UserError(f"network {name!r}: no sharing {form!r}; {plain_counterpart(name)} admits "
-                        f"{', '.join(family.forms)}.")
+                        f"{', '.join(forms)}.")
     if template:
-        return Sharing(tuple((layer, "templates") for layer in ("first", "second")), templates=int(template[1]),
+        return Sharing(tuple((layer, "templates") for layer in plain.basis_layers()), templates=int(template[1]),
                        orthonormal=False)
     if kind == "tied":
-        return Sharing((("first", "first"), ("second", "second")), orthonormal=False)
+        return Sharing(tuple((layer, layer) for layer in plain.basis_layers()), orthonormal=False)
     if kind in _WHOLE:
-        layers = ("first", "third") if family.build is MobileNetV2 else ("second", "third")
-        chosen = layers[:1] if kind == "shared" else layers
-        return Sharing(tuple((layer, layer) for layer in chosen), separate_means=kind == "shared++")
+        layers = plain.whole_layers()[:1] if kind == "shared" else plain.whole_layers()
+        return Sharing(tuple((layer, layer) for layer in layers), separate_means=kind == "shared++")
     assert basis is not None
     shared, unique, double = int(basis[1]), int(basis[2]), bool(basis[3])
     if double and not shared:
         raise UserError(f"network {name!r}: -double shares two bases a group, and s0 shares none; drop -double.")
     if not shared:
         return Sharing(unique_rank=unique)
-    basis_layers = ("first", "second") if family.build is ResNet else ("second",)
-    return Sharing(tuple((layer, layer if double else "shared") for layer in basis_layers), shared, unique)
+    return Sharing(tuple((layer, layer if double else "shared") for layer in plain.basis_layers()), shared, unique)

@@ -8,7 +8,15 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax.numpy as jnp
 
-from shared_basis.models.base import Group, Network, Sharing, check_rank, global_average, linear_head
+from shared_basis.models.base import (
+    Group,
+    Network,
+    PublishedNames,
+    Sharing,
+    check_rank,
+    global_average,
+    linear_head,
+)
 from shared_basis.nn.basis_conv import BasisConv
 from shared_basis.nn.batch_norm import batch_norm
 from shared_basis.nn.types import Array, Dtype
@@ -18,6 +26,15 @@ Shared = Mapping[str, Array]
 
 EXPANSION = 4
 """Output channels of a bottleneck block over its width."""
+
+PUBLISHED_TOP = {"stem": "conv1", "stem_norm": "bn1", "head": "fc|linear"}
+PUBLISHED_SHORTCUT = {"shortcut": "shortcut.0|downsample.0", "shortcut_norm": "shortcut.1|downsample.1"}
+PUBLISHED_BLOCK = {"first": "conv1", "first_norm": "bn1", "second": "conv2", "second_norm": "bn2", "third": "conv3",
+                   "third_norm": "bn3", **PUBLISHED_SHORTCUT}
+"""Names in the files of the official implementation and of torchvision; see `PublishedNames`."""
+_PUBLISHED_BASIS = {
+    "first/unique": "basis_conv1", "first/norm": "basis_bn1", "first/coefficients": "coeff_conv1",
+    "second/unique": "basis_conv2", "second/norm": "basis_bn2", "second/coefficients": "coeff_conv2"}
 
 
 def shortcut(x: Array, features: int, strides: int, project: bool, dtype: Dtype, train: bool) -> Array:
@@ -142,6 +159,18 @@ class ResNet(Network):
     def basis_layers(self) -> tuple[str, ...]:
         """See `Network`."""
         return ("first", "second")
+
+    def whole_layers(self) -> tuple[str, ...]:
+        """See `Network`: the 3×3 layer of a bottleneck block, and its last 1×1."""
+        return ("second", "third")
+
+    def published_names(self) -> PublishedNames:
+        """See `Network`."""
+        return PublishedNames(PUBLISHED_TOP, PUBLISHED_BLOCK, {**PUBLISHED_BLOCK, **_PUBLISHED_BASIS})
+
+    def published_blocks(self, group: str, block: str) -> tuple[str, ...]:
+        """See `Network`."""
+        return (f"layer{group.removeprefix('group')}.{int(block.removeprefix('block')) - 1}",)
 
     @property
     def stem_width(self) -> int:

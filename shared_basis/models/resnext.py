@@ -8,12 +8,19 @@ from __future__ import annotations
 import flax.linen as nn
 
 from shared_basis.errors import UserError
-from shared_basis.models.base import Sharing
-from shared_basis.models.resnet import BottleneckBlock, ResNet
+from shared_basis.models.base import PublishedNames, Sharing
+from shared_basis.models.resnet import PUBLISHED_SHORTCUT, PUBLISHED_TOP, BottleneckBlock, ResNet
 
 GROUPS = 32
 GROUP_WIDTH = 4
 """Channels of each group in the first stage; ranks are counted in units of it."""
+
+_PUBLISHED_PLAIN = {
+    **{name: f"residual_function.{index}" for name, index in (
+        ("first", 0), ("first_norm", 1), ("second", 3), ("second_norm", 4), ("third", 6), ("third_norm", 7))},
+    **PUBLISHED_SHORTCUT}
+_PUBLISHED_BASIS = {"first": "conv1", "first_norm": "bn1", "second/unique": "basis_conv2", "second/norm": "bn2",
+                    "second/coefficients": "conv3", "third_norm": "bn3"}
 
 
 class ResNeXt(ResNet):
@@ -44,6 +51,14 @@ class ResNeXt(ResNet):
     def basis_layers(self) -> tuple[str, ...]:
         """See `Network`."""
         return ("second",)
+
+    def basis_is_linear(self) -> bool:
+        """See `Network`: a ReLU stands between basis and coefficients."""
+        return False
+
+    def published_names(self) -> PublishedNames:
+        """See `Network`."""
+        return PublishedNames(PUBLISHED_TOP, _PUBLISHED_PLAIN, _PUBLISHED_BASIS)
 
     @property
     def shared_groups(self) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import jax
+import optax
 
 from shared_basis.config import ModelConfig
 from shared_basis.models import create_model, plain_counterpart
 from shared_basis.models.parameters import abstract_variables, count_macs
+from shared_basis.runtime.files import align
 
 
 def count_network(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -33,8 +33,8 @@ def count_network(config: ModelConfig, num_classes: int, image_shape: tuple[int,
         groups.setdefault(owner if owner in macs else name, {"parameters": 0, "shared_parameters": 0, "macs": 0})
     for name, tree in params.items():
         row = groups.get(name) or groups[name.removesuffix("_norm")]
-        shared = _size(bases.get(name, {}))
-        row["parameters"] += _size(tree) + shared
+        shared = optax.tree.size(bases.get(name, {}))
+        row["parameters"] += optax.tree.size(tree) + shared
         row["shared_parameters"] += shared
         row["macs"] += macs.get(name, 0)
     return {"model": config.name, **{key: sum(row[key] for row in groups.values()) for key in ("parameters", "macs")},
@@ -61,13 +61,10 @@ def render(comparison: dict[str, Any]) -> str:
     shared = sum(row["shared_parameters"] for row in comparison["groups"].values())
     rows.append(("total", *(f"{value:,}" for value in (
         comparison["parameters"], shared, comparison["macs"], plain["parameters"], plain["macs"]))))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                       for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
     height, width, channels = comparison["image_shape"]
     title = (f"{comparison['model']}, images {height}×{width}×{channels}, {comparison['num_classes']} classes; "
              "MACs: multiply-accumulates of one image")
-    return "\n".join([title, *lines, render_saving(comparison)])
+    return "\n".join([title, *align(rows, right=True), render_saving(comparison)])
 
 
 def render_saving(comparison: dict[str, Any]) -> str:
@@ -82,7 +79,3 @@ def render_saving(comparison: dict[str, Any]) -> str:
         return f"{comparison['parameters']:,} parameters, {comparison['macs']:,} MACs; this is the plain network"
     return (f"{comparison['parameters']:,} parameters ({change('parameters')} the {plain['parameters']:,} of "
             f"plain {plain['model']}), {comparison['macs']:,} MACs ({change('macs')} {plain['macs']:,})")
-
-
-def _size(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -13,9 +13,10 @@ neighbouring 1×1 layers are the layer-specific part, and kernels combined from 
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import math
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
 
 import flax.linen as nn
 import jax
@@ -32,18 +33,34 @@ he_normal_templates = nn.initializers.variance_scaling(
 """The same for each template of `[k, k, C, T, templates]`."""
 
 
-class BasisGroup(NamedTuple):
+@dataclasses.dataclass(frozen=True, init=False)
+class BasisGroup:
     """Names, by path in the parameter tree, the basis elements of one group that are to be orthonormal together.
 
-    Each array holds its elements on its last axis: `[k, k, C, s]`, or any `[..., elements]`.
+        BasisGroup(["bases/body"])
+
+    A path is a string with '/' between keys, or a tuple of keys: `("bases", "body")`. Each array holds its elements on
+    its last axis: `[k, k, C, s]`, or any `[..., elements]`.
     """
 
     shared: tuple[Path, ...]
     """The arrays of shared elements; in double sharing both of the group."""
-    unique: tuple[Path, ...] = ()
+    unique: tuple[Path, ...]
     """One array of unique elements for each layer; empty where unique elements are not to be penalised."""
-    reduction_group: str = ""
+    reduction_group: str
     """The mean penalty is taken over the basis groups of one reduction group; the means of several are added."""
+
+    def __init__(self, shared: Iterable[Path | str], unique: Iterable[Path | str] = (),
+                 reduction_group: str = "") -> None:
+        for name, value in (("shared", _paths(shared)), ("unique", _paths(unique)),
+                            ("reduction_group", reduction_group)):
+            object.__setattr__(self, name, value)  # it is frozen
+
+
+def _paths(paths: Iterable[Path | str]) -> tuple[Path, ...]:
+    """Returns paths as tuples of keys; a string alone is one path, and not one for each of its letters."""
+    return tuple(tuple(path.split("/")) if isinstance(path, str) else tuple(map(str, path))
+                 for path in ([paths] if isinstance(paths, str) else paths))
 
 
 def init_shared_bases(key: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
@@ -68,10 +85,19 @@ def init_shared_bases(key: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict
     return {name: orthonormal(k, shapes[name], jnp.float32) for name, k in zip(names, keys, strict=True)}
 
 
+class Form(enum.Enum):
+    """What the filters of a `BasisConv` are made of."""
+
+    OWN_KERNEL = enum.auto()
+    BASIS = enum.auto()
+    WHOLE_FILTERS = enum.auto()
+    TEMPLATES = enum.auto()
+
+
 class BasisConv(nn.Module):
     """The one convolution of every variant.
 
-    What it is handed, and its ranks, decide what it computes:
+    What it is handed, and its ranks, decide what it computes (see `form`):
 
     - no shared array and no unique elements: an ordinary convolution with its own `kernel [k, k, C / groups, T]`;
     - a filter basis: `unique [k, k, C / groups, u]` if u > 0, `norm` (scale and bias of R channels) and
@@ -112,18 +138,30 @@ class BasisConv(nn.Module):
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.shared_groups)
         if shared is not None and shared.shape[:3] != shape:
             raise ValueError(f"shared array of shape {shared.shape}: this layer needs {(*shape, '…')}")
-        if shared is None and self.unique_rank == 0:
-            y = self._convolve(x, self.param("kernel", he_normal_fan_out, self._own_shape(x, self.features)))
-        elif shared is not None and shared.ndim == 5:
-            mix = self.param("coefficients", nn.initializers.normal(shared.shape[-1] ** -0.5), shared.shape[-1:])
-            y = self._convolve(x, shared @ mix)
-        elif shared is not None and self.whole_filters:
-            y = self._convolve(x, shared)
-        else:
+        if (form := self.form(shared)) is Form.BASIS:
             y = self._basis_convolve(x, shared, train)
+        else:
+            y = self._convolve(x, self._kernel(x, shared, form))
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
         return y
+
+    @nn.nowrap
+    def form(self, shared: Array | None) -> Form:
+        """Returns what the layer's filters are made of when it is handed `shared`."""
+        if shared is None:
+            return Form.BASIS if self.unique_rank else Form.OWN_KERNEL
+        if shared.ndim == 5:  # the last axis counts templates, each of which is a whole kernel
+            return Form.TEMPLATES
+        return Form.WHOLE_FILTERS if self.whole_filters else Form.BASIS
+
+    def _kernel(self, x: Array, shared: Array | None, form: Form) -> Array:
+        if shared is None:
+            return self.param("kernel", he_normal_fan_out, self._own_shape(x, self.features))
+        if form is Form.WHOLE_FILTERS:
+            return shared
+        mix = self.param("coefficients", nn.initializers.normal(shared.shape[-1] ** -0.5), shared.shape[-1:])
+        return shared @ mix
 
     def _basis_convolve(self, x: Array, shared: Array | None, train: bool) -> Array:
         elements = []

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from shared_basis.nn.ops import _PORTABLE, KEPT, multiply, use_cpu_forms
+from shared_basis.nn.ops import is_portable, keep, multiply, use_cpu_forms
 from shared_basis.nn.types import Array, Dtype
 
 MOMENTUM = 0.9
 """Of the running statistics of batch normalisation: 0.9 old + 0.1 new, as published."""
-
 
 EPSILON = 1e-5
 """Added to variances by batch normalisation, as published."""
@@ -51,7 +49,7 @@ class BatchNorm(nn.Module):
         """
         if not use_cpu_forms():
             parts = [jnp.concatenate(parts, axis=-1)]
-        if _PORTABLE.get():
+        if is_portable():
             return self(*parts) @ matrix.astype(self.dtype)
         mean, var, scale, bias = self._variables(len(matrix))
         moments = mean.value, var.value
@@ -90,8 +88,8 @@ def _normalize(x: Array, mean: Array, factor: Array, bias: Array) -> Array:
 def _moments(x: Array) -> tuple[Array, Array]:
     """Returns the mean and the (biased) variance `[C]` of `x [..., C]`, in float32."""
     exact, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
-    mean = checkpoint_name(jnp.mean(exact, axes), KEPT)
-    square = checkpoint_name(jnp.mean(jnp.square(exact), axes), KEPT)
+    mean = keep(jnp.mean(exact, axes))
+    square = keep(jnp.mean(jnp.square(exact), axes))
     return mean, jnp.maximum(square - jnp.square(mean), 0)
 
 

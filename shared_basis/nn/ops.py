@@ -24,10 +24,7 @@ FEW_FILTERS = 8
 """Up to so many filters, a vector of floats, a convolution on CPU is computed by `_convolve_by_few`."""
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
-KEPT = "kept"
-"""Names what a loop keeps for its gradient: results of convolutions, and statistics of batches."""
-
-
+_KEPT = "kept"
 _PORTABLE = contextvars.ContextVar("portable", default=False)
 
 
@@ -39,6 +36,11 @@ def portable() -> Iterator[None]:
         yield
     finally:
         _PORTABLE.reset(token)
+
+
+def is_portable() -> bool:
+    """Returns whether operations are being traced within `portable`."""
+    return _PORTABLE.get()
 
 
 def compiler_options() -> dict[str, Any]:
@@ -74,7 +76,7 @@ def _is_known(name: str, value: Any) -> bool:
 
 
 def prefers_loops() -> bool:
-    """Returns whether many blocks that are alike are better computed in a loop (`loop`) than one after another.
+    """Returns whether many blocks that are alike are better computed by `scan_with_remat` than one after another.
 
     On CPU it takes less memory and no more time, and compiles such blocks once. Elsewhere it has not been measured.
     Where NaNs are traced (--debug_nans) a loop would hide their place.
@@ -84,20 +86,26 @@ def prefers_loops() -> bool:
 
 def use_cpu_forms() -> bool:
     """Returns whether operations are to be traced in the forms that are fast on CPU."""
-    return jax.default_backend() == "cpu" and not _PORTABLE.get()
+    return jax.default_backend() == "cpu" and not is_portable()
 
 
-def scan_with_remat(body: Callable[[Tree, Tree], tuple[Tree, Tree]], carry: Tree, inputs: list[Tree]) -> tuple[Tree, list[Tree]]:
+def scan_with_remat(body: Callable[[Tree, Tree], tuple[Tree, Tree]], carry: Tree,
+                    inputs: list[Tree]) -> tuple[Tree, list[Tree]]:
     """Returns what `carry, output = body(carry, input)` makes of `carry` over all `inputs`, and the list of outputs.
 
-    The inputs have one structure and one shape. For the gradient the loop keeps no more than the results of
-    convolutions and the statistics of batches: all else is computed again from them (rematerialised), which takes less
-    time on CPU than writing it to memory and reading it back.
+    The inputs have one structure and one shape. For the gradient the loop keeps no more than what `keep` was called
+    with, the results of convolutions and the statistics of batches: all else is computed again from them
+    (rematerialised), which takes less time on CPU than writing it to memory and reading it back.
     """
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
-    keeping = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
-    carry, outputs = jax.lax.scan(keeping, carry, stacked)
+    remat = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
+    carry, outputs = jax.lax.scan(remat, carry, stacked)
     return carry, unstack(outputs, len(inputs))
+
+
+def keep(x: Array) -> Array:
+    """Marks `x` as what `scan_with_remat` keeps for the gradient, where it would compute it again otherwise."""
+    return checkpoint_name(x, _KEPT)
 
 
 def unstack(tree: Tree, count: int) -> list[Tree]:
@@ -114,7 +122,7 @@ def convolve(x: Array, kernel: Array, strides: int, padding: int, dtype: Dtype) 
         y = _convolve_by_few(x, kernel, padding)
     else:
         y = _convolve_on_cpu(x, kernel, strides, padding)
-    return checkpoint_name(y, KEPT)
+    return keep(y)
 
 
 def multiply(x: Array, matrix: Array) -> Array:

@@ -12,4 +12,4 @@ Tree = Any
 """A pytree of arrays, such as nested dicts of parameters."""
 
 Path = tuple[str, ...]
-"""The keys on the way to a leaf of a tree of nested dicts."""
+"""The keys on the way to a leaf of a tree: of dicts, names of fields, or positions, as strings."""

@@ -1,7 +1,4 @@
-"""How large gradients are by depth: recorded while training, and computed at a checkpoint on a batch of images.
-
-The record is a link of an optax chain that changes nothing.
-"""
+"""How large gradients are by depth, recorded while training by a link of an optax chain that changes nothing."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ import optax
 
 from shared_basis.nn.types import Array, Path, Tree
 from shared_basis.optim.labels import label_parameters
+from shared_basis.optim.paths import path_of
 
 RECORDED = ("basis", "coefficients", "kernel")
 """The kinds of parameters whose gradients are recorded: all but those of batch normalisation, and biases."""
@@ -31,7 +29,7 @@ class GradientNorms(NamedTuple):
 def recorded_paths(params: Tree) -> list[Path]:
     """Returns the paths of the parameters that are recorded, in the order of their norms."""
     labels = jax.tree_util.tree_flatten_with_path(label_parameters(params))[0]
-    return [tuple(entry.key for entry in path) for path, label in labels if label in RECORDED]
+    return [path_of(entries) for entries, label in labels if label in RECORDED]
 
 
 def gradient_norms(gradient: Tree) -> Array:
@@ -63,8 +61,3 @@ def recorded_norms(params: Tree, opt_state: optax.OptState) -> dict[str, float]:
     state = optax.tree.get(opt_state, GradientNorms.__name__)
     means = np.asarray(state.sums) / np.float32(state.steps)
     return dict(zip(map("/".join, recorded_paths(params)), map(float, means), strict=True))
-
-
-# At a checkpoint
-
-

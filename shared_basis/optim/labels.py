@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from jax.tree_util import DictKey, tree_map_with_path
+from jax.tree_util import tree_map_with_path
 
-from shared_basis.nn.types import Tree
-
-LABELS = ("basis", "coefficients", "kernel", "norm", "bias")
-"""Kinds of parameters: filter basis elements (shared and unique), coefficients, ordinary kernels, scale and bias of
-batch normalisation, and biases of linear layers."""
+from shared_basis.config import PARAMETER_LABELS
+from shared_basis.nn.types import Path, Tree
+from shared_basis.optim.paths import path_of
 
 
 def label_parameters(params: Tree) -> Tree:
-    """Returns a tree like `params` that holds the label (one of `LABELS`) of every parameter, found by its path.
+    """Returns a tree like `params` that holds the label of every parameter, one of `PARAMETER_LABELS`, by its path.
 
     Raises:
       ValueError: a parameter is of no known kind.
     """
-    return tree_map_with_path(lambda path, _: _label(tuple(entry.key for entry in path if isinstance(entry, DictKey))),
-                              params)
+    return tree_map_with_path(lambda entries, _: _label(path_of(entries)), params)
 
 
-def _label(path: tuple[str, ...]) -> str:
+def _label(path: Path) -> str:
     parent, name = (path[-2] if len(path) > 1 else ""), path[-1]
     if path[0] == "bases" or name == "unique":
         return "basis"
@@ -31,4 +28,4 @@ def _label(path: tuple[str, ...]) -> str:
         return "norm"
     if name == "bias":
         return "bias"
-    raise ValueError(f"parameter {'/'.join(path)} is of no known kind ({', '.join(LABELS)})")
+    raise ValueError(f"parameter {'/'.join(path)} is of no known kind ({', '.join(PARAMETER_LABELS)})")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import optax
 
 from shared_basis.config import OptimizerConfig, OrthogonalityConfig
 from shared_basis.nn.basis_conv import BasisGroup
+from shared_basis.nn.types import Tree
 from shared_basis.optim.gradient_norms import record_gradient_norms
 from shared_basis.optim.labels import label_parameters
 from shared_basis.optim.orthonormal import keep_orthonormal
-from shared_basis.optim.penalty import add_orthogonality_penalty
+from shared_basis.optim.paths import path_of
+from shared_basis.optim.penalty import add_orthogonality_penalty, paths_of
 
 
 def learning_rate_schedule(config: OptimizerConfig, epochs: int, steps_per_epoch: int) -> optax.Schedule:
@@ -48,11 +49,11 @@ def make_optimizer(config: OptimizerConfig, orthogonality: OrthogonalityConfig, 
     if orthogonality.method == "penalty" and orthogonality.weight and basis_groups:
         links.append(add_orthogonality_penalty(orthogonality.weight, basis_groups, orthogonality.reduction))
     exact = basis_groups if orthogonality.method == "exact" else ()
-    kept = {path for elements in exact for path in (*elements.shared, *elements.unique)}
+    kept = set(paths_of(exact))
 
-    def decays(params: Any) -> Any:
+    def decays(params: Tree) -> Tree:
         return jax.tree_util.tree_map_with_path(
-            lambda path, label: label in config.weight_decay_labels and tuple(entry.key for entry in path) not in kept,
+            lambda entries, label: label in config.weight_decay_labels and path_of(entries) not in kept,
             label_parameters(params))
 
     if config.weight_decay:

@@ -13,6 +13,7 @@ frame.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -22,7 +23,8 @@ import optax
 from shared_basis.errors import UserError
 from shared_basis.nn.basis_conv import BasisGroup
 from shared_basis.nn.types import Array, Path, Tree
-from shared_basis.optim.penalty import rows_at
+from shared_basis.optim.paths import arrays_at, replace_arrays
+from shared_basis.optim.penalty import Rows, paths_of, rows_at
 
 LIFTING, CONVERGING = (3.4445, -4.775, 2.0315), (1.875, -1.25, 0.375)
 """Of Newton–Schulz iterations X ← (a + b X Xᵀ + c (X Xᵀ)²) X.
@@ -91,62 +93,64 @@ def keep_orthonormal(basis_groups: Sequence[BasisGroup]) -> optax.GradientTransf
 
         optax.chain(optax.sgd(0.1, momentum=0.9), keep_orthonormal(basis_groups))
 
-    Works for any optimizer, and any tree of nested dicts. Bases that are not orthonormal yet become so by the first
-    update, or, with norms far from 1, by the first updates. Leave the same paths out of weight decay: the projection
-    removes its effect, but not from momentum.
+    Works for any optimizer, and any pytree: nested dicts, `FrozenDict`, `nnx.State`, dataclasses. Bases that are not
+    orthonormal yet become so by the first update, or, with norms far from 1, by the first updates. Leave the same paths
+    out of weight decay: the projection removes its effect, but not from momentum.
 
     Args:
       basis_groups: name the bases in the parameter tree, as for `add_orthogonality_penalty`.
 
     Raises:
       UserError: (when initialised) shared and unique elements of a layer are more than their space has dimensions.
-      ValueError: there is no element set, or (when updating) `params` was not passed to `update`.
+      KeyError: (when initialised) a path is not in the parameters.
+      ValueError: there is no basis group, a path names more than an array, or (when updating) `params` was not passed.
     """
     if not basis_groups:
         raise ValueError("basis_groups is empty: name at least one basis")
 
     def init(params: Tree) -> optax.EmptyState:
-        for elements in basis_groups:
-            shared = sum(rows_at(params, path).shape[0] for path in elements.shared)
-            for path in elements.unique:
-                rows, size = rows_at(params, path).shape
-                if shared + rows > size:
-                    raise UserError(f"{shared} shared elements and the {rows} of {'/'.join(path)} cannot all be "
+        rows = rows_at(params, paths_of(basis_groups))
+        for group in basis_groups:
+            shared = sum(rows[path].shape[0] for path in group.shared)
+            for path in group.unique:
+                unique, size = rows[path].shape
+                if shared + unique > size:
+                    raise UserError(f"{shared} shared elements and the {unique} of {'/'.join(path)} cannot all be "
                                     f"orthogonal in {size} dimensions; set --config.orthogonality.elements=shared.")
         return optax.EmptyState()
 
     def update(updates: Tree, state: optax.EmptyState, params: Tree = None) -> tuple[Tree, optax.EmptyState]:
         if params is None:
             raise ValueError("keep_orthonormal needs the parameters: call update(updates, state, params)")
-        for elements in basis_groups:
-            for path, rows in _retract(params, updates, elements).items():
-                updates = _replaced(updates, path, rows)
-        return updates, state
+        paths = paths_of(basis_groups)
+        arrays, rows, moves = arrays_at(updates, paths), rows_at(params, paths), rows_at(updates, paths)
+        for group in basis_groups:
+            moves |= _retract(rows, moves, group)
+        return replace_arrays(updates, {path: moves[path].T.reshape(array.shape).astype(array.dtype)
+                                        for path, array in arrays.items()}), state
 
     return optax.GradientTransformation(init, update)
 
 
-def _retract(params: Tree, updates: Tree, elements: BasisGroup) -> dict[Path, Array]:
-    """Returns by path the updates, as rows, that lead from orthonormal elements to orthonormal ones."""
+def _retract(rows: Rows, moves: Rows, group: BasisGroup) -> dict[Path, Array]:
+    """Returns by path the updates that lead from orthonormal elements to orthonormal ones.
+
+    Args:
+      rows: the elements as they are.
+      moves: the updates that were to be.
+    """
     found: dict[Path, Array] = {}
     shared = None
-    if elements.shared:
-        parts = [rows_at(params, path) for path in elements.shared]
+    if group.shared:
+        parts = [rows[path] for path in group.shared]
         now = jnp.concatenate(parts)
-        shared = polar_factor(now + tangent(now, jnp.concatenate([rows_at(updates, path) for path in elements.shared])))
-        ends = [sum(part.shape[0] for part in parts[:index]) for index in range(1, len(parts))]
-        found |= dict(zip(elements.shared, jnp.split(shared - now, ends), strict=True))
-    if elements.unique:
-        now = jnp.stack([rows_at(params, path) for path in elements.unique])  # [layers, u, D]
-        moved = now + tangent(now, jnp.stack([rows_at(updates, path) for path in elements.unique]))
+        shared = polar_factor(now + tangent(now, jnp.concatenate([moves[path] for path in group.shared])))
+        *ends, _ = itertools.accumulate(part.shape[0] for part in parts)
+        found |= dict(zip(group.shared, jnp.split(shared - now, ends), strict=True))
+    if group.unique:
+        now = jnp.stack([rows[path] for path in group.unique])  # [layers, u, D]
+        moved = now + tangent(now, jnp.stack([moves[path] for path in group.unique]))
         if shared is not None:
             moved = moved - _product(_product(moved, shared.T), shared)
-        found |= dict(zip(elements.unique, polar_factor(moved) - now, strict=True))
+        found |= dict(zip(group.unique, polar_factor(moved) - now, strict=True))
     return found
-
-
-def _replaced(tree: Tree, path: Path, rows: Array) -> Tree:
-    """Returns `tree` with the array at `path` replaced by `rows` `[elements, size]`, in its shape and dtype."""
-    if not path:
-        return rows.T.reshape(tree.shape).astype(tree.dtype)
-    return {**tree, path[0]: _replaced(tree[path[0]], path[1:], rows)}
