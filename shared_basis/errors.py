@@ -9,7 +9,7 @@ def printable(text: str, also: str = "") -> str:
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; `main.py` prints its message alone, without a traceback, and exits with 2.
+    """Something invalid that the user can correct; `main.py` prints the message alone, without traceback, and exits 2.
 
     The message says what was wrong, what is allowed and what to do. It is one line, whatever names it holds.
     """

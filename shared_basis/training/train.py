@@ -16,7 +16,7 @@ from shared_basis.errors import UserError
 from shared_basis.models import create_model
 from shared_basis.models.summary import compare_with_plain, render_saving
 from shared_basis.runs.checkpoints import Checkpoints
-from shared_basis.runs.metrics import last_and_best
+from shared_basis.runs.metrics import evaluations, last_and_best
 from shared_basis.runs.tensorboard import require
 from shared_basis.runs.trained import build_model
 from shared_basis.runs.workdir import Workdir, make_record, versions
@@ -124,7 +124,7 @@ def note_resume(run: Workdir, state: TrainState, program: Program, config: Confi
 
 def result(run: Workdir) -> dict[str, Any]:
     """Returns the last line of metrics.jsonl, and of the best epoch its number, test accuracy and what chose it."""
-    lines = [line for line in run.metrics() if isinstance(line.get("test_accuracy"), float)]
+    lines = evaluations(run.metrics())
     if not lines:
         raise UserError(f"{run.path / 'metrics.jsonl'} is missing or empty; the checkpoints are there: score them with "
                         f"--mode=evaluate --workdir={run.path}.")
