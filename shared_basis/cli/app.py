@@ -21,6 +21,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,7 +30,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from shared_basis.config import RENAMED, Config, check_field, from_config_dict
-from shared_basis.errors import UserError
+from shared_basis.errors import RenamedWarning, UserError, note_renamed
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 """The recipes beside main.py."""
@@ -100,6 +101,7 @@ def main() -> NoReturn:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     logging.set_verbosity(logging.FATAL)  # failures end in one line
+    _print_notes()
     sys.argv = [_renamed(argument) for argument in sys.argv]  # where ml_collections looks for fields of the recipe
     values, options = define_flags()
     run_and_exit(lambda: parse(values, sys.argv), lambda: run(values, options))
@@ -142,14 +144,27 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 
 def _renamed(argument: str) -> str:
-    """Returns an argument that sets a field by the name of an earlier version with the present name, and prints so."""
+    """Returns an argument that sets a field by its name of an earlier version with the present one, with a note."""
     flag, equals, value = argument.partition("=")
     dashes = flag[:len(flag) - len(flag.lstrip("-"))]
     old = flag.removeprefix(f"{dashes}config.")
     if not dashes or old == flag or old not in RENAMED:
         return argument
-    print(f"note: --config.{old} is now --config.{RENAMED[old]}", file=sys.stderr)
+    note_renamed(f"--config.{old}", f"--config.{RENAMED[old]}")
     return f"{dashes}config.{RENAMED[old]}{equals}{value}"
+
+
+def _print_notes() -> None:
+    """Has notes on earlier names printed in one line, as other warnings are not."""
+    others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        if issubclass(category, RenamedWarning):
+            print(f"note: {message}", file=sys.stderr)
+        else:
+            others(message, category, *place, **options)
+
+    warnings.showwarning = show
 
 
 def _expand_user(value: Any) -> Any:
