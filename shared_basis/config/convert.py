@@ -15,6 +15,7 @@ from shared_basis.config.fields import LOCATION_FIELDS, Config
 from shared_basis.config.renamed import with_present_names
 from shared_basis.errors import UserError
 
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns `config` as nested plain dicts that JSON can hold (tuples become lists)."""
     def plain(value: Any) -> Any:
