@@ -7,6 +7,7 @@ a second run of the tests spends its time on testing.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from helpers import CommandLine
 
 ROOT = Path(__file__).resolve().parents[1]
+BEGAN = time.monotonic()
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -55,6 +57,18 @@ def optimized() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds --seconds, with which `.ci/run` runs of the slow tests what fits into its time."""
+    parser.addoption("--seconds", type=float, help="skip the tests that would begin after so many seconds")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what would begin too late."""
+    limit = item.config.getoption("--seconds")
+    if limit is not None and time.monotonic() - BEGAN > limit:
+        pytest.skip(f"the {limit:g} seconds of --seconds are over")
 
 
 def pytest_configure(config: pytest.Config) -> None:
