@@ -41,10 +41,9 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name == "ElementSet":
-        import warnings
+        from shared_basis.errors import note_renamed
 
-        warnings.warn("shared_basis.ElementSet is now called BasisGroup, and its family reduction_group; the old names "
-                      "go with the next version", DeprecationWarning, stacklevel=2)
+        note_renamed("shared_basis.ElementSet, and its family,", "shared_basis.BasisGroup, and its reduction_group")
         return _element_set
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

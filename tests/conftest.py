@@ -74,3 +74,5 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Lets a cache entry that another process is still writing, or was killed while writing, cost time alone."""
     config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache")
+    # ml_collections loads recipes in a way that Python is to drop.
+    config.addinivalue_line("filterwarnings", r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")

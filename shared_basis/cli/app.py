@@ -21,6 +21,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,7 +30,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from shared_basis.config import RENAMED, Config, check_field, from_config_dict
-from shared_basis.errors import UserError
+from shared_basis.errors import RenamedWarning, UserError, note_renamed
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 """The recipes beside main.py."""
@@ -40,8 +41,12 @@ TRAINED_MODES = ("evaluate", "predict", "export", "inspect", "analyze", "report"
 MODES = ("train", *TRAINED_MODES, "summary", "prepare", "import", "compress")
 
 
-def define_flags() -> tuple[flags.FlagValues, list[str]]:
-    """Returns all flags, and the names of those that are fields of `shared_basis.cli.commands.Request`."""
+def define_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
+    """Returns all flags, and the names of those that are fields of `shared_basis.cli.commands.Request`.
+
+    Args:
+      argv: the command line, to which ml_collections looks for fields of the recipe.
+    """
     values = flags.FlagValues()  # and not absl's global ones, which belong to the program that imports this package
 
     def enum(name: str, default: str, choices: Sequence[str], text: str) -> None:
@@ -57,7 +62,7 @@ def define_flags() -> tuple[flags.FlagValues, list[str]]:
         flags.DEFINE_integer(name, None, text, flag_values=values)
 
     config_flags.DEFINE_config_file("config", None, "Recipe, as FILE.py[:network]; default: digits_resnet.py.",
-                                    flag_values=values)
+                                    flag_values=values, sys_argv=list(argv))
     boolean("help", False, "Show this help.")
     enum("mode", "train", MODES, "What to do.")
     string("workdir", None, "Directory of the run; default: runs/<config>-<network>.")
@@ -100,19 +105,25 @@ def main() -> NoReturn:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     logging.set_verbosity(logging.FATAL)  # failures end in one line
-    sys.argv = [_renamed(argument) for argument in sys.argv]  # where ml_collections looks for fields of the recipe
-    values, options = define_flags()
-    run_and_exit(lambda: parse(values, sys.argv), lambda: run(values, options))
+    _print_notes()
+    run_and_exit(lambda: run(*parse(sys.argv)))
 
 
-def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Parses the command line into `values`.
+def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
+    """Returns the values of all flags, and the names of those that are fields of `shared_basis.cli.commands.Request`.
+
+    Args:
+      argv: the command line, the program first.
 
     Raises:
       UserError: with one line, for any invalid argument.
       SystemExit: help was asked for, and is printed.
     """
-    program, *arguments = argv
+    program, *arguments = map(_renamed, _joined(argv))
+    files = [argument for argument in arguments if argument.startswith(("--config=", "-config="))]
+    ordered = [program, *(files or [f"--config={CONFIGS / 'digits_resnet.py'}"]),  # whose fields the others set
+               *(argument for argument in arguments if argument not in files)]
+    values, options = define_flags(ordered)
     if any(argument in ("-h", "-help", "--help", "--helpfull", "--helpshort") for argument in arguments):
         print(f"{__doc__}\n{values.get_help()}")
         sys.stdout.flush()
@@ -121,13 +132,11 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
         name = argument.lstrip("-").split("=")[0]
         if name.startswith("config."):
             check_field(name.removeprefix("config."))
-    files = [argument for argument in arguments if argument.startswith(("--config=", "-config="))]
     for file in (path.partition("=")[2].partition(":")[0] for path in files):
         if not os.path.isfile(file):
             raise UserError(f"--config={file}: no such file; recipes are configs/*.py, as FILE.py[:network].")
-    try:  # the file comes first: the fields of the others are its own
-        rest = values([program, *(files or [f"--config={CONFIGS / 'digits_resnet.py'}"]),
-                       *(argument for argument in arguments if argument not in files)])
+    try:
+        rest = values(ordered)
         values.config.to_dict()  # a configuration file that is missing shows only on use
     except flags.UnrecognizedFlagError as error:
         raise UserError(f"{error} (see --help; fields of the recipe are set like --config.seed=1).") from error
@@ -139,17 +148,42 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
         raise UserError("--quiet --verbose: choose one of the two.")
     if rest[1:]:
         raise UserError(f"unexpected argument {rest[1]!r}; flags look like --mode=train, see --help.")
+    return values, options
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """Returns the command line with `--config FILE` as one argument, `--config=FILE`."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1] in ("--config", "-config"):
+            joined[-1] = f"--config={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _renamed(argument: str) -> str:
-    """Returns an argument that sets a field by the name of an earlier version with the present name, and prints so."""
+    """Returns an argument that sets a field by its name of an earlier version with the present one, with a note."""
     flag, equals, value = argument.partition("=")
     dashes = flag[:len(flag) - len(flag.lstrip("-"))]
     old = flag.removeprefix(f"{dashes}config.")
     if not dashes or old == flag or old not in RENAMED:
         return argument
-    print(f"note: --config.{old} is now --config.{RENAMED[old]}", file=sys.stderr)
+    note_renamed(f"--config.{old}", f"--config.{RENAMED[old]}")
     return f"{dashes}config.{RENAMED[old]}{equals}{value}"
+
+
+def _print_notes() -> None:
+    """Has notes on earlier names printed in one line, as other warnings are not."""
+    others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        if issubclass(category, RenamedWarning):
+            print(f"note: {message}", file=sys.stderr)
+        else:
+            others(message, category, *place, **options)
+
+    warnings.showwarning = show
 
 
 def _expand_user(value: Any) -> Any:
@@ -160,7 +194,7 @@ def _expand_user(value: Any) -> Any:
 
 
 def run(values: flags.FlagValues, options: Sequence[str]) -> None:
-    """Does what the flags `values` say, and prints the result; `options` are fields of `Request`."""
+    """Does what the flags `values` say, and prints the result; `options` are those that are fields of `Request`."""
     from shared_basis.cli import commands  # here, so that errors in flags do not wait for these imports
     from shared_basis.runtime import distributed
 
@@ -180,7 +214,7 @@ def run(values: flags.FlagValues, options: Sequence[str]) -> None:
 def run_and_exit(*commands: Callable[[], None]) -> NoReturn:
     """Runs `commands` and ends the process.
 
-    The exit code is 0; 2 for the user's mistake, which is printed in one line; 1, silently, where nobody reads what is
+    The exit code is 0; 2 for a `UserError`, which is printed in one line; 1, silently, where nobody reads what is
     printed; or 128 + the number of the signal that stopped it (130 for Ctrl-C, 143 for SIGTERM; training catches them,
     to save). A `SystemExit` goes on as it is.
     """

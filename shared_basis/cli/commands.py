@@ -15,7 +15,7 @@ from shared_basis import data
 from shared_basis.analysis import analyze, tables
 from shared_basis.compression import compress, spectra
 from shared_basis.config import Config
-from shared_basis.errors import UserError
+from shared_basis.errors import UserError, note_renamed
 from shared_basis.evaluation import evaluate, predict
 from shared_basis.export import export
 from shared_basis.models import summary
@@ -74,7 +74,7 @@ MODES_BY_FLAG = {
 """The modes that a field of `Request` is for; the others are for all modes."""
 
 Result = tuple[dict[str, Any], str]
-"""The result of a mode for a program, and the same for a person."""
+"""The result of a mode as plain data, and human-readable."""
 
 
 def run(mode: str, request: Request) -> Result:
@@ -108,7 +108,7 @@ def _evaluate(request: Request) -> Result:
 def _predict(request: Request) -> Result:
     with request.reporter:
         result = predict.predict(request.workdir, request.images, request.checkpoint, request.overrides,
-                                    request.output, request.reporter.progress("classifying images"))
+                                 request.output, request.reporter.progress("classifying images"))
     return result, predict.render(result)
 
 
@@ -157,7 +157,7 @@ def _prepare(request: Request) -> Result:
 def _import(request: Request) -> Result:
     file = request.weights
     if not file and request.checkpoint != "latest":
-        request.reporter.info("note: --checkpoint=FILE of --mode=import is now --weights=FILE")
+        note_renamed("--checkpoint=FILE of --mode=import", "--weights=FILE")
         file = request.checkpoint
     result = start.import_weights(request.config, request.workdir, file)
     return result, start.render(result)
@@ -167,8 +167,8 @@ def _compress(request: Request) -> Result:
     if request.spectra:
         with request.reporter:
             result = spectra.write_spectra(request.source, request.reporter, which=request.checkpoint,
-                                  overrides=request.overrides, calibration=request.calibration,
-                                  output=request.output)
+                                           overrides=request.overrides, calibration=request.calibration,
+                                           output=request.output)
         return result, spectra.render(result)
     if request.output:
         raise UserError("--output: the file of --spectra; the run of --mode=compress goes to --workdir.")

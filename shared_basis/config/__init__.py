@@ -5,7 +5,6 @@ A configuration file (`configs/*.py`) builds a `Config`, hands it to ml_collecti
 """
 
 from shared_basis.config.convert import (
-    RENAMED,
     check_field,
     differences,
     flatten,
@@ -26,6 +25,7 @@ from shared_basis.config.fields import (
     OrthogonalityConfig,
     TrainConfig,
 )
+from shared_basis.config.renamed import RENAMED
 
 __all__ = [
     "DATA_NAMES",

@@ -1,4 +1,4 @@
-"""Configurations to and from plain data: dotted paths, `ConfigDict`, JSON, the fields of earlier versions."""
+"""Configurations to and from plain data: dotted paths, `ConfigDict`, JSON."""
 
 from __future__ import annotations
 
@@ -12,14 +12,8 @@ from typing import Any
 import ml_collections
 
 from shared_basis.config.fields import LOCATION_FIELDS, Config
+from shared_basis.config.renamed import with_present_names
 from shared_basis.errors import UserError
-
-RENAMED = {
-    "model.loop": "model.scan_blocks",
-    "optimizer.accumulate": "optimizer.grad_accumulation_steps",
-    "optimizer.decay": "optimizer.weight_decay_labels",
-}
-"""Fields that had another name in version 0.1: runs of it still open, and the command line still takes them."""
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -39,12 +33,14 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
 def from_config_dict(tree: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
     """Builds a validated `Config` from nested mappings, e.g. a `ConfigDict` or parsed JSON.
 
-    Absent fields take their defaults.
+    Absent fields take their defaults. Names of version 0.1 are taken, in a `ConfigDict` with a note.
 
     Raises:
       UserError: a key is unknown (with the nearest known one), a value has the wrong type, or it is not allowed.
     """
-    return _build(Config, tree.to_dict() if isinstance(tree, ml_collections.ConfigDict) else tree, "")
+    if isinstance(tree, ml_collections.ConfigDict):
+        return _build(Config, tree.to_dict(), "", recipe=True)
+    return _build(Config, tree, "", recipe=False)
 
 
 def replace(config: Config, values: Mapping[str, Any]) -> Config:
@@ -101,14 +97,12 @@ def _nearest(name: str, fields: Sequence[str], cutoff: float) -> list[str]:
     return [last[near] for near in difflib.get_close_matches(name, last, n=1, cutoff=cutoff)]
 
 
-def _build(cls: type, tree: Any, prefix: str) -> Any:
-    """Builds the dataclass `cls` from the mapping `tree`; `prefix` is its dotted path for messages."""
+def _build(cls: type, tree: Any, prefix: str, recipe: bool) -> Any:
+    """Builds the dataclass `cls` from the mapping `tree`, of a `recipe` or not; `prefix` is its dotted path."""
     if not isinstance(tree, Mapping):
         raise UserError(f"{prefix.rstrip('.')}={tree!r}: must hold the fields of {cls.__name__}.")
     hints = typing.get_type_hints(cls)
-    renamed = {old.rpartition(".")[2]: new.rpartition(".")[2] for old, new in RENAMED.items()
-               if f"{old.rpartition('.')[0]}." == prefix}
-    tree = {renamed.get(key, key): value for key, value in tree.items()}
+    tree = with_present_names(tree, prefix, note=recipe)
     for key in tree:
         if key not in hints:
             raise UserError(_unknown(f"{prefix}{key}", [f"{prefix}{name}" for name in sorted(hints)]))
@@ -116,7 +110,7 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
     for key, value in tree.items():
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
-            values[key] = _build(typing.cast(type, hint), value, f"{prefix}{key}.")
+            values[key] = _build(typing.cast(type, hint), value, f"{prefix}{key}.", recipe)
         else:
             values[key] = _convert(hint, value, f"{prefix}{key}")
     return cls(**values)

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from shared_basis.config.renamed import takes_old_names
 from shared_basis.errors import UserError
 
 PARAMETER_LABELS = ("basis", "coefficients", "kernel", "norm", "bias")
@@ -29,6 +30,7 @@ def _require_choice(field: str, value: str, choices: Sequence[str], *others: str
         raise UserError(f"{field}={value!r}: must be one of {', '.join((*choices, *others))}.{hint}")
 
 
+@takes_old_names("model")
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The network. `name` follows the naming grammar of `shared_basis.create_model`."""
@@ -166,6 +168,7 @@ class OrthogonalityConfig:
         _require_choice("orthogonality.reduction", self.reduction, ("mean", "sum"))
 
 
+@takes_old_names("optimizer")
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """Stochastic gradient descent with momentum, weight decay and a learning rate schedule."""

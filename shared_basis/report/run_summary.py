@@ -15,7 +15,7 @@ import numpy as np
 from shared_basis.config import Config, ModelConfig, differences
 from shared_basis.models import summary
 from shared_basis.runs.checkpoints import Checkpoints
-from shared_basis.runs.metrics import chosen_on, is_evaluation, last_and_best, number
+from shared_basis.runs.metrics import evaluations, last_and_best, number
 from shared_basis.runs.workdir import Workdir
 
 
@@ -102,9 +102,7 @@ def load_run_summary(workdir: str | Path) -> RunSummary:
     config, record = run.load()
     counts = _count(config.model, len(record["data"]["classes"]), tuple(record["data"]["image_shape"]))
     known, written = run.read_metrics()
-    lines = [line for line in known if is_evaluation(line)]
-    chooses = f"{chosen_on(lines[-1])}_accuracy" if lines else ""
-    lines = [line for line in lines if math.isfinite(number(line.get(chooses)))]
+    lines = evaluations(known)
     return RunSummary(run.path, config, record, lines, counts, written - len(lines))
 
 

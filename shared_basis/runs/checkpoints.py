@@ -7,13 +7,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import json
-import logging
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +20,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from shared_basis.errors import UserError
 from shared_basis.nn.types import Tree
 from shared_basis.runs.metrics import chosen_on
+from shared_basis.runs.storage import Manager, tree_handler
 from shared_basis.runtime.distributed import is_main_process, raise_on_all_processes
-
-
-class _Manager(ocp.CheckpointManager):
-    """Does not ask JAX whether to stop, as `shared_basis.runtime.preemption` does.
-
-    JAX agrees on the number of a question at which all processes are told to stop, from the last number it was asked.
-    Orbax asks by steps, from the thread that ends a save too: with both, it can be a number that never comes again.
-    """
-
-    def reached_preemption(self, step: int) -> bool:
-        """Returns False."""
-        return False
+from shared_basis.runtime.files import one_line
 
 
 class Checkpoints:
@@ -53,6 +39,7 @@ class Checkpoints:
           aside: where damaged checkpoints are moved, and `tell` is told; with None they are errors.
         """
         self._aside, self._tell = aside, tell
+
         def metric(metrics: Mapping[str, float]) -> float:
             return metrics[f"{chosen_on(metrics)}_accuracy"]
 
@@ -71,9 +58,9 @@ class Checkpoints:
         for path in damaged:
             self._set_aside(path.parent.parent, f"{path} is damaged.")
         try:
-            self._manager = _Manager(directory.absolute(), options=options)
+            self._manager = Manager(directory.absolute(), options=options)
         except Exception as error:  # Orbax reads the metadata of all steps
-            raise UserError(f"checkpoints in {directory} cannot be opened ({_one_line(error)}).") from error
+            raise UserError(f"checkpoints in {directory} cannot be opened ({one_line(error)}).") from error
 
     @property
     def steps(self) -> list[int]:
@@ -127,13 +114,7 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is damaged or holds other arrays than `target`.
         """
-        try:
-            with _hushed():
-                self._compare(step, target, whole=True)
-                restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
-        except Exception as error:  # Orbax and its storage raise many kinds
-            raise self._damaged(step, error) from error
-        return restored["state"]
+        return self._read(step, target, whole=True)
 
     def restore_latest(self, target: Tree) -> Tree:
         """Returns the state of the latest checkpoint that can be restored; damaged ones after it are set aside.
@@ -201,21 +182,23 @@ class Checkpoints:
         Raises:
           UserError: as `restore`.
         """
-        handlers = ocp.PyTreeCheckpointHandler()
-        path = self._path(step) / "state"
+        return self._read(step, target, whole=False)
+
+    def _read(self, step: int, target: Tree, *, whole: bool) -> Tree:
+        """Returns the arrays of `target`, which are all that the checkpoint holds if it is the `whole`."""
         arguments = ocp.args.PyTreeRestore(
             target, restore_args=jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding), target),
-            partial_restore=True)
+            partial_restore=not whole)
         try:
-            with _hushed(), ocp.Checkpointer(handlers) as checkpointer:
-                self._compare(step, target, whole=False)
-                return checkpointer.restore(path, arguments)
-        except Exception as error:
+            with ocp.Checkpointer(tree_handler()) as checkpointer:
+                self._compare(step, target, whole=whole)
+                return checkpointer.restore(self._path(step) / "state", arguments)
+        except Exception as error:  # Orbax and its storage raise many kinds
             raise self._damaged(step, error) from error
 
     def _damaged(self, step: int, error: Exception) -> UserError:
         others = ", ".join(str(other) for other in self.steps if other != step)
-        return UserError(f"checkpoint {step} in {self._manager.directory} cannot be restored ({_one_line(error)}); "
+        return UserError(f"checkpoint {step} in {self._manager.directory} cannot be restored ({one_line(error)}); "
                          f"other checkpoints there: {others or 'none'}.")
 
     def arrays(self, step: int) -> dict[tuple[str, ...], Any]:
@@ -225,13 +208,12 @@ class Checkpoints:
           UserError: the checkpoint is damaged.
         """
         try:
-            with _hushed():
-                return self._arrays(step)
+            return self._arrays(step)
         except Exception as error:
             raise self._damaged(step, error) from error
 
     def _arrays(self, step: int) -> dict[tuple[str, ...], Any]:
-        return ocp.tree.to_flat_dict(ocp.PyTreeCheckpointHandler().metadata(self._path(step) / "state").tree)
+        return ocp.tree.to_flat_dict(tree_handler().metadata(self._path(step) / "state").tree)
 
     def metrics(self, step: int) -> dict[str, float] | None:
         """Returns the evaluation saved with `step`, if there was one."""
@@ -249,7 +231,7 @@ class Checkpoints:
             raise self._unsaved(error) from error
 
     def _unsaved(self, error: Exception) -> UserError:
-        return UserError(f"a checkpoint cannot be saved ({_one_line(error)}); complete: {self.describe()}.")
+        return UserError(f"a checkpoint cannot be saved ({one_line(error)}); complete: {self.describe()}.")
 
     def close(self) -> None:
         """Waits for saves to finish and lets go of the directory.
@@ -261,12 +243,6 @@ class Checkpoints:
             self._manager.close()
         except Exception as error:
             raise self._unsaved(error) from error
-
-
-def _one_line(error: Exception) -> str:
-    """Returns the beginning of the error's message, and its end; the storage's run to thousands of characters."""
-    line = " ".join(f"{type(error).__name__}: {error}".split())
-    return line if len(line) <= 250 else f"{line[:150]} … {line[-100:]}"
 
 
 def _damaged_metrics(directory: Path) -> list[Path]:
@@ -283,14 +259,3 @@ def _damaged_metrics(directory: Path) -> list[Path]:
             raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     return damaged
 
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Keeps the reads that Orbax abandons, when one of a checkpoint's files is damaged, from printing tracebacks."""
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    with contextlib.redirect_stderr(io.StringIO()):
-        try:
-            yield
-        except Exception:
-            time.sleep(0.5)  # they go on in threads of their own
-            raise

@@ -1,4 +1,4 @@
-"""What a run holds, told without loading its arrays."""
+"""What a run holds, described without loading its arrays."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from shared_basis.config import Config, differences, from_config_dict, to_dict
 from shared_basis.errors import UserError
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.workdir import Workdir
+from shared_basis.runtime.files import align
 from shared_basis.runtime.reporter import size_text
 
 SHOWN = ("test_accuracy", "test_loss", "validation_accuracy", "train_loss", "penalty", "coherence")
@@ -106,16 +107,16 @@ def _size(directory: Path) -> int:
 
 
 def render(found: Mapping[str, Any]) -> str:
-    """Returns `inspect`'s result as lines for a person."""
+    """Returns `inspect`'s result as human-readable lines."""
     data, total = found["data"], sum(found["bytes"].values())
     lines = [f"{found['workdir']}: {found['model']}, {'×'.join(map(str, data['image_shape']))} images of "
              f"{len(data['classes'])} classes",
              f"with {', '.join(f'{name} {version}' for name, version in found['versions'].items())}", ""]
-    lines += _aligned([(f"  {path}", repr(value)) for path, value in found["changed"].items()],
+    lines += _table([(f"  {path}", repr(value)) for path, value in found["changed"].items()],
                       "configuration, where it is not the default:")
-    lines += _aligned([(f"  {entry['step']:,}", size_text(entry["bytes"]), _scores(entry["metrics"]))
+    lines += _table([(f"  {entry['step']:,}", size_text(entry["bytes"]), _scores(entry["metrics"]))
                        for entry in found["checkpoints"]], "checkpoints: step, size on disk, scores")
-    lines += _aligned([(f"  {array['path']}", array["dtype"], "×".join(map(str, array["shape"])) or "scalar",
+    lines += _table([(f"  {array['path']}", array["dtype"], "×".join(map(str, array["shape"])) or "scalar",
                         size_text(array["bytes"])) for array in found["arrays"]],
                       f"arrays of checkpoint {found['step']:,}: {size_text(total)}, of these "
                       + ", ".join(f"{name} {size_text(size)}" for name, size in found["bytes"].items()))
@@ -128,7 +129,7 @@ def _render_differences(found: Mapping[str, Any]) -> list[str]:
     title = f"differences from {found['differences']['against']}"
     rows = [(f"  {kind} {path}", _shown(one), _shown(other)) for kind in ("config", "versions", "metrics", "arrays")
             for path, (one, other) in found["differences"][kind].items()]
-    return _aligned(rows, f"{title}, which is on the right:") if rows else [f"{title}: none"]
+    return _table(rows, f"{title}, which is on the right:") if rows else [f"{title}: none"]
 
 
 def _shown(value: Any) -> str:
@@ -141,9 +142,6 @@ def _scores(metrics: Mapping[str, Any] | None) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
 
 
-def _aligned(rows: Sequence[tuple[str, ...]], title: str) -> list[str]:
+def _table(rows: Sequence[tuple[str, ...]], title: str) -> list[str]:
     """Returns the rows in columns below `title`, and an empty line."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [title, *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in rows), ""]
-
+    return [title, *align(rows), ""]

@@ -1,32 +1,153 @@
-"""What a line of metrics.jsonl is, and what several of them say of a run."""
+"""The metrics of a run: its files, what makes a line of them valid, and what several lines say.
+
+    metrics.jsonl    one JSON object for each evaluation
+    metrics.csv      the same as a table
+    gradients.jsonl  norms of gradients, a JSON object for each evaluation, if recorded
+    tensorboard/     the metrics as event files, if asked for
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from shared_basis.errors import UserError
+from shared_basis.runs.tensorboard import Events
+from shared_basis.runtime.files import csv_text, write_all_atomic, write_atomic
 from shared_basis.runtime.reporter import count
 
+Line = Mapping[str, Any]
 
-def chosen_on(metrics: Mapping[str, Any]) -> str | None:
-    """Returns the images whose accuracy chooses the best checkpoint.
 
-    'validation' if there are such images in `metrics`; otherwise 'test', the published protocol, whose figure is too
-    good, as the test images have a say in it; None if `metrics` holds neither.
+class MetricsFiles:
+    """The files of metrics in the directory of a run.
+
+    Lines of the JSON files that are damaged, as a run that was killed may leave one, are passed over. `step` orders
+    the others.
     """
-    return next((name for name in ("validation", "test") if f"{name}_accuracy" in metrics), None)
+
+    def __init__(self, path: Path, tensorboard: bool) -> None:
+        """Names the directory; touches nothing."""
+        self.path = path
+        self._tensorboard = tensorboard
+        self._events: Events | None = None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Returns the lines of metrics.jsonl.
+
+        Raises:
+          UserError: the file cannot be read.
+        """
+        return self.read_metrics()[0]
+
+    def read_metrics(self) -> tuple[list[dict[str, Any]], int]:
+        """Returns likewise the lines, and how many the file has with those that are damaged."""
+        return _read(self.path / "metrics.jsonl")
+
+    def gradients(self) -> list[dict[str, Any]]:
+        """Returns likewise the lines of gradients.jsonl: `step`, `epoch`, and `norms` by path of the parameter."""
+        return _read(self.path / "gradients.jsonl")[0]
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drops the metrics, and norms of gradients, after `step`: a run that resumes there computes them again.
+
+        Raises:
+          UserError: a file cannot be read or written; none has changed, or all but the event files.
+        """
+        kept = _until(step, self.metrics())
+        contents: dict[Path, str | bytes] = {
+            self.path / "metrics.jsonl": _text(kept), self.path / "metrics.csv": _table(kept)}
+        if (self.path / "gradients.jsonl").exists():
+            contents[self.path / "gradients.jsonl"] = _text(_until(step, self.gradients()))
+        with self._writing("metrics.jsonl"):
+            write_all_atomic(contents)
+        if self._tensorboard:
+            with self._writing("tensorboard"):
+                self._events = Events(self.path / "tensorboard", kept, step)
+
+    def append_metrics(self, line: Line) -> None:
+        """Adds one JSON object to metrics.jsonl, and writes metrics.csv anew: the two are never of different states.
+
+        Raises:
+          UserError: a file cannot be written.
+        """
+        self._append("metrics.jsonl", line)
+        with self._writing("metrics.csv"):
+            write_atomic(self.path / "metrics.csv", _table(self.metrics()))
+        if self._events is not None:
+            with self._writing("tensorboard"):
+                self._events.add(line)
+
+    def append_gradients(self, line: Line) -> None:
+        """Adds likewise one JSON object to gradients.jsonl."""
+        self._append("gradients.jsonl", line)
+
+    def close_events(self) -> None:
+        """Closes the event files, if there are any."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def _append(self, name: str, line: Line) -> None:
+        with self._writing(name), (self.path / name).open("a") as file:
+            file.write(_text([line]))
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Turns a failure to write into a message."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.path / name} cannot be written: {error.strerror}; the checkpoints are in "
+                            f"{self.path / 'checkpoints'}.") from error
 
 
-def last_and_best(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns likewise what `lines` of metrics.jsonl, one at least, say."""
-    chosen = chosen_on(lines[-1])
-    best = max(reversed(lines), key=lambda line: line[f"{chosen}_accuracy"])  # of equal ones the last, as Orbax
-    return {**lines[-1], "chosen_on": chosen, "best_epoch": best["epoch"], "best_test_accuracy": best["test_accuracy"]}
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Returns the lines of a file that are JSON objects with a `step`, and the number of all lines."""
+    try:
+        text = path.read_text(errors="replace") if path.exists() else ""
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; mend or remove it.") from error
+    written = [line for line in text.splitlines() if line.strip()]
+    lines = []
+    for line in written:
+        with contextlib.suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and type(entry.get("step")) is int:
+                lines.append(entry)
+    return lines, len(written)
 
 
-def is_evaluation(line: Mapping[str, Any]) -> bool:
-    """Returns whether a line of metrics.jsonl, which anyone may have edited, holds what makes it an evaluation."""
+def _until(step: int, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line for line in lines if line["step"] <= step]
+
+
+def _text(lines: Sequence[Line]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _table(lines: Sequence[Line]) -> str:
+    """Returns the lines as CSV; empty without any."""
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    return csv_text(names, ([line.get(name, "") for name in names] for line in lines)) if lines else ""
+
+
+def evaluations(lines: Sequence[Line]) -> list[Line]:
+    """Returns the `lines` of metrics.jsonl, which anyone may have edited, that hold all that makes an evaluation.
+
+    These are whole numbers `step` ≥ `epoch` ≥ 1, and the finite numbers `test_accuracy`, `test_loss`,
+    `images_per_second` and the accuracy by which the last of them chooses the best epoch.
+    """
+    valid = [line for line in lines if _is_evaluation(line)]
+    chooses = f"{chosen_on(valid[-1])}_accuracy" if valid else ""
+    return [line for line in valid if math.isfinite(number(line.get(chooses)))]
+
+
+def _is_evaluation(line: Line) -> bool:
     counted = all(type(line.get(name)) is int and line[name] > 0 for name in ("step", "epoch"))
     return counted and line["step"] >= line["epoch"] and all(
         math.isfinite(number(line.get(name))) for name in ("test_accuracy", "test_loss", "images_per_second"))
@@ -36,6 +157,25 @@ def number(value: Any) -> float:
     """Returns a value of a line as a finite float; NaN if it is none."""
     known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if known else math.nan
+
+
+def chosen_on(metrics: Line) -> str | None:
+    """Returns the images whose accuracy chooses the best checkpoint.
+
+    'validation' if there are such images in `metrics`; otherwise 'test', the published protocol, whose figure is
+    optimistically biased, as the test images take part in model selection; None if `metrics` holds neither.
+    """
+    return next((name for name in ("validation", "test") if f"{name}_accuracy" in metrics), None)
+
+
+def last_and_best(lines: Sequence[Line]) -> dict[str, Any]:
+    """Returns the last of `lines`, one at least, with `chosen_on` and the best one's epoch and test accuracy.
+
+    These are `best_epoch` and `best_test_accuracy`.
+    """
+    chosen = chosen_on(lines[-1])
+    best = max(reversed(lines), key=lambda line: line[f"{chosen}_accuracy"])  # of equal ones the last, as Orbax
+    return {**lines[-1], "chosen_on": chosen, "best_epoch": best["epoch"], "best_test_accuracy": best["test_accuracy"]}
 
 
 def render_line(line: Mapping[str, Any], epochs: int) -> str:

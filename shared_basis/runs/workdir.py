@@ -1,11 +1,8 @@
 """The directory of a run: its record, its metrics, its checkpoints.
 
     run.json        configuration, versions, data facts: all that evaluation needs beside a checkpoint
-    metrics.jsonl   one JSON object for each evaluation
-    metrics.csv     the same as a table
-    gradients.jsonl norms of gradients, a JSON object for each evaluation, if asked for
+    metrics.jsonl   the evaluations; this and further files of metrics: see `shared_basis.runs.metrics`
     log.txt         what was printed, with time, process and step; log-1.txt that of process 1, …
-    tensorboard/    the metrics as event files, if asked for
     checkpoints/    see `shared_basis.runs.checkpoints`
     damaged/        checkpoints that could not be restored, set aside
     .lock           held by the process that writes
@@ -14,24 +11,23 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import importlib.metadata
-import io
 import json
 import os
 import platform
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from shared_basis.config import Config, differences, from_config_dict, to_dict
 from shared_basis.errors import UserError
-from shared_basis.runs.tensorboard import Events
+from shared_basis.runs.metrics import MetricsFiles
+from shared_basis.runtime.files import write_atomic
 
-LOCK_SECONDS = 2.0
-LOCK_ATTEMPTS = 10
+LOCK_INTERVAL = 0.2
+"""Seconds between attempts to take a lock."""
 
 PACKAGES = ("shared-basis", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -52,7 +48,7 @@ def make_record(config: Config, data: Mapping[str, Any], devices: str | None = N
     return {"config": to_dict(config), "data": dict(data), "versions": versions(), "devices": devices}
 
 
-class Workdir:
+class Workdir(MetricsFiles):
     """The directory of one run."""
 
     def __init__(self, path: str | Path, tensorboard: bool = False) -> None:
@@ -67,9 +63,7 @@ class Workdir:
         if re.match("[a-z0-9]+:/", str(path)):
             raise UserError(f"workdir {path}: must be a directory; mount the bucket, e.g. with gcsfuse, and give the "
                             "directory that it is mounted on.")
-        self.path = Path(path)
-        self._tensorboard = tensorboard
-        self._events: Events | None = None
+        super().__init__(Path(path), tensorboard)
 
     @property
     def checkpoints(self) -> Path:
@@ -122,10 +116,13 @@ class Workdir:
             raise UserError(f"{self.path / 'run.json'}: {error}") from error
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, patience: float = 2.0) -> Iterator[None]:
         """Makes the directory and keeps it from other processes that would write to it, until the context ends.
 
-        The lock goes with the process, however it ends. File systems without locks are trusted.
+        The lock goes with the process, however it ends. File systems without locks, and Windows, are trusted.
+
+        Args:
+          patience: seconds to wait for another process: what a killed run leaves behind may take a moment to end.
 
         Raises:
           UserError: another process holds it, or the directory cannot be written.
@@ -136,12 +133,11 @@ class Workdir:
         except OSError as error:
             raise self._unwritable(error) from error
         with file:
-            _lock(file, self.path)
+            _lock(file, self.path, patience)
             try:
                 yield
             finally:
-                if self._events is not None:
-                    self._events.close()
+                self.close_events()
 
     def claim(self, record: Mapping[str, Any]) -> None:
         """Makes the directory that of the run `record`, whether it is new or resumes.
@@ -158,9 +154,7 @@ class Workdir:
                                 f"{self.checkpoints}/<step>/run/metadata to {self.path / 'run.json'}, or choose "
                                 "another --workdir.")
             self.path.mkdir(parents=True, exist_ok=True)
-            temporary = self.path / "run.json.tmp"
-            temporary.write_text(json.dumps(record, indent=2) + "\n")
-            os.replace(temporary, self.path / "run.json")
+            write_atomic(self.path / "run.json", json.dumps(record, indent=2) + "\n")
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -189,111 +183,34 @@ class Workdir:
             raise UserError(f"workdir {self.path} holds a run of another {what} ({fields}); "
                             "choose another --workdir, or the same values.")
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """Returns the lines of metrics.jsonl but those that are damaged, as a run that was killed may leave one.
-
-        Raises:
-          UserError: the file cannot be read.
-        """
-        return self.read_metrics()[0]
-
-    def read_metrics(self) -> tuple[list[dict[str, Any]], int]:
-        """Returns likewise the lines, and how many the file has with those that are damaged."""
-        return self._lines("metrics.jsonl")
-
-    def gradients(self) -> list[dict[str, Any]]:
-        """Returns likewise the lines of gradients.jsonl: `step`, `epoch`, and `norms` by path of the parameter."""
-        return self._lines("gradients.jsonl")[0]
-
-    def _lines(self, name: str) -> tuple[list[dict[str, Any]], int]:
-        path = self.path / name
-        try:
-            text = path.read_text(errors="replace") if path.exists() else ""
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}; mend or remove it.") from error
-        lines: list[dict[str, Any]] = []
-        written = [line for line in text.splitlines() if line.strip()]
-        for line in written:
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-                lines.append(entry)
-        return lines, len(written)
-
-    def rewind_metrics(self, step: int) -> None:
-        """Drops the metrics, and norms of gradients, after `step`: a run that resumes there computes them again."""
-        kept = [line for line in self.metrics() if line["step"] <= step]
-        self._replace("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-        self._write_table(kept)
-        if (self.path / "gradients.jsonl").exists():
-            self._replace("gradients.jsonl", "".join(
-                json.dumps(line) + "\n" for line in self.gradients() if line["step"] <= step))
-        if self._tensorboard:
-            with self._writing("tensorboard"):
-                self._events = Events(self.path / "tensorboard", kept, step)
-
-    def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Adds one JSON object to metrics.jsonl, and writes metrics.csv anew."""
-        with self._writing("metrics.jsonl"), (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self._write_table(self.metrics())
-        if self._events is not None:
-            with self._writing("tensorboard"):
-                self._events.add(line)
-
-    def append_gradients(self, line: Mapping[str, Any]) -> None:
-        """Adds one JSON object to gradients.jsonl."""
-        with self._writing("gradients.jsonl"), (self.path / "gradients.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def _write_table(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Writes metrics.csv: it is small, and never of another state than metrics.jsonl so."""
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, list(dict.fromkeys(name for line in lines for name in line)))
-        writer.writeheader()
-        writer.writerows(lines)
-        self._replace("metrics.csv", table.getvalue() if lines else "")
-
-    def _replace(self, name: str, text: str) -> None:
-        with self._writing(name):
-            temporary = self.path / f"{name}.tmp"
-            temporary.write_text(text, newline="")
-            os.replace(temporary, self.path / name)
-
-    @contextlib.contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
-        """Turns a failure to write into a message."""
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"{self.path / name} cannot be written: {error.strerror}; the checkpoints are in "
-                            f"{self.checkpoints}.") from error
-
 
 def _short(value: Any) -> Any:
     """Returns `value`, a long list cut down to what a message of one line can hold."""
     return [*value[:3], f"… {len(value)} in all"] if isinstance(value, list) and len(value) > 5 else value
 
 
-def _lock(file: IO[str], path: Path) -> None:
-    """Takes the lock on `file`, and writes into it who has it."""
+def _lock(file: IO[str], path: Path, patience: float) -> None:
+    """Takes the lock on `file`, and writes into it who has it.
+
+    Not filelock's: its versions before 4 empty the file, and with it the name of the holder, when they try; later ones
+    leave a file behind where there are no locks, which outlives a process that was killed.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
         return
-    for attempt in range(LOCK_ATTEMPTS):  # what a killed run leaves behind may take a moment to end
+    deadline = time.monotonic() + patience
+    while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
-            if attempt == LOCK_ATTEMPTS - 1:
+            if time.monotonic() >= deadline:
                 file.seek(0)
                 raise UserError(f"workdir {path} is in use by another run ({file.read(200).strip() or 'unknown'}); "
                                 "wait for it, or choose another --workdir. Several processes train one run together "
                                 "with --distributed alone.") from None
-            time.sleep(LOCK_SECONDS / LOCK_ATTEMPTS)
+            time.sleep(LOCK_INTERVAL)
         except OSError:  # a file system without locks
             return
     with contextlib.suppress(OSError):  # a full disk need not stop a finished run

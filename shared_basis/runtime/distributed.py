@@ -1,4 +1,4 @@
-"""Devices and processes: the mesh, what lies where on it, and what processes settle among themselves.
+"""Devices and processes: the mesh, what lies where on it, and how processes agree.
 
 Parameters lie on every device, batches are divided among all devices of all processes. One process, the first, writes.
 """
@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from shared_basis.errors import UserError
+from shared_basis.runtime.files import first_line
 
 JOINING_SECONDS = 300
 """How long processes wait for one another at the start; those of one job do not start at once."""
@@ -37,10 +38,10 @@ CACHE_BYTES = 2**30
 
 @contextlib.contextmanager
 def jax_runtime(distributed: bool, coordinator: str | None, processes: int | None, process: int | None,
-            debug_nans: bool) -> Iterator[None]:
+                debug_nans: bool) -> Iterator[None]:
     """Starts JAX: within this context this process is one of several, if `distributed` or any of the next three is set.
 
-    Only the first of them prints, apart from errors, which begin with the number of the process.
+    Errors of several processes begin with the number of the process. Their caller prints in the first one alone.
 
     Args:
       debug_nans: has JAX look for the operation that gives the first NaN.
@@ -56,7 +57,7 @@ def jax_runtime(distributed: bool, coordinator: str | None, processes: int | Non
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # no such platform, or an accelerator that is in use
-        reason = (str(error).splitlines() or [f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')!r}"])[0]
+        reason = first_line(error) if str(error) else f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')!r}"
         raise UserError(f"JAX cannot use the devices: {reason}; see that no other process has them, or leave "
                         "JAX_PLATFORMS unset.") from error
     try:
@@ -104,13 +105,13 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     """Makes this process one of several that train together.
 
     Args:
-      coordinator: HOST:PORT of process 0. With None, and also for the others, JAX finds them out: on TPU pods, under
-        SLURM, Open MPI and Kubernetes.
+      coordinator: HOST:PORT of process 0. With None, and also for the others, JAX auto-detects them: on TPU pods,
+        under SLURM, Open MPI and Kubernetes.
       processes: the number of processes.
       process: the number of this one, from 0 on.
 
     Raises:
-      UserError: nothing is found out, or the arguments do not fit. Where the others do not come in time, the process
+      UserError: nothing is detected, or the arguments do not fit. Where the others do not come in time, the process
         ends with a message and exit code 2, as nothing can be saved.
     """
     if coordinator is not None:
@@ -131,10 +132,9 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                                    initialization_timeout=2 * JOINING_SECONDS)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--distributed: the processes cannot be found out ({reason}). TPU pods, SLURM, Open MPI and "
-                        "Kubernetes are recognised; elsewhere give --coordinator=HOST:PORT --processes=N --process=I.",
-                        ) from error
+        raise UserError(f"--distributed: the processes could not be auto-detected ({first_line(error)}). TPU pods, "
+                        "SLURM, Open MPI and Kubernetes are recognised; elsewhere give --coordinator=HOST:PORT "
+                        "--processes=N --process=I.") from error
     finally:
         timer.cancel()
 
@@ -219,6 +219,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, grad_accumulation_steps: int =
     if batch_size % divisor:
         below = batch_size // divisor * divisor
         sizes = " or ".join(str(size) for size in (below, below + divisor) if size)
-        parts = f" times optimizer.grad_accumulation_steps={grad_accumulation_steps}" if grad_accumulation_steps > 1 else ""
+        parts = (f" times optimizer.grad_accumulation_steps={grad_accumulation_steps}" if grad_accumulation_steps > 1
+                 else "")
         raise UserError(f"train.batch_size={batch_size}: must be a multiple of the {mesh.size} devices{parts}; the "
                         f"nearest: {sizes}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,21 +36,14 @@ class Memory:
         return self.parameters + self.optimizer + self.data + self.step
 
     def render(self) -> str:
-        """Returns one line for a person."""
+        """Returns one human-readable line."""
         return (f"memory of each device: {size_text(self.parameters)} for parameters, {size_text(self.optimizer)} for "
                 f"the optimizer, {size_text(self.data)} for data; {size_text(self.total)} with the step at its peak")
 
 
 def bytes_on_device(tree: Any) -> int:
     """Returns the bytes that the arrays in `tree`, which have shardings, take on one device."""
-    return sum(leaf.dtype.itemsize * _size(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
+    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
 def measure(state: Any, data: int, compiled: Any) -> Memory:
@@ -71,7 +65,7 @@ def check(memory: Memory, config: Config, mesh: Mesh) -> None:
         free, copies = (device.memory_stats() or {}).get("bytes_limit"), 1
     if free is not None and memory.total * copies > free:
         times = f" × {copies} devices" if copies > 1 else ""
-        raise UserError(f"the memory does not suffice: {memory.render()}{times}, of {size_text(free)}. "
+        raise UserError(f"out of memory: {memory.render()}{times}, of {size_text(free)}. "
                         f"{advice(config, memory)}")
 
 
@@ -80,14 +74,16 @@ def advice(config: Config, needed: Memory | None = None, batch: str = "train.bat
     data = "set --config.data.placement=stream"
     step = f"set a smaller --config.{batch}, or a smaller --config.data.image_size"
     if jax.default_backend() != "cpu" and batch == "train.batch_size":
-        step = f"set --config.optimizer.grad_accumulation_steps={2 * config.optimizer.grad_accumulation_steps} or more, {step[4:]}"
+        parts = 2 * config.optimizer.grad_accumulation_steps
+        step = f"set --config.optimizer.grad_accumulation_steps={parts} or more, {step[4:]}"
     if needed is None:
         return f"To reduce it, {step}, or {data}."
     return f"The largest part is {'the images: ' + data if needed.data > needed.step else 'the step: ' + step}."
 
 
 @contextlib.contextmanager
-def oom_as_user_error(config: Config, batch: str = "train.batch_size", saved: Callable[[], str] = lambda: "") -> Iterator[None]:
+def oom_as_user_error(config: Config, batch: str = "train.batch_size",
+                      saved: Callable[[], str] = lambda: "") -> Iterator[None]:
     """Turns a failed allocation, and the loss of another process, into `UserError`.
 
     Args:
@@ -99,7 +95,7 @@ def oom_as_user_error(config: Config, batch: str = "train.batch_size", saved: Ca
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         text = " ".join(str(error).split())[:150] or type(error).__name__
         if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
-            raise UserError(f"the memory does not suffice ({text}). {advice(config, batch=batch)}{saved()}") from error
+            raise UserError(f"out of memory ({text}). {advice(config, batch=batch)}{saved()}") from error
         if jax.process_count() > 1:
             raise UserError(f"another process was lost ({text}).{saved()} Start all of them again, with the same "
                             "commands.") from error

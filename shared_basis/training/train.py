@@ -19,7 +19,7 @@ from shared_basis.models import Network, create_model
 from shared_basis.models.summary import compare_with_plain, render_saving
 from shared_basis.runs import tensorboard as event_files
 from shared_basis.runs.checkpoints import Checkpoints
-from shared_basis.runs.metrics import is_evaluation, last_and_best, render_outcome
+from shared_basis.runs.metrics import evaluations, last_and_best, render_outcome
 from shared_basis.runs.trained import build_model
 from shared_basis.runs.workdir import Workdir, make_record, versions
 from shared_basis.runtime import memory
@@ -159,7 +159,7 @@ def read_outcome(run: Workdir) -> dict[str, Any]:
     Raises:
       UserError: there is no such line.
     """
-    lines = [line for line in run.metrics() if is_evaluation(line)]
+    lines = evaluations(run.metrics())
     if not lines:
         raise UserError(f"{run.path / 'metrics.jsonl'} is missing or empty; the checkpoints are there: score them with "
                         f"--mode=evaluate --workdir={run.path}.")

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, CommandLine, save_run
 
-from shared_basis.cli.commands import MODES_BY_FLAG
+from shared_basis.cli.app import parse
+from shared_basis.cli.commands import MODES, MODES_BY_FLAG
 from shared_basis.config import from_config_dict
+from shared_basis.models import create_model
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -60,23 +62,14 @@ def test_command_runs(page: str, arguments: list[str], main: CommandLine, checko
 
 
 @pytest.mark.parametrize(("page", "arguments"), NOT_RUN, ids=[f"{page} {shlex.join(words)}" for page, words in NOT_RUN])
-def test_a_command_that_is_not_run_is_understood(page: str, arguments: list[str], main: CommandLine,
-                                                 checkout: Path) -> None:
-    """Flags and configuration are checked, and nothing is done: of the digits there is nothing to prepare."""
-    apart = ("--distributed", "--coordinator", "--process", "--workdir", "--json")
-    kept = [word for word in arguments if not word.startswith(apart)]
-    config = [word for word in kept if word.startswith("--config=")] or ["--config=configs/digits_resnet.py"]
-    mode = next((word.removeprefix("--mode=") for word in kept if word.startswith("--mode=")), "train")
-    others = []
-    for word in kept:
-        name = word.lstrip("-").partition("=")[0]
-        assert mode in MODES_BY_FLAG.get(name, (mode,)), f"--{name} is not for --mode={mode}"
-        if name not in ("config", "mode", *MODES_BY_FLAG):
-            others.append(word)
-    done = main(*config, *others, "--mode=prepare", "--config.data.name=digits", "--config.data.mean=(0.5,)",
-                "--config.data.std=(0.5,)", cwd=checkout)
-    assert done.returncode == 0, done.stderr
-    assert "nothing to prepare" in done.stdout
+@pytest.mark.filterwarnings("default::shared_basis.errors.RenamedWarning")
+def test_a_command_that_is_not_run_is_understood(page: str, arguments: list[str],
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    values, options = parse(["main.py", *arguments])
+    for name in options:
+        assert not values[name].present or values.mode in MODES_BY_FLAG.get(name, MODES), f"--{name}: {values.mode}"
+    assert create_model(from_config_dict(values.config).model.name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gc
+import asyncio
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared_basis.errors import UserError
-from shared_basis.runs import checkpoints as checkpoints_module
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.metrics import chosen_on
 from shared_basis.runtime.distributed import replicated
 from shared_basis.training.steps import TrainState, create_train_state
 
-# When one array of a checkpoint cannot be read, Orbax leaves the reading of others unfinished, which Python tells.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 RECORD = {"config": {"seed": 3}, "data": {"classes": ["a", "b"]}, "versions": {"jax": "0"}}
-
-
-@pytest.fixture(autouse=True)
-def collect_unfinished_reads() -> Iterator[None]:
-    """Has Python tell of them within the test that caused them."""
-    yield
-    gc.collect()
 
 
 def make_state(step: int, devices: int = 4) -> TrainState:
@@ -92,9 +81,7 @@ def test_a_state_comes_back_on_another_number_of_devices(saved: Path) -> None:
 @pytest.mark.parametrize(("accuracies", "kept", "best"), [
     ({10: 0.3, 20: 0.9, 30: 0.4, 40: 0.5, 50: 0.6}, [20, 40, 50], 20),
     ({10: 0.9, 20: 0.1, 30: 0.9, 40: 0.1, 50: 0.1}, [30, 40, 50], 30),
-    ({10: 0.1, 20: 0.2, 30: 0.3}, [20, 30], 30),
     ({10: 0.9, 20: None, 30: None, 40: None}, [10, 30, 40], 10),
-    ({10: None, 20: None, 30: 0.5, 40: None, 50: None}, [30, 40, 50], 30),
     ({10: None, 20: None, 30: None}, [20, 30], 30)])
 def test_the_latest_two_and_the_best_are_kept(tmp_path: Path, accuracies: dict[int, float | None], kept: list[int],
                                               best: int) -> None:
@@ -135,13 +122,6 @@ def test_checkpoints_are_found_by_what_a_user_types(saved: Path) -> None:
     for which in ("7", "newest", "-10", "", "1e1", "²"):
         with user_error(f"checkpoint {which!r}", "latest", "best", "10, 20, 30"):
             checkpoints.find(which)
-
-
-@pytest.mark.parametrize("which", ["latest", "best", "10"])
-def test_no_checkpoint_is_told(tmp_path: Path, which: str) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    with user_error("no checkpoint yet", str(tmp_path)):
-        Checkpoints(tmp_path / "checkpoints", read_only=True).find(which)
 
 
 def test_a_run_before_its_first_checkpoint_can_be_opened_for_reading(tmp_path: Path) -> None:
@@ -208,6 +188,24 @@ def test_variables_are_restored_and_the_optimizer_is_not_read(saved: Path, monke
     assert sorted(read) == ["batch_stats.seen", "params.head.bias", "params.head.kernel"]
 
 
+def test_a_read_that_fails_abandons_no_other(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orbax closes the loop to which threads report, and each of them prints a traceback."""
+    ended: list[str] = []
+
+    async def slow() -> None:
+        await asyncio.sleep(0.2)
+        ended.append("slow")
+
+    async def deserialize(*_: Any) -> None:
+        async def fail() -> None:
+            raise ValueError("damaged")
+        await asyncio.gather(slow(), fail())
+    monkeypatch.setattr(ocp.type_handlers.ArrayHandler, "deserialize", deserialize)
+    with user_error("checkpoint 30", "ValueError: damaged"):
+        Checkpoints(saved, read_only=True).restore(30, target())
+    assert ended == ["slow"]
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
@@ -225,8 +223,6 @@ def largest(directory: Path) -> Path:
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "data truncated": lambda state: truncate(largest(state / "d")),
     "a bit flipped": lambda state: flip_bit(largest(state / "d")),
-    "all data deleted": lambda state: (shutil.rmtree(state / "ocdbt.process_0"), shutil.rmtree(state / "d")),
-    "index truncated": lambda state: truncate(state / "manifest.ocdbt"),
     "index deleted": lambda state: (state / "manifest.ocdbt").unlink(),
     "metadata truncated": lambda state: truncate(state / "_METADATA"),
     "state deleted": lambda state: shutil.rmtree(state),
@@ -244,13 +240,11 @@ def test_a_damaged_checkpoint_is_told_with_its_step(copied: Path, damage: str) -
     assert_trees_equal(checkpoints.restore(20, target()), make_state(20))  # the others stay usable
 
 
-@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(file=st.integers(0, 10**6), place=st.floats(0, 1, exclude_max=True), change=st.integers(1, 255),
        cut=st.booleans())
 def test_whatever_byte_is_damaged_a_state_comes_back_as_it_was_or_not_at_all(
-        saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: int, place: float, change: int,
-        cut: bool) -> None:
-    monkeypatch.setattr(checkpoints_module.time, "sleep", lambda seconds: None)
+        saved: Path, tmp_path: Path, file: int, place: float, change: int, cut: bool) -> None:
     directory = tmp_path / "checkpoints"
     shutil.rmtree(directory, ignore_errors=True)
     shutil.copytree(saved / "30", directory / "30")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import json
@@ -9,6 +10,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,6 @@ import pytest
 from helpers import ROOT, user_error
 
 from shared_basis.config import Config, DataConfig, TrainConfig, replace
-from shared_basis.runs import workdir as workdir_module
 from shared_basis.runs.workdir import PACKAGES, Workdir, make_record, versions
 
 CONFIG = Config(data=DataConfig(name="folder", directory="/images"), train=TrainConfig(epochs=3))
@@ -114,7 +116,7 @@ def test_a_file_in_the_place_of_the_workdir_is_told(tmp_path: Path) -> None:
 def test_a_workdir_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(workdir_module.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with user_error(str(tmp_path / "run"), "cannot be written: No space left on device", "--workdir"):
         Workdir(tmp_path / "run").claim(record())
     assert Workdir(tmp_path / "run").read_record() is None  # nothing half-written is taken for a run
@@ -136,7 +138,7 @@ def test_rewinding_drops_what_comes_after_the_step(run: Workdir) -> None:
     run.rewind_metrics(10)
     run.append_metrics({"step": 20})
     assert [line["step"] for line in run.metrics()] == [5, 10, 20]
-    assert [path.name for path in run.path.iterdir() if path.suffix == ".tmp"] == []
+    assert sorted(path.name for path in run.path.iterdir()) == ["metrics.csv", "metrics.jsonl", "run.json"]
 
 
 def table(run: Workdir) -> list[dict[str, str]]:
@@ -183,38 +185,39 @@ HOLDER = ("import sys; sys.path.insert(0, sys.argv[1]); from shared_basis.runs.w
           "with Workdir(sys.argv[2]).locked(): print('locked', flush=True); sys.stdin.read()")
 
 
-def test_one_process_holds_a_workdir_and_is_named_until_it_dies(tmp_path: Path,
-                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workdir_module, "LOCK_ATTEMPTS", 1)
+def test_one_process_holds_a_workdir_and_is_named_until_it_dies(tmp_path: Path) -> None:
     workdir = Workdir(tmp_path / "runs" / "run")
     with subprocess.Popen([sys.executable, "-c", HOLDER, ROOT, workdir.path], text=True, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "locked\n"
         with user_error(f"workdir {workdir.path} is in use by another run (process {holder.pid} on ", "--workdir"), \
-                workdir.locked():
+                workdir.locked(patience=0):
             pass
         holder.send_signal(signal.SIGKILL)
     with workdir.locked():  # at once
         assert (workdir.path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
-def test_a_workdir_is_free_after_its_context_however_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workdir_module, "LOCK_ATTEMPTS", 1)
+def test_a_workdir_is_free_after_its_context_however_that_ends(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), Workdir(tmp_path).locked():
         raise KeyboardInterrupt
-    with Workdir(tmp_path).locked(), user_error("in use"), Workdir(tmp_path).locked():
+    with Workdir(tmp_path).locked(), user_error("in use"), Workdir(tmp_path).locked(patience=0):
         pass
     with Workdir(tmp_path).locked():
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_a_lock_is_waited_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(workdir_module.time, "sleep", waits.append)
-    with Workdir(tmp_path).locked(), user_error("in use"), Workdir(tmp_path).locked():
-        pass
-    assert sum(waits) == pytest.approx(workdir_module.LOCK_SECONDS, rel=0.2)
+def test_a_lock_is_waited_for_a_moment(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Workdir(tmp_path).locked())
+        began = time.monotonic()
+        with user_error("in use"), Workdir(tmp_path).locked(patience=0.5):
+            pass
+        assert 0.5 <= time.monotonic() - began < 1.5
+        threading.Timer(0.3, stack.close).start()
+        with Workdir(tmp_path).locked(patience=60):
+            assert time.monotonic() - began < 30
 
 
 def test_a_file_system_without_locks_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,12 +262,12 @@ def test_the_run_that_is_required_must_be_there_and_the_same(run: Workdir, tmp_p
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has a file that is written at once end in its middle, for want of space."""
-    write_text = Path.write_text
+    write_bytes = Path.write_bytes
 
-    def write_half(self: Path, text: str, newline: str | None = None) -> None:
-        write_text(self, text[:len(text) // 2])
+    def write_half(self: Path, content: bytes) -> None:
+        write_bytes(self, content[:len(content) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(Path, "write_text", write_half)
+    monkeypatch.setattr(Path, "write_bytes", write_half)
 
 
 @pytest.mark.usefixtures("full")

@@ -5,24 +5,24 @@ from __future__ import annotations
 import io
 import pathlib
 import re
+import time
 
 import pytest
 from rich.console import Console
 
-from shared_basis.runtime import reporter as screen_module
 from shared_basis.runtime.reporter import PLAIN_INTERVAL, Reporter, count, duration
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Returns the monotonic time that `screen` sees, as a list of one value to be changed."""
+    """Returns the monotonic time that a reporter sees, as a list of one value to be changed."""
     now = [1000.0]
-    monkeypatch.setattr(screen_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
 def terminal(width: int = 100, verbosity: str = "normal") -> tuple[Reporter, io.StringIO]:
-    """Returns a screen on a terminal, and what is written to that."""
+    """Returns a reporter on a terminal, and what is written to that."""
     written = io.StringIO()
     shown = Reporter(written, verbosity)
     # Rich takes a StringIO for no terminal, and some environments (CI, TERM=dumb) for another one.
@@ -35,7 +35,7 @@ def test_lines_come_out_whole_and_unchanged_without_a_terminal() -> None:
     written = io.StringIO()
     text = "resnet20 [bold]not markup[/bold] [1, 2] " + "long " * 100 + "× λ 12 %"
     with Reporter(written) as shown:
-        shown.line(text)
+        shown.info(text)
     assert written.getvalue() == text + "\n"
 
 
@@ -44,7 +44,7 @@ def test_plain_progress_comes_at_most_once_a_minute(clock: list[float]) -> None:
     with Reporter(written) as shown:
         for second in range(int(3.5 * PLAIN_INTERVAL)):
             clock[0] = 1000.0 + second
-            shown.progress(second, 1000, f"step {second}")
+            shown.show_progress(second, 1000, f"step {second}")
     assert written.getvalue().splitlines() == ["step 60", "step 120", "step 180"]
 
 
@@ -52,8 +52,8 @@ def test_no_control_characters_without_a_terminal(clock: list[float]) -> None:
     written = io.StringIO()
     with Reporter(written) as shown:
         clock[0] += PLAIN_INTERVAL
-        shown.progress(1, 2, "half")
-        shown.line("line")
+        shown.show_progress(1, 2, "half")
+        shown.info("line")
         shown.end_progress()
     assert written.getvalue() == "half\nline\n"
 
@@ -62,7 +62,7 @@ def test_a_terminal_shows_progress_at_once_and_in_one_place() -> None:
     shown, written = terminal()
     with shown:
         for step in (1, 2):
-            shown.progress(step, 2, f"step {step} [of 2]")
+            shown.show_progress(step, 2, f"step {step} [of 2]")
             shown._progress.refresh()  # a thread does it ten times a second
         drawn = written.getvalue()
         assert "step 1 [of 2]" in drawn
@@ -74,19 +74,19 @@ def test_a_terminal_shows_progress_at_once_and_in_one_place() -> None:
 def test_a_line_is_printed_above_the_progress_line() -> None:
     shown, written = terminal()
     with shown:
-        shown.progress(1, 2, "working")
+        shown.show_progress(1, 2, "working")
         shown._progress.refresh()
         before = len(written.getvalue())
-        shown.line("epoch 1 [done]")
+        shown.info("epoch 1 [done]")
         after = written.getvalue()[before:]
     assert "epoch 1 [done]\n" in after
     assert "working" in after[after.index("epoch 1 [done]\n"):]
 
 
-def test_the_progress_line_is_gone_when_the_screen_is_left() -> None:
+def test_the_progress_line_is_gone_when_the_reporter_is_left() -> None:
     shown, written = terminal()
     with shown:
-        shown.progress(1, 2, "working")
+        shown.show_progress(1, 2, "working")
         assert "\x1b[?25l" in written.getvalue()  # the cursor is hidden
     assert written.getvalue().endswith("\x1b[1A\x1b[2K")  # up to the progress line, and erased
     assert written.getvalue().count("\x1b[?25h") == 1
@@ -96,16 +96,16 @@ def test_the_progress_line_is_gone_when_the_screen_is_left() -> None:
 def test_progress_may_begin_again_after_its_end() -> None:
     shown, written = terminal()
     with shown:
-        shown.progress(1, 2, "first")
+        shown.show_progress(1, 2, "first")
         shown.end_progress()
-        shown.progress(2, 2, "second")
+        shown.show_progress(2, 2, "second")
     assert "second" in written.getvalue()
 
 
 def test_counting_shows_how_many_and_the_time_left(clock: list[float]) -> None:
     shown, written = terminal()
     with shown:
-        count_images = shown.counting("decoding [images]")
+        count_images = shown.progress("decoding [images]")
         clock[0] += 10
         count_images(1000, 4000)
         shown._progress.refresh()
@@ -127,8 +127,8 @@ def test_what_is_printed_by_verbosity(verbosity: str, expected: str) -> None:
     written = io.StringIO()
     shown = Reporter(written, verbosity, process=1)
     shown.step = 7
-    shown.line("l")
-    shown.detail("d")
+    shown.info("l")
+    shown.debug("d")
     shown.warn("w")
     assert written.getvalue() == expected
 
@@ -136,7 +136,7 @@ def test_what_is_printed_by_verbosity(verbosity: str, expected: str) -> None:
 def test_a_quiet_terminal_shows_no_progress() -> None:
     shown, written = terminal(verbosity="quiet")
     with shown:
-        shown.progress(1, 2, "working")
+        shown.show_progress(1, 2, "working")
     assert not written.getvalue()
 
 
@@ -155,14 +155,14 @@ def logged(path: pathlib.Path) -> list[str]:
 
 def test_the_log_has_each_line_with_time_process_and_step(tmp_path: pathlib.Path) -> None:
     shown = Reporter(io.StringIO(), "quiet")
-    shown.line("before there is a directory")
+    shown.info("before there is a directory")
     with shown.logging(tmp_path):
         shown.step = 3
-        shown.line("three")
-        shown.detail("shown by none, and so not logged")
+        shown.info("three")
+        shown.debug("shown by none, and so not logged")
         assert logged(tmp_path / "log.txt")[-1] == "process 0 step 3: three"  # at once, not at the end
         shown.warn("× λ")
-    shown.line("after")
+    shown.info("after")
     with pytest.raises(KeyError), shown.logging(tmp_path):
         raise KeyError("what ends it")
     assert logged(tmp_path / "log.txt") == [
@@ -173,7 +173,7 @@ def test_the_log_has_each_line_with_time_process_and_step(tmp_path: pathlib.Path
 def test_other_processes_have_logs_of_their_own(tmp_path: pathlib.Path) -> None:
     shown = Reporter(io.StringIO(), process=2)
     with shown.logging(tmp_path):
-        shown.line("here")
+        shown.info("here")
     assert logged(tmp_path / "log-2.txt") == ["process 2 step 0: here"]
 
 
@@ -182,11 +182,11 @@ def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: pathlib.Path) -> No
     shown = Reporter(written)
     (tmp_path / "log.txt").mkdir()
     with shown.logging(tmp_path):
-        shown.line("one")
+        shown.info("one")
     (tmp_path / "log.txt").rmdir()
     (tmp_path / "log.txt").symlink_to("/dev/full")
     with shown.logging(tmp_path):
-        shown.line("two")
+        shown.info("two")
     assert written.getvalue() == "one\ntwo\n"
 
 
