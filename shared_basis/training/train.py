@@ -52,7 +52,7 @@ def train(config: Config, workdir: str | Path, reporter: Reporter, *, tensorboar
         if is_main_process():  # alone: what others looked for and did not find, a network's file system may hide from them
             run.read_record()  # an unreadable workdir is told before the images are read
         create_model(config.model.name, stem=config.model.stem)  # an unknown name is told before data is looked for
-        source = data.open_source(config.data, progress=reporter.progress("preparing images"))
+        source = data.open_source(config.data, reporter=reporter)
         model = build_model(config, source.spec)
         comparison = compare_with_plain(config.model, len(source.spec.classes), source.spec.image_shape)
         examples = len(source.splits["train"])
