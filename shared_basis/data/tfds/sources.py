@@ -38,7 +38,7 @@ def check_sources(builder: Any, config: DataConfig, sources: Mapping[str, Any]) 
                if not (manual and os.path.exists(os.path.join(manual, info.filename)))
                and not os.path.exists(downloads / resource.get_dl_fname(url, info.checksum))}
     problem = "it has to be downloaded by hand, after registration" if builder.BY_HAND else (
-        next((f"a download fails ({why})" for why in map(_probe, missing) if why), None))
+        next((f"a download fails ({why})" for why in map(probe, missing) if why), None))
     if missing and problem:
         files = ", ".join(f"{info.filename} ({int(info.size)} bytes, sha256 {info.checksum})"
                           for info in missing.values())
@@ -49,12 +49,12 @@ def check_sources(builder: Any, config: DataConfig, sources: Mapping[str, Any]) 
             "of image files: --config.data.name=folder --config.data.directory=DIR.")
 
 
-def _probe(url: str) -> str:
+def probe(url: str, timeout: float = PROBE_SECONDS) -> str:
     """Returns why `url` cannot be downloaded, or an empty string if its server begins to send it."""
     import requests
 
     try:
-        with requests.get(url, stream=True, timeout=PROBE_SECONDS) as response:
+        with requests.get(url, stream=True, timeout=timeout) as response:
             return "" if response.ok else f"{response.status_code} {response.reason}"
     except requests.RequestException as error:
         return type(error).__name__
@@ -80,12 +80,12 @@ def checked_sources(builder: Any, config: DataConfig, sources: Mapping[str, Any]
                 if _sha256(link) == info.checksum:
                     continue
                 link.unlink()
-            _check_file(path, info)
+            check_file(path, info)
             link.symlink_to(path.absolute())
         yield mended if present else manual
 
 
-def _check_file(path: Path, info: Any) -> None:
+def check_file(path: Path, info: Any) -> None:
     """Raises `UserError` unless the file is the published one; of very large ones only the size is compared."""
     size = path.stat().st_size
     if size != int(info.size):
