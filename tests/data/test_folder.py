@@ -770,6 +770,7 @@ def test_unreadable_directories_and_files_are_named(folder, mistake, monkeypatch
     assert "Permission denied" in message
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CIFAR10_JPEG.exists(), reason=f"no real images: {CIFAR10_JPEG} is absent")
 def test_real_jpeg_images(tmp_path):
     with tarfile.open(CIFAR10_JPEG, "r|xz") as archive:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_helpers import load
 from helpers import write_folder
 from hostile import MIB, Reader
 from PIL import Image
@@ -124,9 +125,9 @@ def test_names_of_strangers_do_not_break_the_line(tmp_path: Path, name: str, par
     if part == "image":
         broken = broken.rename(broken.with_name(f"{name}.png"))
     config = DataConfig(name="folder", directory=str(root))
-    assert len(data.load(config).train.labels) == 4
+    assert len(load(config).train.labels) == 4
     broken.write_bytes(b"no image")
-    for read in (data.load, data.describe, data.prepare):
+    for read in (load, data.describe, data.prepare):
         with contextlib.suppress(UserError):
             read(config)
             continue
@@ -140,4 +141,4 @@ def test_labels_are_numbers_and_images_are_bytes(tmp_path: Path) -> None:
     """NumPy files in a folder of images, which could hold pickles, are passed over."""
     root = write_folder(tmp_path / "images", ("cat", "dog"), count=2)
     np.save(root / "train" / "cat" / "labels.npy", np.array([{}], object), allow_pickle=True)
-    assert len(data.load(DataConfig(name="folder", directory=str(root))).train.labels) == 4
+    assert len(load(DataConfig(name="folder", directory=str(root))).train.labels) == 4

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tensorflow_datasets as tfds
 import tfds_fakes as fakes
+from data_helpers import load
 from helpers import user_error
 from hostile import MIB, spoil, tree
 
@@ -78,7 +79,7 @@ def test_images_beside_the_one_that_is_trained_on_are_not_decoded(tmp_path: Path
     png, eps = (fakes.encoded(fakes.picture(0, 8, 8), kind) for kind in ("PNG", "EPS"))
     rows = [{"image": png, "label": index, "other": eps} for index in range(3)]
     fakes.write(tmp_path, {"train": rows, "test": rows}, features)
-    data.load(DataConfig(name="tfds:pets_fake", directory=str(tmp_path), image_size=8))
+    load(DataConfig(name="tfds:pets_fake", directory=str(tmp_path), image_size=8))
     assert not ghostscript
 
 
