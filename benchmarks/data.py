@@ -32,7 +32,8 @@ from benchmarks.records import ROOT
 from shared_basis.cli.app import run_and_exit
 from shared_basis.config import Config, DataConfig, ModelConfig, TrainConfig, replace
 from shared_basis.data import streaming
-from shared_basis.data.examples import Source
+from shared_basis.data.batches import TrainingBatches
+from shared_basis.data.examples import Source, warn_on_stderr
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -94,9 +95,9 @@ def pipeline(rounds: int) -> Table:
 
 def _streamed(source: Source, config: DataConfig, workers: int) -> tuple[float, int]:
     """Returns images per second of the batches after the first eight, and the most memory that streaming took."""
-    batches = streaming.TrainingBatches(source.splits["train"], source.spec, config, seed=0, batch_size=64, epochs=8)
+    batches = TrainingBatches(source.splits["train"], source.spec, config, seed=0, batch_size=64, epochs=8)
     before, peak, began, counted, speed = _memory(), 0, 0.0, 0, 0.0
-    with contextlib.closing(streaming.read(batches, workers)) as reader:
+    with contextlib.closing(streaming.read(batches, workers, warn_on_stderr)) as reader:
         for number, batch in enumerate(reader):
             if number == 7:
                 began = time.perf_counter()

@@ -33,7 +33,7 @@ from shared_basis import data
 from shared_basis.analysis.gradient_flow import by_depth, gradient_flow, layer_paths
 from shared_basis.cli.app import run_and_exit
 from shared_basis.config import from_config_dict, replace
-from shared_basis.data import feeds
+from shared_basis.data import feeds, in_memory
 from shared_basis.data.augment import normalize
 from shared_basis.runs.trained import build_model
 from shared_basis.runtime.distributed import make_mesh
@@ -69,9 +69,11 @@ def train(layers: int, treatment: Treatment, seed: int, measured: Sequence[int] 
     config = replace(from_config_dict(get_config(f"resnet20{treatment.form}")), {
         "seed": seed, "orthogonality.method": treatment.method, "train.epochs": measured[-1]})
     mesh = make_mesh()
-    images = feeds.load(data.open_source(config.data), config.data, mesh, Reporter(verbosity="quiet"))
+    source, reporter = data.open_source(config.data), Reporter(verbosity="quiet")
+    images = feeds.load(source, config.data, mesh, reporter)
     model = build_model(config, images.spec).clone(blocks=(layers // 2 + 1,) * 3)  # the first of a group is plain
-    split, size = data.load_split(config.data, "train"), config.train.batch_size
+    split = in_memory.load_split(source.splits["train"], source.spec, config.data, reporter.warn)
+    size = config.train.batch_size
     batch = normalize(jax.numpy.asarray(split.images[:size]), config.data), split.labels[:size]
     flow = gradient_flow(model)
     order = ["/".join(path) for path in layer_paths(model, images.spec.image_shape)]

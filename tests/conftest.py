@@ -7,6 +7,7 @@ a second run of the tests spends its time on testing.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 if TYPE_CHECKING:
     from helpers import CommandLine
+    from hostile import Reader
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGAN = time.monotonic()
@@ -47,6 +49,29 @@ def main(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
     command_line = CommandLine(tmp_path_factory.mktemp("output"))
     yield command_line
     command_line.close()
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[Reader]:
+    """Reads hostile files in processes that may take little memory."""
+    from hostile import Reader
+
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("the memory of a process is limited as Linux does it")
+    process = Reader()
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Puts the module `trap_module` where Python finds it; yields the file that appears once it is imported."""
+    directory, marker = tmp_path / "modules", tmp_path / "sprung"
+    directory.mkdir()
+    (directory / "trap_module.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(str(directory))
+    yield marker
+    sys.modules.pop("trap_module", None)
 
 
 @pytest.fixture

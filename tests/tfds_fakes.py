@@ -21,7 +21,8 @@ from PIL import Image
 from tensorflow_datasets.core.download import checksums
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as imagenet
 
-from shared_basis.data.tfds import builders, reader
+from shared_basis.data.tfds import builders
+from shared_basis.data.tfds.names import SPECS
 
 NAMES = ("cifar10", "cifar100", "fashion_mnist")
 """The sets whose images all have one size."""
@@ -38,7 +39,7 @@ COARSE = tuple(f"group{index}" for index in range(20))
 
 def content(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns the images and labels of a fake split."""
-    spec = reader.SPECS[name]
+    spec = SPECS[name]
     random = np.random.default_rng(NAMES.index(name) * 2 + (split == "test"))
     shape = (COUNTS[split], *spec.image_shape)
     return random.integers(0, 256, shape, np.uint8), random.integers(0, len(spec.classes), COUNTS[split], np.uint8)
@@ -61,7 +62,7 @@ def tar(files: Mapping[str, bytes], mode: str = "w:gz") -> bytes:
     return buffer.getvalue()
 
 
-def cifar10_files(classes: tuple[str, ...] = reader.SPECS["cifar10"].classes) -> dict[str, bytes]:
+def cifar10_files(classes: tuple[str, ...] = SPECS["cifar10"].classes) -> dict[str, bytes]:
     rows = cifar_rows("cifar10", "train")
     fifth = len(rows) // 5
     parts = {f"data_batch_{index + 1}.bin": rows[index * fifth:(index + 1) * fifth] for index in range(5)}
@@ -72,7 +73,7 @@ def cifar10_files(classes: tuple[str, ...] = reader.SPECS["cifar10"].classes) ->
 
 def cifar100_files() -> dict[str, bytes]:
     files = {"coarse_label_names.txt": "\n".join(COARSE).encode() + b"\n",
-             "fine_label_names.txt": "\n".join(reader.SPECS["cifar100"].classes).encode() + b"\n",
+             "fine_label_names.txt": "\n".join(SPECS["cifar100"].classes).encode() + b"\n",
              "train.bin": cifar_rows("cifar100", "train"), "test.bin": cifar_rows("cifar100", "test")}
     return {"cifar-100-binary.tar.gz": tar({f"cifar-100-binary/{name}": body for name, body in files.items()})}
 

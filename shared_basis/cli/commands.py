@@ -108,7 +108,7 @@ def _evaluate(request: Request) -> Result:
 def _predict(request: Request) -> Result:
     with request.reporter:
         result = predict.predict(request.workdir, request.images, request.checkpoint, request.overrides,
-                                 request.output, request.reporter.progress("classifying images"))
+                                 request.output, request.reporter.progress("classifying images"), request.reporter.warn)
     return result, predict.render(result)
 
 
@@ -150,7 +150,7 @@ def _summary(request: Request) -> Result:
 
 def _prepare(request: Request) -> Result:
     with request.reporter:
-        text = data.prepare(request.config.data, request.reporter.progress("preparing images"))
+        text = data.prepare(request.config.data, request.reporter)
     return {"name": request.config.data.name, "prepared": text}, text
 
 

@@ -125,7 +125,7 @@ def load_images(config: Config, trained: Trained, calibration: int | None, tests
     if calibration is not None and calibration < 0:
         raise UserError(f"--calibration={calibration}: must be a number of training images, or 0 for none.")
     names = (*(("train",) if calibration != 0 else ()), *(("test",) if tests else ()))
-    source = data.open_source(config.data, names, trained.spec)
+    source = data.open_source(config.data, names, trained.spec, reporter)
     splits = {name: source.splits[name] for name in names}
     if "train" in splits:
         total = len(splits["train"])

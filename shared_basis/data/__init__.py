@@ -1,19 +1,17 @@
 """Data sets by name, and how their images reach the devices."""
 
 from shared_basis.data.examples import SPLITS, Progress, Source, Spec, Split, epoch_order, no_progress
-from shared_basis.data.registry import describe, load, load_split, open_source, prepare
+from shared_basis.data.registry import describe, open_source, prepare
 
 __all__ = [
-           "SPLITS",
-           "Progress",
-           "Source",
-           "Spec",
-           "Split",
-           "describe",
-           "epoch_order",
-           "load",
-           "load_split",
-           "no_progress",
-           "open_source",
-           "prepare",
+    "SPLITS",
+    "Progress",
+    "Source",
+    "Spec",
+    "Split",
+    "describe",
+    "epoch_order",
+    "no_progress",
+    "open_source",
+    "prepare",
 ]

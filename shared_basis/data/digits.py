@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from shared_basis.config import DataConfig
-from shared_basis.data.examples import ArrayExamples, Progress, Source, Spec, no_progress
+from shared_basis.data.examples import ArrayExamples, Source, Spec
+from shared_basis.runtime.reporter import Reporter
 
 TEST_EVERY = 5
 """Of every class, each fifth image is a test image; the rest are for training."""
@@ -20,12 +21,11 @@ def describe(config: DataConfig) -> Spec:
     return Spec((config.image_size or 8, config.image_size or 8, 1), CLASSES)
 
 
-def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = None,
-                progress: Progress = no_progress) -> Source:
+def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = None) -> Source:
     """Opens the splits `names`; the original grey values 0..16 become 0..255, rounded."""
     from sklearn.datasets import load_digits  # importing scikit-learn takes a second that other data sets don't need
 
-    del known, progress
+    del known
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     whole = ArrayExamples(images, digits.target.astype(np.int32))
@@ -33,9 +33,9 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
     return Source(describe(config), {name: whole.take(members[name]) for name in names})
 
 
-def prepare(config: DataConfig, progress: Progress) -> str:
+def prepare(config: DataConfig, reporter: Reporter) -> str:
     """Returns that there is nothing to do."""
-    del config, progress
+    del config, reporter
     return "the digits come with scikit-learn: nothing to prepare"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -18,11 +19,16 @@ Encoded = bytes | str | np.ndarray
 """An image as it is stored: the bytes of a file, the path of one, or pixels uint8 [H, W, C]."""
 
 Progress = Callable[[int, int], None]
-"""Is told how many are done, and of how many."""
+"""A function of how many are done, and of how many."""
 
 
 def no_progress(done: int, total: int) -> None:
     """Is a `Progress` that shows nothing."""
+
+
+def warn_on_stderr(text: str) -> None:
+    """Prints a warning, where no reporter is given that would log it too."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Examples(Protocol):
         """Returns images, still encoded, and labels."""
 
     def name(self, index: int) -> str:
-        """Returns what a person finds the image by."""
+        """Returns the path or number by which the image can be found."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,21 +95,6 @@ class Split:
 
     images: np.ndarray
     labels: np.ndarray
-
-    def good(self) -> Split:
-        """Returns the images that count alone."""
-        counts = self.labels >= 0
-        return self if counts.all() else Split(self.images[counts], self.labels[counts])
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """A whole data set in memory; `validation` is None unless the configuration holds a part out."""
-
-    spec: Spec
-    train: Split
-    test: Split
-    validation: Split | None = None
 
 
 def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:

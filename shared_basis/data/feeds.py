@@ -1,4 +1,4 @@
-"""How images reach the devices: decoded and resident there, or as a stream of batches; and which of the two."""
+"""How images reach the devices: decoded and resident there, or streamed in batches; and which of the two."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from shared_basis.config import Config, DataConfig
-from shared_basis.data import Source, Spec, Split, epoch_order, in_memory, streaming
-from shared_basis.data.examples import Examples
+from shared_basis.data import in_memory, streaming
+from shared_basis.data.batches import Batch, EvalBatches, Shard, TrainingBatches
+from shared_basis.data.examples import Examples, Source, Spec, Split, epoch_order, warn_on_stderr
 from shared_basis.errors import UserError
 from shared_basis.nn.types import Array
 from shared_basis.runtime import memory
 from shared_basis.runtime.distributed import batch_sharding, make_global_array, process_allgather, replicated
-from shared_basis.runtime.memory import available_memory
 from shared_basis.runtime.reporter import Reporter, size_text
 
 Inputs = tuple[jax.Array, ...]
@@ -49,6 +49,8 @@ class Images:
     spec: Spec
     splits: Mapping[str, Split | Examples]
     config: DataConfig
+    warn: Callable[[str], None] = warn_on_stderr
+    """Gets a line about each streamed image that is skipped."""
 
     def count(self, name: str) -> int:
         """Returns the number of images of the split `name`."""
@@ -67,7 +69,7 @@ class Images:
         """Returns the training images as batches of `config.train.batch_size`."""
         part = self.splits["train"]
         return _resident_feed(part, config, mesh) if isinstance(part, Split) else _streamed_feed(
-            part, self.spec, config, mesh)
+            part, self.spec, config, mesh, self.warn)
 
     def batches(self, name: str, batch_size: int, mesh: Mesh) -> Callable[[], Iterable[Inputs]]:
         """Returns a function that gives the images and labels of a split in batches for an evaluation.
@@ -78,9 +80,9 @@ class Images:
         part = self.splits[name]
         size = -(-min(batch_size, self.count(name)) // mesh.size) * mesh.size
         if not isinstance(part, Split):
-            batches = streaming.EvalBatches(part, self.spec, self.config, batch_size=size, shard=_shard())
+            batches = EvalBatches(part, self.spec, self.config, batch_size=size, shard=_shard())
             workers = streaming.workers_of(self.config)
-            return lambda: (_place(batch, mesh) for batch in streaming.read(batches, workers))
+            return lambda: (_place(batch, mesh) for batch in streaming.read(batches, workers, self.warn))
         placed = [(make_global_array(_filled(part.images[first:first + size], size, 0), batch_sharding(mesh)),
                    make_global_array(_filled(part.labels[first:first + size], size, -1), batch_sharding(mesh)))
                   for first in range(0, len(part.labels), size)]
@@ -93,21 +95,24 @@ def load(source: Source, config: DataConfig, mesh: Mesh, reporter: Reporter) -> 
     Raises:
       UserError: resident images do not fit into memory, or cannot be decoded.
     """
-    streamed, line = choose(source, config, mesh)
+    streamed, line = choose(source, config, mesh, memory.available_memory())
     reporter.info(line)
     if streamed:
-        return Images(source.spec, source.splits, config)
+        return Images(source.spec, source.splits, config, reporter.warn)
     loaded = {name: in_memory.load_split(part, source.spec, config, reporter.warn,
-                                      reporter.progress(f"decoding {name} images"))
+                                         reporter.progress(f"decoding {name} images"))
               for name, part in source.splits.items()}
     for name, part in loaded.items():
         if not (part.labels >= 0).any():
             raise UserError(f"data.name={config.name!r}: none of the {name} images can be decoded.")
-    return Images(source.spec, loaded, config)
+    return Images(source.spec, loaded, config, reporter.warn)
 
 
-def choose(source: Source, config: DataConfig, mesh: Mesh) -> tuple[bool, str]:
+def choose(source: Source, config: DataConfig, mesh: Mesh, host: int | None) -> tuple[bool, str]:
     """Returns whether images are to be streamed, and why, in one line; the same in all processes.
+
+    Args:
+      host: the bytes of memory that are available on this machine; None where that is not known.
 
     Raises:
       UserError: they are to be resident and do not fit into memory.
@@ -116,15 +121,14 @@ def choose(source: Source, config: DataConfig, mesh: Mesh) -> tuple[bool, str]:
     device = mesh.local_mesh.devices.flat[0]
     on_host = device.platform == "cpu"
     copies = 1 + (mesh.local_mesh.size if on_host else 0)  # the decoded array, and one for each device that is the host
-    host = available_memory()
     limit = None if on_host else (device.memory_stats() or {}).get("bytes_limit")
     fits = (host is None or needed * copies <= host) and (limit is None or needed <= limit)
     fits_well = (host is None or needed * copies * HOST_SHARE <= host) and (
         limit is None or needed * DEVICE_SHARE <= limit)
     known = (("{} of memory are free", host), ("the device has {}", limit))
-    memory = ", ".join(text.format(size_text(value)) for text, value in known if value is not None)
+    found = ", ".join(text.format(size_text(value)) for text, value in known if value is not None)
     times = f" (×{copies} here)" if copies > 1 else ""
-    size = f"decoded, the images take {size_text(needed)}{times}; {memory or 'the memory is not known'}"
+    size = f"decoded, the images take {size_text(needed)}{times}; {found or 'the memory is not known'}"
     if config.placement == "device" and not fits:
         raise UserError(f"data.placement='device': {size}. Set --config.data.placement=stream, a smaller "
                         "--config.data.image_size, or fewer --config.data.train_examples and "
@@ -162,45 +166,6 @@ def _resident_feed(split: Split, config: Config, mesh: Mesh) -> Feed:
     return Feed(batches, (pixels, labels, order), select)
 
 
-def _streamed_feed(examples: Examples, spec: Spec, config: Config, mesh: Mesh) -> Feed:
-    size = config.train.batch_size
-    numbered = streaming.TrainingBatches(examples, spec, config.data, seed=config.seed, batch_size=size,
-                                      epochs=config.train.epochs, shard=_shard())
-    workers = streaming.workers_of(config.data)
-
-    def batches(start: int) -> Generator[Inputs, None, None]:
-        for batch in streaming.read(numbered, workers, start):
-            yield _place(batch, mesh)
-
-    abstract = tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for shape, dtype in (
-        ((size, *spec.image_shape), np.uint8), ((size,), np.int32)))
-    return Feed(batches, abstract, lambda step, pixels, labels: (pixels, labels))
-
-
-def without(broken: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Returns `order` with the image that follows, as `stream.TrainingBatches` has it, for each that is `broken`."""
-    substituted = order.copy()
-    for at in np.flatnonzero(broken[order]):
-        following = np.roll(order, -at)
-        substituted[at] = following[np.argmin(broken[following])]
-    return substituted
-
-
-def _shard() -> streaming.Shard:
-    return streaming.Shard(jax.process_index(), jax.process_count())
-
-
-def _place(batch: streaming.Batch, mesh: Mesh) -> Inputs:
-    """Returns images and labels as global arrays, of which this process gives its part."""
-    return cast(Inputs, tuple(jax.make_array_from_process_local_data(batch_sharding(mesh), part)
-                              for part in (batch.images, batch.labels)))
-
-
-def _filled(array: np.ndarray, size: int, fill: int) -> np.ndarray:
-    """Returns `array`, [N, ...], with entries `fill` up to `size` of them."""
-    return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1), constant_values=fill)
-
-
 def select_batch(step: Array, images: Array, labels: Array, order: Array, *, batch_size: int,
                  batch_sharding: NamedSharding) -> tuple[Array, Array]:
     """Takes the batch of `step` from images that lie on the devices.
@@ -218,3 +183,42 @@ def select_batch(step: Array, images: Array, labels: Array, order: Array, *, bat
     first = step % (order.shape[0] // batch_size) * batch_size
     chosen = jax.lax.with_sharding_constraint(jax.lax.dynamic_slice(order, (first,), (batch_size,)), batch_sharding)
     return images[chosen], labels[chosen]
+
+
+def _streamed_feed(examples: Examples, spec: Spec, config: Config, mesh: Mesh, warn: Callable[[str], None]) -> Feed:
+    size = config.train.batch_size
+    numbered = TrainingBatches(examples, spec, config.data, seed=config.seed, batch_size=size,
+                                epochs=config.train.epochs, shard=_shard())
+    workers = streaming.workers_of(config.data)
+
+    def batches(start: int) -> Generator[Inputs, None, None]:
+        for batch in streaming.read(numbered, workers, warn, start):
+            yield _place(batch, mesh)
+
+    abstract = tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for shape, dtype in (
+        ((size, *spec.image_shape), np.uint8), ((size,), np.int32)))
+    return Feed(batches, abstract, lambda step, pixels, labels: (pixels, labels))
+
+
+def without(broken: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Returns `order` with the image that follows, as in `TrainingBatches`, for each that is `broken`."""
+    substituted = order.copy()
+    for at in np.flatnonzero(broken[order]):
+        following = np.roll(order, -at)
+        substituted[at] = following[np.argmin(broken[following])]
+    return substituted
+
+
+def _shard() -> Shard:
+    return Shard(jax.process_index(), jax.process_count())
+
+
+def _place(batch: Batch, mesh: Mesh) -> Inputs:
+    """Returns images and labels as global arrays, of which this process gives its part."""
+    return cast(Inputs, tuple(jax.make_array_from_process_local_data(batch_sharding(mesh), part)
+                              for part in (batch.images, batch.labels)))
+
+
+def _filled(array: np.ndarray, size: int, fill: int) -> np.ndarray:
+    """Returns `array`, [N, ...], with entries `fill` up to `size` of them."""
+    return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1), constant_values=fill)

@@ -21,9 +21,11 @@ import numpy as np
 
 from shared_basis.config import DataConfig
 from shared_basis.data import streaming
-from shared_basis.data.examples import Encoded, Progress, Source, Spec, no_progress
+from shared_basis.data.batches import EvalBatches
+from shared_basis.data.examples import Encoded, Source, Spec
 from shared_basis.data.images import BrokenImage, size_of
 from shared_basis.errors import UserError
+from shared_basis.runtime.reporter import Reporter
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 """Files with other suffixes, and hidden files, are passed over."""
@@ -85,8 +87,7 @@ def describe(config: DataConfig) -> Spec:
     return open_source(config, ("train", "test")).spec
 
 
-def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = None,
-                progress: Progress = no_progress) -> Source:
+def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = None) -> Source:
     """Lists the images of the splits `names`, and of a validation split if there is one and train is asked for.
 
     The order is that of class names and then paths, by code point, the same on every machine.
@@ -98,7 +99,6 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
     Raises:
       UserError: the directory is not laid out as it must be, or holds other classes than `known`.
     """
-    del progress
     root = _root(config)
     directories = _split_directories(root, names if known else ("train", "test"))
     least = 1 if known else 2  # classes
@@ -116,7 +116,7 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
     return Source(Spec(shape, classes), {split: part for split, part in parts.items() if split in wanted})
 
 
-def prepare(config: DataConfig, progress: Progress) -> str:
+def prepare(config: DataConfig, reporter: Reporter) -> str:
     """Decodes every image once and returns what the directory holds; nothing has to be written.
 
     Raises:
@@ -126,9 +126,10 @@ def prepare(config: DataConfig, progress: Progress) -> str:
     source = open_source(lenient, ("train", "test"))
     broken = done = 0
     total = sum(map(len, source.splits.values()))
+    progress = reporter.progress("preparing images")
     for part in source.splits.values():
-        batches = streaming.EvalBatches(part, source.spec, lenient, batch_size=CHECKED_AT_ONCE)
-        for number, batch in enumerate(streaming.read(batches, streaming.workers_of(config)), 1):
+        batches = EvalBatches(part, source.spec, lenient, batch_size=CHECKED_AT_ONCE)
+        for number, batch in enumerate(streaming.read(batches, streaming.workers_of(config), reporter.warn), 1):
             broken += len(batch.skipped)
             progress(done + min(number * CHECKED_AT_ONCE, len(part)), total)
         done += len(part)
@@ -210,7 +211,7 @@ def _images(entries: Sequence[os.DirEntry[str]]) -> Iterator[str]:
     for entry in entries:
         if entry.name.lower().endswith(SUFFIXES) and (_is_file(entry) or (
                 entry.is_symlink() and not os.path.exists(entry.path))):
-            yield entry.path  # not a pipe, which would wait; a dangling link is told of when it is read
+            yield entry.path  # not a pipe, which would wait; a dangling link is reported when it is read
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:

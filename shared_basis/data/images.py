@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from shared_basis.data.examples import Encoded
 from shared_basis.errors import UserError
 
 FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
 """The decoders of Pillow that may run. Its many others stay closed to files that merely carry a familiar suffix."""
+
+_REGISTERED = (BmpImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin)
+"""Their modules, which add them to `PIL.Image.OPEN` when they are imported."""
 
 TEST_PART = 7 / 8
 """The part of the shorter side that a test image of the published ImageNet recipe keeps: 224 pixels of 256."""
@@ -39,10 +42,6 @@ _SPARE = 2
 
 Box = tuple[float, float, float, float]
 """Left, upper, right, lower, in pixels."""
-
-# For all threads and once: catching it around each call is not safe with threads.
-warnings.simplefilter("error", Image.DecompressionBombWarning)
-
 
 class BrokenImage(UserError):
     """An image cannot be decoded."""
@@ -150,7 +149,7 @@ class _Opened:
     def __enter__(self) -> _Opened:
         try:
             self._body = self._encoded if isinstance(self._encoded, bytes) else Path(self._encoded).read_bytes()
-            self._image = Image.open(io.BytesIO(self._body), formats=FORMATS)
+            self._image = _open(self._body)
             if self._image.width * self._image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise Image.DecompressionBombError
             if self._image.format == "PNG":
@@ -182,8 +181,29 @@ class _Opened:
             raise _broken(error) from error
 
 
+def _open(body: bytes) -> Image.Image:
+    """Returns the image whose header begins `body`, with no pixels decoded.
+
+    As `PIL.Image.open`, but for the warning that this gives of large images, which only a filter of the whole process
+    would keep quiet.
+    """
+    for kind in FORMATS:
+        factory, accept = Image.OPEN[kind]
+        accepted = accept is None or accept(body[:16])
+        if accepted and not isinstance(accepted, str):  # a text says what is missing
+            try:
+                return factory(io.BytesIO(body), "")
+            except (SyntaxError, IndexError, TypeError, struct.error):  # what it begins like, and is not
+                continue
+    raise UnidentifiedImageError
+
+
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Returns how `image` is to be turned by its EXIF data; None for not at all, or where they cannot be read."""
+    """Returns how `image` is to be turned by its EXIF data; None for not at all, or where they cannot be read.
+
+    `PIL.ImageOps.exif_transpose` decodes first, while the turn decides what is cropped before that, and fails on EXIF
+    data that are damaged in other places.
+    """
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # Pillow raises many types for broken data
@@ -194,7 +214,7 @@ def _broken(error: Exception) -> BrokenImage:
     """Returns what is wrong with an image in words; Pillow's decoders raise many types for broken data."""
     if isinstance(error, UnidentifiedImageError):
         return BrokenImage(f"is not an image of the kinds {', '.join(FORMATS)}")
-    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+    if isinstance(error, Image.DecompressionBombError):
         return BrokenImage(f"has more than {Image.MAX_IMAGE_PIXELS} pixels; scale it down")
     reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
     return BrokenImage(f"cannot be decoded: {reason}")

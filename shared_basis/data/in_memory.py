@@ -71,9 +71,9 @@ def decode_error(problem: str) -> UserError:
 
 def load_split(examples: Examples, spec: Spec, config: DataConfig, warn: Callable[[str], None],
                progress: Progress = no_progress) -> Split:
-    """Decodes a whole split, and tells `progress` of it.
+    """Decodes a whole split into images uint8 [N, H, W, C] and labels int32 [N].
 
-    With `config.on_broken='skip'` broken images, of each of which `warn` is told, have the label −1.
+    With `config.on_broken='skip'` broken images, each of which `warn` gets a line about, have the label −1.
 
     Raises:
       UserError: as `read_images`, or an image is broken and may not be skipped.
@@ -95,5 +95,3 @@ def load_split(examples: Examples, spec: Spec, config: DataConfig, warn: Callabl
 def resident_bytes(splits: Mapping[str, Examples], spec: Spec) -> int:
     """Returns the bytes that all images of `splits` take as pixels."""
     return sum(len(part) for part in splits.values()) * int(np.prod(spec.image_shape))
-
-

@@ -36,7 +36,7 @@ def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str,
     config, mesh = trained.config, trained.mesh
     with memory.oom_as_user_error(config, "train.eval_batch_size"):
         with raise_on_all_processes():
-            source = trained.open_source()
+            source = trained.open_source(reporter)
         with raise_on_all_processes():  # apart, as processes settle something in it
             images = feeds.load(source, config.data, mesh, reporter)
         evaluator = make_evaluator(trained.model, config.data,

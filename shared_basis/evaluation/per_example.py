@@ -87,7 +87,7 @@ def score(trained: Trained, reporter: Reporter, worst: int = WORST) -> Scores:
     config, classes = trained.config, len(trained.spec.classes)
     confusion, kept, total, first = np.zeros((classes, classes), np.int64), list[Image](), 0.0, 0
     with memory.oom_as_user_error(config, "train.eval_batch_size"):
-        source = trained.open_source()
+        source = trained.open_source(reporter)
         images = feeds.load(source, config.data, trained.mesh, reporter)
         classify, judge = trained.classifier(), jax.jit(_judge)
         show = reporter.progress("scoring test images one by one")

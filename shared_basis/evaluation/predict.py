@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from shared_basis import data
+from shared_basis.data.examples import warn_on_stderr
 from shared_basis.data.feeds import Images
 from shared_basis.data.folder import SUFFIXES, FileExamples
 from shared_basis.errors import UserError, printable
@@ -25,7 +26,8 @@ SHOWN = 3
 
 def predict(workdir: str | Path, images: Sequence[str], which: str = "latest",
             overrides: Mapping[str, Any] | None = None, output: str = "",
-            progress: data.Progress = data.no_progress) -> dict[str, Any]:
+            progress: data.Progress = data.no_progress,
+            warn: Callable[[str], None] = warn_on_stderr) -> dict[str, Any]:
     """Classifies image files by a checkpoint of `workdir`.
 
     Images of any size and kind are treated as the run's own test images: scaled and cropped at the centre to their
@@ -35,6 +37,7 @@ def predict(workdir: str | Path, images: Sequence[str], which: str = "latest",
       images: image files and directories; of a directory, all image files within it.
       which: the checkpoint: 'latest', 'best' or the number of a step.
       overrides: as in `evaluate`.
+      warn: called with a line about each image that is left out.
       output: a file for the result as CSV: file, class, its probability, and the probability of each class.
       progress: called with how many images are classified, and of how many.
 
@@ -53,7 +56,7 @@ def predict(workdir: str | Path, images: Sequence[str], which: str = "latest",
     with memory.oom_as_user_error(config, "train.eval_batch_size"):
         classify = trained.classifier()
         parts: list[tuple[np.ndarray, np.ndarray]] = []
-        for batch in Images(spec, {"test": examples}, scaled).batches(
+        for batch in Images(spec, {"test": examples}, scaled, warn).batches(
                 "test", config.train.eval_batch_size, trained.mesh)():
             parts.append((np.asarray(jax.nn.softmax(classify(batch[0]))), np.asarray(batch[1])))
             progress(min(len(parts) * len(batch[1]), len(files)), len(files))

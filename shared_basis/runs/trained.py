@@ -25,6 +25,7 @@ from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.workdir import Workdir
 from shared_basis.runtime import memory
 from shared_basis.runtime.distributed import make_mesh, replicated
+from shared_basis.runtime.reporter import Reporter
 
 Variables = Mapping[str, Any]
 
@@ -108,9 +109,9 @@ class Trained:
         variables = _restore(self.checkpoints, step, self.model, self.spec, self.mesh)
         return dataclasses.replace(self, step=step, variables=variables)
 
-    def open_source(self) -> data.Source:
+    def open_source(self, reporter: Reporter | None = None) -> data.Source:
         """Opens the run's test images, which must have its classes and shape."""
-        return data.open_source(self.config.data, ("test",), self.spec)
+        return data.open_source(self.config.data, ("test",), self.spec, reporter)
 
     def on_cpu(self) -> Trained:
         """Returns the same network on one CPU device, in float32 whatever the run computed in, its blocks unrolled.

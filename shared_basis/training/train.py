@@ -82,7 +82,7 @@ def _open(config: Config, run: Workdir, reporter: Reporter) -> tuple[data.Source
     if is_main_process():
         run.read_record()
     create_model(config.model.name, stem=config.model.stem)
-    source = data.open_source(config.data, progress=reporter.progress("preparing images"))
+    source = data.open_source(config.data, reporter=reporter)
     model = build_model(config, source.spec)
     comparison = compare_with_plain(config.model, len(source.spec.classes), source.spec.image_shape)
     examples = len(source.splits["train"])

@@ -1,4 +1,4 @@
-"""What the tests of `shared_basis.data` share: no network, how they expect mistakes to be told, fake sources."""
+"""What the tests of `shared_basis.data` share: no network, the message of an error, fake sources."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_helpers import load
+from PIL import EpsImagePlugin, Image
 
 from shared_basis import data
 from shared_basis.config import DataConfig
@@ -30,13 +32,25 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def mistake() -> Callable[[DataConfig], str]:
     """Returns a function that loads, expects a `UserError`, and returns its message, one line."""
-    def load(config: DataConfig, read: Callable[[DataConfig], Any] = data.load) -> str:
+    def failing(config: DataConfig, read: Callable[[DataConfig], Any] = load) -> str:
         with pytest.raises(UserError) as caught:
             read(config)
         message = str(caught.value)
         assert "\n" not in message
         return message
-    return load
+    return failing
+
+
+@pytest.fixture
+def ghostscript(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Returns the calls of Ghostscript, which would run the programs in EPS files."""
+    calls: list[Any] = []
+
+    def called(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return Image.new("RGB", (8, 8)).im
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", called)
+    return calls
 
 
 @pytest.fixture

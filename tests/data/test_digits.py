@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from data_helpers import load, load_split
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -15,7 +16,7 @@ from shared_basis.errors import UserError
 
 
 def test_shapes_and_types_are_those_described():
-    dataset = data.load(DataConfig())
+    dataset = load(DataConfig())
     assert dataset.spec == data.describe(DataConfig()) == data.Spec((8, 8, 1), tuple("0123456789"))
     for split, count in ((dataset.train, 1442), (dataset.test, 355)):
         assert split.images.shape == (count, 8, 8, 1)
@@ -27,14 +28,14 @@ def test_shapes_and_types_are_those_described():
 
 
 def test_grey_values_are_scaled_and_rounded():
-    values = np.unique(data.load(DataConfig()).train.images)
+    values = np.unique(load(DataConfig()).train.images)
     # v * 255 / 16 for v = 0, ..., 16; only v = 8 is halfway (127.5), and goes to the even number
     np.testing.assert_array_equal(
         values, [0, 16, 32, 48, 64, 80, 96, 112, 128, 143, 159, 175, 191, 207, 223, 239, 255])
 
 
 def test_every_fifth_image_of_a_class_is_a_test_image():
-    dataset, original = data.load(DataConfig()), load_digits()
+    dataset, original = load(DataConfig()), load_digits()
     for label in range(10):
         images = original.images[original.target == label]
         for split, expected in ((dataset.test, images[4::5]),
@@ -46,8 +47,8 @@ def test_every_fifth_image_of_a_class_is_a_test_image():
 @pytest.mark.parametrize("size", [4, 20])
 def test_images_are_brought_to_the_configured_size(size):
     config = DataConfig(image_size=size, test_examples=7)
-    original = data.load_split(DataConfig(test_examples=7), "test")
-    scaled = data.load_split(config, "test")
+    original = load_split(DataConfig(test_examples=7), "test")
+    scaled = load_split(config, "test")
     assert data.describe(config).image_shape == scaled.images.shape[1:] == (size, size, 1)
     np.testing.assert_array_equal(scaled.labels, original.labels)
     for image, pixels in zip(original.images, scaled.images, strict=True):
@@ -60,30 +61,30 @@ def test_there_is_nothing_to_prepare():
 
 
 def test_one_split_alone_equals_the_whole():
-    whole = data.load(DataConfig())
+    whole = load(DataConfig())
     for name in data.SPLITS:
         assert data.open_source(DataConfig(), (name,)).splits.keys() == {name}
-        alone, expected = data.load_split(DataConfig(), name), getattr(whole, name)
+        alone, expected = load_split(DataConfig(), name), getattr(whole, name)
         np.testing.assert_array_equal(alone.images, expected.images)
         np.testing.assert_array_equal(alone.labels, expected.labels)
     with pytest.raises(ValueError, match=r"'validation'.*must be of train, test"):
-        data.load_split(DataConfig(), "validation")
+        load_split(DataConfig(), "validation")
 
 
 def test_a_subset_is_fixed_keeps_the_order_and_grows_with_its_size():
-    whole = data.load(DataConfig()).train
+    whole = load(DataConfig()).train
     rows = {}
     for count in (30, 100):
         rows[count] = np.sort(np.random.default_rng(0).permutation(1442)[:count])
-        subset = data.load_split(DataConfig(train_examples=count, test_examples=3), "train")
+        subset = load_split(DataConfig(train_examples=count, test_examples=3), "train")
         np.testing.assert_array_equal(subset.images, whole.images[rows[count]])
         np.testing.assert_array_equal(subset.labels, whole.labels[rows[count]])
     assert set(rows[30]) < set(rows[100])
-    assert len(data.load(DataConfig(test_examples=3)).test.labels) == 3
+    assert len(load(DataConfig(test_examples=3)).test.labels) == 3
 
 
 def test_a_subset_has_to_exist(mistake):
-    assert len(data.load_split(DataConfig(train_examples=1442), "train").labels) == 1442
+    assert len(load_split(DataConfig(train_examples=1442), "train").labels) == 1442
     for field, count in (("train_examples", 1442), ("test_examples", 355)):
         message = mistake(dataclasses.replace(DataConfig(), **{field: count + 1}))
         assert f"data.{field}={count + 1}" in message
@@ -91,7 +92,7 @@ def test_a_subset_has_to_exist(mistake):
 
 
 def test_validation_images_are_a_random_part_of_the_training_images():
-    whole, held = data.load(DataConfig()), data.load(DataConfig(validation=0.1))
+    whole, held = load(DataConfig()), load(DataConfig(validation=0.1))
     members = np.zeros(1442, bool)
     members[np.random.default_rng(0).permutation(1442)[:144]] = True
     assert held.validation is not None
@@ -102,8 +103,8 @@ def test_validation_images_are_a_random_part_of_the_training_images():
 
 
 def test_the_training_subset_is_chosen_of_what_the_validation_images_leave(mistake):
-    held = data.load(DataConfig(validation=0.5))
-    limited = data.load(DataConfig(validation=0.5, train_examples=721))
+    held = load(DataConfig(validation=0.5))
+    limited = load(DataConfig(validation=0.5, train_examples=721))
     np.testing.assert_array_equal(limited.train.images, held.train.images)
     np.testing.assert_array_equal(limited.validation.images, held.validation.images)
     assert "only 721 train images exist" in mistake(DataConfig(validation=0.5, train_examples=722))

@@ -5,11 +5,15 @@ from __future__ import annotations
 import io
 import math
 import struct
+import subprocess
+import sys
+import warnings
 import zlib
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -243,9 +247,10 @@ def outcome(body: bytes, size: tuple[int, int] | None = None) -> tuple[tuple[int
 def test_what_pillow_says_becomes_one_line(monkeypatch):
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("two\nlines")
-    monkeypatch.setattr(Image, "open", fail)
+    body = encode("PNG", COLOUR)
+    monkeypatch.setitem(Image.OPEN, "PNG", (fail, None))
     with pytest.raises(BrokenImage, match=r"^cannot be decoded: two lines$"):
-        decode(b"", 3)
+        decode(body, 3)
 
 
 def bomb(side: int) -> bytes:
@@ -282,18 +287,25 @@ def test_what_cannot_be_read_is_told(tmp_path):
             read(str(tmp_path))
 
 
-@pytest.mark.filterwarnings("ignore")  # whatever becomes of Pillow's warnings
-@pytest.mark.parametrize("limit", [19, 9], ids=["Pillow's warning", "Pillow's error"])
-def test_images_with_too_many_pixels_are_refused(monkeypatch, limit):
+@pytest.mark.parametrize("limit", [19, 9], ids=["where Pillow warns", "where Pillow refuses"])
+def test_images_with_too_many_pixels_are_refused_without_a_warning(monkeypatch, recwarn, limit):
     bodies = [encode(kind, COLOUR) for kind in ("BMP", "JPEG", "PNG", "WEBP")]
     for allowed in (20, None):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", allowed)
         assert all(decode(body, 3).shape == (4, 5, 3) for body in bodies)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    warnings.simplefilter("always")  # within `recwarn`
     for body in bodies:
         for read in (size_of, lambda body: decode(body, 3), lambda body: decode(body, 3, (1, 1))):
             with pytest.raises(BrokenImage, match=f"^has more than {limit} pixels; scale it down"):
                 read(body)
+    assert not list(recwarn)
+
+
+def test_importing_the_decoders_leaves_the_filters_of_warnings_alone():
+    code = "import warnings, shared_basis.data, PIL.Image as pil; " \
+           "assert pil.DecompressionBombWarning not in [entry[2] for entry in warnings.filters]"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_a_small_file_that_would_fill_the_memory_is_refused():
@@ -304,7 +316,7 @@ def test_a_small_file_that_would_fill_the_memory_is_refused():
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(deadline=None, max_examples=60, derandomize=True)
 @pytest.mark.filterwarnings("ignore")
 def test_a_damaged_file_gives_pixels_or_is_told(source):
     body = bytearray(encode(source.draw(st.sampled_from(["BMP", "JPEG", "PNG", "WEBP"])), waves(20, 30)))
@@ -353,7 +365,7 @@ def scaled_from(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return seen
 
 
-@pytest.mark.parametrize(("side", "reduction"), [(127, 1), (128, 2), (255, 2), (256, 4), (511, 4), (512, 8), (1100, 8)])
+@pytest.mark.parametrize(("side", "reduction"), [(127, 1), (128, 2), (255, 2), (256, 4), (511, 4), (512, 8)])
 @pytest.mark.parametrize("turned", [False, True])
 def test_large_jpeg_files_are_decoded_smaller_and_twice_what_is_needed_is_left(scaled_from, side, reduction, turned):
     exif = Image.Exif()
@@ -364,7 +376,7 @@ def test_large_jpeg_files_are_decoded_smaller_and_twice_what_is_needed_is_left(s
     assert reduction == 1 or min(expected) >= 2 * 32
 
 
-@pytest.mark.parametrize("side", [127, 255, 256, 511, 512, 1100])
+@pytest.mark.parametrize("side", [127, 255, 512])
 def test_decoding_smaller_does_not_show(side):
     pixels = waves(side, side + 40)
     expected = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR)
@@ -416,7 +428,7 @@ def test_test_images_are_scaled_to_256_and_224_pixels_cut_out(height, width):
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.floats(0.1, 1), st.floats(0.2, 5))
-@settings(derandomize=True)
+@settings(derandomize=True, deadline=None)
 def test_a_central_box_is_the_largest_of_its_aspect(height, width, part, aspect):
     left, top, right, bottom = central(part, aspect)(height, width)
     assert math.isclose((right - left) / (bottom - top), aspect, rel_tol=1e-6)
@@ -443,7 +455,7 @@ def test_a_halved_image_is_weighted_by_a_triangle():
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 20), st.integers(1, 20), st.sampled_from([1, 3]),
        st.sampled_from(["BMP", "JPEG", "PNG", "WEBP", ""]), st.booleans(),
        st.sampled_from([whole, central(1, 1), central(TEST_PART, 1.5), None]))
-@settings(deadline=None, derandomize=True)
+@settings(deadline=None, max_examples=50, derandomize=True)
 def test_decoding_gives_the_shape_that_was_asked_for(height, width, rows, columns, channels, kind, grey, choose):
     image = noise(height * width, height, width)[..., :1 if grey else 3]
     encoded = encode(kind, image[..., 0] if grey else image) if kind else image
@@ -463,7 +475,7 @@ def sides(box: images.Box) -> tuple[float, float]:
 
 
 @given(st.integers(1, 2000), st.integers(1, 2000), st.integers(0, 2**31 - 1))
-@settings(derandomize=True)
+@settings(derandomize=True, deadline=None)
 def test_random_boxes_lie_within_the_image(height, width, seed):
     left, top, right, bottom = random_resized(np.random.default_rng(seed))(height, width)
     assert 0 <= left < right <= width
@@ -485,7 +497,7 @@ def test_random_boxes_have_8_to_100_percent_of_the_area_and_aspects_of_3_4_to_4_
 
 def test_random_boxes_are_uniform_in_area_logarithm_of_the_aspect_and_place():
     choose = random_resized(np.random.default_rng(0))
-    boxes = np.array([choose(1000, 1000) for _ in range(5000)])
+    boxes = np.array([choose(1000, 1000) for _ in range(3000)])
     columns, rows = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     area = rows * columns / 1e6
     always_fits = area < 0.74  # so small a box fits whatever its aspect, so that none is preferred

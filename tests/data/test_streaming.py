@@ -5,8 +5,8 @@ A worker process takes a second or more to start: what can be tested with thread
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
+import gc
 import multiprocessing
 import os
 import pickle
@@ -16,8 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from multiprocessing.shared_memory import SharedMemory
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,13 @@ from helpers import ROOT, user_environment, user_error
 from PIL import Image
 
 from shared_basis.config import DataConfig
+from shared_basis.data import batches as batches_module
 from shared_basis.data import streaming
+from shared_basis.data.batches import Batch, Batches, EvalBatches, Shard, TrainingBatches
 from shared_basis.data.examples import ArrayExamples, Spec, crop_generator, epoch_order
 from shared_basis.data.folder import FileExamples
 from shared_basis.data.images import TEST_PART, central, decode, random_resized
-from shared_basis.data.streaming import Batch, Batches, EvalBatches, Shard, TrainingBatches, read
+from shared_basis.data.streaming import read
 
 COUNT, BATCH, PER_EPOCH, EPOCHS, SEED = 11, 3, 3, 3, 7
 """Eleven images are three batches an epoch, with two images left over."""
@@ -123,8 +124,7 @@ def test_an_evaluation_scores_each_image_once_and_what_fills_the_last_batch_does
     np.testing.assert_array_equal(whole.labels[count:], -1)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
-@pytest.mark.parametrize("crop", ["center", "random_resized"])
+@pytest.mark.parametrize(("processes", "crop"), [(4, "center"), (2, "random_resized")])
 def test_the_parts_of_all_processes_are_the_whole_batch(tmp_path: Path, processes: int, crop: str) -> None:
     examples = write_images(tmp_path, broken=(2, 5))
     config = DataConfig(name="folder", directory="/images", image_size=6, crop=crop, on_broken="skip")
@@ -178,7 +178,7 @@ def test_threads_may_ask_for_batches_of_many_epochs_at_once() -> None:
 
     def dawdle(frame: Any, *_: Any) -> Any:
         """Has threads take turns at every line, as they would once in a long while."""
-        if frame.f_code.co_filename != streaming.__file__:
+        if frame.f_code.co_filename != batches_module.__file__:
             return None
         time.sleep(chance.random() * 1e-4)
         return dawdle
@@ -194,28 +194,28 @@ def test_threads_may_ask_for_batches_of_many_epochs_at_once() -> None:
 
 # Reading ahead
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 def test_the_number_of_workers_does_not_show_in_the_batches(examples: FileExamples, workers: int) -> None:
     batches = training(examples, RANDOM)
-    assert_batches_equal(list(read(batches, workers)), [batches[number] for number in range(len(batches))])
+    assert_batches_equal(list(read(batches, workers, pytest.fail)), [batches[number] for number in range(len(batches))])
 
 
 def test_reading_may_begin_at_any_batch(examples: FileExamples) -> None:
     batches = training(examples, RANDOM)
     whole = [batches[number] for number in range(len(batches))]
     for start in range(len(batches) + 2):
-        assert_batches_equal(list(read(batches, 0, start)), whole[start:])
+        assert_batches_equal(list(read(batches, 0, pytest.fail, start)), whole[start:])
 
 
-@pytest.mark.parametrize(("workers", "start"), [(2, 4), (1, 8)])  # within an epoch, and the last
-def test_workers_may_begin_at_any_batch_too(examples: FileExamples, workers: int, start: int) -> None:
+def test_workers_may_begin_at_any_batch_too(examples: FileExamples) -> None:
     batches = training(examples, RANDOM)
-    assert_batches_equal(list(read(batches, workers, start)), [batches[n] for n in range(start, len(batches))])
+    assert_batches_equal(list(read(batches, 2, pytest.fail, 4)), [batches[n] for n in range(4, len(batches))])
 
 
 def test_the_number_of_workers_follows_the_cores_unless_it_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores, workers in ((1, 0), (4, 0), (5, 5), (16, 16), (200, 16)):  # threads are enough for a few
-        monkeypatch.setattr(streaming, "cores", lambda cores=cores: cores)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        assert streaming.cores() == cores
         assert streaming.workers_of(DataConfig()) == workers
         assert [streaming.workers_of(DataConfig(workers=wanted)) for wanted in (0, 3, 40)] == [0, 3, 40]
 
@@ -252,14 +252,13 @@ def test_the_next_image_of_the_order_takes_the_place_of_a_broken_one(tmp_path: P
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_each_image_that_is_skipped_is_warned_of_once(tmp_path: Path, workers: int,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_image_that_is_skipped_is_warned_of_once(tmp_path: Path, workers: int) -> None:
     examples = write_images(tmp_path, BROKEN)
-    batches = training(examples, SKIP)
-    assert_batches_equal(list(read(batches, workers)), [batches[number] for number in range(len(batches))])
-    warned = capsys.readouterr().err.splitlines()
+    batches, warned = training(examples, SKIP), []
+    for _ in range(1 if workers else 2):  # a second time all have been warned of
+        assert_batches_equal(list(read(batches, workers, warned.append)), [batches[n] for n in range(len(batches))])
     assert sorted(line.split(" is not an image ")[0] for line in warned) == sorted(
-        f"warning: skipped: {examples.name(index)}" for index in BROKEN)
+        f"skipped: {examples.name(index)}" for index in BROKEN)
 
 
 def test_a_broken_image_does_not_count_in_an_evaluation(tmp_path: Path) -> None:
@@ -271,7 +270,7 @@ def test_a_broken_image_does_not_count_in_an_evaluation(tmp_path: Path) -> None:
     assert whole.error == ""
 
 
-@pytest.mark.parametrize(("batches", "workers"), [("training", 0), ("training", 2), ("test", 1)])
+@pytest.mark.parametrize(("batches", "workers"), [("training", 0), ("test", 1)])
 def test_a_broken_image_that_may_not_be_skipped_is_named(tmp_path: Path, batches: str, workers: int) -> None:
     examples = write_images(tmp_path, [ORDER[4]])
     source: Batches = training(examples) if batches == "training" else EvalBatches(
@@ -279,7 +278,7 @@ def test_a_broken_image_that_may_not_be_skipped_is_named(tmp_path: Path, batches
     got = []
     with user_error(f"{examples.name(ORDER[4])} is not an image", "Replace or remove it",
                     "--config.data.on_broken=skip"):
-        for batch in read(source, workers):
+        for batch in read(source, workers, pytest.fail):
             got.append(batch)
     place = 4 if batches == "training" else ORDER[4]
     assert_batches_equal(got, [source[number] for number in range(place // BATCH)])
@@ -289,7 +288,7 @@ def test_a_broken_image_that_may_not_be_skipped_is_named(tmp_path: Path, batches
 def test_images_that_are_all_broken_end_the_search_for_a_whole_one(tmp_path: Path) -> None:
     examples = write_images(tmp_path, range(COUNT))
     with user_error("100 images in a row cannot be decoded", ".png is not an image"):
-        list(read(training(examples, SKIP), 0))
+        list(read(training(examples, SKIP), 0, pytest.fail))
     scored = EvalBatches(examples, SPEC, SKIP, batch_size=COUNT)[0]
     assert set(scored.labels) == {-1}
 
@@ -302,7 +301,7 @@ def test_images_of_other_sizes_are_told_unless_they_are_brought_to_one(tmp_path:
     def read_all(spec: Spec, config: DataConfig) -> list[Any]:
         source: Batches = TrainingBatches(examples, spec, config, seed=0, batch_size=COUNT, epochs=1) if (
             batches == "training") else EvalBatches(examples, spec, config, batch_size=COUNT)
-        return list(read(source, 0))
+        return list(read(source, 0, pytest.fail))
 
     with user_error("images differ in size", examples.name(4), "45×61", "45×60", "--config.data.image_size"):
         read_all(Spec((45, 60, 3), SPEC.classes), DataConfig(name="folder", directory="/images", on_broken="skip"))
@@ -316,7 +315,7 @@ def test_a_label_that_is_none_of_the_classes_is_told(label: int) -> None:
     examples, spec = numbered()
     examples.labels[3] = label
     with user_error(f"image 3 has the label {label}", "4 classes"):
-        list(read(EvalBatches(examples, spec, DataConfig(), batch_size=4), 0))
+        list(read(EvalBatches(examples, spec, DataConfig(), batch_size=4), 0, pytest.fail))
 
 
 # Worker processes
@@ -327,47 +326,75 @@ def shared_memory() -> set[str]:
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory is not visible as files")
-def test_an_early_end_leaves_no_process_and_no_shared_memory(examples: FileExamples) -> None:
-    before = shared_memory()
-    batches = read(training(examples, epochs=100), 2)
-    assert isinstance(batches, Iterator)
-    kept = [next(batches) for _ in range(4)]
-    assert len(multiprocessing.active_children()) == 2
-    assert shared_memory() - before
-    batches.close()
-    assert multiprocessing.active_children() == []
-    left, deadline = shared_memory() - before, time.monotonic() + 10
-    while left & shared_memory() and time.monotonic() < deadline:  # other programs' come and go
-        time.sleep(0.1)
-    assert not left & shared_memory()
-    assert_batches_equal(kept, [training(examples)[number] for number in range(4)])  # they lie elsewhere
+def test_a_stream_leaves_no_process_no_shared_memory_and_nothing_to_collect(examples: FileExamples) -> None:
+    """Collecting the heap takes seconds where it is large, and would have to follow each stream."""
+    expected = [training(examples)[number] for number in range(9)]
+    gc.collect()
+    collections = gc.get_stats()[2]["collections"]
+    gc.disable()
+    try:
+        files = 0
+        for count, epochs in ((4, 100), (9, EPOCHS)):  # an early end, and the end
+            before = shared_memory()
+            batches = read(training(examples, epochs=epochs), 2, pytest.fail)
+            kept = [next(batches) for _ in range(count)]
+            assert len(multiprocessing.active_children()) == 2
+            assert shared_memory() - before
+            assert count == 4 or next(batches, None) is None
+            batches.close()
+            assert multiprocessing.active_children() == []
+            left, deadline = shared_memory() - before, time.monotonic() + 10
+            while left & shared_memory() and time.monotonic() < deadline:  # other programs' memory comes and goes
+                time.sleep(0.1)
+            assert not left & shared_memory()
+            assert_batches_equal(kept, expected[:count])  # they lie elsewhere
+            assert len(os.listdir("/proc/self/fd")) <= (files or 10**6)
+            files = len(os.listdir("/proc/self/fd"))  # some are opened once
+        assert gc.get_stats()[2]["collections"] == collections
+    finally:
+        gc.enable()
 
 
-def test_shared_memory_that_was_forgotten_is_freed() -> None:
-    made = [SharedMemory(create=True, size=8) for _ in range(4)]
-    names = collections.deque(segment.name for segment in made)
-    for segment in made:
-        segment.close()
-    made[0].unlink()  # as it should be
-    streaming._unlink(names, keep=1)
-    assert list(names) == [made[3].name]
-    for segment in made[:3]:
-        with pytest.raises(FileNotFoundError):
-            SharedMemory(segment.name)
-    made[3].unlink()
+def test_threads_collect_nothing_either(examples: FileExamples) -> None:
+    collected = []
+    gc.callbacks.append(lambda phase, info: collected.append(info["generation"]))
+    try:
+        list(read(training(examples), 0, pytest.fail))
+    finally:
+        gc.callbacks.pop()
+    assert 2 not in collected
+
+
+def test_the_flags_of_a_program_are_as_they_were(examples: FileExamples) -> None:
+    import grain  # noqa: F401  # defines flags of its own
+    from absl import flags
+
+    def state() -> tuple[bool, dict[str, tuple[int, object]]]:
+        return flags.FLAGS.is_parsed(), {name: (flags.FLAGS[name].present, flags.FLAGS[name].value)
+                                         for name in flags.FLAGS}
+    before = state()
+    first, second = (read(training(examples), 1, pytest.fail) for _ in range(2))
+    next(first), next(second)
+    first.close()
+    next(second)
+    second.close()
+    assert state() == before
+    assert not flags.FLAGS.is_parsed()
 
 
 _READER = """
 import multiprocessing, signal, time, numpy
 from shared_basis.config import DataConfig
-from shared_basis.data import splits, stream
+from shared_basis.data.batches import TrainingBatches
+from shared_basis.data.examples import ArrayExamples, Spec
+from shared_basis.data.streaming import read
 
 for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, lambda *_: None)
-examples = splits.ArrayExamples(numpy.zeros((8, 4, 4, 3), numpy.uint8), numpy.zeros(8, numpy.int32))
-batches = stream.TrainingBatches(examples, splits.Spec((4, 4, 3), ("a",)), DataConfig(), seed=0, batch_size=4, epochs=9)
+examples = ArrayExamples(numpy.zeros((8, 4, 4, 3), numpy.uint8), numpy.zeros(8, numpy.int32))
+batches = TrainingBatches(examples, Spec((4, 4, 3), ("a",)), DataConfig(), seed=0, batch_size=4, epochs=9)
 print("begins", flush=True)
-reader = stream.read(batches, 2)
+reader = read(batches, 2, print)
 next(reader), next(reader)
 print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
 """

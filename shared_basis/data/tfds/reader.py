@@ -9,8 +9,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,45 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from shared_basis.config import TFDS_PREFIX, DataConfig
-from shared_basis.data.examples import Encoded, Examples, Progress, Source, Spec, no_progress
+from shared_basis.config import DataConfig
+from shared_basis.data.examples import Encoded, Examples, Source, Spec
+from shared_basis.data.tfds.names import SPECS, damaged, data_directory, imagenet_classes, own_builder, tfds_name
 from shared_basis.errors import UserError
-
-_CIFAR100 = """
-apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
-caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
-forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
-mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
-possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
-sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree
-wolf woman worm
-"""
-
-SPECS = {
-    "cifar10": Spec((32, 32, 3), ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
-                                  "truck")),
-    "cifar100": Spec((32, 32, 3), tuple(_CIFAR100.split())),
-    "fashion_mnist": Spec((28, 28, 1), ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt",
-                                        "Sneaker", "Bag", "Ankle boot")),
-}
-"""Fixed here, since TFDS knows CIFAR's class names only once it has the data; opening it compares them."""
+from shared_basis.runtime.files import one_line
 
 UNLABELLED = {"imagenet2012": ("test",)}
 """Splits that exist and have no labels, so that they cannot be the test split."""
-
-
-def tfds_name(config: DataConfig) -> str:
-    """Returns the name that TFDS knows the data set by."""
-    return config.name.removeprefix(TFDS_PREFIX)
-
-
-def data_directory(config: DataConfig) -> str:
-    """Returns the directory in which TFDS keeps prepared data sets."""
-    if config.directory:
-        return os.path.expanduser(config.directory)
-    from tensorflow_datasets.core import constants
-
-    return os.path.expanduser(constants.DATA_DIR)
 
 
 def describe(config: DataConfig) -> Spec:
@@ -70,27 +39,19 @@ def describe(config: DataConfig) -> Spec:
     if name in SPECS:
         return _sized(config, SPECS[name])
     if name == "imagenet2012":
-        return _sized(config, Spec((0, 0, 3), _imagenet_classes()))
-    from shared_basis.data.tfds.prepare import find_builder
-
+        return _sized(config, Spec((0, 0, 3), imagenet_classes()))
     builder = find_builder(config)
     if builder is None:
         raise _unprepared(config)
     return _spec_of(config, builder)
 
 
-def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = None,
-                progress: Progress = no_progress) -> Source:
-    """Opens the splits `names`, in the order of TFDS; prepares the data set first where it is not, if that can be done.
+def open_source(config: DataConfig, names: Sequence[str]) -> Source:
+    """Opens the splits `names` of a prepared data set, in the order of TFDS.
 
     Raises:
-      UserError: the data is neither prepared nor can be, prepared data is damaged, or a split does not exist.
+      UserError: the data is not prepared or is damaged, or a split does not exist.
     """
-    from shared_basis.data.tfds.prepare import find_builder
-
-    del known
-    if find_builder(config) is None:
-        prepare(config, progress)
     builder = find_builder(config)
     if builder is None:
         raise _unprepared(config)
@@ -105,22 +66,59 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
                                         np.arange(_count(config, builder, part, split)))
     _check_disjoint(builder, splits)
     for part, opened in examples.items():
-        opened.read([0])  # a format that only TensorFlow reads is told of now
+        opened.read([0])  # a format that only TensorFlow reads is reported now
         for piece in builder.info.splits[splits[part]].file_instructions:
             if not os.path.exists(piece.filename):
                 raise damaged(builder, f"{os.path.basename(piece.filename)} is missing")
     return Source(spec, examples)
 
 
-def prepare(config: DataConfig, progress: Progress) -> str:
-    """Prepares the data set unless it is prepared, and returns where it lies.
+def find_builder(config: DataConfig) -> Any | None:
+    """Returns the TFDS builder of the data set as it lies prepared, or None where it is not prepared.
 
     Raises:
-      UserError: source files are missing or are not the published ones, or the data cannot be written.
+      UserError: what lies there is damaged.
     """
-    from shared_basis.data.tfds import prepare
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import naming, read_only_builder
 
-    return prepare.prepare(config, progress)
+    name, directory = tfds_name(config), data_directory(config)
+    try:
+        naming.parse_builder_name_kwargs(name)
+    except Exception as error:
+        raise UserError(f"data.name={config.name!r}: TFDS takes names such as tfds:cifar10, tfds:name/config and "
+                        f"tfds:name:1.0.0 ({one_line(error)}).") from error
+    _check_metadata(Path(directory) / naming.parse_builder_name_kwargs(name)[0].name)
+    own = own_builder(config)
+    try:
+        if own is not None and own.data_path.exists():
+            if not own.is_prepared():
+                raise damaged(own, "it holds no metadata")
+            return own
+        return read_only_builder.builder_from_files(name, data_dir=directory)  # also our own ones in older versions
+    except tfds.core.DatasetNotFoundError:
+        return None
+    except UserError:
+        raise
+    except Exception as error:  # whatever damage does to the metadata
+        raise damaged(os.path.join(directory, name), one_line(error)) from error
+
+
+def _check_metadata(directory: Path) -> None:
+    """Raises `UserError` if prepared data names classes other than TFDS's: reading it would import their modules."""
+    for path in directory.glob("**/features.json"):
+        def check(found: dict[str, Any], path: Path = path) -> dict[str, Any]:
+            for key in ("pythonClassName", "python_class_name", "type"):
+                name = found.get(key)
+                if isinstance(name, str) and not name.startswith("tensorflow_datasets.core.features."):
+                    raise damaged(path.parent, f"it names the class {name!r}, which is none of TFDS")
+            return found
+        try:
+            json.loads(path.read_text(), object_hook=check)
+        except UserError:
+            raise
+        except (OSError, ValueError, RecursionError) as error:
+            raise damaged(path.parent, one_line(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,30 +176,9 @@ class RecordExamples:
         self.__dict__.update(state)
 
 
-def damaged(where: Any, reason: str) -> UserError:
-    """Returns the error for prepared data, a builder or its directory, that cannot be read."""
-    directory = getattr(where, "data_dir", where)
-    return UserError(f"cannot read the prepared data in {directory}: {reason}; delete that directory to have it "
-                     "prepared again, or set another --config.data.directory.")
-
-
-def one_line(error: Exception) -> str:
-    """Returns kind and message of `error`, shortened: storage layers print their whole state."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
-
-
 def _unprepared(config: DataConfig) -> UserError:
     return UserError(f"data.name={config.name!r}: not prepared in {data_directory(config)}. Prepare it there with "
                      "--mode=prepare, or name the directory where it is with --config.data.directory=DIR.")
-
-
-def _imagenet_classes() -> tuple[str, ...]:
-    """Returns the 1,000 WordNet ids in the order of TFDS."""
-    package = importlib.util.find_spec("tensorflow_datasets")  # finds the files and spares the slow import
-    if package is None or package.origin is None:
-        raise UserError("imagenet2012 needs the package tensorflow-datasets, which holds the names of its classes.")
-    labels = Path(package.origin).parent / "datasets" / "imagenet2012" / "labels.txt"
-    return tuple(labels.read_text().split())
 
 
 def _sized(config: DataConfig, spec: Spec) -> Spec:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import tfds_fakes
+from data_helpers import load
 from PIL import Image
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as imagenet
 from tensorflow_datasets.image_classification import mnist
@@ -22,6 +23,8 @@ from tfds_fakes import CMYK, COUNTS, FILES, NAMES, PNG, VERSIONS, content, recor
 from shared_basis import data
 from shared_basis.config import DataConfig
 from shared_basis.data import images, in_memory, streaming
+from shared_basis.data.batches import EvalBatches, TrainingBatches
+from shared_basis.data.examples import crop_generator
 from shared_basis.data.tfds import builders
 
 STOCK_ORDER = {
@@ -45,7 +48,7 @@ def place(config: DataConfig) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_prepared_is_the_sources_and_stock_tfds_reads_the_same(name, put, capsys):
     config = put(name, FILES[name]())
-    dataset = data.load(config)
+    dataset = load(config)
     assert f"Preparing {name} in {config.directory}" in capsys.readouterr().err
     assert dataset.spec == data.describe(config)
     for split in data.SPLITS:
@@ -119,7 +122,6 @@ def test_prepared_imagenet_is_what_the_stock_builder_takes_for_its_own(put):
     stock = tfds.builder("imagenet2012", data_dir=config.directory)
     assert stock.is_prepared()
     assert {name: info.num_examples for name, info in stock.info.splits.items()} == {"train": 8, "validation": 6}
-    # BUG: pkg_dir_path is taken from the stock builder before it is set, so that TFDS's description and citation lack.
     assert "ImageNet" in json.loads((place(config) / "dataset_info.json").read_text())["description"]
 
 
@@ -129,23 +131,23 @@ def test_imagenet_in_memory_and_streamed_is_the_decoded_files(put):
     train, test = source.splits["train"], source.splits["test"]
     region = in_memory.eval_crop(config, (16, 16, 3))
     decoded = [images.decode(body, 3, (16, 16), region) for body, _ in train.read(range(8))]
-    dataset = data.load(config)
+    dataset = load(config)
     np.testing.assert_array_equal(dataset.train.images, decoded)
 
     random = dataclasses.replace(config, crop="random_resized")
-    batches = streaming.TrainingBatches(train, source.spec, random, seed=3, batch_size=4, epochs=2)
-    first, *rest = streaming.read(batches, workers=0)
+    batches = TrainingBatches(train, source.spec, random, seed=3, batch_size=4, epochs=2)
+    first, *rest = streaming.read(batches, 0, pytest.fail)
     assert len(rest) == 3
     assert first.images.shape == (4, 16, 16, 3)
     rows = data.epoch_order(3, 0, 8)[:4]
     np.testing.assert_array_equal(first.labels, dataset.train.labels[rows])
-    boxes = [images.random_resized(data.splits.crop_generator(3, position)) for position in range(4)]
+    boxes = [images.random_resized(crop_generator(3, position)) for position in range(4)]
     bodies = [body for body, _ in train.read([int(row) for row in rows])]
     np.testing.assert_array_equal(first.images, [images.decode(body, 3, (16, 16), box)
                                                  for body, box in zip(bodies, boxes, strict=True)])
 
-    plain = streaming.EvalBatches(test, source.spec, config, batch_size=4)
-    streamed = list(streaming.read(plain, workers=0))
+    plain = EvalBatches(test, source.spec, config, batch_size=4)
+    streamed = list(streaming.read(plain, 0, pytest.fail))
     np.testing.assert_array_equal(np.concatenate([batch.images for batch in streamed])[:6], dataset.test.images)
     np.testing.assert_array_equal(np.concatenate([batch.labels for batch in streamed]),
                                   [*dataset.test.labels, -1, -1])
@@ -267,7 +269,7 @@ def test_fashion_mnist_of_debian_is_the_published_one(tmp_path):
     report = data.prepare(config)
     assert "60,000 train" in report
     assert "10,000 test" in report
-    dataset = data.load(config)
+    dataset = load(config)
     assert dataset.spec == data.describe(config)
     stock = tfds.builder("fashion_mnist", data_dir=tmp_path)
     for split, prefix, count in (("train", "train", 60_000), ("test", "t10k", 10_000)):

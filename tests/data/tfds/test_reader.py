@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import tfds_fakes
+from data_helpers import load, load_split
 from PIL import Image
 from tfds_fakes import CLASSES, FEATURES, NAMES, encoded, pets, picture, run_python, write
 
 from shared_basis import data
 from shared_basis.config import DataConfig
 from shared_basis.data import Spec, in_memory
+from shared_basis.data.examples import Examples
 from shared_basis.data.tfds import builders
 from shared_basis.errors import UserError
 
@@ -37,7 +39,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
-def bodies(examples: data.splits.Examples) -> list[bytes]:
+def bodies(examples: Examples) -> list[bytes]:
     return [body for body, _ in examples.read(range(len(examples)))]
 
 
@@ -67,8 +69,8 @@ def test_imagenet_is_described_by_the_size_asked_for_and_the_classes_of_tfds(tmp
 
 def test_prepared_data_needs_no_sources_and_subsets_are_chosen(prepared):
     config, _ = prepared
-    whole = data.load(config)
-    subset = data.load(DataConfig(name="cifar10", directory=config.directory, train_examples=6, test_examples=2))
+    whole = load(config)
+    subset = load(DataConfig(name="cifar10", directory=config.directory, train_examples=6, test_examples=2))
     rows = np.sort(np.random.default_rng(0).permutation(25)[:6])
     np.testing.assert_array_equal(subset.train.images, whole.train.images[rows])
     np.testing.assert_array_equal(subset.train.labels, whole.train.labels[rows])
@@ -77,9 +79,9 @@ def test_prepared_data_needs_no_sources_and_subsets_are_chosen(prepared):
 
 def test_reading_in_several_blocks_changes_nothing(prepared, monkeypatch):
     config, _ = prepared
-    whole = data.load(config).train
+    whole = load(config).train
     monkeypatch.setattr(in_memory, "BLOCK", 4)
-    again = data.load(config).train
+    again = load(config).train
     np.testing.assert_array_equal(again.images, whole.images)
     np.testing.assert_array_equal(again.labels, whole.labels)
 
@@ -91,8 +93,8 @@ def test_more_images_than_exist(prepared, mistake):
 
 def test_validation_images_are_held_out(prepared):
     config, _ = prepared
-    whole = data.load(config)
-    parts = data.load(dataclasses.replace(config, validation=0.2))
+    whole = load(config)
+    parts = load(dataclasses.replace(config, validation=0.2))
     assert parts.validation is not None
     assert (len(parts.train.labels), len(parts.validation.labels), len(parts.test.labels)) == (20, 5, 7)
     seen = [image.tobytes() for part in (parts.train, parts.validation) for image in part.images]
@@ -101,11 +103,11 @@ def test_validation_images_are_held_out(prepared):
 
 def test_a_set_with_a_builder_of_our_own_can_also_be_named_with_a_prefix(prepared):
     config, _ = prepared
-    plain = data.load(config)
+    plain = load(config)
     for name in ("tfds:cifar10", "tfds:cifar10:3.0.2"):
         prefixed = dataclasses.replace(config, name=name)
         assert data.describe(prefixed) == plain.spec
-        other = data.load(prefixed)
+        other = load(prefixed)
         assert other.spec == plain.spec
         for split in data.SPLITS:
             np.testing.assert_array_equal(getattr(other, split).images, getattr(plain, split).images)
@@ -162,13 +164,13 @@ def test_data_that_only_tensorflow_reads_is_not_to_be_deleted(prepared, mistake)
 def test_tfds_data_dir_of_the_environment_is_the_default(prepared):
     config, _ = prepared
     code = ("from shared_basis import data; from shared_basis.config import DataConfig; "
-            "print(len(data.load_split(DataConfig(name='cifar10'), 'test').labels))")
+            "from data_helpers import load_split; print(len(load_split(DataConfig(name='cifar10'), 'test').labels))")
     assert run_python(code, TFDS_DATA_DIR=config.directory) == "7"
 
 
 def test_tensorflow_datasets_is_imported_only_to_load():
     code = ("import sys; from shared_basis import data; from shared_basis.config import DataConfig as C; "
-            "data.load(C()); [data.describe(C(name=n, image_size=32)) for n in "
+            "data.open_source(C()); [data.describe(C(name=n, image_size=32)) for n in "
             "('cifar10', 'cifar100', 'fashion_mnist', 'imagenet2012')]; "
             "print('tensorflow_datasets' in sys.modules)")
     assert run_python(code) == "False"
@@ -184,7 +186,7 @@ def test_a_set_of_ones_own_is_described_from_its_metadata_alone(tmp_path):
 
 
 def test_images_of_different_sizes_need_a_size(stored, mistake):
-    for read in (data.describe, data.load):
+    for read in (data.describe, load):
         message = mistake(pets_config(stored, image_size=0), read)
         for part in ("data.image_size=0", "'tfds:pets_fake' differ in size", "224"):
             assert part in message
@@ -196,7 +198,7 @@ def test_a_set_of_ones_own_is_read_as_it_was_written(stored):
     for split, expected in (("train", pets(20)), ("test", pets(4, seed=100))):
         examples = source.splits[split]
         assert sorted(examples.read(range(len(examples)))) == sorted(expected)
-    loaded = data.load(pets_config(stored))
+    loaded = load(pets_config(stored))
     for row, (body, label) in enumerate(source.splits["train"].read(range(20))):
         image = Image.open(io.BytesIO(body))
         side = min(image.size)
@@ -211,7 +213,7 @@ def test_images_of_one_size_need_no_size(tmp_path):
     rows = [(encoded(picture(seed, 5, 7), "PNG"), seed % 3) for seed in range(6)]
     write(tmp_path, {"train": rows, "test": rows[:1]}, {"image": tfds.features.Image(shape=(5, 7, 3)), "label": LABEL})
     config = pets_config(tmp_path, image_size=0)
-    dataset = data.load(config)
+    dataset = load(config)
     assert dataset.spec == data.describe(config) == Spec((5, 7, 3), CLASSES)
     np.testing.assert_array_equal(dataset.test.images, [picture(0, 5, 7)])
 
@@ -228,7 +230,7 @@ def test_transparency_is_laid_over_white(tmp_path):
     rows = [(encoded(Image.fromarray(pixels), "PNG"), 1)]
     write(tmp_path, {"train": rows, "test": rows}, {"image": tfds.features.Image(shape=(4, 5, 4)), "label": LABEL})
     config = pets_config(tmp_path, image_size=0)
-    image = data.load_split(config, "train").images[0]
+    image = load_split(config, "train").images[0]
     assert data.describe(config).image_shape == image.shape == (4, 5, 3)
     np.testing.assert_array_equal(image[0], np.full((5, 3), 255))
     np.testing.assert_array_equal(image[1], pixels[1, :, :3])
@@ -241,7 +243,7 @@ def test_grey_images_stay_grey(tmp_path):
     rows = [(encoded(Image.fromarray(image), "PNG"), label) for label, image in enumerate(images)]
     write(tmp_path, {"train": rows, "test": rows}, {"image": tfds.features.Image(shape=(4, 5, 1)), "label": LABEL})
     config = pets_config(tmp_path, image_size=0)
-    split = data.load_split(config, "train")
+    split = load_split(config, "train")
     assert data.describe(config) == Spec((4, 5, 1), CLASSES)
     np.testing.assert_array_equal(split.images[np.argsort(split.labels), ..., 0], images)
 
@@ -251,7 +253,7 @@ def test_sixteen_bits_become_eight(tmp_path):
     rows = [(encoded(Image.fromarray(image.astype(np.uint16) * 257), "PNG"), 0)]
     write(tmp_path, {"train": rows, "test": rows},
           {"image": tfds.features.Image(shape=(4, 5, 1), dtype=np.uint16), "label": LABEL})
-    split = data.load_split(pets_config(tmp_path, image_size=0), "train")
+    split = load_split(pets_config(tmp_path, image_size=0), "train")
     np.testing.assert_array_equal(split.images[0, ..., 0], image)
 
 
@@ -273,7 +275,7 @@ def test_a_broken_image_is_named_by_its_place_and_may_be_skipped(tmp_path, mista
     place = bodies(data.open_source(config).splits["train"]).index(b"no image")
     name = f"example {place} of 'train' in {directory}"
     assert f"{name} is not an image" in mistake(config)
-    split = data.load_split(dataclasses.replace(config, on_broken="skip"), "train")
+    split = load_split(dataclasses.replace(config, on_broken="skip"), "train")
     assert len(split.labels) == 5
     assert f"skipped: {name} is not an image" in capsys.readouterr().err
 
@@ -311,7 +313,7 @@ def test_a_set_without_one_image_and_one_label_is_refused_with_what_it_has(tmp_p
     body = pets(1)[0][0]
     rows = [{key: body if isinstance(feature, tfds.features.Image) else 1 for key, feature in features.items()}]
     write(tmp_path, {"train": rows, "test": rows}, features, keys)
-    for read in (data.describe, data.load):
+    for read in (data.describe, load):
         message = mistake(pets_config(tmp_path), read)
         assert "data.name='tfds:pets_fake': it does not have one image and one class label" in message
         for key, feature in features.items():
@@ -374,8 +376,8 @@ def test_parts_of_a_split_are_taken_as_they_are_named(stored):
 
 def test_a_validation_split_is_used(stored):
     config = pets_config(stored, train_split="train[:80%]", validation_split="train[80%:]")
-    whole = data.load(pets_config(stored))
-    parts = data.load(config)
+    whole = load(pets_config(stored))
+    parts = load(config)
     assert parts.validation is not None
     np.testing.assert_array_equal(parts.train.images, whole.train.images[:16])
     np.testing.assert_array_equal(parts.validation.images, whole.train.images[16:])
@@ -447,7 +449,7 @@ def test_the_unlabelled_test_images_of_imagenet_are_not_tested_on(tmp_path, monk
         file_format="array_record", download_config=tfds.download.DownloadConfig(manual_dir=tmp_path))
     for name in ("imagenet2012", "tfds:imagenet2012"):
         config = DataConfig(name=name, directory=str(tmp_path), image_size=8)
-        dataset = data.load(config)
+        dataset = load(config)
         np.testing.assert_array_equal(dataset.test.labels, [1, 1, 1])
         np.testing.assert_array_equal(dataset.train.labels, [0] * 5)
         message = mistake(dataclasses.replace(config, test_split="test"))
