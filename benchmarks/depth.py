@@ -33,8 +33,6 @@ from shared_basis.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from shared_basis.plotting import Theme
-
 FILE = ROOT / "results" / "depth.csv"
 PICTURE = ROOT / "results" / "depth.png"
 PAGE = ROOT / "docs" / "results.md"
@@ -242,9 +240,9 @@ def table(rows: Sequence[Row]) -> Table:
     return lines
 
 
-def _paint(rows: Sequence[Row], figure: Figure, theme: Theme) -> None:
+def _paint(rows: Sequence[Row], figure: Figure) -> None:
     """Draws the gradient by depth: a row of axes for each number of sharing layers, a column for each moment."""
-    from shared_basis.plotting import DASHES, set_log
+    from shared_basis.plotting import COLORS, DASHES, set_log
 
     numbers = sorted({row.layers for row in rows})
     grid = figure.subplots(len(numbers), len(MEASURED), sharex="row", sharey="row", squeeze=False)
@@ -255,7 +253,7 @@ def _paint(rows: Sequence[Row], figure: Figure, theme: Theme) -> None:
                               epoch)
                 if runs:
                     means = [statistics.geometric_mean(norms) for norms in zip(*runs, strict=True)]
-                    axes.plot(range(1, len(means) + 1), means, color=theme.colors[index],
+                    axes.plot(range(1, len(means) + 1), means, color=COLORS[index],
                               linestyle=DASHES[index], linewidth=1.2, label=variant.label)
             set_log(axes, "y")
             if layers == numbers[0]:
@@ -287,7 +285,7 @@ def write_page() -> None:
     if not rows:
         replace_section(PAGE, BEGIN, END, "**Not run** yet: `python benchmarks/depth.py`.\n\n")
         return
-    PICTURE.write_bytes(png(lambda figure, theme: _paint(rows, figure, theme), size=(11, 7.5)))
+    PICTURE.write_bytes(png(lambda figure: _paint(rows, figure), size=(11, 7.5)))
     facts = {name: ", ".join(dict.fromkeys(str(getattr(row, name)) for row in rows))
              for name in ("date", "device", "jax", "commit")}
     runs = len({(row.layers, row.variant, row.seed) for row in rows})
