@@ -1,4 +1,4 @@
-"""Exact evaluation: every image is scored once."""
+"""Evaluation of a checkpoint on all test images, each scored once."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str,
 
     Args:
       which, overrides: as in `Trained.open`.
-      reporter: is told of the images and of the progress; None for none.
+      reporter: shows the images' source and the progress; None shows nothing.
 
     Returns:
       `workdir`, `step`, `model`, `test_loss`, `test_accuracy`, `test_accuracy_top5`, `test_examples`, and `chosen_on`:
-      the images that 'best' was chosen on, 'validation' or 'test' (the published protocol), and None otherwise.
+      for 'best' the images that it was chosen on, 'validation' or 'test' (the published protocol); None otherwise.
 
     Raises:
       UserError: as `Trained.open`, or other data than the run was trained for.
@@ -51,7 +51,7 @@ def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str,
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Returns `evaluate`'s result as a line for a person."""
+    """Returns `evaluate`'s result as a human-readable line."""
     chosen = {None: "", "validation": " (best validation epoch)",
               "test": " (best test epoch, the published protocol, which is chosen on these very images)"}[
                   result["chosen_on"]]

@@ -1,11 +1,11 @@
-"""The compiled step that scores: every image once."""
+"""The scorer: every image once, compiled, in sums or one by one."""
 
 from __future__ import annotations
 
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
 import flax.linen as nn
 import jax
@@ -14,44 +14,48 @@ import optax
 from jax.sharding import Mesh
 
 from shared_basis.config import DataConfig
-from shared_basis.data.augment import normalize
 from shared_basis.data.feeds import Inputs
 from shared_basis.errors import UserError
 from shared_basis.nn import ops
 from shared_basis.nn.types import Array, Tree
-from shared_basis.runs.trained import Variables
+from shared_basis.runs.trained import Variables, predict_logits
 from shared_basis.runtime.distributed import replicated
 
 Metrics = dict[str, Array]
 
 
-def eval_step(variables: Tree, images: Array, labels: Array, *, model: nn.Module, data: DataConfig) -> Metrics:
-    """Scores one batch with running statistics.
+def score_examples(logits: Array, labels: Array) -> Metrics:
+    """Scores images one by one.
 
     Args:
-      variables: `params` and `batch_stats`.
-      images: uint8 `[N, H, W, C]`.
-      labels: int32 `[N]`; −1 marks an image that only fills the batch and does not count.
+      logits: float32 `[N, classes]`.
+      labels: int32 `[N]`; −1 marks an image that does not count: it fills the batch, or could not be decoded.
 
     Returns:
-      The sums over the images that count: `loss`, `correct`, `correct_top5` and `count`, float32.
+      For each image, float32 `[N]`: its `loss` (cross entropy in nats), whether it is `correct`, or among the five
+      largest logits (`correct_top5`), and `count`, 1. All are 0 for an image that does not count.
     """
-    logits: Any = model.apply(variables, normalize(images, data), train=False)
     counts = labels >= 0
     targets = jnp.maximum(labels, 0)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     target_logit = jnp.take_along_axis(logits, targets[:, None], axis=-1)
     top5 = (jnp.sum(logits > target_logit, axis=-1) < 5) & ~jnp.isnan(target_logit[:, 0])
-    return {"loss": jnp.sum(loss * counts),
-            "correct": jnp.sum((jnp.argmax(logits, -1) == targets) & counts, dtype=jnp.float32),
-            "correct_top5": jnp.sum(top5 & counts, dtype=jnp.float32),
-            "count": jnp.sum(counts, dtype=jnp.float32)}
+    return {"loss": jnp.where(counts, loss, 0),
+            "correct": jnp.float32((jnp.argmax(logits, -1) == targets) & counts),
+            "correct_top5": jnp.float32(top5 & counts),
+            "count": jnp.float32(counts)}
+
+
+def eval_step(variables: Tree, images: Array, labels: Array, *, model: nn.Module, data: DataConfig) -> Metrics:
+    """Returns the sums of `score_examples` over one batch, uint8 `[N, H, W, C]`, with running statistics."""
+    scores = score_examples(predict_logits(model, variables, images, data), labels)
+    return {name: jnp.sum(values) for name, values in scores.items()}
 
 
 class Evaluator(Protocol):
-    """Scores variables; tells `between` after each batch how many images are scored."""
+    """Scores variables; calls `after_batch` after each batch with the number of images scored so far."""
 
-    def __call__(self, variables: Variables, between: Callable[[int], None] = ...) -> dict[str, float]:
+    def __call__(self, variables: Variables, after_batch: Callable[[int], None] = ...) -> dict[str, float]:
         """See `make_evaluator`."""
 
 
@@ -60,20 +64,20 @@ def make_evaluator(model: nn.Module, config: DataConfig, batches: Callable[[], I
     """Returns a function that scores variables (`params`, `batch_stats`) on all images of `batches`.
 
     It returns `loss` (mean cross entropy), `accuracy`, `accuracy_top5` (both in [0, 1]) and `count`, over the images
-    whose label is not −1 (see `shared_basis.data.feeds.Images.batches`).
+    whose label is not −1 (see `shared_basis.data.feeds.Images.batches`). It raises `UserError` if there are none.
     """
     @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=ops.compiler_options())
     def step(variables: Variables, images: jax.Array, labels: jax.Array) -> Metrics:
         return eval_step(variables, images, labels, model=model, data=config)
 
-    def evaluator(variables: Variables, between: Callable[[int], None] = lambda scored: None) -> dict[str, float]:
+    def evaluator(variables: Variables, after_batch: Callable[[int], None] = lambda scored: None) -> dict[str, float]:
         # Fetched one by one: several collectives in flight can deadlock virtual CPU devices. Added in float64 on the
         # host, so that counts stay exact and the batch size does not show in the loss.
         total: dict[str, float] = defaultdict(float)
         for images, labels in batches():
             for name, value in jax.device_get(step(variables, images, labels)).items():
                 total[name] += float(value)
-            between(int(total["count"]))
+            after_batch(int(total["count"]))
         count = total["count"]
         if not count:
             raise UserError("none of the images to be scored can be decoded.")

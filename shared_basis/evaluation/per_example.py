@@ -1,31 +1,34 @@
-"""What a trained network makes of each test image: the confusion matrix, and the images with the highest loss."""
+"""Scores of each test image: the confusion matrix, and the images with the highest loss."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from shared_basis.data import feeds
+from shared_basis.evaluation.evaluator import Metrics, score_examples
+from shared_basis.nn.types import Array
 from shared_basis.runs.trained import Trained
 from shared_basis.runtime import memory
+from shared_basis.runtime.files import csv_text
 from shared_basis.runtime.reporter import Reporter
 
 WORST = 24
-"""Images with the highest loss that are shown."""
+"""Images with the highest loss that are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """A test image, and what the network made of it."""
+    """A test image and its prediction."""
 
     name: str
-    """What a person finds it by: its file, or its number among the test images."""
+    """Its file, or its number among the test images."""
     pixels: np.ndarray
-    """uint8 `[H, W, C]`, as the network got them."""
+    """uint8 `[H, W, C]`, the network's input before normalisation."""
     label: int
     predicted: int
     loss: float
@@ -59,7 +62,7 @@ class Scores:
 
     @property
     def accuracy(self) -> float:
-        """The part that is predicted rightly."""
+        """The fraction of the images whose prediction is correct, in [0, 1]."""
         return float(np.trace(self.confusion) / self.confusion.sum())
 
     def pairs(self, most: int) -> list[tuple[int, int, int]]:
@@ -71,54 +74,46 @@ class Scores:
         return [pair for pair in found if pair[2]]
 
 
-def score(trained: Trained, reporter: Reporter) -> Scores:
-    """Scores the run's test images one by one; of their pixels only those of the worst are kept.
+def score(trained: Trained, reporter: Reporter, worst: int = WORST) -> Scores:
+    """Scores the run's test images one by one.
 
     Args:
-      reporter: is told of the images and of the progress.
+      reporter: shows the images' source and the progress.
+      worst: how many images with the highest loss to keep, with their pixels.
 
     Raises:
       UserError: the images cannot be found or read, are not those of the run, or do not fit into memory.
     """
     config, classes = trained.config, len(trained.spec.classes)
-    confusion, worst, total, first = np.zeros((classes, classes), np.int64), list[Image](), 0.0, 0
+    confusion, kept, total, first = np.zeros((classes, classes), np.int64), list[Image](), 0.0, 0
     with memory.oom_as_user_error(config, "train.eval_batch_size"):
         source = trained.open_source()
         images = feeds.load(source, config.data, trained.mesh, reporter)
-        classify = trained.classifier()
+        classify, judge = trained.classifier(), jax.jit(_judge)
         show = reporter.progress("scoring test images one by one")
-        for pixels, placed in images.batches("test", config.train.eval_batch_size, trained.mesh)():
-            labels = np.asarray(placed)
-            losses, predicted, probabilities = per_example_metrics(np.asarray(classify(pixels)), labels)
-            counts = labels >= 0  # the others only fill the batch, or are broken
-            np.add.at(confusion, (labels[counts], predicted[counts]), 1)
-            total += float(losses[counts].sum())
-            limit = worst[-1].loss if len(worst) == WORST else -np.inf
-            candidates = [row for row in np.argsort(-losses, kind="stable")[:WORST]
-                          if counts[row] and losses[row] > limit]
-            fetched = np.asarray(pixels) if candidates else None
-            worst += [Image(source.splits["test"].name(first + int(row)), fetched[row].copy(), int(labels[row]),
-                            int(predicted[row]), float(losses[row]), float(probabilities[row]))
-                      for row in candidates if fetched is not None]
-            worst = sorted(worst, key=lambda image: -image.loss)[:WORST]
+        for pixels, labels in images.batches("test", config.train.eval_batch_size, trained.mesh)():
+            found = jax.device_get(judge(classify(pixels), labels))
+            counted = np.flatnonzero(found["count"])  # the others only fill the batch, or are broken
+            np.add.at(confusion, (found["label"][counted], found["predicted"][counted]), 1)
+            total += float(found["loss"].sum(dtype=np.float64))
+            limit = kept[-1].loss if len(kept) == worst else -np.inf
+            order = counted[np.argsort(-found["loss"][counted], kind="stable")][:worst]
+            candidates = [row for row in order if found["loss"][row] > limit]
+            fetched = np.asarray(pixels) if candidates else np.empty(0)
+            kept += [Image(source.splits["test"].name(first + int(row)), fetched[row].copy(), int(found["label"][row]),
+                           int(found["predicted"][row]), float(found["loss"][row]), float(found["probability"][row]))
+                     for row in candidates]
+            kept = sorted(kept, key=lambda image: -image.loss)[:worst]
             first += len(labels)
             show(int(confusion.sum()), images.count("test"))
         reporter.end_progress()  # where broken images were left out it has not come to its end
-    return Scores(trained.step, confusion, worst, total / max(1, int(confusion.sum())))
+    return Scores(trained.step, confusion, kept, total / max(1, int(confusion.sum())))
 
 
-def per_example_metrics(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns for each image its cross entropy, the predicted class and its probability, in float64.
-
-    Args:
-      logits: `[N, classes]`.
-      labels: `[N]`; the cross entropy of an image whose label is −1 is −inf, so that it is never among the worst.
-    """
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    logs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    rows, predicted = np.arange(len(labels)), logits.argmax(-1)
-    losses = np.where(labels >= 0, -logs[rows, np.maximum(labels, 0)], -np.inf)
-    return losses, predicted, np.exp(logs[rows, predicted])
+def _judge(logits: Array, labels: Array) -> Metrics:
+    """Returns `score_examples` with each image's `label`, the `predicted` class and its `probability`, `[N]`."""
+    return {**score_examples(logits, labels), "label": labels, "predicted": jnp.argmax(logits, -1),
+            "probability": jnp.max(jax.nn.softmax(logits), -1)}
 
 
 def confusion_csv(scores: Scores, classes: Sequence[str]) -> bytes:
@@ -135,7 +130,5 @@ def errors_csv(scores: Scores, classes: Sequence[str]) -> bytes:
 
 
 def to_csv(rows: Sequence[Sequence[str]]) -> bytes:
-    """Returns rows as the file of a table."""
-    file = io.StringIO(newline="")
-    csv.writer(file).writerows(rows)
-    return file.getvalue().encode(errors="backslashreplace")
+    """Returns a table, its header first, as a CSV file; names of files need not be text."""
+    return csv_text(rows[0], rows[1:]).encode(errors="backslashreplace")

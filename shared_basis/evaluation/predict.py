@@ -1,8 +1,7 @@
-"""What a trained run says of image files."""
+"""Classification of image files by a trained run."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +17,10 @@ from shared_basis.data.folder import SUFFIXES, FileExamples
 from shared_basis.errors import UserError, printable
 from shared_basis.runs.trained import Trained
 from shared_basis.runtime import memory
+from shared_basis.runtime.files import csv_text, write_atomic
 
 SHOWN = 3
-"""Classes that are shown of each image; the result and the CSV hold all."""
+"""Classes that are printed for each image; the result and the CSV hold all."""
 
 
 def predict(workdir: str | Path, images: Sequence[str], which: str = "latest",
@@ -29,14 +29,14 @@ def predict(workdir: str | Path, images: Sequence[str], which: str = "latest",
     """Classifies image files by a checkpoint of `workdir`.
 
     Images of any size and kind are treated as the run's own test images: scaled and cropped at the centre to their
-    shape, made grey where those are grey, normalised alike.
+    shape, converted to greyscale if those are, normalised alike.
 
     Args:
-      images: image files, and directories, all image files within which are taken.
+      images: image files and directories; of a directory, all image files within it.
       which: the checkpoint: 'latest', 'best' or the number of a step.
       overrides: as in `evaluate`.
-      progress: is told how many of the images are classified.
       output: a file for the result as CSV: file, class, its probability, and the probability of each class.
+      progress: called with how many images are classified, and of how many.
 
     Returns:
       `workdir`, `step`, `model`, `classes`, and `images`: for each its `file`, `class` and `probabilities` by class. An
@@ -58,19 +58,19 @@ def predict(workdir: str | Path, images: Sequence[str], which: str = "latest",
             parts.append((np.asarray(jax.nn.softmax(classify(batch[0]))), np.asarray(batch[1])))
             progress(min(len(parts) * len(batch[1]), len(files)), len(files))
     probabilities, labels = (np.concatenate(each)[:len(files)] for each in zip(*parts, strict=True))
-    found = [{"file": file, "class": spec.classes[int(row.argmax())],
-              "probabilities": dict(zip(spec.classes, map(float, row), strict=True))}
-             for file, row, label in zip(files, probabilities, labels, strict=True) if label >= 0]
-    if not found:
+    classified = [{"file": file, "class": spec.classes[int(row.argmax())],
+                   "probabilities": dict(zip(spec.classes, map(float, row), strict=True))}
+                  for file, row, label in zip(files, probabilities, labels, strict=True) if label >= 0]
+    if not classified:
         raise UserError(f"none of the {len(files)} images can be decoded; see the warnings.")
     if output:
-        write_csv(Path(output), spec.classes, found)
+        write_csv(Path(output), spec.classes, classified)
     return {"workdir": str(trained.run.path), "step": trained.step, "model": config.model.name,
-            "classes": list(spec.classes), "images": found}
+            "classes": list(spec.classes), "images": classified}
 
 
 def list_images(paths: Sequence[str]) -> list[str]:
-    """Returns the image files that `paths` mean: files as they are, of directories all files within, sorted.
+    """Returns the image files of `paths`: files as given, and of each directory all those within, sorted.
 
     Raises:
       UserError: there are none, or a path does not exist.
@@ -93,26 +93,23 @@ def list_images(paths: Sequence[str]) -> list[str]:
     return files
 
 
-def write_csv(path: Path, classes: Sequence[str], found: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a line for each image.
+def write_csv(path: Path, classes: Sequence[str], images: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a row for each image; the file is complete or unchanged.
 
     Raises:
       UserError: the file cannot be written.
     """
+    rows = [[image["file"], image["class"], *(f"{image['probabilities'][name]:.6f}" for name in
+                                              (image["class"], *classes))] for image in images]
+    text = csv_text(["file", "class", "probability", *classes], rows)
     try:
-        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file", "class", "probability", *classes])
-            for image in found:
-                values = image["probabilities"]
-                writer.writerow([image["file"], image["class"], f"{values[image['class']]:.6f}",
-                                 *(f"{values[name]:.6f}" for name in classes)])
+        write_atomic(path, text.encode(errors="backslashreplace"))  # names of files need not be text
     except OSError as error:
         raise UserError(f"--output={path}: cannot be written ({error.strerror}); choose another file.") from error
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Returns `predict`'s result as lines for a person."""
+    """Returns `predict`'s result as human-readable lines."""
     def classes(image: Mapping[str, Any]) -> str:
         best: Callable[[str], float] = image["probabilities"].get
         return ", ".join(f"{name} {100 * image['probabilities'][name]:.1f} %" for name in sorted(

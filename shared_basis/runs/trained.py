@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from shared_basis import data
-from shared_basis.config import Config, replace
+from shared_basis.config import Config, DataConfig, replace
 from shared_basis.data.augment import normalize
 from shared_basis.errors import UserError
 from shared_basis.models import Network, create_model
@@ -42,6 +44,16 @@ def build_model(config: Config, spec: data.Spec) -> Network:
     return create_model(config.model.name, num_classes=len(spec.classes), stem=config.model.stem,
                         dtype=jnp.dtype(config.model.dtype),
                         scan_blocks={"auto": None, "yes": True, "no": False}[config.model.scan_blocks])
+
+
+def predict_logits(model: nn.Module, variables: Variables, images: jax.Array, data: DataConfig) -> jax.Array:
+    """Returns the logits float32 `[N, classes]` of images uint8 `[N, H, W, C]`, normalised as `data` says.
+
+    Args:
+      variables: `params` and `batch_stats`, the running statistics that batch normalisation uses.
+    """
+    logits: Any = model.apply(variables, normalize(images, data), train=False)
+    return logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +112,20 @@ class Trained:
         """Opens the run's test images, which must have its classes and shape."""
         return data.open_source(self.config.data, ("test",), self.spec)
 
-    def classifier(self) -> Callable[[jax.Array], jax.Array]:
+    def on_cpu(self) -> Trained:
+        """Returns the same network on one CPU device, in float32 whatever the run computed in, its blocks unrolled.
+
+        What is written for other runtimes is compared with this one.
+        """
+        mesh = Mesh(np.array(jax.local_devices(backend="cpu")[:1]), ("data",))
+        model = self.model.clone(dtype=jnp.float32, scan_blocks=False)
+        return dataclasses.replace(self, mesh=mesh, model=model, variables=jax.device_get(dict(self.variables)))
+
+    def classifier(self) -> Callable[[jax.Array | np.ndarray], jax.Array]:
         """Returns the compiled function from images uint8 `[N, H, W, C]` to logits float32 `[N, classes]`."""
         @functools.partial(jax.jit, out_shardings=replicated(self.mesh), compiler_options=ops.compiler_options())
         def classify(variables: Variables, images: jax.Array) -> jax.Array:
-            logits: Any = self.model.apply(variables, normalize(images, self.config.data), train=False)
-            return logits
+            return predict_logits(self.model, variables, images, self.config.data)
 
         return functools.partial(classify, self.variables)
 

@@ -21,8 +21,10 @@ from shared_basis.errors import UserError
 from shared_basis.evaluation.evaluator import Metrics
 from shared_basis.optim.gradient_norms import recorded_norms
 from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runs.metrics import render_line
 from shared_basis.runs.workdir import Workdir
 from shared_basis.runtime.distributed import is_main_process
+from shared_basis.runtime.files import first_line
 from shared_basis.runtime.preemption import Interrupted, StopNow, StopSignals
 from shared_basis.runtime.reporter import Reporter, count, duration
 from shared_basis.training.program import Program, debugging_nans
@@ -30,7 +32,7 @@ from shared_basis.training.steps import TrainState
 
 
 class Clock:
-    """Measures training without its first step, which warms up, and without evaluations."""
+    """The speed of training, without its first step, which warms up, and without evaluations."""
 
     def __init__(self) -> None:
         self.steps = -1
@@ -39,7 +41,7 @@ class Clock:
         self._began = self._last = time.monotonic()
 
     def tick(self) -> None:
-        """Counts a finished step."""
+        """Records that a step is finished."""
         now = time.monotonic()
         self.steps += 1
         if self.steps:
@@ -49,7 +51,7 @@ class Clock:
         self._last = now
 
     def skip(self) -> None:
-        """Leaves out the time since the last step or skip."""
+        """Excludes the time since the last step or skip."""
         self._last = time.monotonic()
 
     def speed(self, batch_size: int) -> float:
@@ -63,7 +65,7 @@ class Clock:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """The loop, and all that it works with beside the state."""
+    """The loop over the steps of a run, with all that it needs beside the state."""
 
     config: Config
     program: Program
@@ -82,18 +84,18 @@ class Training:
     def loop(self, state: TrainState) -> None:
         """Trains from `state` to the last epoch, evaluating and saving as configured."""
         first = int(state.step)
-        if self.ends_with_evaluation(first) and self.checkpoints.metrics(first) is None:
+        if self.evaluates_after(first) and self.checkpoints.metrics(first) is None:
             self.evaluate(state, first)  # it was stopped in the middle of this
-        running = None
+        running: Metrics | None = None
         with contextlib.closing(self.program.batches(first)) as batches:
             for step, inputs in zip(range(first + 1, self.steps + 1), batches, strict=False):
                 state, metrics = self.advance(state, inputs, step)
-                if running is not None:  # waits for the step before, so that the devices always have one ahead
+                if running is not None:  # waits for the step before: the devices always have one more to do
                     self.log_step(running, step - 1)
                 running = metrics
-                evaluating = self.ends_with_evaluation(step)
+                evaluating = self.evaluates_after(step)
                 stopping = self.signals.due()
-                if evaluating or stopping:  # what is saved is finite
+                if evaluating or stopping:  # only what is finite is saved
                     self.log_step(running, step)
                     running = None
                 if evaluating and not stopping:
@@ -103,14 +105,18 @@ class Training:
         self.reporter.end_progress()
         self.checkpoints.wait()
 
-    def ends_with_evaluation(self, step: int) -> bool:
-        """Returns whether the state after `step` is to be evaluated."""
-        epoch, left = divmod(step, self.program.steps_per_epoch)
+    def evaluates_after(self, step: int) -> bool:
+        """Returns whether the state after `step` is evaluated: at the end of every n-th epoch, and of the last."""
+        epoch, rest = divmod(step, self.program.steps_per_epoch)
         every, epochs = self.config.train.evaluate_every, self.config.train.epochs
-        return epoch > 0 and not left and (epoch % every == 0 or epoch == epochs)
+        return epoch > 0 and not rest and (epoch % every == 0 or epoch == epochs)
 
     def advance(self, state: TrainState, inputs: feeds.Inputs, step: int) -> tuple[TrainState, Metrics]:
-        """Makes `step`; with --debug_nans says which operation gives the first NaN."""
+        """Makes `step`.
+
+        Raises:
+          UserError: with --debug_nans, an operation gave NaN; the message names it with its line.
+        """
         try:
             # Set in this thread once more: the global setting is lost when jnp.var is traced (JAX 0.10.2).
             with jax.debug_nans(debugging_nans()):
@@ -119,7 +125,7 @@ class Training:
             raise UserError(f"step {count(step)}: {_where(error)}") from error
 
     def log_step(self, metrics: Metrics, step: int) -> None:
-        """Waits for `step`, makes sure that it is finite, and shows the means over its epoch so far."""
+        """Waits for `step`, requires its metrics to be finite, and shows the means over its epoch so far."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.clock.tick()
         self.reporter.step = step
@@ -133,19 +139,19 @@ class Training:
         self.reporter.debug(f"{text}  gradient norm {values['gradient_norm']:.4g}")
 
     def evaluate(self, state: TrainState, step: int) -> None:
-        """Scores and saves `state`; a stop in the meantime saves it without its scores."""
+        """Scores and saves `state`; a signal in the meantime saves it without scores and ends the run."""
         try:
             line = self.measure(state)
         except StopNow:
             self.stop(state, step)
         self.require_finite(line, step)
-        self.checkpoints.wait()  # for the one before, so that a kill costs one evaluated interval at most
+        self.checkpoints.wait()  # for the save before, so that a kill costs one evaluated interval at most
         if is_main_process():
             self.run.append_metrics(line)
             if self.config.train.record_gradients:
                 self.run.append_gradients({"step": step, "epoch": line["epoch"],
                                            "norms": recorded_norms(state.params, state.opt_state)})
-        self.reporter.info(render_metrics(line, self.config.train.epochs))
+        self.reporter.info(render_line(line, self.config.train.epochs))
         self.checkpoints.save(step, state, self.record, line)
         self.reporter.debug(f"checkpoint {step} is being written to {self.run.checkpoints}")
         self.clock.skip()
@@ -156,9 +162,9 @@ class Training:
         totals = {name: float(value) for name, value in state.totals.items()}
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         scores: dict[str, float] = {}
-        for name, evaluate in self.program.evaluate.items():
-            result = evaluate(variables, functools.partial(self.log_scoring, name, step))
-            scores |= {f"{name}_{key}": result[key] for key in ("loss", "accuracy", "accuracy_top5")}
+        for split, evaluator in self.program.evaluate.items():
+            result = evaluator(variables, functools.partial(self.on_eval_batch, split, step))
+            scores |= {f"{split}_{key}": result[key] for key in ("loss", "accuracy", "accuracy_top5")}
         return {
             "step": step, "epoch": step // self.program.steps_per_epoch,
             "learning_rate": float(self.program.schedule(step - 1)),
@@ -168,14 +174,15 @@ class Training:
             "images_per_second": self.clock.speed(self.config.train.batch_size),
         }
 
-    def log_scoring(self, name: str, step: int, scored: int) -> None:
-        """Shows how far an evaluation is; raises `StopNow` if it is time to stop."""
-        self.reporter.show_progress(step, self.steps, f"epoch {step // self.program.steps_per_epoch}/"
-                             f"{self.config.train.epochs}  {count(scored)} {name} images scored")
+    def on_eval_batch(self, split: str, step: int, scored: int) -> None:
+        """Shows how many images of `split` are scored; raises `StopNow` if a signal asks for a stop."""
+        self.reporter.show_progress(
+            step, self.steps, f"epoch {step // self.program.steps_per_epoch}/{self.config.train.epochs}  "
+                              f"{count(scored)} {split} images scored")
         self.signals.check()
 
     def require_finite(self, values: Mapping[str, float], step: int) -> None:
-        """Raises `UserError` with all that helps to find the cause, unless all values of `step` are finite."""
+        """Raises `UserError`, with what helps to find the cause, unless all `values` of `step` are finite."""
         if all(math.isfinite(value) for value in values.values()):
             return
         self.checkpoints.wait()
@@ -189,7 +196,7 @@ class Training:
             "--config.optimizer.warmup_epochs; --debug_nans finds the operation that gives the first NaN.")
 
     def stop(self, state: TrainState, step: int) -> NoReturn:
-        """Saves `state` and raises `Interrupted`."""
+        """Saves `state`, whose `step` is finite, and raises `Interrupted`."""
         assert self.signals.received is not None
         self.reporter.end_progress()
         self.checkpoints.save(step, state, self.record, None)
@@ -200,19 +207,9 @@ class Training:
 
 
 def _where(error: FloatingPointError) -> str:
-    """Returns JAX's message with the line of code that it comes from."""
-    ours = Path(__file__).parent
-    places = [f"{Path(frame.filename).relative_to(ours.parent)}:{frame.lineno}, in {frame.name}: {frame.line}"
+    """Returns JAX's message with the innermost line of this package that it comes from."""
+    package = Path(__file__).parents[1]
+    places = [f"{Path(frame.filename).relative_to(package.parent)}:{frame.lineno}, in {frame.name}: {frame.line}"
               for frame in traceback.extract_tb(error.__traceback__)
-              if Path(frame.filename).is_relative_to(ours) and frame.filename != __file__]
-    return f"{str(error).splitlines()[0].rstrip('.')}, at {places[-1] if places else 'a line outside of this package'}"
-
-
-def render_metrics(line: dict[str, Any], epochs: int) -> str:
-    """Returns a line of metrics.jsonl as one line for a person."""
-    penalty = f"  penalty {line['penalty']:.1e}" if "penalty" in line else ""
-    validation = (f"  validation accuracy {100 * line['validation_accuracy']:.2f} %" if "validation_accuracy" in line
-                  else "")
-    return (f"epoch {line['epoch']}/{epochs}  loss {line['train_loss']:.4f}  accuracy "
-            f"{100 * line['train_accuracy']:.2f} %{validation}  test loss {line['test_loss']:.4f}  test accuracy "
-            f"{100 * line['test_accuracy']:.2f} %{penalty}  {count(line['images_per_second'])} images/s")
+              if Path(frame.filename).is_relative_to(package) and frame.filename != __file__]
+    return f"{first_line(error).rstrip('.')}, at {places[-1] if places else 'a line outside of this package'}"

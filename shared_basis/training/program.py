@@ -6,16 +6,18 @@ import dataclasses
 import functools
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from shared_basis.config import Config
 from shared_basis.data import feeds
 from shared_basis.evaluation.evaluator import Evaluator, Metrics, make_evaluator
+from shared_basis.models import Network
 from shared_basis.nn import ops
+from shared_basis.nn.types import Tree
 from shared_basis.optim.optimizer import learning_rate_schedule, make_optimizer
 from shared_basis.optim.penalty import orthogonality_diagnostics
 from shared_basis.runs.checkpoints import Checkpoints
@@ -26,25 +28,29 @@ from shared_basis.training.steps import TrainState, create_train_state, train_st
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The compiled functions of a run, with the shapes that they were compiled for."""
+    """The compiled functions of a run, and what the loop must know of them."""
 
     step: Callable[..., tuple[TrainState, Metrics]]
+    """From the state and the inputs of a step to the next state and the metrics of the epoch so far."""
     batches: Callable[[int], Generator[feeds.Inputs, None, None]]
-    """What `step` reads beside the state, from a step on."""
+    """The inputs of each step, from the given one on."""
     evaluate: Mapping[str, Evaluator]
     """By split: 'test', and 'validation' if there is one."""
-    diagnose: Callable[[Any], dict[str, jax.Array]]
+    diagnose: Callable[[Tree], dict[str, jax.Array]]
+    """From parameters to the penalty and the norms of the bases; nothing for a network without any."""
     schedule: optax.Schedule
+    """The learning rate by step, from 0 on."""
     steps_per_epoch: int
     memory: memory.Memory
+    """Of one device."""
 
 
-def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
+def build(config: Config, images: feeds.Images, model: Network, mesh: Mesh,
           checkpoints: Checkpoints) -> tuple[TrainState, Program]:
     """Places the data, compiles the step, and returns the program with the latest saved state, or a new one.
 
     Raises:
-      UserError: no checkpoint can be restored, or the devices have not the memory.
+      UserError: no checkpoint can be restored, or the devices have not enough memory.
     """
     steps_per_epoch = images.count("train") // config.train.batch_size
     basis_groups = model.basis_groups(config.orthogonality.elements)
@@ -52,15 +58,14 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
     optimizer = make_optimizer(config.optimizer, config.orthogonality, basis_groups, schedule,
                                steps_per_epoch if config.train.record_gradients else 0)
     everywhere = replicated(mesh)
-    seed = np.int32(config.seed)  # an argument of the compiled functions, which then serve all seeds
-    create = jax.jit(functools.partial(create_train_state, model, optimizer, image_shape=images.spec.image_shape),
-                     out_shardings=everywhere, compiler_options=ops.quick_compiler_options())
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-                          create.eval_shape(seed))
     feed = images.feed(config, mesh)
 
-    def diagnose(params: Any) -> dict[str, jax.Array]:
+    def diagnose(params: Tree) -> dict[str, jax.Array]:
         return orthogonality_diagnostics(params, basis_groups) if basis_groups else {}
+
+    @functools.partial(jax.jit, out_shardings=everywhere, compiler_options=ops.quick_compiler_options())
+    def create(seed: jax.Array) -> TrainState:
+        return create_train_state(model, optimizer, seed, images.spec.image_shape)
 
     @functools.partial(jax.jit, donate_argnums=() if debugging_nans() else 0, out_shardings=everywhere,
                        compiler_options=ops.compiler_options())
@@ -71,6 +76,9 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
             grad_accumulation_steps=config.optimizer.grad_accumulation_steps)
         return new, {**metrics, **diagnose(state.params)}
 
+    seed = np.int32(config.seed)  # an argument of the compiled functions, which then serve all seeds
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+                          create.eval_shape(seed))
     lowered = step.lower(target, seed, *feed.abstract)
     with ThreadPoolExecutor() as threads:  # XLA compiles without Python's lock
         creating = None if checkpoints.steps else threads.submit(create.lower(seed).compile)
@@ -79,15 +87,14 @@ def build(config: Config, images: feeds.Images, model: Any, mesh: Any,
     with raise_on_all_processes():
         memory.check(needed, config, mesh)
     run = step if debugging_nans() else compiled
-    program = Program(
-        step=lambda state, *inputs: run(state, seed, *inputs),
-        batches=feed.batches,
-        evaluate={name: make_evaluator(model, config.data, images.batches(name, config.train.eval_batch_size, mesh),
-                                       mesh) for name in images.splits if name != "train"},
-        diagnose=jax.jit(diagnose), schedule=schedule, steps_per_epoch=steps_per_epoch, memory=needed)
+    evaluators = {
+        name: make_evaluator(model, config.data, images.batches(name, config.train.eval_batch_size, mesh), mesh)
+        for name in images.splits if name != "train"}
+    program = Program(step=lambda state, *inputs: run(state, seed, *inputs), batches=feed.batches, evaluate=evaluators,
+                      diagnose=jax.jit(diagnose), schedule=schedule, steps_per_epoch=steps_per_epoch, memory=needed)
     return checkpoints.restore_latest(target) if creating is None else creating.result()(seed), program
 
 
 def debugging_nans() -> bool:
-    """Returns whether JAX is to compute a step again that gives NaN, operation by operation (--debug_nans)."""
+    """Returns whether JAX repeats a step that gives NaN, operation by operation (--debug_nans)."""
     return jax.config.jax_debug_nans  # type: ignore[attr-defined]

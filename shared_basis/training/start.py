@@ -1,4 +1,4 @@
-"""How a run begins otherwise than anew: from a file of published weights, or from a trained plain network."""
+"""How a run begins from given weights: those of a published file, or of a trained plain network, compressed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from shared_basis.training.steps import start_from
 def import_weights(config: Config, workdir: str | Path, file: str) -> dict[str, Any]:
     """Writes the published weights in `file` as step 0 of a run of `config` in `workdir`.
 
-    The run is like any other: it can be evaluated, and trained on from these weights.
+    The run is like any other: it can be evaluated, and trained on.
 
     Returns:
       `workdir`, `model`, `file` and the number of `parameters`.
@@ -51,13 +51,13 @@ def compress_run(config: Config, workdir: str | Path, source: str, reporter: Rep
     """Writes the network of `config`, in closed form from the plain one in `source`, as step 0 of a run in `workdir`.
 
     Args:
-      which, calibration, budget, measure: as in `shared_basis.compression.compress`.
+      which, calibration, budget, measure: as in `shared_basis.compression.compress.compress`.
 
     Returns:
-      `workdir` and the report of `shared_basis.compression.compress`.
+      `workdir` and the report of `Compressed`.
 
     Raises:
-      UserError: as `shared_basis.compression.compress`, or `workdir` holds checkpoints already.
+      UserError: as `shared_basis.compression.compress.compress`, or `workdir` holds checkpoints already.
     """
     require_new(workdir)
     compressed = compress(config, source, reporter, which=which, calibration=calibration, budget=budget,
@@ -74,7 +74,10 @@ def require_new(workdir: str | Path) -> None:
 
 
 def start_run(config: Config, workdir: str | Path, model: Network, spec: data.Spec, variables: Variables) -> int:
-    """Writes `variables` (`params`, `batch_stats`) of `model` as step 0 of a run of `config`; returns their parameters.
+    """Writes `variables` (`params`, `batch_stats`) of `model` as step 0 of a run of `config`.
+
+    Returns:
+      The number of parameters.
 
     Raises:
       UserError: the workdir holds another run, or cannot be written.
@@ -95,6 +98,6 @@ def start_run(config: Config, workdir: str | Path, model: Network, spec: data.Sp
 
 
 def render(result: dict[str, Any]) -> str:
-    """Returns `import_weights`' result as a line for a person."""
+    """Returns `import_weights`' result as a human-readable line."""
     return (f"{result['file']}: {result['model']}, {result['parameters']:,} parameters, now step 0 of "
             f"{result['workdir']}; evaluate it with --mode=evaluate --workdir={result['workdir']}")

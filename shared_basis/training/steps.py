@@ -1,7 +1,9 @@
-"""One training step and one evaluation step: pure functions, compiled by their caller."""
+"""One training step and the state that it moves on: pure functions, compiled by their caller."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -43,24 +45,18 @@ def start_from(variables: Tree, optimizer: optax.GradientTransformation) -> Trai
     return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params), totals)
 
 
-def _stream(seed: int | Array, stream: int, index: int | Array) -> Array:
-    """Returns the key of `index` in an independent stream of the seed (1: augmentation, 2: dropout)."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), index)
-
-
 def train_step(state: TrainState, images: Array, labels: Array, *, model: nn.Module,
                optimizer: optax.GradientTransformation, data: DataConfig, seed: int | Array, steps_per_epoch: int,
                batch_sharding: NamedSharding, grad_accumulation_steps: int = 1) -> tuple[TrainState, Metrics]:
     """Makes one update; its augmentation is determined by `seed` and `state.step`.
 
     Args:
-      state: the state to go on from.
       images: the batch, uint8 `[B, H, W, C]`.
       labels: its classes, int32 `[B]`.
       batch_sharding: how the batch lies on the devices; batch statistics are those of the whole batch.
-      grad_accumulation_steps: parts, of B / `grad_accumulation_steps` images, whose gradients are computed one after another and averaged. That
-        equals the gradient of the whole batch but for what sees a part alone: batch normalisation, whose running
-        statistics then move once for each part, and dropout's draws.
+      grad_accumulation_steps: the number of parts that the batch is divided into; their gradients are computed one
+        after another and averaged. That equals the gradient of the whole batch but for what sees a part alone: batch
+        normalisation, whose running statistics then move once for each part, and dropout's draws.
 
     Returns:
       The new state and, for reading while the state moves on, its `totals` with `gradient_norm`, the global norm of the
@@ -69,47 +65,57 @@ def train_step(state: TrainState, images: Array, labels: Array, *, model: nn.Mod
     inputs = normalize(augment(images, _stream(seed, 1, state.step), data), data)
     inputs = jax.lax.with_sharding_constraint(inputs, batch_sharding)
     dropout = _stream(seed, 2, state.step)
-
-    def loss(params: Tree, batch_stats: Tree, inputs: Array, labels: Array,
-             key: Array) -> tuple[Array, tuple[Tree, Metrics]]:
-        logits, updated = model.apply({"params": params, "batch_stats": batch_stats}, inputs, train=True,
-                                      mutable=["batch_stats"], rngs={"dropout": key})
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        sums = {"loss": cross_entropy * len(labels), "count": jnp.asarray(len(labels), jnp.float32),
-                "correct": jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)}
-        return cross_entropy, (updated["batch_stats"], sums)
-
-    differentiate = jax.grad(loss, has_aux=True)
+    differentiate = jax.grad(functools.partial(_loss, model), has_aux=True)
     if grad_accumulation_steps == 1:
-        gradient, (batch_stats, batch) = differentiate(state.params, state.batch_stats, inputs, labels, dropout)
+        gradient, (batch_stats, sums) = differentiate(state.params, state.batch_stats, inputs, labels, dropout)
     else:
-        def add_part(carry: Any, part: Any) -> tuple[Any, None]:
-            batch_stats, sums = carry
-            gradient, (batch_stats, batch) = differentiate(state.params, batch_stats, *part[:2],
-                                                           jax.random.fold_in(dropout, part[2]))
-            return (batch_stats, jax.tree.map(jnp.add, sums, (gradient, batch))), None
-
-        # Part i has the images i, i + grad_accumulation_steps, …, so that no image changes its device.
-        parts = [jax.lax.with_sharding_constraint(
-            jnp.swapaxes(array.reshape(-1, grad_accumulation_steps, *array.shape[1:]), 0, 1),
-            NamedSharding(batch_sharding.mesh, PartitionSpec(None, *batch_sharding.spec)))
-            for array in (inputs, labels)]
-        zeros = jax.tree.map(jnp.zeros_like, (state.params, state.totals))
-        # A loop on CPU runs convolutions 15 times slower (resnet20-s16u1-double); unrolled, it saves no memory there.
-        (batch_stats, (summed, batch)), _ = jax.lax.scan(
-            add_part, (state.batch_stats, zeros), (*parts, jnp.arange(grad_accumulation_steps)),
-            unroll=jax.default_backend() == "cpu")
-        gradient = jax.tree.map(lambda leaf: leaf / grad_accumulation_steps, summed)
+        gradient, (batch_stats, sums) = _accumulate(differentiate, state, inputs, labels, dropout,
+                                                    grad_accumulation_steps, batch_sharding)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     first = state.step % steps_per_epoch == 0
-    totals = jax.tree.map(lambda total, new: jnp.where(first, new, total + new), state.totals, batch)
+    totals = jax.tree.map(lambda total, new: jnp.where(first, new, total + new), state.totals, sums)
     norms = {"gradient_norm": _norm(gradient), "parameter_norm": _norm(params)}
     return TrainState(state.step + 1, params, batch_stats, opt_state, totals), {**totals, **norms}
+
+
+def _stream(seed: int | Array, stream: int, index: int | Array) -> Array:
+    """Returns the key of `index` in an independent stream of the seed (1: augmentation, 2: dropout)."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), index)
+
+
+def _loss(model: nn.Module, params: Tree, batch_stats: Tree, inputs: Array, labels: Array,
+          key: Array) -> tuple[Array, tuple[Tree, Metrics]]:
+    """Returns the mean cross entropy, and with it the new running statistics and the sums of `TrainState.totals`."""
+    logits, updated = model.apply({"params": params, "batch_stats": batch_stats}, inputs, train=True,
+                                  mutable=["batch_stats"], rngs={"dropout": key})
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    sums = {"loss": cross_entropy * len(labels), "count": jnp.asarray(len(labels), jnp.float32),
+            "correct": jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)}
+    return cross_entropy, (updated["batch_stats"], sums)
+
+
+def _accumulate(differentiate: Callable[..., tuple[Tree, tuple[Tree, Metrics]]], state: TrainState, inputs: Array,
+                labels: Array, dropout: Array, steps: int, batch_sharding: NamedSharding) -> Any:
+    """Returns what `differentiate` does for the whole batch, computed in `steps` parts; the gradient is their mean."""
+    def add_part(carry: Any, part: Any) -> tuple[Any, None]:
+        batch_stats, totals = carry
+        *batch, index = part
+        gradient, (batch_stats, sums) = differentiate(state.params, batch_stats, *batch,
+                                                      jax.random.fold_in(dropout, index))
+        return (batch_stats, jax.tree.map(jnp.add, totals, (gradient, sums))), None
+
+    # Part i has the images i, i + steps, …, so that no image changes its device.
+    parts = [jax.lax.with_sharding_constraint(
+        jnp.swapaxes(array.reshape(-1, steps, *array.shape[1:]), 0, 1),
+        NamedSharding(batch_sharding.mesh, PartitionSpec(None, *batch_sharding.spec))) for array in (inputs, labels)]
+    zeros = jax.tree.map(jnp.zeros_like, (state.params, state.totals))
+    # A loop on CPU runs convolutions 15 times slower (resnet20-s16u1-double); unrolled, it saves no memory there.
+    (batch_stats, (gradient, sums)), _ = jax.lax.scan(
+        add_part, (state.batch_stats, zeros), (*parts, jnp.arange(steps)), unroll=jax.default_backend() == "cpu")
+    return jax.tree.map(lambda leaf: leaf / steps, gradient), (batch_stats, sums)
 
 
 def _norm(tree: Tree) -> Array:
     """Returns the norm of all leaves together, joined first: a sum for each of them takes long to compile."""
     return jnp.linalg.norm(jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)]))
-
-

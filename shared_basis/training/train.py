@@ -1,23 +1,25 @@
-"""Training: the loop and what it needs."""
+"""Training a run from its configuration: checks, data, the workdir, and the loop from the latest checkpoint on."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from shared_basis import data
 from shared_basis.config import Config, differences
 from shared_basis.data import feeds
 from shared_basis.errors import UserError
-from shared_basis.models import create_model
+from shared_basis.models import Network, create_model
 from shared_basis.models.summary import compare_with_plain, render_saving
+from shared_basis.runs import tensorboard as event_files
 from shared_basis.runs.checkpoints import Checkpoints
-from shared_basis.runs.metrics import last_and_best
-from shared_basis.runs.tensorboard import require
+from shared_basis.runs.metrics import is_evaluation, last_and_best, render_outcome
 from shared_basis.runs.trained import build_model
 from shared_basis.runs.workdir import Workdir, make_record, versions
 from shared_basis.runtime import memory
@@ -46,25 +48,56 @@ def train(config: Config, workdir: str | Path, reporter: Reporter, *, tensorboar
     mesh = make_mesh()
     check_batch_size(config.train.batch_size, mesh, config.optimizer.grad_accumulation_steps)
     if tensorboard:
-        require()
+        event_files.require()
     run = Workdir(workdir, tensorboard)
     with raise_on_all_processes(), memory.oom_as_user_error(config):
-        if is_main_process():  # alone: what others looked for and did not find, a network's file system may hide from them
-            run.read_record()  # an unreadable workdir is told before the images are read
-        create_model(config.model.name, stem=config.model.stem)  # an unknown name is told before data is looked for
-        source = data.open_source(config.data, progress=reporter.progress("preparing images"))
-        model = build_model(config, source.spec)
-        comparison = compare_with_plain(config.model, len(source.spec.classes), source.spec.image_shape)
-        examples = len(source.splits["train"])
-        if examples < config.train.batch_size:
-            raise UserError(f"train.batch_size={config.train.batch_size}: there are only {examples} training images.")
-    with raise_on_all_processes(), memory.oom_as_user_error(config):  # apart, as processes settle something in it
+        source, model, comparison = _open(config, run, reporter)
+    with raise_on_all_processes(), memory.oom_as_user_error(config):  # apart, as processes communicate in it
         images = feeds.load(source, config.data, mesh, reporter)
-    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    device = f"{mesh.size} × {jax.devices()[0].device_kind}{processes}"
+    device = _describe_devices(mesh)
     record = make_record(config, {
-        "classes": list(source.spec.classes), "image_shape": list(source.spec.image_shape),
+        "classes": list(images.spec.classes), "image_shape": list(images.spec.image_shape),
         **{f"{name}_examples": images.count(name) for name in images.splits}}, device)
+    with _claimed(run, record), reporter.logging(run.path):
+        reporter.info(f"{config.model.name}: {render_saving(comparison)}")
+        _log_setup(config, images, device, run, reporter)
+        with contextlib.closing(Checkpoints(run.checkpoints, aside=run.damaged, tell=reporter.warn)) as checkpoints:
+            end = config.train.epochs * (images.count("train") // config.train.batch_size)
+            if checkpoints.steps[-1:] == [end] and checkpoints.metrics(end) is not None:
+                reporter.info("this run is finished")
+            else:
+                with memory.oom_as_user_error(config, saved=lambda: f" Saved: {checkpoints.describe()}."):
+                    resume(config, images, model, mesh, run, checkpoints, record, reporter)
+    return {**comparison, "device": device, **read_outcome(run)} if is_main_process() else comparison
+
+
+def _open(config: Config, run: Workdir, reporter: Reporter) -> tuple[data.Source, Network, dict[str, Any]]:
+    """Returns the images, not decoded yet, the network for them, and its counts beside its plain counterpart's.
+
+    Raises:
+      UserError: the workdir cannot be read, the network or the data is unknown, or there are too few images.
+    """
+    # What is cheap to check comes first. The workdir is read by the first process alone: a network's file system may
+    # hide a file from those that have looked for it in vain.
+    if is_main_process():
+        run.read_record()
+    create_model(config.model.name, stem=config.model.stem)
+    source = data.open_source(config.data, progress=reporter.progress("preparing images"))
+    model = build_model(config, source.spec)
+    comparison = compare_with_plain(config.model, len(source.spec.classes), source.spec.image_shape)
+    examples = len(source.splits["train"])
+    if examples < config.train.batch_size:
+        raise UserError(f"train.batch_size={config.train.batch_size}: there are only {examples} training images.")
+    return source, model, comparison
+
+
+@contextlib.contextmanager
+def _claimed(run: Workdir, record: Mapping[str, Any]) -> Iterator[None]:
+    """Keeps the directory of the run `record` locked by the first process, after making sure that all see that run.
+
+    Raises:
+      UserError: as `Workdir.locked`, `Workdir.claim` and `Workdir.require`.
+    """
     with contextlib.ExitStack() as stack:
         with raise_on_all_processes():
             if is_main_process():
@@ -72,41 +105,39 @@ def train(config: Config, workdir: str | Path, reporter: Reporter, *, tensorboar
                 run.claim(record)
         with raise_on_all_processes():
             run.require(record)
-        stack.enter_context(reporter.logging(run.path))
-        reporter.info(f"{config.model.name}: {render_saving(comparison)}")
-        reporter.debug(", ".join(f"{name} {version}" for name, version in versions().items()))
-        for field, (value, default) in differences(config, Config()).items():
-            reporter.debug(f"{field}: {value!r}, by default {default!r}")
-        *parts, last = (f"{count(images.count(name))} {'training' if name == 'train' else name}"
-                        for name in images.splits)
-        reporter.info(f"data {config.data.name}: {', '.join(parts)} and {last} images of "
-                    f"{'×'.join(map(str, source.spec.image_shape))}, {len(source.spec.classes)} classes; "
-                    f"{device}; workdir {run.path}")
-        checkpoints = Checkpoints(run.checkpoints, aside=run.damaged, tell=reporter.warn)
-        stack.callback(checkpoints.close)
-        end = config.train.epochs * (examples // config.train.batch_size)
-        if checkpoints.steps[-1:] == [end] and checkpoints.metrics(end) is not None:
-            reporter.info("this run is finished")
-        else:
-            with memory.oom_as_user_error(config, saved=lambda: f" Saved: {checkpoints.describe()}."):
-                resume(config, images, model, mesh, run, checkpoints, record, reporter)
-    return {**comparison, "device": device, **result(run)} if is_main_process() else comparison
+        yield
 
 
-def resume(config: Config, images: feeds.Images, model: Any, mesh: Any, run: Workdir, checkpoints: Checkpoints,
-          record: dict[str, Any], reporter: Reporter) -> None:
-    """Compiles, and trains from the latest checkpoint, or the beginning, to the end."""
+def _describe_devices(mesh: Mesh) -> str:
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{mesh.size} × {jax.devices()[0].device_kind}{processes}"
+
+
+def _log_setup(config: Config, images: feeds.Images, device: str, run: Workdir, reporter: Reporter) -> None:
+    """Prints what is trained on what and where; a verbose reporter adds versions and what differs from the defaults."""
+    reporter.debug(", ".join(f"{name} {version}" for name, version in versions().items()))
+    for field, (value, default) in differences(config, Config()).items():
+        reporter.debug(f"{field}: {value!r}, by default {default!r}")
+    *parts, last = (f"{count(images.count(name))} {'training' if name == 'train' else name}" for name in images.splits)
+    reporter.info(f"data {config.data.name}: {', '.join(parts)} and {last} images of "
+                  f"{'×'.join(map(str, images.spec.image_shape))}, {len(images.spec.classes)} classes; "
+                  f"{device}; workdir {run.path}")
+
+
+def resume(config: Config, images: feeds.Images, model: Network, mesh: Mesh, run: Workdir, checkpoints: Checkpoints,
+           record: dict[str, Any], reporter: Reporter) -> None:
+    """Compiles, and trains to the end: from the latest checkpoint, or from the beginning if there is none."""
     started = time.monotonic()
     reporter.info("compiling …")
     state, program = build(config, images, model, mesh, checkpoints)
     with StopSignals() as signals:
         reporter.info(f"ready in {duration(time.monotonic() - started)}; {program.memory.render()}")
-        note_resume(run, state, program, config, reporter)
+        _rewind(run, state, program, config, reporter)
         Training(config, program, run, checkpoints, record, reporter, signals).loop(state)
 
 
-def note_resume(run: Workdir, state: TrainState, program: Program, config: Config, reporter: Reporter) -> None:
-    """Says where a saved run goes on, and drops the metrics that it will compute again."""
+def _rewind(run: Workdir, state: TrainState, program: Program, config: Config, reporter: Reporter) -> None:
+    """Drops the metrics after `state`, which are computed again, and prints where a saved run resumes."""
     step = int(state.step)
     with raise_on_all_processes():
         if is_main_process():
@@ -119,22 +150,22 @@ def note_resume(run: Workdir, state: TrainState, program: Program, config: Confi
                if versions().get(name) != then]
     if changed:
         reporter.info(f"note: other versions than the run began with ({', '.join(changed)}); "
-                    "the result may differ in the last bits")
+                      "the result may differ in the last bits")
 
 
-def result(run: Workdir) -> dict[str, Any]:
-    """Returns the last line of metrics.jsonl, and of the best epoch its number, test accuracy and what chose it."""
-    lines = [line for line in run.metrics() if isinstance(line.get("test_accuracy"), float)]
+def read_outcome(run: Workdir) -> dict[str, Any]:
+    """Returns the last line of metrics.jsonl, and of the best epoch its number, test accuracy and what chose it.
+
+    Raises:
+      UserError: there is no such line.
+    """
+    lines = [line for line in run.metrics() if is_evaluation(line)]
     if not lines:
         raise UserError(f"{run.path / 'metrics.jsonl'} is missing or empty; the checkpoints are there: score them with "
                         f"--mode=evaluate --workdir={run.path}.")
     return last_and_best(lines)
 
 
-def render(outcome: dict[str, Any]) -> str:
-    """Returns `train`'s result as lines for a person."""
-    protocol = ("best validation epoch" if outcome["chosen_on"] == "validation" else
-                "best test epoch, the published protocol, which is chosen on the test images")
-    return (f"{outcome['model']}: {100 * outcome['test_accuracy']:.2f} % test accuracy after {outcome['epoch']} epochs"
-            f", {100 * outcome['best_test_accuracy']:.2f} % after {outcome['best_epoch']} ({protocol})\n"
-            f"{render_saving(outcome)}")
+def render(result: Mapping[str, Any]) -> str:
+    """Returns `train`'s result as human-readable lines."""
+    return f"{render_outcome(result)}\n{render_saving(dict(result))}"
