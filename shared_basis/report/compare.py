@@ -12,7 +12,6 @@ from shared_basis.report.html import Html, element, page, section, shown, table
 from shared_basis.report.output import FOLDER, PAGE, picture_files, write_report
 from shared_basis.report.plots import short_number
 from shared_basis.report.points import Point, Spread, as_result, gather_points, value
-from shared_basis.report.run_summary import PROTOCOLS
 from shared_basis.runtime.files import csv_text
 
 if TYPE_CHECKING:
@@ -20,6 +19,10 @@ if TYPE_CHECKING:
 
 FILES = ("error_parameters.png", "error_macs.png", "error_time.png", "comparison.csv")
 """What may lie in the folder beside the page."""
+
+_BEST = {"validation": "the best validation epoch",
+         "test": "the best test epoch, the published protocol, which is chosen on the test images"}
+"""By `Point.chosen_on`, the epoch of the column `best`."""
 
 _AXES = {"parameters": ("Error against parameters", "parameters"),
          "macs": ("Error against MACs", "multiply-accumulates of one image"),
@@ -77,7 +80,7 @@ def _explanation(points: Sequence[Point]) -> str:
     protocols = {point.chosen_on for point in points if point.chosen_on}
     return ("Runs that differ in the seed alone, or in what does not change the outcome, are one point: mean ± "
             "standard deviation (n − 1) of n runs. Error: test images that are misclassified, after the last epoch"
-            + (f"; best: that of the {' or '.join(PROTOCOLS[name] for name in sorted(protocols))}"
+            + (f"; best: after {' or '.join(_BEST[name] for name in sorted(protocols))}"
                if protocols else "")
             + ". Time: images trained on, over images per second, without compilation and evaluations; it compares "
               "networks only where the devices are the same.")

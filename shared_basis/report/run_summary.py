@@ -18,10 +18,6 @@ from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.metrics import chosen_on, is_evaluation, last_and_best, number
 from shared_basis.runs.workdir import Workdir
 
-PROTOCOLS = {"validation": "best validation epoch",
-             "test": "best test epoch, the published protocol, which is chosen on the test images"}
-"""By `chosen_on` of `runs.metrics.last_and_best`, what the figure of the best epoch is."""
-
 
 @dataclasses.dataclass(frozen=True)
 class RunSummary:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from shared_basis.plotting import Picture, data_uri
 from shared_basis.report import plots
 from shared_basis.report.html import Html, element, join, section, shown, table
 from shared_basis.report.output import FOLDER
-from shared_basis.report.run_summary import PROTOCOLS, RunSummary
+from shared_basis.report.run_summary import RunSummary
+from shared_basis.runs.metrics import render_outcome
 from shared_basis.runtime.reporter import duration
 
 PAIRS = 12
@@ -29,15 +30,8 @@ IMAGE_SIDE = 96
 
 def headline(run: RunSummary) -> str:
     """Returns how the run ended, or how far it came, and a warning where the figures are incomplete."""
-    text = _scored(run.outcome) if run.outcome else _unscored(run.saved)
-    warning = f" Warning: {run.warning}." if run.warning else ""
-    return f"{run.config.model.name}: {text}.{warning}"
-
-
-def _scored(outcome: Mapping[str, Any]) -> str:
-    return (f"{100 * outcome['test_accuracy']:.2f} % test accuracy after {outcome['epoch']} epochs, "
-            f"{100 * outcome['best_test_accuracy']:.2f} % after {outcome['best_epoch']} "
-            f"({PROTOCOLS[outcome['chosen_on']]})")
+    text = render_outcome(run.outcome) if run.outcome else f"{run.config.model.name}: {_unscored(run.saved)}"
+    return f"{text}." + (f" Warning: {run.warning}." if run.warning else "")
 
 
 def _unscored(step: int | None) -> str:
