@@ -1,9 +1,9 @@
 """A trained plain network into one with shared filter bases, in closed form.
 
-The mathematics is `shared_basis.compression.factorize`; here it is applied to a run. What is not factorised is copied by path.
-The batch normalisation of a basis gives back the mean and the deviation that it takes away: at evaluation it is the
-identity, in training about that. The one that follows a layer is told how the approximation changes the means and
-variances that it sees, which it would find out by itself in training.
+The mathematics is `shared_basis.compression.factorize`; here it is applied to a run. What is not factorised is copied.
+The batch normalisation of a basis restores the mean and the deviation that it removes: at evaluation it is the
+identity, in training nearly so. The running statistics of the one that follows a layer are corrected for the change of
+means and variances that the approximation causes; training would correct them in time.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from shared_basis.compression.factorize import factorise, relative_error
 from shared_basis.compression.layers import (
     Arrays,
     PlainLayers,
+    basis_layer_paths,
     check_family,
     extract_layers,
     following_norm,
-    layer_paths,
     load_images,
     matrix,
     open_plain,
@@ -41,6 +41,7 @@ from shared_basis.nn.types import Path
 from shared_basis.optim.penalty import orthogonality_penalty
 from shared_basis.runs.trained import Trained, Variables, build_model
 from shared_basis.runtime import memory
+from shared_basis.runtime.files import align
 from shared_basis.runtime.reporter import Reporter, count
 
 
@@ -49,33 +50,30 @@ class Compressed:
     """A network with shared bases, computed from a trained plain one."""
 
     config: Config
-    """Names the network, whose ranks may have been chosen."""
+    """Names `network`, whose ranks a budget may have chosen."""
     network: Network
     spec: data.Spec
     variables: Variables
     report: dict[str, Any]
-    """What `compress` tells of it."""
+    """`source`, `step`, `calibration` (images), the counts of `compare_with_plain`, `layers` with relative errors of
+    `filters` and, on the calibration images, of `activations` (None without), `penalty` (None without shared bases),
+    `test_examples`, and `test_accuracy` and `test_loss` of the `plain` and the `compressed` network."""
 
 
 def compress(config: Config, source: str, reporter: Reporter, *, which: str = "latest",
              calibration: int | None = None, budget: float | None = None, measure: str = "parameters") -> Compressed:
-    """Computes the network of `config`, in closed form, from the plain one that the run `source` holds.
+    """Computes the network of `config`, in closed form, from that of the run `source`, which is plain.
 
     Args:
       which: the checkpoint of `source`: 'latest', 'best' or the number of a step.
-      calibration: training images on which the inputs of layers are measured; 0 is none: filters are compared alone.
-        None is `shared_basis.compression.layers.IMAGES`.
-      budget: chooses the ranks, for a plain network in `config`: the part that the network may have of the plain one's
-        `measure`, 'parameters' or 'macs'.
-
-    Returns:
-      The network and its variables, with the `report`: `source`, `step`, `calibration`, the counts of
-      `compare_with_plain`, `layers` with the relative errors of `filters` and, on the calibration images, `activations`
-      (None without), `penalty` (None without shared bases), `test_examples`, and `test_accuracy` and `test_loss` of the
-      `plain` and the `compressed` network.
+      calibration: training images on which the inputs of layers are measured; 0 is none: filters alone are compared.
+        None is `shared_basis.compression.layers.CALIBRATION_IMAGES`.
+      budget: chooses the ranks, for a plain network in `config`: the part, in (0, 1], of the plain network's `measure`
+        ('parameters' or 'macs') that the compressed one may have.
 
     Raises:
-      UserError: `source` is not a plain network of this kind on these data.
+      UserError: `source` is no run of the plain network of `config` on its data, the network cannot be compressed, or
+        the budget is too small.
     """
     check_target(config, budget, measure)
     trained = open_plain(source, which)
@@ -124,7 +122,7 @@ def check_target(config: Config, budget: float | None, measure: str) -> None:
 
 
 def check_alike(config: Config, trained: Trained) -> None:
-    """Raises `UserError` unless the network and the images of `config` are those of `trained`, sharing apart."""
+    """Raises `UserError` unless network and images of `config` are those of `trained`, except for the sharing."""
     mine, its, where = config.model, trained.config.model, f"the run in {trained.run.path}"
     if plain_counterpart(mine.name) != its.name:
         raise UserError(f"{mine.name} cannot come from {its.name}, the network of {where}: depths and widths must be "
@@ -142,7 +140,7 @@ def check_alike(config: Config, trained: Trained) -> None:
 
 
 def _renamed(config: Config, name: str) -> Config:
-    """Returns `config` as its recipe gives it for the network `name`."""
+    """Returns `config` for the network `name`, named as recipes name theirs."""
     return replace(config, {"model.name": name,
                             "name": config.name.removesuffix(config.model.name).rstrip("-") + f"-{name}"})
 
@@ -157,21 +155,21 @@ def factorised(plain: PlainLayers, network: Network,
     shapes = {path: leaf.shape for path, leaf in flatten_dict(dict(abstract_variables(network, image_shape))).items()}
     arrays = dict(plain.arrays)
     layers = []
-    for name, paths in layer_paths(network).items():
+    for name, paths in basis_layer_paths(network).items():
         group = plain.group(network, name)
-        shared = network.shared_shapes().get(name, {})
-        bases = group.bases(next(iter(shared.values()))[-1] if shared else 0)
-        for used, basis in bases.items():
-            arrays["params", "bases", name, used] = basis.reshape(shared[used])
+        shared_shapes = network.shared_shapes().get(name, {})
+        bases = group.bases(next(iter(shared_shapes.values()))[-1] if shared_shapes else 0)
+        for shared, basis in bases.items():
+            arrays["params", "bases", name, shared] = basis.reshape(shared_shapes[shared])
         for path in paths:
-            unique = shapes.get(("params", *path, "unique"), (0,))
+            unique_shape = shapes.get(("params", *path, "unique"), (0,))
             basis = group.basis_of(path, bases)
-            own = factorise(group.layers[path], basis, unique[-1])
+            own = factorise(group.layers[path], basis, unique_shape[-1])
             kernel = matrix(arrays.pop(("params", *path, "kernel")))
             elements = np.concatenate([own.unique, basis], axis=1)
             approximation = elements @ own.coefficients
             if own.unique.size:
-                arrays["params", *path, "unique"] = own.unique.reshape(unique)
+                arrays["params", *path, "unique"] = own.unique.reshape(unique_shape)
             arrays["params", *path, "coefficients"] = own.coefficients
             arrays.update(basis_norm(path, elements, plain.moments.get(path)))
             if plain.moments and plain.is_normalised(path):
@@ -184,45 +182,43 @@ def factorised(plain: PlainLayers, network: Network,
     return {path: np.asarray(arrays[path], np.float32) for path in shapes}, layers
 
 
-def basis_norm(path: Path, elements: np.ndarray, seen: Moments | None) -> Arrays:
-    """Returns the batch normalisation of the basis `elements` `[D, R]` of the layer at `path`: the identity.
+def basis_norm(path: Path, elements: np.ndarray, moments: Moments | None) -> Arrays:
+    """Returns the batch normalisation of the basis `elements` `[D, R]` of the layer at `path`, which is the identity.
 
-    Its running statistics are those of the products of the elements with the patches `seen`, or 0 and 1 for None.
+    Its running statistics are those of the products of the elements with patches of these `moments`; None is 0 and 1.
     """
     mean, var = np.zeros(elements.shape[1]), np.ones(elements.shape[1])
-    if seen is not None:
-        mean, var = elements.T @ seen.mean, variances(elements, seen)
+    if moments is not None:
+        mean, var = elements.T @ moments.mean, variances(elements, moments)
     return {("batch_stats", *path, "norm", "mean"): mean, ("batch_stats", *path, "norm", "var"): var,
             ("params", *path, "norm", "bias"): mean, ("params", *path, "norm", "scale"): np.sqrt(var + EPSILON)}
 
 
 def corrected_bn_statistics(plain: PlainLayers, path: Path, kernel: np.ndarray, approximation: np.ndarray) -> Arrays:
     """Returns the running statistics after the layer at `path` when `approximation` `[D, T]` replaces its `kernel`."""
-    seen, norm = plain.moments[path], ("batch_stats", *following_norm(path))
-    factors = (variances(approximation, seen) + EPSILON) / (variances(kernel, seen) + EPSILON)
-    return {(*norm, "mean"): plain.arrays[*norm, "mean"] + (approximation - kernel).T @ seen.mean,
+    moments, norm = plain.moments[path], ("batch_stats", *following_norm(path))
+    factors = (variances(approximation, moments) + EPSILON) / (variances(kernel, moments) + EPSILON)
+    return {(*norm, "mean"): plain.arrays[*norm, "mean"] + (approximation - kernel).T @ moments.mean,
             (*norm, "var"): plain.arrays[*norm, "var"] * factors}
 
 
-def variances(filters: np.ndarray, seen: Moments) -> np.ndarray:
-    """Returns the variances `[R]` of the products of `filters` `[D, R]` with the patches `seen`."""
-    return np.maximum(np.sum(filters * (seen.covariance @ filters), axis=0), 0)
+def variances(filters: np.ndarray, moments: Moments) -> np.ndarray:
+    """Returns the variances `[R]` of the products of `filters` `[D, R]` with patches of these `moments`."""
+    return np.maximum(np.sum(filters * (moments.covariance @ filters), axis=0), 0)
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Returns `compress`'s result as lines for a person."""
+    """Returns a `Compressed.report` with its `workdir` as human-readable lines."""
     images = result["calibration"]
-    width = max(len(layer["path"]) for layer in result["layers"])
     head = "relative errors of filters" + (f", and of activations on {count(images)} training images" if images else "")
-    lines = [f"{head}:"]
-    for layer in result["layers"]:
-        activations = f"  {100 * layer['activations']:6.2f} %" if images else ""
-        lines.append(f"  {layer['path'].ljust(width)}  {100 * layer['filters']:6.2f} %{activations}")
+    kinds = ("filters", "activations") if images else ("filters",)
+    table = align([[layer["path"], *(f"{100 * layer[kind]:.2f} %" for kind in kinds)] for layer in result["layers"]],
+                  right=True)
     accuracy = {kind: f"{100 * value:.2f} %" for kind, value in result["test_accuracy"].items()}
     penalty = "" if result["penalty"] is None else f"; the orthogonality penalty is {result['penalty']:.2g}"
     return "\n".join([
-        *lines, f"{result['model']}: {render_saving(dict(result))}",
-        f"test accuracy {accuracy['plain']} plain, {accuracy['compressed']} compressed and not trained yet, on "
+        f"{head}:", *(f"  {line}" for line in table), f"{result['model']}: {render_saving(dict(result))}",
+        f"test accuracy {accuracy['plain']} plain, {accuracy['compressed']} compressed, before training, on "
         f"{count(result['test_examples'])} images{penalty}",
         f"now step 0 of {result['workdir']}; train on with --config=FILE:{result['model']} "
         f"--workdir={result['workdir']}, and the same --config.… as here"])

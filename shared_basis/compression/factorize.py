@@ -6,15 +6,15 @@ The error of a layer is measured in a metric Σ `[D, D]`:
 
     error = trace((W − E A)ᵀ Σ (W − E A)) = ‖M (W − E A)‖²,    Σ = MᵀM
 
-Σ = I compares filters; the second moment of the layer's input patches compares what the layer gives on them. Given Σ:
+Σ = I compares filters; the second moment of the layer's input patches compares its activations on them. Given Σ:
 
-- coefficients are the least-squares fit, for whatever elements;
-- given the shared elements, the best u unique ones are the truncated SVD of what least squares leaves of M W;
+- the coefficients for any elements are their least-squares fit;
+- given the shared elements, the best u unique ones are the truncated SVD of the residual of M W after their fit;
 - the best s shared elements of several layers are the truncated SVD of their stacked kernels M [W₁ W₂ …], in a metric
   that they have in common. Layers with metrics of their own are a weighted low-rank approximation, which has no closed
   form: the mean of the metrics stands in for them, for the choice of the shared elements alone.
 
-A change of basis within its span leaves E A as it is, so that all elements of a layer are made orthonormal.
+A change of basis within its span does not change E A, so all elements of a layer are made orthonormal.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ import numpy as np
 Matrix = np.ndarray
 
 RIDGE = 1e-4
-"""Of the mean of Σ's diagonal, added to it: patches may not fill the space, and few images tell little of it."""
+"""Added to Σ's diagonal, as a fraction of its mean: patches may not span the space, or be too few to estimate it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A plain layer, and what the error of its factorised form is measured by."""
+    """A plain layer, and the metric that measures the error of its factorised form."""
 
     kernel: Matrix
     """W, float64 `[D, T]`."""
@@ -54,7 +54,7 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Factorised:
-    """What a layer has of its own when factorised."""
+    """The parameters of one layer when factorised."""
 
     unique: Matrix
     """`[D, u]`, orthonormal columns, orthogonal to the shared elements."""
@@ -72,8 +72,8 @@ def factor_of(metric: Matrix) -> Matrix:
 def shared_directions(layers: Sequence[Layer]) -> Matrix:
     """Returns orthonormal columns `[D, D]`, the first s of which are the shared basis of rank s, for every s.
 
-    That is the best one for all `layers` together, each of which weighs by its share of its own energy. Where metrics
-    differ, their mean is taken, each scaled to one trace.
+    It is the best one for all `layers` together, whose errors are relative to their own energies. Where metrics differ,
+    it is the best in their mean, each scaled to trace 1.
     """
     if all(layer.factor is layers[0].factor for layer in layers):
         factor = layers[0].factor
@@ -87,9 +87,9 @@ def shared_directions(layers: Sequence[Layer]) -> Matrix:
 
 
 def orthonormal_together(bases: Sequence[Matrix]) -> list[Matrix]:
-    """Returns orthonormal bases `[D, s]` of one space, moved as little as makes all of them one orthonormal set.
+    """Returns the nearest bases to these, `[D, s]` of one space and each orthonormal, that are orthonormal together.
 
-    They stay where they are if there is one, or if the space cannot hold them all.
+    A single basis is returned as it is, and so are more than the space can hold together.
     """
     stacked = np.concatenate(bases, axis=1)
     if len(bases) == 1 or stacked.shape[1] > len(stacked):
@@ -99,26 +99,27 @@ def orthonormal_together(bases: Sequence[Matrix]) -> list[Matrix]:
 
 
 def residual(layer: Layer, basis: Matrix) -> Matrix:
-    """Returns what least squares by `basis` `[D, s]` leaves of M W, `[D, T]`."""
+    """Returns the residual `[D, T]` of M W after its least-squares fit by `basis` `[D, s]`."""
     span = np.linalg.qr(layer.factor @ basis)[0]
     return layer.weighted_kernel - span @ (span.T @ layer.weighted_kernel)
 
 
 def remaining_energy(layer: Layer, basis: Matrix) -> Matrix:
     """Returns the error over the layer's energy for `basis` and u = 0, 1, … T unique elements, the best for each u."""
-    seen = layer.factor @ basis  # by the normal equations: many ranks are asked for, and this is the quickest form
-    inverse = np.linalg.inv(np.linalg.cholesky(seen.T @ seen))
-    fitted = inverse @ (seen.T @ layer.weighted_kernel)
-    squares = np.maximum(np.linalg.eigvalsh(layer.weighted_kernel.T @ layer.weighted_kernel - fitted.T @ fitted), 0)  # rising
+    weighted = layer.factor @ basis  # by the normal equations, the quickest form: spectra need it for many ranks
+    inverse = np.linalg.inv(np.linalg.cholesky(weighted.T @ weighted))
+    fitted = inverse @ (weighted.T @ layer.weighted_kernel)
+    squares = np.maximum(np.linalg.eigvalsh(  # rising
+        layer.weighted_kernel.T @ layer.weighted_kernel - fitted.T @ fitted), 0)
     return np.append(np.cumsum(squares)[::-1], 0.0) / (layer.energy or 1.0)
 
 
 def factorise(layer: Layer, basis: Matrix, unique_rank: int) -> Factorised:
-    """Returns the best `unique_rank` unique elements beside the shared ones `basis` `[D, s]`, and coefficients."""
+    """Returns the best `unique_rank` unique elements beside the shared ones, `basis` `[D, s]`, and the coefficients."""
     rest = residual(layer, basis)
     left = np.linalg.svd(rest, full_matrices=unique_rank > min(rest.shape))[0][:, :unique_rank]
     directions = np.concatenate([basis, np.linalg.solve(layer.factor, left)], axis=1)
-    unique = np.linalg.qr(directions)[0][:, basis.shape[1]:]  # whole rank even where there is nothing left over
+    unique = np.linalg.qr(directions)[0][:, basis.shape[1]:]  # of full rank even where the residual is 0
     elements = np.concatenate([unique, basis], axis=1)
     return Factorised(unique, fit(layer, elements))
 
@@ -151,7 +152,7 @@ class Group:
                 for name in sorted(set(self.uses.values()))}
 
     def bases(self, rank: int) -> dict[str, Matrix]:
-        """Returns the shared bases `[D, rank]` by name, orthonormal, and together so as far as there is room."""
+        """Returns the shared bases `[D, rank]` by name, each orthonormal, and all together if the space has room."""
         if not self._directions:
             return {}
         parts = orthonormal_together([directions[:, :rank] for directions in self._directions.values()])

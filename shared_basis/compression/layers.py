@@ -1,4 +1,4 @@
-"""A trained plain network, taken apart into the layers that can be factorised and what they see."""
+"""The layers of a trained plain network that can be factorised, with the moments of their inputs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Arrays = Mapping[Path, np.ndarray]
 BASIS_FORM = "s<S>u<U>"
 """The form of sharing that a network must admit: 3×3 layers as coefficients of a basis."""
 
-IMAGES = 1000
-"""Training images that inputs are measured on unless the user says how many; all of them where there are fewer."""
+CALIBRATION_IMAGES = 1000
+"""Training images that inputs are measured on by default; all of them where there are fewer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,24 +39,27 @@ class PlainLayers:
 
     arrays: Arrays
     moments: Mapping[Path, Moments]
-    """Of the inputs of the layers that can be factorised, by path; empty where filters are compared."""
+    """Of the inputs of the layers that can be factorised, by path; empty where filters alone are compared."""
 
     def group(self, network: Network, name: str) -> Group:
-        """Returns the layers of group `name`, by path, which share as those of `network` do."""
-        uses, paths = dict(network.sharing.layers), layer_paths(network)[name]
+        """Returns the layers of group `name` by path, with the shared bases that they use in `network`."""
+        uses, paths = dict(network.sharing.layers), basis_layer_paths(network)[name]
         return Group({path: self.layer(path) for path in paths},
                      {path: uses[path[-1]] for path in paths if path[-1] in uses})
 
     def layer(self, path: Path) -> Layer:
-        """Returns the layer at `path`; its error is measured about the mean where batch normalisation follows."""
+        """Returns the layer at `path`.
+
+        Its error is measured about the mean of the activations where batch normalisation follows, which removes it.
+        """
         kernel = matrix(self.arrays["params", *path, "kernel"])
         if not self.moments:
             return Layer(kernel, np.eye(len(kernel)))
-        seen = self.moments[path]
-        return Layer(kernel, factor_of(seen.covariance if self.is_normalised(path) else seen.second))
+        moments = self.moments[path]
+        return Layer(kernel, factor_of(moments.covariance if self.is_normalised(path) else moments.second))
 
     def is_normalised(self, path: Path) -> bool:
-        """Returns whether batch normalisation follows the layer at `path`: in DenseNet it does not."""
+        """Returns whether batch normalisation follows the layer at `path`; in DenseNet it does not."""
         return ("batch_stats", *following_norm(path), "mean") in self.arrays
 
 
@@ -66,18 +69,18 @@ def matrix(kernel: np.ndarray) -> np.ndarray:
 
 
 def following_norm(path: Path) -> Path:
-    """Returns the path of the batch normalisation that follows the layer at `path`, in networks that have one."""
+    """Returns the path of the batch normalisation that follows the layer at `path`, if there is one."""
     return (*path[:-1], f"{path[-1]}_norm")
 
 
-def layer_paths(network: Network) -> dict[str, list[Path]]:
-    """Returns by group the paths of the layers of `network` that are factorised."""
+def basis_layer_paths(network: Network) -> dict[str, list[Path]]:
+    """Returns by group the paths of the layers of `network` that are basis layers when it is factorised."""
     return {group: [(group, block, layer) for block in blocks for layer in network.basis_layers()]
             for group, blocks in network.sharing_blocks().items()}
 
 
 def open_plain(source: str, which: str = "latest", overrides: Mapping[str, Any] | None = None) -> Trained:
-    """Opens the run in `source`, which must be of a plain network that can be factorised, with blocks one by one.
+    """Opens the run in `source`, which must be of a plain network that can be factorised, with its blocks unrolled.
 
     Raises:
       UserError: as `Trained.open`, there is no `source`, it is another network, or its weights are not finite.
@@ -110,14 +113,14 @@ def check_family(name: str) -> None:
 
 
 def load_images(config: Config, trained: Trained, calibration: int | None, tests: bool, reporter: Reporter) -> Images:
-    """Loads what compression looks at: the first `calibration` images of a fixed random order of the training images.
+    """Loads the calibration images: the first ones of a fixed random order of the training images.
 
     Args:
-      calibration: how many; 0 is none, and None is `IMAGES`.
-      tests: whether the test images are wanted too.
+      calibration: how many; 0 is none, and None is `CALIBRATION_IMAGES`.
+      tests: whether to load the test images too.
 
     Raises:
-      UserError: there are not so many images, or they are not those of the run `trained`.
+      UserError: there are fewer images, or they are not those of the run `trained`.
     """
     if calibration is not None and calibration < 0:
         raise UserError(f"--calibration={calibration}: must be a number of training images, or 0 for none.")
@@ -125,17 +128,17 @@ def load_images(config: Config, trained: Trained, calibration: int | None, tests
     source = data.open_source(config.data, names, trained.spec)
     splits = {name: source.splits[name] for name in names}
     if "train" in splits:
-        count = len(splits["train"])
-        wanted = min(IMAGES, count) if calibration is None else calibration
-        if wanted > count:
-            raise UserError(f"--calibration={wanted}: there are only {count} training images; give at most {count}.")
-        splits["train"] = splits["train"].take(np.sort(np.random.default_rng(0).permutation(count)[:wanted]))
+        total = len(splits["train"])
+        wanted = min(CALIBRATION_IMAGES, total) if calibration is None else calibration
+        if wanted > total:
+            raise UserError(f"--calibration={wanted}: there are only {total} training images; give at most {total}.")
+        splits["train"] = splits["train"].take(np.sort(np.random.default_rng(0).permutation(total)[:wanted]))
     with memory.oom_as_user_error(config, "train.eval_batch_size"):
         return feeds.load(data.Source(source.spec, splits), config.data, trained.mesh, reporter)
 
 
 def extract_layers(trained: Trained, config: Config, images: Images | None, reporter: Reporter) -> PlainLayers:
-    """Returns the layers of `trained`, measured on the training images among `images`, if there are any."""
+    """Returns the layers of `trained`, with moments on the training images among `images`, if there are any."""
     moments: Mapping[Path, Moments] = {}
     if images is not None and "train" in images.splits:
         total = images.count("train")
@@ -143,7 +146,7 @@ def extract_layers(trained: Trained, config: Config, images: Images | None, repo
         with memory.oom_as_user_error(config, "train.eval_batch_size"):
             moments = input_moments(
                 trained.model, trained.variables, config.data,
-                [path for paths in layer_paths(trained.model).values() for path in paths],
+                [path for paths in basis_layer_paths(trained.model).values() for path in paths],
                 images.batches("train", config.train.eval_batch_size, trained.mesh)(),
                 lambda seen: show(seen, total))
         reporter.end_progress()

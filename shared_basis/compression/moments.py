@@ -1,10 +1,10 @@
-"""What the layers of a network see of some images: the moments of their input patches."""
+"""The moments of the input patches of a network's layers, on some images."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +18,7 @@ from shared_basis.data.feeds import Inputs
 from shared_basis.nn import ops
 from shared_basis.nn.basis_conv import BasisConv
 from shared_basis.nn.types import Array, Path
-
-Variables = Mapping[str, Any]
+from shared_basis.runs.trained import Variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Moments:
     mean: np.ndarray
     """`[D]`."""
     second: np.ndarray
-    """About 0: the mean of p pᵀ, `[D, D]`."""
+    """The mean of p pᵀ, `[D, D]`: about 0, not about the mean."""
 
     @property
     def covariance(self) -> np.ndarray:
@@ -38,7 +37,7 @@ class Moments:
 
 
 def patches(x: Array, size: int) -> Array:
-    """Returns the patches `[N, H, W, size² · C]` that a convolution of stride 1 sees of `x [N, H, W, C]`."""
+    """Returns the input patches `[N, H, W, size² · C]` of a convolution of stride 1 over `x [N, H, W, C]`."""
     height, width = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0)))
     return jnp.concatenate([x[:, i:i + height, j:j + width] for i in range(size) for j in range(size)], axis=-1)
@@ -46,14 +45,14 @@ def patches(x: Array, size: int) -> Array:
 
 def input_moments(model: nn.Module, variables: Variables, data: DataConfig, layers: Iterable[Path],
                   batches: Iterable[Inputs],
-                  progress: Callable[[int], None] = lambda seen: None) -> dict[Path, Moments]:
+                  progress: Callable[[int], None] = lambda measured: None) -> dict[Path, Moments]:
     """Returns the moments of the input patches of `layers`, 3×3 convolutions of stride 1, at evaluation.
 
     Args:
-      model: computes each block by itself, as in a loop the layers of several blocks are one.
+      model: has its blocks unrolled; in a loop the layers of several blocks are one.
       layers: their paths in the parameter tree.
-      batches: images uint8 `[N, H, W, C]` and labels; −1 marks an image that does not count.
-      progress: is told how many images have been seen.
+      batches: images uint8 `[N, H, W, C]` and labels `[N]`; −1 marks an image that does not count.
+      progress: called with the number of images measured so far.
     """
     wanted = frozenset(layers)
 
@@ -72,19 +71,19 @@ def input_moments(model: nn.Module, variables: Variables, data: DataConfig, laye
         return found
 
     totals: dict[Path, list[np.ndarray]] = {}
-    images_seen = 0
+    measured = 0
     for images, labels in batches:
         for path, part in jax.device_get(sums(variables, images, labels)).items():
             exact = [np.asarray(each, np.float64) for each in part]
             totals[path] = [a + b for a, b in zip(totals[path], exact, strict=True)] if path in totals else exact
-        images_seen += int((np.asarray(labels) >= 0).sum())
-        progress(images_seen)
+        measured += int((np.asarray(labels) >= 0).sum())
+        progress(measured)
     return {path: Moments(first / count, second / count) for path, (count, first, second) in totals.items()}
 
 
 def _sums(x: Array, counts: Array, size: int) -> tuple[Array, Array, Array]:
     """Returns the number of patches of the images `x [N, H, W, C]` that count, their sum and that of their products."""
-    seen = patches(x.astype(jnp.float32) * counts[:, None, None, None], size)
-    seen = seen.reshape(-1, seen.shape[-1])
+    found = patches(x.astype(jnp.float32) * counts[:, None, None, None], size)
+    found = found.reshape(-1, found.shape[-1])
     number = jnp.sum(counts, dtype=jnp.float32) * x.shape[1] * x.shape[2]
-    return number, jnp.sum(seen, 0), jnp.matmul(seen.T, seen, precision=jax.lax.Precision.HIGHEST)
+    return number, jnp.sum(found, 0), jnp.matmul(found.T, found, precision=jax.lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""Which ranks: the energy that they capture of a trained network, and the best network within a budget."""
+"""The choice of ranks: the energy of a trained network that they capture, and the best network within a budget."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared_basis.runs.trained import Trained
 from shared_basis.runtime.reporter import Reporter
 
 SHARINGS = {"single": "", "double": "-double"}
-"""How the groups of a network may share, and how its name ends then."""
+"""The ways in which the groups of a network may share, and the endings of its name."""
 
 MEASURES = ("parameters", "macs")
 
@@ -26,7 +26,7 @@ class Candidates:
     """The networks `<base>-s<S>u<U>[-double]` that a plain network can be compressed to."""
 
     def __init__(self, plain: PlainLayers, trained: Trained) -> None:
-        """Takes the layers of a network, and the run that they are of."""
+        """Takes the layers of a plain network, and its run."""
         self._spec, self._model = trained.spec, trained.config.model
         forms = family_of(self._model.name).forms
         self.sharings = [sharing for sharing, ending in SHARINGS.items() if f"s<S>u<U>{ending}" in forms]
@@ -35,7 +35,7 @@ class Candidates:
         shapes = [(group, shape) for group, named in networks["single"].shared_shapes().items()
                   for shape in named.values()]
         self.growth = {group: shape[-1] for group, shape in shapes}
-        """By group, its rank over that of the name: 1, 2, 4, …."""
+        """By group, the factor from the rank in the name to the group's own: 1, 2, 4, …."""
         self.space = min(math.prod(shape[:3]) // shape[3] for _, shape in shapes)
         """The largest S + U."""
         self._groups = {sharing: {group: plain.group(network, group) for group in self.growth}
@@ -44,11 +44,11 @@ class Candidates:
         self._costs: dict[str, list[Mapping[str, int]]] = {}
 
     def name(self, sharing: str, shared: int, unique: int) -> str:
-        """Returns the name of a network; one that shares nothing has one form."""
+        """Returns the name of a network; one with S = 0 has the same name for every sharing."""
         return f"{self._model.name}-s{shared}u{unique}{SHARINGS[sharing] if shared else ''}"
 
     def captured(self, sharing: str, group: str, shared: int, unique: int) -> float:
-        """Returns the part of the energy of the layers of `group` that a network captures, their mean."""
+        """Returns the fraction of the energy of the layers of `group` that a network captures, their mean."""
         growth, key = self.growth[group], (sharing, group, shared)
         if key not in self._remaining:
             self._remaining[key] = self._groups[sharing][group].remaining(shared * growth)
@@ -56,14 +56,14 @@ class Candidates:
         return 1 - float(remaining[min(unique * growth, len(remaining) - 1)])
 
     def mean_captured(self, sharing: str, shared: int, unique: int) -> float:
-        """Returns the same of all layers."""
+        """Returns the mean of this fraction over all layers."""
         return float(np.average([self.captured(sharing, group, shared, unique) for group in self.growth],
                                 weights=[len(group.layers) for group in self._groups[sharing].values()]))
 
     def cost(self, sharing: str, measure: str, shared: int, unique: int) -> int:
         """Returns the 'parameters' or 'macs' of a network.
 
-        They are linear in the ranks: the counts of three networks tell those of all.
+        They are linear in the ranks, so the counts of three networks give those of all.
         """
         if sharing not in self._costs:
             self._costs[sharing] = [self._count(self.name(sharing, *ranks)) for ranks in ((1, 1), (2, 1), (1, 2))]
@@ -78,7 +78,7 @@ class Candidates:
         return self._count(self._model.name)[measure]
 
     def largest(self, measure: str, limit: float) -> Iterator[tuple[str, int, int]]:
-        """Yields for each sharing, and U = 0, 1, 2, 4, …, the network with the largest S that costs `limit` at most."""
+        """Yields (sharing, S, U) for each sharing and U = 0, 1, 2, 4, …: the largest S that costs `limit` at most."""
         for sharing in self.sharings:
             each = self.cost(sharing, measure, 1, 0) - self.cost(sharing, measure, 0, 0)
             unique = 0
@@ -90,12 +90,12 @@ class Candidates:
                 unique = 2 * unique or 1
 
 
-def choose(candidates: Candidates, budget: float, measure: str, tell: Callable[[str], None]) -> str:
+def choose(candidates: Candidates, budget: float, measure: str, log: Callable[[str], None]) -> str:
     """Returns the name of the network within the budget that captures most of the plain network's energy.
 
     Args:
       budget: the part of the plain network's `measure`, 'parameters' or 'macs', that it may cost.
-      tell: is told of each candidate.
+      log: called with a line about each candidate.
 
     Raises:
       UserError: no network costs so little.
@@ -105,18 +105,18 @@ def choose(candidates: Candidates, budget: float, measure: str, tell: Callable[[
     for sharing, shared, unique in candidates.largest(measure, limit):
         name = candidates.name(sharing, shared, unique)
         found[name] = candidates.mean_captured(sharing, shared, unique)
-        tell(f"{name}: {candidates.cost(sharing, measure, shared, unique):,} {measure}, {100 * found[name]:.2f} % of "
-             "the energy")
+        log(f"{name}: {candidates.cost(sharing, measure, shared, unique):,} {measure}, {100 * found[name]:.2f} % of "
+            "the energy")
     if not found:
         least = min(candidates.cost("single", measure, *ranks) for ranks in ((1, 0), (0, 1)))
-        raise UserError(f"--budget={budget:g} of {measure}: the least network has "
+        raise UserError(f"--budget={budget:g} of {measure}: the smallest network has "
                         f"{least / candidates.plain_cost(measure):.3f} of the plain one's; the layers that are not "
                         "factorised count too.")
     return max(found, key=lambda name: found[name])
 
 
 def check_budget(budget: float, measure: str) -> None:
-    """Raises `UserError` unless they are a part and one of `MEASURES`."""
+    """Raises `UserError` unless `budget` is in (0, 1] and `measure` one of `MEASURES`."""
     if not 0 < budget <= 1:
         raise UserError(f"--budget={budget:g}: must be a part of the plain network, above 0 and at most 1.")
     if measure not in MEASURES:
@@ -134,13 +134,13 @@ def shown_ranks(candidates: Candidates) -> list[int]:
 def spectrum(candidates: Candidates, uniques: tuple[int, ...], reporter: Reporter) -> list[dict[str, Any]]:
     """Returns the energy that networks capture, by group and of all layers, one row each.
 
-    Its columns are `sharing`, `group` ('all' for the mean of all layers), `S` and `U` of the network's name, the
+    The columns are `sharing`, `group` ('all' for the mean of all layers), `S` and `U` of the network's name, the
     `shared_elements` of each basis and the `unique_elements` of each layer in the group, `captured` in [0, 1], and,
     for all groups, `parameters` and `macs` over those of the plain network.
     """
     rows: list[dict[str, Any]] = []
     ranks = shown_ranks(candidates)
-    show = reporter.progress("taking spectra")
+    show = reporter.progress("computing spectra")
     plain = {measure: candidates.plain_cost(measure) for measure in MEASURES}
     for done, (sharing, shared) in enumerate(
             [(sharing, shared) for sharing in candidates.sharings for shared in ranks], start=1):

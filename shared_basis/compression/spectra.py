@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from shared_basis.compression.layers import extract_layers, load_images, open_pl
 from shared_basis.compression.ranks import Candidates, spectrum
 from shared_basis.errors import UserError
 from shared_basis.plotting import COLORS, DASHES, MARKERS, PANEL, png
+from shared_basis.runtime.files import align, csv_text, write_all_atomic
 from shared_basis.runtime.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -21,13 +21,15 @@ UNIQUE = (0, 1, 2, 4)
 """U of the networks in the table."""
 
 COLUMNS = ("sharing", "group", "S", "U", "shared_elements", "unique_elements", "captured", "parameters", "macs")
+"""Of the table; see `shared_basis.compression.ranks.spectrum`."""
 
 Rows = Sequence[Mapping[str, Any]]
 
 
-def write_spectra(source: str, reporter: Reporter, *, which: str = "latest", overrides: Mapping[str, Any] | None = None,
-         calibration: int | None = None, output: str = "") -> dict[str, Any]:
-    """Writes what networks with shared bases can capture of the plain one in `source`, as a table and a picture.
+def write_spectra(source: str, reporter: Reporter, *, which: str = "latest",
+                  overrides: Mapping[str, Any] | None = None, calibration: int | None = None,
+                  output: str = "") -> dict[str, Any]:
+    """Writes the energy of the plain network in `source` that shared bases capture, as a table and a picture.
 
     Args:
       which, overrides: as in `Trained.open`.
@@ -49,8 +51,8 @@ def write_spectra(source: str, reporter: Reporter, *, which: str = "latest", ove
     images = load_images(trained.config, trained, calibration, False, reporter) if calibration != 0 else None
     plain = extract_layers(trained, trained.config, images, reporter)
     rows = spectrum(Candidates(plain, trained), UNIQUE, reporter)
-    seen = images.count("train") if images else 0
-    metric = f"activations on {seen:,} training images" if seen else "filters"
+    measured = images.count("train") if images else 0
+    metric = f"activations on {measured:,} training images" if measured else "filters"
 
     def paint(figure: Figure) -> None:
         draw(figure, rows, f"{trained.config.model.name}: what shared bases capture of its {metric}")
@@ -59,7 +61,7 @@ def write_spectra(source: str, reporter: Reporter, *, which: str = "latest", ove
     picture = png(paint, size=(PANEL[0] * 0.8 * groups, PANEL[1]))
     _write(path, rows, picture)
     return {"source": str(trained.run.path), "step": trained.step, "model": trained.config.model.name,
-            "calibration": seen, "csv": str(path), "png": str(path.with_suffix(".png")), "rows": rows}
+            "calibration": measured, "csv": str(path), "png": str(path.with_suffix(".png")), "rows": rows}
 
 
 def draw(figure: Figure, rows: Rows, title: str) -> None:
@@ -86,35 +88,28 @@ def draw(figure: Figure, rows: Rows, title: str) -> None:
 
 
 def _write(path: Path, rows: Rows, picture: bytes) -> None:
-    """Writes the table and the picture beside it, each whole or not at all."""
+    """Writes the table and the picture beside it, both or neither."""
+    cells = [[f"{value:.6f}" if isinstance(value := row.get(name, ""), float) else value for name in COLUMNS]
+             for row in rows]
     try:
-        temporary = path.with_name(f"{path.name}.tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows({name: f"{value:.6f}" if isinstance(value, float) else value
-                              for name, value in row.items()} for row in rows)
-        os.replace(temporary, path)
-        temporary.write_bytes(picture)
-        os.replace(temporary, path.with_suffix(".png"))
+        write_all_atomic({path: csv_text(COLUMNS, cells), path.with_suffix(".png"): picture})
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); choose another --output=FILE.csv.") from error
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Returns `take`'s result as a table for a person: of all layers, the rest being in the files."""
+    """Returns `write_spectra`'s result as a human-readable table, of all layers; the groups are in the files."""
     rows = [row for row in result["rows"] if row["group"] == "all"]
     kinds = list(dict.fromkeys((row["sharing"], row["U"]) for row in rows))
     found = {(row["sharing"], row["U"], row["S"]): row for row in rows}
-    seen = f"of activations on {result['calibration']:,} training images" if result["calibration"] else "of filters"
+    metric = f"activations on {result['calibration']:,} training images" if result["calibration"] else "filters"
     table = [["S", *(f"{sharing} U={unique}" for sharing, unique in kinds)]]
     for shared in dict.fromkeys(row["S"] for row in rows):
         cells = [found.get((*kind, shared)) for kind in kinds]
         table.append([str(shared), *("" if cell is None else f"{100 * cell['captured']:.1f} ({cell['parameters']:.2f})"
                                      for cell in cells)])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join([
-        f"{result['model']} at step {result['step']:,} of {result['source']}: energy captured {seen}, in %, mean of "
-        "all layers (and parameters over those of the plain network)",
-        *("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table),
-        f"by group, and as pictures: {result['csv']}, {result['png']}"])
+        f"{result['model']} at step {result['step']:,} of {result['source']}: energy captured of {metric}, in %, mean "
+        "of all layers (and parameters over those of the plain network)",
+        *align(table, right=True),
+        f"by group, and as a picture: {result['csv']}, {result['png']}"])
