@@ -20,7 +20,7 @@ from benchmarks.worker import without_images
 from shared_basis.models.base import Network
 from shared_basis.models.parameters import abstract_variables, count_macs
 from shared_basis.models.resnet import ResNet
-from shared_basis.plotting import MARKERS, Theme, png, set_log
+from shared_basis.plotting import COLORS, MARKERS, png, set_log
 from shared_basis.runs.trained import build_model
 
 if TYPE_CHECKING:
@@ -180,14 +180,14 @@ def _table(points: Sequence[Point]) -> Table:
     return table
 
 
-def _paint(points: Sequence[Point], figure: Figure, theme: Theme) -> None:
+def _paint(points: Sequence[Point], figure: Figure) -> None:
     """Draws time and memory by each axis."""
     axes = list(dict.fromkeys(point.axis for point in points))
     grid = figure.subplots(2, len(axes), squeeze=False, sharey="row")
     for column, axis in enumerate(axes):
         here = [point for point in points if point.axis == axis]
-        _draw(grid[0, column], here, lambda point: 1000 * statistics.median(point.seconds), theme, work=True)
-        _draw(grid[1, column], here, lambda point: point.bytes / MIB, theme, work=False)
+        _draw(grid[0, column], here, lambda point: 1000 * statistics.median(point.seconds), work=True)
+        _draw(grid[1, column], here, lambda point: point.bytes / MIB, work=False)
         grid[1, column].set_xlabel(UNITS[axis])
     grid[0, 0].set_ylabel("time of a step (ms)")
     grid[1, 0].set_ylabel("memory of a device (MiB)")
@@ -195,18 +195,17 @@ def _paint(points: Sequence[Point], figure: Figure, theme: Theme) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
 
 
-def _draw(axes: Any, points: Sequence[Point], value: Callable[[Point], float], theme: Theme, *,
-          work: bool) -> None:
+def _draw(axes: Any, points: Sequence[Point], value: Callable[[Point], float], *, work: bool) -> None:
     """Draws a line for each name; with `work`, dashed, the time that grows as the MACs do from the smallest on."""
     names = list(dict.fromkeys(point.name for point in points))
     for index, name in enumerate(names):
         line = [point for point in points if point.name == name]
         sizes = [point.size for point in line]
-        axes.plot(sizes, [value(point) for point in line], marker=MARKERS[index], color=theme.colors[index],
+        axes.plot(sizes, [value(point) for point in line], marker=MARKERS[index], color=COLORS[index],
                   label=name)
         if work:
             ideal = [value(line[0]) * point.work / line[0].work for point in line]
-            axes.plot(sizes, ideal, linestyle="--", linewidth=1, color=theme.colors[index], alpha=0.6,
+            axes.plot(sizes, ideal, linestyle="--", linewidth=1, color=COLORS[index], alpha=0.6,
                       label="in proportion to MACs" if index == len(names) - 1 else None)
     for which in ("x", "y"):
         set_log(axes, which)

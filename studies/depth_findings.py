@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import NOT_MEASURED, Table, markdown, replace_section
 from benchmarks.records import ROOT, read
-from shared_basis.plotting import DASHES, Theme, png, set_log
+from shared_basis.plotting import COLORS, DASHES, png, set_log
 from shared_basis.runtime.files import write_atomic
 from studies.findings import NOT_RUN
 
@@ -110,7 +110,7 @@ def table(rows: Sequence[DepthRow]) -> Table:
     return lines
 
 
-def _paint(rows: Sequence[DepthRow], figure: Figure, theme: Theme) -> None:
+def _paint(rows: Sequence[DepthRow], figure: Figure) -> None:
     """Draws the gradient by depth: a row of axes for each number of sharing layers, a column for each moment."""
     numbers = sorted({row.layers for row in rows})
     grid = figure.subplots(len(numbers), len(MEASURED), sharex="row", sharey="row", squeeze=False)
@@ -121,7 +121,7 @@ def _paint(rows: Sequence[DepthRow], figure: Figure, theme: Theme) -> None:
                               epoch)
                 if runs:
                     means = [statistics.geometric_mean(norms) for norms in zip(*runs, strict=True)]
-                    axes.plot(range(1, len(means) + 1), means, color=theme.colors[index],
+                    axes.plot(range(1, len(means) + 1), means, color=COLORS[index],
                               linestyle=DASHES[index], linewidth=1.2, label=treatment.label)
             set_log(axes, "y")
             if layers == numbers[0]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from shared_basis import plotting
-from shared_basis.analysis import figures
-from shared_basis.analysis.collect import _OURS, Analysis
-from shared_basis.analysis.tables import Table, numbers, tables
+from shared_basis.analysis import figures, tables
+from shared_basis.analysis.collect import Analysis
 from shared_basis.errors import UserError
 from shared_basis.runs import inspect
 from shared_basis.runs.trained import Trained
+from shared_basis.runtime.files import write_all_atomic
+
+FILES = re.compile(r"((products|filters|coefficients|similarity)_\w+|stem|bases|singular_values|effective_rank|"
+                   r"gradient_flow|gradient_training)(\.against)?\.(csv|png)")
+"""The names of the files of an analysis."""
 
 
 def analyze(workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None,
@@ -27,7 +30,7 @@ def analyze(workdir: str | Path, which: str = "latest", overrides: Mapping[str, 
       which, overrides: as in `Trained.open`.
       against: another checkpoint to draw beside it: a step of this run, or a workdir, or WORKDIR:STEP.
       output: the directory to write to; empty is `workdir`/analysis. Files of an earlier analysis in it are removed.
-      tell: is given what is going on, line by line.
+      tell: takes each line about the progress.
 
     Returns:
       `workdir`, `step`, `model`, `output`, `files` (names in it), `notes`, `sets`: by name `describe_set`, without the
@@ -47,30 +50,18 @@ def analyze(workdir: str | Path, which: str = "latest", overrides: Mapping[str, 
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(directory, error) from error
-    analyses = _labelled([Analysis.of(trained, tell) for trained in runs])
+    analyses = _with_distinct_labels([Analysis.of(trained, tell) for trained in runs])
     tell("drawing …")
-    written: list[str] = []
-    for name, table in tables(analyses):
-        _write(directory / f"{name}.csv", _csv(table), written)
-    for name, (_, paint, size) in figures.paintings(analyses).items():
-        _write(directory / f"{name}.png", plotting.png(paint, size=size), written)
-    _remove_others(directory, written)
+    files = tables.csv_files(analyses)
+    for name, (paint, size) in figures.paintings(analyses).items():
+        files[f"{name}.png"] = plotting.png(paint, size)
+    _write(directory, files)
     one, *others = ({"workdir": str(trained.run.path), "step": each.step, "model": each.model, "notes": each.notes,
-                     **numbers(each)} for trained, each in zip(runs, analyses, strict=True))
-    return {**one, "output": str(directory), "files": written, **({"against": others[0]} if others else {})}
+                     **tables.numbers(each)} for trained, each in zip(runs, analyses, strict=True))
+    return {**one, "output": str(directory), "files": list(files), **({"against": others[0]} if others else {})}
 
 
-def _remove_others(directory: Path, written: Sequence[str]) -> None:
-    """Removes the files of an earlier analysis that this one has not written again, as they tell of another one."""
-    try:
-        for path in directory.iterdir():
-            if _OURS.fullmatch(path.name) and path.name not in written:
-                path.unlink()
-    except OSError as error:
-        raise _unwritable(directory, error) from error
-
-
-def _labelled(analyses: list[Analysis]) -> list[Analysis]:
+def _with_distinct_labels(analyses: list[Analysis]) -> list[Analysis]:
     """Returns the analyses with labels that differ."""
     if len({each.label for each in analyses}) == len(analyses):
         return analyses
@@ -79,30 +70,20 @@ def _labelled(analyses: list[Analysis]) -> list[Analysis]:
     return [dataclasses.replace(each, label=label) for each, label in zip(analyses, labels, strict=True)]
 
 
-# Tables
+def _write(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Writes the files of an analysis, and removes those of an earlier one that are not among them.
 
-
-def _csv(table: Table) -> bytes:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(table)
-    return text.getvalue().encode("utf-8", "backslashreplace")
-
-
-def _write(path: Path, content: bytes, written: list[str]) -> None:
-    """Writes a file whole or not at all, and notes its name."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    Raises:
+      UserError: they cannot be written.
+    """
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        write_all_atomic({directory / name: content for name, content in files.items()})
+        for path in directory.iterdir():
+            if FILES.fullmatch(path.name) and path.name not in files:
+                path.unlink()
     except OSError as error:
-        raise _unwritable(path, error) from error
-    written.append(path.name)
+        raise _unwritable(directory, error) from error
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:
     return UserError(f"--output={path}: cannot be written ({error.strerror}); choose another directory with --output.")
-
-
-# Text
-
-

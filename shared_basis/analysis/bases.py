@@ -1,4 +1,4 @@
-"""Numbers of filter bases: products, norms, singular values, effective rank, and the coefficients of layers.
+"""Numbers that describe filter bases: products, norms, singular values, effective rank, coefficients of layers.
 
 The rows of a matrix are basis elements, flattened. All is computed by NumPy in float64 from a network's parameters.
 """
@@ -109,7 +109,7 @@ def coherence(products: Matrix, *, same: bool) -> float | None:
 
 
 def singular_values(matrix: Matrix) -> np.ndarray:
-    """Returns the singular values of a matrix, falling."""
+    """Returns the singular values of a matrix, in descending order."""
     return np.linalg.svd(matrix, compute_uv=False)
 
 
@@ -208,7 +208,7 @@ def uncentered_linear_cka(matrices: list[Matrix]) -> Matrix:
 
 
 def chance_alignment(matrix: Matrix) -> float:
-    """Returns about what `alignments` gives for independent Gaussian matrices of this shape: T / (T + s + 1).
+    """Returns about what `uncentered_linear_cka` gives for independent Gaussian matrices `[s, T]`: T / (T + s + 1).
 
     That is the ratio of the expected product to the expected square; for small matrices the mean is a little larger.
     """

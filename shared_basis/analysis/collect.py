@@ -1,9 +1,8 @@
-"""What is analysed of a run: its bases, coefficients, and gradients."""
+"""Collects what is analysed of a run: its bases, coefficients, and gradients."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,17 +19,13 @@ from shared_basis.data import feeds
 from shared_basis.data.augment import normalize
 from shared_basis.errors import UserError
 from shared_basis.nn import ops
+from shared_basis.plotting import drawable
 from shared_basis.runs.trained import Trained
 from shared_basis.runtime import memory
 from shared_basis.runtime.reporter import Reporter
 
 Flow = dict[int, dict[str, dict[str, float]]]
 """By step (0 is initialisation) `blocks` and `parameters`: norms by path, see `gradient_flow`."""
-
-
-_OURS = re.compile(r"((products|filters|coefficients|similarity)_\w+|stem|bases|singular_values|effective_rank|"
-                   r"gradient_flow|gradient_training)(\.against)?\.(csv|png)")
-"""The names of the files of an analysis."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +38,7 @@ class Analysis:
     step: int
     sets: list[BasisSet]
     described: dict[str, list[dict[str, Any]]]
-    """By name of the set, `analysis.describe_set`."""
+    """By name of the set, `bases.describe_set`."""
     stem: np.ndarray
     """`[k, k, channels, T]`."""
     layers: list[str]
@@ -54,9 +49,13 @@ class Analysis:
     notes: list[str]
     """What does not apply to this network or this run, and why."""
 
+    def drawn_name(self, limit: int = 40) -> str:
+        """Returns what pictures call the run: its label, or the model where their font lacks one of its letters."""
+        return drawable(self.label, self.model, limit)
+
     @classmethod
     def of(cls, trained: Trained, tell: Callable[[str], None] = lambda text: None) -> Analysis:
-        """Analyses a checkpoint, and the gradients at all that are kept."""
+        """Analyses a checkpoint, and the gradients at all checkpoints that are kept; `tell` as in `analyze`."""
         variables = jax.device_get(trained.variables)
         sets = bases.basis_sets(trained.model, variables)
         notes = list(_notes(trained, sets))
@@ -71,11 +70,12 @@ class Analysis:
         recorded = trained.run.gradients()
         if not recorded:
             notes.append("no gradients while training: the run was made without --config.train.record_gradients")
-        return cls(trained.run.path.absolute().name, trained.config.model.name, trained.step, sets,
-                   {found.name: bases.describe_set(found) for found in sets}, np.asarray(
-                       variables["params"]["stem"]["kernel"]),
-                   ["/".join(path) for path in layer_paths(trained.model, trained.spec.image_shape)], flow, recorded,
-                   notes)
+        return cls(
+            label=trained.run.path.absolute().name, model=trained.config.model.name, step=trained.step, sets=sets,
+            described={found.name: bases.describe_set(found) for found in sets},
+            stem=np.asarray(variables["params"]["stem"]["kernel"]),
+            layers=["/".join(path) for path in layer_paths(trained.model, trained.spec.image_shape)],
+            flow=flow, recorded=recorded, notes=notes)
 
 
 def _notes(trained: Trained, sets: Sequence[BasisSet]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""An analysis as numbers, as tables, and as text."""
+"""An analysis as plain data, as CSV, and as text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,20 @@ from shared_basis.analysis import bases
 from shared_basis.analysis.bases import BasisSet
 from shared_basis.analysis.collect import Analysis
 from shared_basis.analysis.gradient_flow import by_depth
+from shared_basis.runtime.files import align, csv_text
+
+COLUMNS = {"basis": "basis", "elements": "elements", "norm_min": "norm min", "norm_mean": "mean", "norm_max": "max",
+           "coherence_shared": "coherence shared", "coherence_between": "with unique", "coherence_unique": "unique",
+           "cosine": "largest cosine", "effective_rank": "effective rank", "stable_rank": "stable rank",
+           "condition": "condition"}
+"""Of the printed tables: what `describe_set` calls them, and their headings."""
+
+Table = Iterator[Sequence[Any]]
+"""The rows of a CSV, the header first."""
 
 
 def numbers(one: Analysis) -> dict[str, Any]:
-    """Returns the numbers of an analysis that `analyze` returns."""
+    """Returns `sets`, `similarity` and `gradient_flow` as `analyze` returns them, plain data for JSON."""
     return {
         "sets": {name: [{key: value for key, value in basis.items() if key != "singular_values"} for basis in described]
                  for name, described in one.described.items()},
@@ -25,11 +35,15 @@ def numbers(one: Analysis) -> dict[str, Any]:
         "gradient_flow": {str(step): both for step, both in one.flow.items()}}
 
 
-Table = Iterator[Sequence[Any]]
+def csv_files(analyses: Sequence[Analysis]) -> dict[str, bytes]:
+    """Returns the CSV files of an analysis, or of two, by name; those of the second run alone end in '.against.csv'."""
+    files = {}
+    for name, (header, *rows) in _tables(analyses):
+        files[f"{name}.csv"] = csv_text(header, rows).encode(errors="backslashreplace")  # a path may be no Unicode
+    return files
 
 
-def tables(analyses: Sequence[Analysis]) -> Iterator[tuple[str, Table]]:
-    """Yields the name and the rows, header first, of each CSV; those of a second run end in '.against'."""
+def _tables(analyses: Sequence[Analysis]) -> Iterator[tuple[str, Table]]:
     for suffix, one in zip(("", ".against"), analyses, strict=False):
         for found in one.sets:
             name = found.name.replace("/", "_")
@@ -44,16 +58,16 @@ def tables(analyses: Sequence[Analysis]) -> Iterator[tuple[str, Table]]:
         yield "bases", _bases(analyses)
         yield "singular_values", _singular_values(analyses)
     if any(one.flow for one in analyses):
-        yield "gradient_flow", _flow_rows(analyses)
+        yield "gradient_flow", _gradient_flow(analyses)
     if any(one.recorded for one in analyses):
-        yield "gradient_training", _recorded_rows(analyses)
+        yield "gradient_training", _gradient_training(analyses)
 
 
 def _products(found: BasisSet) -> Table:
     matrix, names = found.all_rows()
     yield ["element", *names]
     for name, row in zip(names, matrix @ matrix.T, strict=True):
-        yield [name, *map(_figure, row)]
+        yield [name, *map(_digits, row)]
 
 
 def _filters(arrays: Mapping[str, np.ndarray]) -> Table:
@@ -61,7 +75,7 @@ def _filters(arrays: Mapping[str, np.ndarray]) -> Table:
     for name, array in arrays.items():
         shape = "x".join(map(str, array.shape[:-1]))
         for index, row in enumerate(bases.rows(array)):
-            yield [f"{name}:{index}", shape, *map(_figure, row)]
+            yield [f"{name}:{index}", shape, *map(_digits, row)]
 
 
 def _coefficients(found: BasisSet) -> Table:
@@ -70,14 +84,14 @@ def _coefficients(found: BasisSet) -> Table:
         unique = found.unique[layer].shape[-1] if layer in found.unique else 0
         for index, row in enumerate(matrix):
             element = f"unique:{index}" if index < unique else f"{found.uses[layer]}:{index - unique}"
-            yield [layer, element, *map(_figure, row)]
+            yield [layer, element, *map(_digits, row)]
 
 
 def _similarity(layers: Sequence[str], matrices: list[np.ndarray]) -> Table:
     yield ["measure", "layer", *layers]
     for measure, matrix in (("cosine", bases.cosines(matrices)), ("alignment", bases.uncentered_linear_cka(matrices))):
         for layer, row in zip(layers, matrix, strict=True):
-            yield [measure, layer, *map(_figure, row)]
+            yield [measure, layer, *map(_digits, row)]
 
 
 def _bases(analyses: Sequence[Analysis]) -> Table:
@@ -87,7 +101,7 @@ def _bases(analyses: Sequence[Analysis]) -> Table:
     for one in analyses:
         for name, described in one.described.items():
             for basis in described:
-                yield [one.label, one.step, name, *(_figure(basis[key]) for key in names)]
+                yield [one.label, one.step, name, *(_digits(basis[key]) for key in names)]
 
 
 def _singular_values(analyses: Sequence[Analysis]) -> Table:
@@ -95,33 +109,34 @@ def _singular_values(analyses: Sequence[Analysis]) -> Table:
     for one in analyses:
         for name, described in one.described.items():
             for basis in described:
-                yield [one.label, one.step, name, basis["basis"], *map(_figure, basis["singular_values"])]
+                yield [one.label, one.step, name, basis["basis"], *map(_digits, basis["singular_values"])]
 
 
-def _flow_rows(analyses: Sequence[Analysis]) -> Table:
+def _gradient_flow(analyses: Sequence[Analysis]) -> Table:
     yield ["run", "step", "kind", "path", "norm"]
     for one in analyses:
         for step, both in one.flow.items():
             for kind, norms in both.items():
                 ordered = norms if kind == "blocks" else by_depth(one.layers, norms)
                 for path in ordered:
-                    yield [one.label, step, kind.removesuffix("s"), path, _figure(norms[path])]
+                    yield [one.label, step, kind.removesuffix("s"), path, _digits(norms[path])]
 
 
-def _recorded_rows(analyses: Sequence[Analysis]) -> Table:
+def _gradient_training(analyses: Sequence[Analysis]) -> Table:
     yield ["run", "step", "epoch", "path", "norm"]
     for one in analyses:
         for line in one.recorded:
             for path in by_depth(one.layers, line["norms"]):
-                yield [one.label, line["step"], line["epoch"], path, _figure(line["norms"][path])]
+                yield [one.label, line["step"], line["epoch"], path, _digits(line["norms"][path])]
 
 
-def _figure(value: Any) -> Any:
+def _digits(value: Any) -> Any:
+    """Returns what a CSV has of `value`: six digits of a float, nothing of None."""
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Returns `analyze`'s result as lines for a person."""
+    """Returns `analyze`'s result as human-readable lines."""
     lines = [*_render_run(result)]
     if "against" in result:
         lines += ["", *_render_run(result["against"])]
@@ -130,21 +145,13 @@ def render(result: Mapping[str, Any]) -> str:
 
 def _render_run(one: Mapping[str, Any]) -> list[str]:
     lines = [f"{one['model']} at step {one['step']:,} of {one['workdir']}:"]
-    columns = {"basis": "basis", "elements": "elements", "norm_min": "norm min", "norm_mean": "mean", "norm_max": "max",
-               "coherence_shared": "coherence shared", "coherence_between": "with unique",
-               "coherence_unique": "unique", "cosine": "largest cosine", "effective_rank": "effective rank",
-               "stable_rank": "stable rank",
-               "condition": "condition"}
     for name, described in one["sets"].items():
-        table = [(name, *list(columns.values())[1:])]
+        rows = [[name, *list(COLUMNS.values())[1:]]]
         for basis in described:
             cells = {**basis, "basis": f"  {basis['basis'].removeprefix(f'{name}/')}",
-                     "elements": _elements(basis["shared"], basis["unique"])}
-            table.append(tuple(_cell(cells[key]) for key in columns))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines += ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                            for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-                  for row in table]
+                     "elements": " + ".join(str(basis[kind]) for kind in ("shared", "unique") if basis[kind])}
+            rows.append([_cell(cells[key]) for key in COLUMNS])
+        lines += align(rows, right=True)
     for name, found in one["similarity"].items():
         lines.append(f"coefficients of {found['layers']} layers on {name}: mean cosine {found['cosine']:.3f}, "
                      f"alignment {found['alignment']:.3f} (by chance {found['chance']:.3f})")
@@ -157,10 +164,6 @@ def _render_run(one: Mapping[str, Any]) -> list[str]:
 
 def _ratio(first: float, last: float) -> str:
     return f"{first / last:.3g}" if last else "–"
-
-
-def _elements(shared: int, unique: int) -> str:
-    return " + ".join(str(count) for count in (shared, unique) if count)
 
 
 def _cell(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from shared_basis.compression.layers import extract_layers, load_images, open_plain
 from shared_basis.compression.ranks import Candidates, spectrum
 from shared_basis.errors import UserError
-from shared_basis.plotting import DASHES, MARKERS, PANEL, Theme, png
+from shared_basis.plotting import COLORS, DASHES, MARKERS, PANEL, png
 from shared_basis.runtime.files import align, csv_text, write_all_atomic
 from shared_basis.runtime.reporter import Reporter
 
@@ -54,8 +54,8 @@ def write_spectra(source: str, reporter: Reporter, *, which: str = "latest",
     measured = images.count("train") if images else 0
     metric = f"activations on {measured:,} training images" if measured else "filters"
 
-    def paint(figure: Figure, theme: Theme) -> None:
-        draw(figure, theme, rows, f"{trained.config.model.name}: what shared bases capture of its {metric}")
+    def paint(figure: Figure) -> None:
+        draw(figure, rows, f"{trained.config.model.name}: what shared bases capture of its {metric}")
 
     groups = len({row["group"] for row in rows})
     picture = png(paint, size=(PANEL[0] * 0.8 * groups, PANEL[1]))
@@ -64,7 +64,7 @@ def write_spectra(source: str, reporter: Reporter, *, which: str = "latest",
             "calibration": measured, "csv": str(path), "png": str(path.with_suffix(".png")), "rows": rows}
 
 
-def draw(figure: Figure, theme: Theme, rows: Rows, title: str) -> None:
+def draw(figure: Figure, rows: Rows, title: str) -> None:
     """Draws a panel for each group: energy captured over S, single and double, shared alone and with U = 1."""
     groups = list(dict.fromkeys(row["group"] for row in rows))
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
@@ -72,7 +72,7 @@ def draw(figure: Figure, theme: Theme, rows: Rows, title: str) -> None:
     for axes, group in zip(panels, groups, strict=True):
         for i, (sharing, unique) in enumerate(kinds):
             line = [row for row in rows if (row["group"], row["sharing"], row["U"]) == (group, sharing, unique)]
-            axes.plot([row["S"] for row in line], [100 * row["captured"] for row in line], color=theme.colors[i],
+            axes.plot([row["S"] for row in line], [100 * row["captured"] for row in line], color=COLORS[i],
                       linestyle=DASHES[i], marker=MARKERS[i], label=f"{sharing}, U = {unique}")
         elements = next((row["shared_elements"] // row["S"] for row in rows if row["group"] == group
                          and "shared_elements" in row), None)

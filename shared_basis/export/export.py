@@ -1,15 +1,12 @@
-"""Export of a trained network: a file with its inference function, for runtimes that know nothing of this package."""
+"""The mode `export`: a trained network's inference function as a file, for runtimes that do not need this package."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from shared_basis.data import Progress, no_progress
@@ -17,25 +14,28 @@ from shared_basis.data.augment import normalize
 from shared_basis.errors import UserError
 from shared_basis.export import onnx, stablehlo
 from shared_basis.export.folding import CHOICES, fold
-from shared_basis.export.graph import count_macs, count_numbers
+from shared_basis.export.graph import count_macs as graph_macs
+from shared_basis.export.graph import count_numbers as graph_numbers
 from shared_basis.export.jaxpr import trace
-from shared_basis.models import Network
-from shared_basis.models.parameters import count_macs as count_macs_of
-from shared_basis.models.parameters import count_parameters
-from shared_basis.nn import ops
-from shared_basis.runs.trained import Trained, Variables
+from shared_basis.models.parameters import count_macs as network_macs
+from shared_basis.models.parameters import count_parameters as network_parameters
+from shared_basis.runs.trained import Trained
 from shared_basis.runs.workdir import versions
+from shared_basis.runtime.files import write_all_atomic
 from shared_basis.runtime.reporter import count, size_text
 
 FORMATS = {"onnx": onnx, "stablehlo": stablehlo}
-"""The modules that write, by what they write."""
+"""By format, the module that writes it."""
 
 STAGES = 4
-"""Of an export, as its progress counts."""
+"""Of an export: restored, folded, serialised, verified."""
 CHECKED = 8
-"""Images of random pixels on which the file is held to the network."""
+"""Images of random pixels on which the file is compared with the network."""
 TOLERANCE = 1e-3
-"""How far logits may differ, over the largest of them or 1: far more than rounding does, far less than a mistake."""
+"""How far logits may differ, over the largest of them or 1: far more than by rounding, far less than by a fault."""
+
+Run = Callable[[bytes, np.ndarray], tuple[np.ndarray, str] | None]
+"""Computes the logits of uint8 images `[N, H, W, C]` from a file, and names what has computed them; or cannot."""
 
 
 def export(workdir: str | Path, kind: str, choice: str = "auto", which: str = "latest",
@@ -50,7 +50,7 @@ def export(workdir: str | Path, kind: str, choice: str = "auto", which: str = "l
       choice: one of `folding.CHOICES`.
       which, overrides: as in `Trained.open`.
       output: the file; by default WORKDIR/export/model.onnx or model.stablehlo.
-      progress: is told of the four stages: restored, folded, serialised, verified.
+      progress: called with the number of stages done, and of all `STAGES`.
 
     Returns:
       `workdir`, `step`, `model`, `classes`, `image_shape`, `format`, `file`, its `bytes`, `fold`; `layers`: how many
@@ -65,27 +65,25 @@ def export(workdir: str | Path, kind: str, choice: str = "auto", which: str = "l
     if kind not in FORMATS or choice not in CHOICES:
         raise UserError(f"format {kind!r}, fold {choice!r}: a format is one of {', '.join(FORMATS)}, fold is one of "
                         f"{', '.join(CHOICES)}.")
-    FORMATS[kind].require_packages()
-    trained = Trained.open(workdir, which, overrides)
-    data, shape = trained.config.data, trained.spec.image_shape
+    writer = FORMATS[kind]
+    writer.require_packages()
+    trained = Trained.open(workdir, which, overrides).on_cpu()
+    data, shape, model, variables = trained.config.data, trained.spec.image_shape, trained.model, trained.variables
     progress(1, STAGES)
-    model = trained.model.clone(dtype=jnp.float32, scan_blocks=False)
-    variables = jax.device_get(dict(trained.variables))
     graph, outcome = fold(trace(model, variables, shape, lambda images: normalize(images, data)), choice)
     progress(2, STAGES)
     counts = {
-        "macs": {"network": sum(count_macs_of(model, variables, shape).values()), "exported": count_macs(graph)},
-        "parameters": {"network": sum(count_parameters(variables["params"]).values()),
-                       "exported": count_numbers(graph)}}
+        "macs": {"network": sum(network_macs(model, variables, shape).values()), "exported": graph_macs(graph)},
+        "parameters": {"network": sum(network_parameters(variables["params"]).values()),
+                       "exported": graph_numbers(graph)}}
     about = {"model": trained.config.model.name, "step": trained.step, "classes": list(trained.spec.classes),
              "image_shape": list(shape)}
-    files = FORMATS[kind].serialise(graph, {
+    files = writer.serialise(graph, {
         **about, "input": "images: uint8 [N, H, W, C], normalised inside: (images / 255 - mean) / std",
         "output": "logits: float32 [N, classes]", "mean": list(data.mean), "std": list(data.std), "fold": choice,
         **counts, "versions": versions()})
     progress(3, STAGES)
-    images = np.random.default_rng(0).integers(0, 256, (CHECKED, *shape), dtype=np.uint8)
-    verified = _compare(FORMATS[kind].run(files[""], images), _logits(trained, model, variables, images))
+    verified = _verify(writer.run, files[""], trained)
     progress(STAGES, STAGES)
     path = Path(os.path.expanduser(output)) if output else trained.run.path / "export" / f"model.{kind}"
     _write(path, files, make_directory=not output)
@@ -93,57 +91,41 @@ def export(workdir: str | Path, kind: str, choice: str = "auto", which: str = "l
             "fold": choice, "layers": outcome.layers, "norms_left": outcome.norms_left, **counts, "verified": verified}
 
 
-def _logits(trained: Trained, model: Network, variables: Variables, images: np.ndarray) -> np.ndarray:
-    """Returns what the network itself, which `trained` holds the normalisation of, says of `images`, on CPU."""
-    def classify(variables: Variables, images: jax.Array) -> jax.Array:
-        logits: Any = model.apply(variables, normalize(images, trained.config.data), train=False)
-        return logits
-    with jax.default_device(jax.devices("cpu")[0]):
-        return np.asarray(jax.jit(classify, compiler_options=ops.compiler_options())(variables, images))
-
-
-def _compare(found: tuple[np.ndarray, str] | None, expected: np.ndarray) -> dict[str, Any] | None:
-    """Returns how far the file's logits, computed by what is named with them, are from the network's.
+def _verify(run: Run, file: bytes, trained: Trained) -> dict[str, Any] | None:
+    """Returns how far the logits that `run` computes from `file` are from the network's; None if it cannot run.
 
     Raises:
       UserError: too far.
     """
-    if found is None:
+    images = np.random.default_rng(0).integers(0, 256, (CHECKED, *trained.spec.image_shape), dtype=np.uint8)
+    computed = run(file, images)
+    if computed is None:
         return None
-    logits, by = found
+    (logits, by), expected = computed, np.asarray(trained.classifier()(images))
     difference, largest = float(np.abs(logits - expected).max()), float(np.abs(expected).max())
     if not difference <= TOLERANCE * max(1.0, largest):  # NaN neither
         raise UserError(f"nothing is written: {by} computes logits from the file that differ from the network's by "
                         f"{difference:.3g}, where the largest is {largest:.3g}. This is a fault of the export; please "
                         "report it, and try --fold=none.")
-    return {"by": by, "images": len(expected), "difference": difference, "largest": largest}
+    return {"by": by, "images": CHECKED, "difference": difference, "largest": largest}
 
 
 def _write(path: Path, files: Mapping[str, bytes], make_directory: bool) -> None:
-    """Writes the contents of `files`, each beside `path` with its suffix, in one go.
+    """Writes the contents of `files`, each beside `path` with its suffix; they get their names when all are complete.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: one cannot be written.
     """
-    temporary = {path.with_name(path.name + suffix): path.with_name(f".{path.name}{suffix}.tmp") for suffix in files}
     try:
         if make_directory:
             path.parent.mkdir(exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(None, "is a directory")
-        for target, content in zip(temporary.values(), files.values(), strict=True):
-            target.write_bytes(content)
-        for target, source in temporary.items():
-            os.replace(source, target)
+        write_all_atomic({path.with_name(path.name + suffix): content for suffix, content in files.items()})
     except OSError as error:
-        for source in temporary.values():
-            with contextlib.suppress(OSError):  # there may be no such directory
-                source.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another with --output=FILE.") from error
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Returns `export`'s result as lines for a person."""
+    """Returns `export`'s result as human-readable lines."""
     layers, verified = result["layers"], result["verified"]
     shape = ", ".join(map(str, result["image_shape"]))
     folded = f"--fold={result['fold']}: "

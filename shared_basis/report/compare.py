@@ -1,4 +1,4 @@
-"""The page that compares runs."""
+"""The mode `report --runs`: runs compared on a page, by error against parameters, MACs and time."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared_basis.evaluation.per_example import to_csv
-from shared_basis.plotting import Picture, Theme, drawable, picture, place_labels, set_log
-from shared_basis.report import files
+from shared_basis.plotting import COLORS, MARKERS, Picture, picture, set_log
 from shared_basis.report.html import Html, element, page, section, shown, table
+from shared_basis.report.output import FOLDER, PAGE, picture_files, write_report
 from shared_basis.report.plots import short_number
 from shared_basis.report.points import Point, Spread, as_result, gather_points, value
+from shared_basis.runtime.files import csv_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NAMED_POINTS = 8
-"""Up to this many points are named in the pictures; more have their number in the table."""
-
 FILES = ("error_parameters.png", "error_macs.png", "error_time.png", "comparison.csv")
 """What may lie in the folder beside the page."""
+
+_BEST = {"validation": "the best validation epoch",
+         "test": "the best test epoch, the published protocol, which is chosen on the test images"}
+"""By `Point.chosen_on`, the epoch of the column `best`."""
 
 _AXES = {"parameters": ("Error against parameters", "parameters"),
          "macs": ("Error against MACs", "multiply-accumulates of one image"),
@@ -32,33 +33,33 @@ def compare(directories: Sequence[str], output: str) -> dict[str, Any]:
     """Writes `report.html` and `report/` about the runs in `directories` into the directory `output`.
 
     Returns:
-      `report` (the page's path), `files` (the others' paths), `points`: see `comparison.as_result`, and `warnings`, of
+      `report` (the page's path), `files` (the others' paths), `points`: see `points.as_result`, and `warnings`, of
       damaged metrics.
 
     Raises:
-      UserError: as `comparison.gather_points`, or the report cannot be written.
+      UserError: as `gather_points`, or the report cannot be written.
     """
     points, fields = gather_points(directories)
-    pictures = [_scatter(points, axis) for axis in _AXES]
+    pictures = [found for axis in _AXES if (found := _scatter(points, axis))]
     header, rows, numbers = _rows(points, fields)
-    beside = files.pictures_as_files([each for each in pictures if each]) | {"comparison.csv": to_csv(_csv(points))}
+    files = picture_files(pictures) | {"comparison.csv": _csv(points)}
     count = sum(len(point.runs) for point in points)
     warnings = [run.warning for point in points for run in point.runs if run.warning]
+    drawn = ([element("p", "Numbers are those of the networks in the table below.", class_="soft"),
+              element("div", *(shown(each, FOLDER) for each in pictures), class_="panels")]
+             if pictures else [element("p", "No run has been evaluated: there is nothing to draw.")])
     content = page(
         f"{count} run{'s' * (count > 1)} compared", element("p", _explanation(points), class_="soft"),
-        *(element("p", f"Warning: {warning}.") for warning in warnings),
-        section("Test error", element("div", *(shown(each, files.FOLDER) for each in pictures if each), class_="panels")
-                if any(pictures) else element("p", "No run has been evaluated: there is nothing to draw.")),
+        *(element("p", f"Warning: {warning}.") for warning in warnings), section("Test error", *drawn),
         section("Networks", table(header, rows, "Networks", numbers=numbers)),
         section("Runs", _runs(points)))
-    files.write(Path(output), content, beside, FILES)
-    return {"report": str(Path(output) / files.PAGE),
-            "files": [str(Path(output) / files.FOLDER / name) for name in beside], "points": as_result(points),
-            "warnings": warnings}
+    write_report(Path(output), content, files, FILES)
+    return {"report": str(Path(output) / PAGE), "files": [str(Path(output) / FOLDER / name) for name in files],
+            "points": as_result(points), "warnings": warnings}
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Returns `compare`'s result as lines for a person."""
+    """Returns `compare`'s result as human-readable lines."""
     lines = []
     for point in result["points"]:
         error = (spread_text(Spread(*(math.nan if number is None else number for number in (
@@ -76,35 +77,36 @@ def spread_text(spread: Spread, digits: int = 2) -> str:
 
 
 def _explanation(points: Sequence[Point]) -> str:
-    protocols = {point.chosen_on for point in points} - {None}
-    best = {"validation": "best validation epoch", "test": "best test epoch, the published protocol, which is chosen "
-                                                           "on the test images"}
+    protocols = {point.chosen_on for point in points if point.chosen_on}
     return ("Runs that differ in the seed alone, or in what does not change the outcome, are one point: mean ± "
             "standard deviation (n − 1) of n runs. Error: test images that are misclassified, after the last epoch"
-            + (f"; best: that of the {' or '.join(best[str(name)] for name in sorted(map(str, protocols)))}"
+            + (f"; best: after {' or '.join(_BEST[name] for name in sorted(protocols))}"
                if protocols else "")
             + ". Time: images trained on, over images per second, without compilation and evaluations; it compares "
               "networks only where the devices are the same.")
 
 
 def _scatter(points: Sequence[Point], axis: str) -> Picture | None:
-    """Returns the error of each point against `axis`, with standard deviations; None where nothing is known."""
+    """Returns the error of each point against `axis`, with standard deviations; None where nothing is known.
+
+    Points have their numbers in the table beside them.
+    """
     title, unit = _AXES[axis]
     at = [(number, point, _position(point, axis)) for number, point in enumerate(points, start=1)
           if not math.isnan(point.error.mean) and not math.isnan(_position(point, axis).mean)]
     if not at:
         return None
-    named = len(at) <= NAMED_POINTS
-    labels = [drawable(point.label, f"network {number}", 34) if named else str(number) for number, point, _ in at]
 
-    def paint(figure: Figure, theme: Theme) -> None:
+    def paint(figure: Figure) -> None:
         from matplotlib.ticker import EngFormatter
         axes = figure.add_subplot()
         axes.set(title=title, xlabel=unit, ylabel="test error (%)")
-        for place, (_, point, where) in enumerate(at):
-            kind = place % len(theme.colors)
+        for number, point, where in at:
+            kind = (number - 1) % len(COLORS)
             axes.errorbar(where.mean, point.error.mean, xerr=_bar(where), yerr=_bar(point.error), capsize=3,
-                          color=theme.colors[kind], marker="os^DvP"[kind], markersize=6)
+                          color=COLORS[kind], marker=MARKERS[kind], markersize=6)
+            axes.annotate(str(number), (where.mean, point.error.mean), (6, 6), textcoords="offset points",
+                          color=COLORS[kind])
         means, errors = [where.mean for _, _, where in at], [point.error.mean for _, point, _ in at]
         axes.margins(0.15)
         if max(means) > 8 * min(means):
@@ -115,12 +117,10 @@ def _scatter(points: Sequence[Point], axis: str) -> Picture | None:
         if max(errors) > 8 * min(errors) > 0:
             set_log(axes, "y")
             axes.set_ylim(min(errors) / 3, min(100.0, max(errors) * 2))  # bars may reach below 0
-        place_labels(axes, [(where.mean, point.error.mean) for _, point, where in at],
-                     [(_bar(where) or 0.0, _bar(point.error) or 0.0) for _, point, where in at], labels, theme)
 
-    told = "; ".join(f"{point.label} {spread_text(point.error)} % at {short_number(where.mean)}"
-                     for _, point, where in at)
-    return picture(f"error_{axis}", f"{title}: {told}.", paint, (4.8, 3.8))
+    text = "; ".join(f"{number}: {point.label} {spread_text(point.error)} % at {short_number(where.mean)}"
+                     for number, point, where in at)
+    return picture(f"error_{axis}", f"{title}: {text}.", paint, (4.8, 3.8))
 
 
 def _position(point: Point, axis: str) -> Spread:
@@ -134,7 +134,7 @@ def _bar(spread: Spread) -> float | None:
 def _rows(points: Sequence[Point], fields: Sequence[str]) -> tuple[list[str], list[list[str]], range]:
     """Returns the header and the rows of the table of points, and which of its columns are numbers."""
     differing = [field for field in fields if field != "model.name"]
-    header = ["", "network", "error (%)", "best (%)", "n", "epochs", "parameters", "MACs", "time (s)", *differing]
+    header = ["point", "network", "error (%)", "best (%)", "n", "epochs", "parameters", "MACs", "time (s)", *differing]
     rows = [[str(number), point.first.config.model.name, spread_text(point.error), spread_text(point.best_error),
              str(len(point.runs)), _epochs(point), f"{point.parameters:,}", f"{point.macs:,}",
              spread_text(point.seconds, 1), *(value(point.first, field) for field in differing)]
@@ -159,7 +159,8 @@ def _runs(points: Sequence[Point]) -> Html:
                  numbers=(1, 3, 5, 6, 7))
 
 
-def _csv(points: Sequence[Point]) -> list[list[str]]:
-    rows = [{key: " ".join(map(str, entry)) if isinstance(entry, list) else "" if entry is None else str(entry)
-             for key, entry in row.items()} for row in as_result(points)]
-    return [list(rows[0]), *(list(row.values()) for row in rows)]
+def _csv(points: Sequence[Point]) -> bytes:
+    rows = as_result(points)
+    cells = [["" if entry is None else " ".join(map(str, entry)) if isinstance(entry, list) else str(entry)
+              for entry in row.values()] for row in rows]
+    return csv_text(list(rows[0]), cells).encode(errors="backslashreplace")  # a path may be no Unicode

@@ -1,4 +1,4 @@
-"""HTML: elements whose text is escaped, and the page around them, which needs nothing but itself."""
+"""HTML: elements whose text is escaped, and the self-contained page around them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def join(children: Iterable[str]) -> Html:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], label: str, numbers: Container[int] = ()) -> Html:
     """Returns a table, in a box of its own that scrolls where the screen is narrow; `label` says what it holds.
 
-    The first column heads its row. Those of the others that `numbers` counts, from 0, stand at the right.
+    The first column heads its row. Columns in `numbers`, counted from 0, are aligned to the right.
     """
     def cells(tag: str, row: Sequence[str], **attributes: str) -> Html:
         return join(element(tag, cell, **attributes, **({"class_": "number"} if place in numbers else {}))
@@ -50,8 +50,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], label: str, numb
 
 
 def shown(picture: Picture, folder: str) -> Html:
-    """Returns a picture that leads to its file in `folder`."""
-    image = element("img", src=data_uri(picture.light), alt=picture.text, class_="plot")
+    """Returns a picture, linked to its file in `folder`."""
+    image = element("img", src=data_uri(picture.png), alt=picture.text, class_="plot")
     return element("figure", element("a", image, href=f"{folder}/{picture.name}.png"))
 
 

@@ -11,7 +11,20 @@ import numpy as np
 from shared_basis.config import Config
 from shared_basis.evaluation.per_example import Image, Scores
 from shared_basis.optim.optimizer import learning_rate_schedule
-from shared_basis.plotting import DASHES, MARKERS, Picture, Theme, drawable, label_lines, picture, png, set_log
+from shared_basis.plotting import (
+    BACKGROUND,
+    COLORS,
+    DASHES,
+    INK,
+    MARKERS,
+    POSITIVE,
+    Picture,
+    drawable,
+    label_lines,
+    picture,
+    png,
+    set_log,
+)
 from shared_basis.report.run_summary import RunSummary
 
 if TYPE_CHECKING:
@@ -27,51 +40,51 @@ CELLS = 250
 _SPLITS = ("train", "validation", "test")
 
 
-def learning_curves(facts: RunSummary) -> list[Picture]:
+def learning_curves(run: RunSummary) -> list[Picture]:
     """Returns loss, accuracy and learning rate over the epochs; none for a run without evaluations."""
-    if not facts.lines:
+    if not run.lines:
         return []
-    return [_curves(facts, "loss", "Loss", "cross entropy (nats per image)",
+    return [_curves(run, "loss", "Loss", "cross entropy (nats per image)",
                     [(split, f"{split}_loss") for split in _SPLITS]),
-            _curves(facts, "accuracy", "Accuracy", "images classified rightly (%)",
+            _curves(run, "accuracy", "Accuracy", "images classified rightly (%)",
                     [(split, f"{split}_accuracy") for split in _SPLITS], scale=100),
-            _learning_rate(facts)]
+            _learning_rate(run)]
 
 
-def basis_curves(facts: RunSummary) -> list[Picture]:
+def basis_curves(run: RunSummary) -> list[Picture]:
     """Returns penalty, norms and coherence of the filter bases over the epochs; none where there are none."""
-    if not np.isfinite(facts.series("penalty")).any():
+    if not np.isfinite(run.series("penalty")).any():
         return []
     norms = [("largest", "norm_max"), ("mean", "norm_mean"), ("smallest", "norm_min")]
-    return [_curves(facts, "penalty", "Orthogonality penalty", "penalty (before its weight λ)",
+    return [_curves(run, "penalty", "Orthogonality penalty", "penalty (before its weight λ)",
                     [("penalty", "penalty")], log=True),
-            _curves(facts, "norms", "Norms of basis elements", "Euclidean norm (1 is orthonormal)", norms),
-            _curves(facts, "coherence", "Coherence", "largest |product| of two elements",
+            _curves(run, "norms", "Norms of basis elements", "Euclidean norm (1 is orthonormal)", norms),
+            _curves(run, "coherence", "Coherence", "largest |product| of two elements",
                     [("coherence", "coherence")])]
 
 
-def _curves(facts: RunSummary, name: str, title: str, unit: str, metrics: Sequence[tuple[str, str]], scale: float = 1,
+def _curves(run: RunSummary, name: str, title: str, unit: str, metrics: Sequence[tuple[str, str]], scale: float = 1,
             log: bool = False) -> Picture:
     """Returns `metrics`, as labels and names, over the epochs; a label's place decides on colour, dash and marker."""
-    epochs = facts.series("epoch")
-    series = [(place, label, scale * facts.series(metric)) for place, (label, metric) in enumerate(metrics)]
+    epochs = run.series("epoch")
+    series = [(place, label, scale * run.series(metric)) for place, (label, metric) in enumerate(metrics)]
     series = [entry for entry in series if np.isfinite(entry[2]).any()]
 
-    def paint(figure: Figure, theme: Theme) -> None:
+    def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
         axes.set(title=title, xlabel="epoch", ylabel=unit)
         if log and all((values[np.isfinite(values)] > 0).all() for _, _, values in series):
             set_log(axes, "y")
         for place, label, values in series:
-            axes.plot(epochs, values, label=label, color=theme.colors[place], linestyle=DASHES[place],
+            axes.plot(epochs, values, label=label, color=COLORS[place], linestyle=DASHES[place],
                       marker=MARKERS[place], markevery=-(-len(epochs) // 12))
         axes.locator_params("x", integer=True)
-        _mark_boundaries(axes, facts, theme, named=False)
+        _mark_boundaries(axes, run, named=False)
         if len(series) > 1:
             label_lines(axes)
 
-    told = "; ".join(f"{label} {_first_and_last(values)}" for _, label, values in series)
-    return picture(name, f"{title} over {facts.epoch} epochs: {told}.", paint)
+    text = "; ".join(f"{label} {_first_and_last(values)}" for _, label, values in series)
+    return picture(name, f"{title} over {run.epoch} epochs: {text}.", paint)
 
 
 def _first_and_last(values: np.ndarray) -> str:
@@ -79,61 +92,61 @@ def _first_and_last(values: np.ndarray) -> str:
     return f"from {known[0]:.4g} to {known[-1]:.4g}"
 
 
-def _learning_rate(facts: RunSummary) -> Picture:
+def _learning_rate(run: RunSummary) -> Picture:
     """Returns the learning rate over the epochs: the schedule as a line, and what the evaluations noted as points."""
-    config, steps = facts.config, facts.steps_per_epoch
+    config, steps = run.config, run.steps_per_epoch
     schedule = learning_rate_schedule(config.optimizer, config.train.epochs, steps)
-    updates = np.unique(np.linspace(0, facts.epoch * steps - 1, 1000).astype(np.int32))
+    updates = np.unique(np.linspace(0, run.epoch * steps - 1, 1000).astype(np.int32))
     rates = np.asarray(jax.vmap(schedule)(updates))
     piecewise = bool(config.optimizer.factors)
 
-    def paint(figure: Figure, theme: Theme) -> None:
+    def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
         axes.set(title="Learning rate", xlabel="epoch", ylabel="learning rate")
         axes.plot((updates + 1) / steps, np.where(rates > 0, rates, np.nan) if piecewise else rates,
-                  color=theme.colors[0], label="schedule")
-        axes.plot(facts.series("epoch"), facts.series("learning_rate"), color=theme.colors[1], linestyle="",
+                  color=COLORS[0], label="schedule")
+        axes.plot(run.series("epoch"), run.series("learning_rate"), color=COLORS[1], linestyle="",
                   marker=MARKERS[0], label="at evaluations")
         axes.locator_params("x", integer=True)
         if piecewise:
             set_log(axes, "y")
-        _mark_boundaries(axes, facts, theme, named=True)
+        _mark_boundaries(axes, run, named=True)
         axes.legend()
 
     named = "; ".join(f"{text} at epoch {epoch:g}" for epoch, text in boundaries(config))
-    return picture("learning_rate", f"Learning rate over {facts.epoch} epochs, {_first_and_last(rates)}"
+    return picture("learning_rate", f"Learning rate over {run.epoch} epochs, {_first_and_last(rates)}"
                                     f"{f'; {named}' if named else ''}.", paint)
 
 
 def boundaries(config: Config) -> list[tuple[float, str]]:
-    """Returns the epochs at which the course of the learning rate changes, and what becomes of it there."""
+    """Returns the epochs at which the schedule of the learning rate changes, and the change."""
     warmup = [(config.optimizer.warmup_epochs, "warm-up ends")] if config.optimizer.warmup_epochs else []
     return warmup + [(epoch, f"× {factor:g}") for epoch, factor in zip(
         config.optimizer.boundaries, config.optimizer.factors, strict=True)]
 
 
-def _mark_boundaries(axes: Axes, facts: RunSummary, theme: Theme, named: bool) -> None:
+def _mark_boundaries(axes: Axes, run: RunSummary, named: bool) -> None:
     """Draws a vertical line at each change of the learning rate that was reached."""
-    for epoch, text in boundaries(facts.config):
-        if epoch <= facts.epoch:
-            axes.axvline(epoch, color=theme.ink, linewidth=0.8, linestyle=(0, (2, 3)), label=f"_{text}", zorder=1)
+    for epoch, text in boundaries(run.config):
+        if epoch <= run.epoch:
+            axes.axvline(epoch, color=INK, linewidth=0.8, linestyle=(0, (2, 3)), label=f"_{text}", zorder=1)
             if named:
                 axes.annotate(text, (epoch, 0), (3, 4), xycoords=axes.get_xaxis_transform(),
                               textcoords="offset points", fontsize=8.5)
 
 
-def count_bars(facts: RunSummary) -> list[Picture]:
+def count_bars(run: RunSummary) -> list[Picture]:
     """Returns parameters and MACs by group, each beside those of the plain network."""
-    return [_bars(facts, "parameters", "Parameters by group", "parameters"),
-            _bars(facts, "macs", "MACs by group", "multiply-accumulates of one image")]
+    return [_bars(run, "parameters", "Parameters by group", "parameters"),
+            _bars(run, "macs", "MACs by group", "multiply-accumulates of one image")]
 
 
-def _bars(facts: RunSummary, key: str, title: str, unit: str) -> Picture:
-    groups, plain = facts.counts["groups"], facts.counts["plain"]
-    alone = facts.counts["model"] == plain["model"]
-    kinds = [(facts.counts["model"], groups)] + ([] if alone else [(f"plain {plain['model']}", plain["groups"])])
+def _bars(run: RunSummary, key: str, title: str, unit: str) -> Picture:
+    groups, plain = run.counts["groups"], run.counts["plain"]
+    alone = run.counts["model"] == plain["model"]
+    kinds = [(run.counts["model"], groups)] + ([] if alone else [(f"plain {plain['model']}", plain["groups"])])
 
-    def paint(figure: Figure, theme: Theme) -> None:
+    def paint(figure: Figure) -> None:
         from matplotlib.ticker import EngFormatter
         axes = figure.add_subplot()
         axes.set(title=title, xlabel=unit)
@@ -141,8 +154,8 @@ def _bars(facts: RunSummary, key: str, title: str, unit: str) -> Picture:
         for number, (label, rows) in enumerate(kinds):
             values = [rows[name][key] for name in groups]
             bars = axes.barh(places + (number - (len(kinds) - 1) / 2) * height, values, height * 0.92, label=label,
-                             color=theme.colors[0] if not number else theme.background,
-                             edgecolor=theme.colors[0 if not number else 5], hatch="" if not number else "////")
+                             color=COLORS[0] if not number else BACKGROUND,
+                             edgecolor=COLORS[0 if not number else 5], hatch="" if not number else "////")
             axes.bar_label(bars, [short_number(value) for value in values], padding=3, fontsize=8)
         axes.set_yticks(places, list(groups))
         axes.invert_yaxis()
@@ -152,9 +165,9 @@ def _bars(facts: RunSummary, key: str, title: str, unit: str) -> Picture:
         axes.locator_params(axis="x", nbins=5)
         figure.legend(loc="outside lower center", ncols=1)
 
-    told = "; ".join(f"{name} {row[key]:,}" + ("" if alone else f" against {plain['groups'][name][key]:,}")
+    text = "; ".join(f"{name} {row[key]:,}" + ("" if alone else f" against {plain['groups'][name][key]:,}")
                      for name, row in groups.items())
-    return picture(key, f"{title}, {'' if alone else 'beside the plain network: '}{told}.", paint,
+    return picture(key, f"{title}, {'' if alone else 'beside the plain network: '}{text}.", paint,
                    (4.8, 1.6 + 0.42 * len(groups)))
 
 
@@ -175,16 +188,16 @@ def confusion(scores: Scores, classes: Sequence[str]) -> Picture:
     """Returns the confusion matrix: named and with its counts, or for many classes as an overview."""
     totals = np.maximum(scores.confusion.sum(1, keepdims=True), 1)
     shares = 100 * scores.confusion / totals
-    told = (f"Confusion matrix of {scores.count} test images in {len(classes)} classes; {100 * scores.accuracy:.2f} % "
+    text = (f"Confusion matrix of {scores.count} test images in {len(classes)} classes; {100 * scores.accuracy:.2f} % "
             "lie on its diagonal, where they are classified rightly.")
     many = len(classes) > NAMED_CLASSES
 
-    def paint(figure: Figure, theme: Theme) -> None:
+    def paint(figure: Figure) -> None:
         from matplotlib.colors import PowerNorm
         axes = figure.add_subplot()
         axes.set(title="Confusion matrix", xlabel="predicted class", ylabel="true class")
         # The root makes single confusions visible beside a diagonal of nearly 100 %.
-        image = axes.imshow(_pooled(shares), cmap=theme.colormap, norm=PowerNorm(0.5, 0, 100), interpolation="nearest",
+        image = axes.imshow(_pooled(shares), cmap=POSITIVE, norm=PowerNorm(0.5, 0, 100), interpolation="nearest",
                             extent=(-0.5, len(classes) - 0.5, len(classes) - 0.5, -0.5))
         axes.grid(False)
         figure.colorbar(image, ax=axes, label="share of the true class (%)", location="bottom", shrink=0.9,
@@ -197,10 +210,10 @@ def confusion(scores: Scores, classes: Sequence[str]) -> Picture:
         axes.set_yticks(range(len(classes)), labels)
         for row, column in np.argwhere(scores.confusion):
             axes.text(column, row, f"{scores.confusion[row, column]}", ha="center", va="center", fontsize=8,
-                      color=theme.background if shares[row, column] > 25 else theme.ink)
+                      color=BACKGROUND if shares[row, column] > 25 else INK)
 
     side = 4.4 if many else 1.2 + 0.36 * max(8, len(classes))
-    return picture("confusion", told, paint, (side, side + 0.8), colors=None)
+    return picture("confusion", text, paint, (side, side + 0.8), colors=None)
 
 
 def _pooled(shares: np.ndarray) -> np.ndarray:
@@ -210,7 +223,7 @@ def _pooled(shares: np.ndarray) -> np.ndarray:
     return padded.reshape(len(padded) // block, block, len(padded) // block, block).max((1, 3))
 
 
-def errors(scores: Scores, classes: Sequence[str]) -> bytes:
+def worst_images(scores: Scores, classes: Sequence[str]) -> bytes:
     """Returns the images with the highest loss as a PNG file, each with its true and its predicted class."""
     labels, columns = class_labels(classes), 6
     rows = max(1, -(-len(scores.worst) // columns))
@@ -219,7 +232,7 @@ def errors(scores: Scores, classes: Sequence[str]) -> bytes:
         return (f"true {labels[image.label]}\npredicted {labels[image.predicted]}\n"
                 f"p = {image.probability:.3f}, loss {image.loss:.2f}")
 
-    def paint(figure: Figure, theme: Theme) -> None:
+    def paint(figure: Figure) -> None:
         figure.set_layout_engine("none")  # it would measure every caption
         for place, image in enumerate(scores.worst):
             row, column = divmod(place, columns)
@@ -229,4 +242,4 @@ def errors(scores: Scores, classes: Sequence[str]) -> bytes:
             axes.set_axis_off()
             axes.set_title(caption(image), fontsize=7)
 
-    return png(paint, size=(1.6 * columns, 2 * rows), colors=None)
+    return png(paint, (1.6 * columns, 2 * rows), colors=None)

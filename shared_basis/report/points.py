@@ -1,4 +1,4 @@
-"""Several runs compared: error against parameters, MACs and time; the seeds of one network are one point."""
+"""Runs as points of a comparison: those that differ only in the seed are one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Point:
 
     runs: Sequence[RunSummary]
     label: str
-    """The network, with what else tells it from the other points."""
+    """The network, and the fields that distinguish it from the other points."""
 
     @property
     def first(self) -> RunSummary:
@@ -61,7 +61,7 @@ class Point:
 
     @property
     def seconds(self) -> Spread:
-        """Seconds of training: see `Facts.seconds`."""
+        """Seconds of training: see `RunSummary.seconds`."""
         return Spread.of([run.seconds for run in self.runs])
 
     @property
@@ -85,7 +85,7 @@ class Point:
 
 
 def find_runs(directories: Sequence[str]) -> list[Path]:
-    """Returns the workdirs that `directories` mean, each once: themselves, or the runs that lie in them.
+    """Returns the workdirs of `directories`, each once: themselves, or the runs directly within them.
 
     Raises:
       UserError: one is no run and holds none.
@@ -124,14 +124,14 @@ def _alike(one: RunSummary, other: RunSummary) -> bool:
 
 
 def _label(run: RunSummary, groups: Sequence[Sequence[RunSummary]], fields: Sequence[str]) -> str:
-    """Returns the name of the network, and the fields that tell it from others of this name."""
+    """Returns the name of the network, and the fields that distinguish it from others of this name."""
     name = run.config.model.name
     rivals = [each[0] for each in groups if each[0] is not run and each[0].config.model.name == name]
-    told = [f"{field.rpartition('.')[2]} {value(run, field)}" for field in fields
+    parts = [f"{field.rpartition('.')[2]} {value(run, field)}" for field in fields
             if any(value(rival, field) != value(run, field) for rival in rivals)]
     if any(rival.epoch != run.epoch and rival.config.train.epochs == run.config.train.epochs for rival in rivals):
-        told.append(f"{run.epoch} evaluated" if "train.epochs" in fields else f"{run.epoch} epochs")
-    return f"{name} ({', '.join(told)})" if told else name
+        parts.append(f"{run.epoch} evaluated" if "train.epochs" in fields else f"{run.epoch} epochs")
+    return f"{name} ({', '.join(parts)})" if parts else name
 
 
 def value(run: RunSummary, field: str) -> str:
@@ -141,7 +141,7 @@ def value(run: RunSummary, field: str) -> str:
 
 
 def gather_points(directories: Sequence[str]) -> tuple[list[Point], list[str]]:
-    """Returns `group` of the runs that `directories` mean.
+    """Returns the runs of `directories` as points, and the fields that these differ in: see `find_runs`, `group`.
 
     Raises:
       UserError: as `find_runs`, or the record of a run is damaged.
@@ -150,7 +150,7 @@ def gather_points(directories: Sequence[str]) -> tuple[list[Point], list[str]]:
 
 
 def as_result(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """Returns points as plain data for a program; None stands for what is not known."""
+    """Returns points as plain data for JSON; None stands for what is not known."""
     def spread(name: str, found: Spread) -> Mapping[str, float | None]:
         return {key: None if math.isnan(number) else number for key, number in (
             (f"{name}_mean", found.mean), (f"{name}_deviation", found.deviation))}

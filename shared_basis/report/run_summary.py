@@ -1,4 +1,4 @@
-"""What is known of a run without its network and its images: its record, its metrics, its counts."""
+"""A run as far as it is known without its network and its images: its record, its metrics, its counts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shared_basis.runs.workdir import Workdir
 
 @dataclasses.dataclass(frozen=True)
 class RunSummary:
-    """A run."""
+    """A run as far as it is known without its network and its images."""
 
     path: Path
     config: Config
@@ -70,7 +70,7 @@ class RunSummary:
 
     @property
     def warning(self) -> str:
-        """What a reader must know of the figures; empty where there is nothing."""
+        """Why the figures may be incomplete, or ''."""
         return (f"{self.damaged} damaged line{'s' * (self.damaged > 1)} of {self.path / 'metrics.jsonl'} left out: the "
                 "last evaluation that can be read need not be the run's last") if self.damaged else ""
 
@@ -93,7 +93,7 @@ class RunSummary:
 
 
 def load_run_summary(workdir: str | Path) -> RunSummary:
-    """Returns what is known of the run in `workdir`.
+    """Returns the summary of the run in `workdir`.
 
     Raises:
       UserError: there is no run, or its record is damaged.
@@ -108,5 +108,5 @@ def load_run_summary(workdir: str | Path) -> RunSummary:
 
 @functools.cache
 def _count(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Counts a network once, as runs that are compared often have the same."""
+    """Counts a network once, as compared runs often have the same."""
     return summary.compare_with_plain(config, num_classes, image_shape)

@@ -1,4 +1,4 @@
-"""The parts of the page of one run."""
+"""The sections of the page of one run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from shared_basis.config import OrthogonalityConfig
 from shared_basis.evaluation.per_example import Image, Scores
 from shared_basis.models.summary import render_saving
 from shared_basis.plotting import Picture, data_uri
-from shared_basis.report import files, plots
+from shared_basis.report import plots
 from shared_basis.report.html import Html, element, join, section, shown, table
+from shared_basis.report.output import FOLDER
 from shared_basis.report.run_summary import RunSummary
+from shared_basis.runs.metrics import render_outcome
 from shared_basis.runtime.reporter import duration
-from shared_basis.training import train
 
 PAIRS = 12
 """Of the classes that are taken for another, the page lists so many pairs."""
@@ -27,12 +28,10 @@ IMAGE_SIDE = 96
 """Images of the page are enlarged by a whole factor to about so many pixels; larger ones are reduced to twice that."""
 
 
-def headline(facts: RunSummary) -> str:
-    """Returns how the run ended, in `train.render`'s words, or how far it came; and what must be known of that."""
-    outcome = facts.outcome
-    text = (train.render(outcome).partition("\n")[0] if outcome else
-            f"{facts.config.model.name}: {_unscored(facts.saved)}")
-    return f"{text}. {f'Warning: {facts.warning}.' if facts.warning else ''}".rstrip()
+def headline(run: RunSummary) -> str:
+    """Returns how the run ended, or how far it came, and a warning where the figures are incomplete."""
+    text = render_outcome(run.outcome) if run.outcome else f"{run.config.model.name}: {_unscored(run.saved)}"
+    return f"{text}." + (f" Warning: {run.warning}." if run.warning else "")
 
 
 def _unscored(step: int | None) -> str:
@@ -45,27 +44,27 @@ def _unscored(step: int | None) -> str:
             "the file is lost")
 
 
-def cards(facts: RunSummary) -> Html:
-    """Returns the figures that one looks for first."""
-    outcome = facts.outcome
+def cards(run: RunSummary) -> Html:
+    """Returns the key figures."""
+    outcome = run.outcome
     saving = {key: f"{abs(100 * share):.1f} % {'fewer' if share > 0 else 'more'} than plain" if share else "as plain"
-              for key, share in facts.counts["saving"].items()}
+              for key, share in run.counts["saving"].items()}
     cards = []
     if outcome:
         cards += [(f"{100 - 100 * outcome['test_accuracy']:.2f} %", f"test error after epoch {outcome['epoch']}"),
                   (f"{100 - 100 * outcome['best_test_accuracy']:.2f} %",
                    f"test error of the best {outcome['chosen_on']} epoch, {outcome['best_epoch']}")]
-    cards += [(plots.short_number(facts.counts[key]), f"{unit}, {saving[key]}")
+    cards += [(plots.short_number(run.counts[key]), f"{unit}, {saving[key]}")
               for key, unit in (("parameters", "parameters"), ("macs", "MACs"))]
     if outcome:
-        cards += [(_time(facts.seconds), "training"),
+        cards += [(_time(run.seconds), "training"),
                   (f"{outcome['images_per_second']:,.0f}", "training images per second")]
     return element("div", *(element("div", element("b", _unbroken(value)), _unbroken(text), class_="card")
                             for value, text in cards), class_="cards")
 
 
 def _time(seconds: float) -> str:
-    """Returns `seconds` for a person: h:mm:ss, or seconds alone where there are few."""
+    """Returns `seconds` as h:mm:ss, or below a minute as seconds."""
     if math.isnan(seconds):
         return "–"
     return f"{seconds:.3g} s" if seconds < 60 else duration(seconds)
@@ -76,49 +75,49 @@ def _unbroken(text: str) -> str:
     return text.replace(" %", "\u00a0%")
 
 
-def learning_curves(facts: RunSummary, pictures: Sequence[Picture]) -> Html:
+def learning_curves(run: RunSummary, pictures: Sequence[Picture]) -> Html:
     """Returns the part with `plots.learning_curves`, and all evaluations."""
     if not pictures:
         return section("Learning curves", element("p", "There are none: metrics.jsonl holds no evaluation."))
     marked = "; dotted vertical lines stand where the learning rate changes its course" if plots.boundaries(
-        facts.config) else ""
+        run.config) else ""
     return section(
         "Learning curves",
-        element("p", f"Train: means over the epoch, with augmentation. {_evaluated(facts)}{marked}.", class_="soft"),
-        element("div", *(shown(each, files.FOLDER) for each in pictures), class_="panels"), _evaluations(facts))
+        element("p", f"Train: means over the epoch, with augmentation. {_evaluated(run)}{marked}.", class_="soft"),
+        element("div", *(shown(each, FOLDER) for each in pictures), class_="panels"), _evaluations(run))
 
 
-def _evaluated(facts: RunSummary) -> str:
-    names = " and ".join(name for name in ("validation", "test") if np.isfinite(facts.series(f"{name}_loss")).any())
+def _evaluated(run: RunSummary) -> str:
+    names = " and ".join(name for name in ("validation", "test") if np.isfinite(run.series(f"{name}_loss")).any())
     return f"{names.capitalize()}: all images at the end of the epoch"
 
 
-def _evaluations(facts: RunSummary) -> Html:
+def _evaluations(run: RunSummary) -> Html:
     """Returns all evaluations as a table, folded."""
-    names = [name for name in dict.fromkeys(key for line in facts.lines for key in line)
-             if np.isfinite(facts.series(name)).any()]
-    whole = [bool((facts.series(name) % 1 == 0).all()) for name in names]
+    names = [name for name in dict.fromkeys(key for line in run.lines for key in line)
+             if np.isfinite(run.series(name)).any()]
+    whole = [bool((run.series(name) % 1 == 0).all()) for name in names]
     rows = [[f"{value:,.0f}" if exact else "–" if math.isnan(value) else f"{value:.5g}"
              for exact, value in zip(whole, values, strict=True)]
-            for values in zip(*(facts.series(name) for name in names), strict=True)]
+            for values in zip(*(run.series(name) for name in names), strict=True)]
     return element("details", element("summary", f"All {len(rows)} evaluations as a table" if len(rows) > 1 else
                                       "The evaluation as a table"),
                    table([name.replace("_", " ") for name in names], rows, "Evaluations",
                          numbers=range(len(names))))
 
 
-def filter_bases(facts: RunSummary, pictures: Sequence[Picture]) -> Html:
+def filter_bases(run: RunSummary, pictures: Sequence[Picture]) -> Html:
     """Returns the part with `plots.basis_curves`."""
     if not pictures:
         return section("Filter bases", element("p", "No penalty was noted" + (
-            ": metrics.jsonl holds no evaluation." if not facts.lines else
+            ": metrics.jsonl holds no evaluation." if not run.lines else
             "; the network has no basis elements that count for it.")))
-    config = facts.config.orthogonality
+    config = run.config.orthogonality
     return section(
         "Filter bases", element("p", f"Of the basis elements that count (orthogonality.elements={config.elements!r}). "
                                      f"{_method(config)} An orthonormal basis has penalty 0, norms 1 and "
                                      "coherence 0.", class_="soft"),
-        element("div", *(shown(each, files.FOLDER) for each in pictures), class_="panels"))
+        element("div", *(shown(each, FOLDER) for each in pictures), class_="panels"))
 
 
 def _method(config: OrthogonalityConfig) -> str:
@@ -129,9 +128,9 @@ def _method(config: OrthogonalityConfig) -> str:
     return f"The penalty is shown and not trained on (orthogonality.method={config.method!r})."
 
 
-def confusion_matrix(picture: Picture, scores: Scores, facts: RunSummary, which: str) -> Html:
+def confusion_matrix(picture: Picture, scores: Scores, run: RunSummary, which: str) -> Html:
     """Returns the part with `plots.confusion` and the most frequent confusions; `which` is the checkpoint asked for."""
-    classes, totals = facts.classes, scores.confusion.sum(1)
+    classes, totals = run.classes, scores.confusion.sum(1)
     right = int(np.trace(scores.confusion))
     pairs = table(["true class", "predicted as", "images", "share"], [
         (classes[row], classes[column], f"{count:,}", f"{100 * count / totals[row]:.1f} %")
@@ -141,7 +140,7 @@ def confusion_matrix(picture: Picture, scores: Scores, facts: RunSummary, which:
         "Confusion matrix",
         element("p", f"The checkpoint of step {scores.step:,}{asked} on {scores.count:,} test images: {right:,} right "
                      f"({100 * scores.accuracy:.2f} %), {scores.count - right:,} wrong, loss {scores.loss:.4f}."),
-        element("div", shown(picture, files.FOLDER), element(
+        element("div", shown(picture, FOLDER), element(
             "div", element("h3", "Most confused classes"),
             pairs if right < scores.count else element("p", "None: every image is classified rightly.")),
             class_="beside"))
@@ -181,9 +180,9 @@ def _pixels(pixels: np.ndarray, text: str) -> Html:
                    height=str(picture.height))
 
 
-def counts(facts: RunSummary, pictures: Sequence[Picture]) -> Html:
+def counts(run: RunSummary, pictures: Sequence[Picture]) -> Html:
     """Returns the part with `plots.count_bars`, and the counts as a table."""
-    own, plain = facts.counts, facts.counts["plain"]
+    own, plain = run.counts, run.counts["plain"]
     rows = [[name, f"{row['parameters']:,}", f"{row['shared_parameters']:,}", f"{row['macs']:,}",
              f"{plain['groups'][name]['parameters']:,}", f"{plain['groups'][name]['macs']:,}"]
             for name, row in own["groups"].items()]
@@ -192,31 +191,31 @@ def counts(facts: RunSummary, pictures: Sequence[Picture]) -> Html:
                  f"{plain['macs']:,}"])
     return section(
         "Parameters and multiply-accumulates", element("p", _unbroken(render_saving(dict(own))) + "."),
-        element("div", *(shown(each, files.FOLDER) for each in pictures), class_="panels"),
+        element("div", *(shown(each, FOLDER) for each in pictures), class_="panels"),
         table(["group", "parameters", "of these shared", "MACs", "plain parameters", "plain MACs"], rows,
               "Parameters and MACs by group", numbers=range(1, 6)),
         element("p", "MACs: multiply-accumulates of convolutions and linear layers for one image.", class_="soft"))
 
 
-def run_facts(facts: RunSummary) -> Html:
+def run_facts(run: RunSummary) -> Html:
     """Returns the part with what the run is and was made with."""
-    data, config = facts.record["data"], facts.config
+    data, config = run.record["data"], run.config
     images = ", ".join(f"{data[f'{name}_examples']} {name}" for name in ("train", "validation", "test")
                        if f"{name}_examples" in data)
     shape = "×".join(map(str, data["image_shape"]))
-    rows = [("workdir", str(facts.path)),
-            ("data", f"{config.data.name}: {images + ' ' if images else ''}images of {shape}, {len(facts.classes)} "
+    rows = [("workdir", str(run.path)),
+            ("data", f"{config.data.name}: {images + ' ' if images else ''}images of {shape}, {len(run.classes)} "
                      "classes"),
-            ("epochs", f"{facts.epoch} of {config.train.epochs} evaluated" + (
-                "" if facts.epoch == config.train.epochs else "; the run is not finished")),
-            ("began on", facts.record["devices"] or "not noted")]
-    if facts.lines:
-        rows += [("steps", f"{facts.lines[-1]['step']:,}, of {config.train.batch_size} images each"),
-                 ("speed", f"{facts.lines[-1]['images_per_second']:,.0f} training images per second"),
+            ("epochs", f"{run.epoch} of {config.train.epochs} evaluated" + (
+                "" if run.epoch == config.train.epochs else "; the run is not finished")),
+            ("began on", run.record["devices"] or "not noted")]
+    if run.lines:
+        rows += [("steps", f"{run.lines[-1]['step']:,}, of {config.train.batch_size} images each"),
+                 ("speed", f"{run.lines[-1]['images_per_second']:,.0f} training images per second"),
                  ("time of training",
-                  f"{_time(facts.seconds)} (images over speed; without compilation and evaluations)")]
-    changed = [(path, _value(value), _value(default)) for path, (value, default) in facts.changed.items()]
-    versions = [(str(name), str(version)) for name, version in facts.record["versions"].items()]
+                  f"{_time(run.seconds)} (images over speed; without compilation and evaluations)")]
+    changed = [(path, _value(value), _value(default)) for path, (value, default) in run.changed.items()]
+    versions = [(str(name), str(version)) for name, version in run.record["versions"].items()]
     return section("The run", element(
         "div",
         element("div", element("h3", "Facts"), table(["fact", "value"], rows, "Facts of the run"),
@@ -233,7 +232,6 @@ def _value(value: Any) -> Html:
 
 def file_list(names: Sequence[str]) -> Html:
     """Returns the part that names the files beside the page."""
-    folder = files.FOLDER
     return section("Files", element("p", "Beside this page, as files: ", join(
-        piece for name in names for piece in (element("a", f"{folder}/{name}", href=f"{folder}/{name}"), " ")),
+        piece for name in names for piece in (element("a", f"{FOLDER}/{name}", href=f"{FOLDER}/{name}"), " ")),
         "; the evaluations are in metrics.jsonl."))

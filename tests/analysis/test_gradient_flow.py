@@ -1,178 +1,64 @@
-"""The record of gradients' norms: what it holds, that it changes nothing, and that a stop does not change it."""
+"""Gradients by depth, against the network cut at its blocks, and the order of depth."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import signal
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from helpers import (
-    Watcher,
-    assert_trees_equal,
-    mesh_of,
-    read_arrays,
-    read_metrics,
-    small_networks,
-    tiny_network,
-    user_error,
-)
+from helpers import make_images, tiny_network
+from sample_networks import NETWORKS, random_variables
 
-from shared_basis import data
-from shared_basis.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    OrthogonalityConfig,
-    TrainConfig,
-    replace,
-)
-from shared_basis.evaluation import evaluate as evaluate_module
-from shared_basis.optim.gradient_norms import (
-    GradientNorms,
-    gradient_norms,
-    record_gradient_norms,
-    recorded_norms,
-    recorded_paths,
-)
-from shared_basis.runtime.preemption import Interrupted
-from shared_basis.training import train as train_module
-from shared_basis.training.train import train
-
-PER_EPOCH = 5
-CONFIG = Config(
-    model=ModelConfig(name="resnet14"), data=DataConfig(train_examples=44, test_examples=30),
-    orthogonality=OrthogonalityConfig(elements="shared+unique"), optimizer=OptimizerConfig(learning_rate=0.05),
-    train=TrainConfig(epochs=2, batch_size=8, record_gradients=True))
-CONFIG = replace(CONFIG, {"optimizer.boundaries": (), "optimizer.factors": ()})
-
-TREE = {"stem": {"kernel": jnp.array([3.0, 4.0])}, "stem_norm": {"scale": jnp.ones(2), "bias": jnp.ones(2)},
-        "bases": {"group1": {"first": jnp.full((2, 2), 2.0)}},
-        "group1": {"block2": {"first": {"unique": jnp.array([1.0]), "coefficients": jnp.array([[6.0, 8.0]])}}}}
-NAMES = ["bases/group1/first", "group1/block2/first/coefficients", "group1/block2/first/unique", "stem/kernel"]
+from shared_basis.analysis.gradient_flow import block_paths, by_depth, gradient_flow, layer_paths
 
 
-def test_norms_are_those_of_bases_coefficients_and_kernels() -> None:
-    assert ["/".join(path) for path in recorded_paths(TREE)] == NAMES
-    np.testing.assert_allclose(gradient_norms(TREE), [4, 10, 1, 5])
+def test_layers_come_in_the_order_of_the_computation() -> None:
+    paths = ["/".join(path) for path in layer_paths(NETWORKS["densenet"], (8, 8, 3))]
+    assert paths == ["stem", *(f"group1/block{block}/{layer}" for block in (1, 2) for layer in ("first", "second")),
+                     "transition1", *(f"group2/block{block}/{layer}" for block in (1, 2, 3)
+                                      for layer in ("first", "second")), "head"]
+    network = tiny_network(blocks=(10,), scan_blocks=True)
+    looped = ["/".join(path) for path in layer_paths(network, (8, 8, 1))]
+    assert looped == ["stem", *(f"group1/block{block}/{layer}" for block in range(1, 11)  # 10 is not before 2
+                                for layer in ("first", "second")), "head"]
+    assert ["/".join(path) for path in block_paths(network, (8, 8, 1))] == [
+        f"group1/block{block}" for block in range(1, 11)]
+    assert by_depth(["b", "a"], {"a/kernel": 1, "bases/x/y": 1, "b/unique": 1, "b/coefficients": 1}) == [
+        "b/coefficients", "b/unique", "a/kernel", "bases/x/y"]
 
 
-def test_the_link_changes_nothing_and_averages_over_the_steps_of_an_epoch() -> None:
-    chain = optax.chain(record_gradient_norms(3), optax.scale(-0.1))
-    state = chain.init(TREE)
-    for factor in (1.0, 2.0, 6.0, 5.0):
-        updates, state = chain.update(jax.tree.map(lambda leaf, factor=factor: factor * leaf, TREE), state, TREE)
-        jax.tree.map(lambda a, b, factor=factor: np.testing.assert_allclose(a, -0.1 * factor * b), updates, TREE)
-        if factor == 6:  # the third
-            assert recorded_norms(TREE, state) == pytest.approx(dict(zip(NAMES, (12, 30, 3, 15), strict=True)))
-    assert recorded_norms(TREE, state) == pytest.approx(dict(zip(NAMES, (20, 50, 5, 25), strict=True)))  # a new epoch
-    assert isinstance(state[0], GradientNorms)
+@pytest.mark.parametrize("count", [3, pytest.param(10, marks=pytest.mark.slow)])  # in the alphabet 10 precedes 2
+def test_gradients_at_blocks_are_those_of_the_network_cut_there(count: int) -> None:
+    network = tiny_network(blocks=(count,), scan_blocks=True)
+    pixels, labels = make_images(6)
+    images = jnp.asarray(pixels / np.float32(255))
+    variables = random_variables(network, images.shape[1:])
+    params, stats = variables["params"], variables["batch_stats"]
+    blocks, parameters = gradient_flow(network)(params, stats, images, labels)
+    assert list(blocks) == [f"group1/block{number}" for number in range(1, count + 1)]
 
+    def loss(params: Any) -> Any:
+        logits, _ = network.apply({"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"])
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(6), labels])
+    gradient = jax.jit(jax.grad(loss))(params)
+    for path, norm in parameters.items():
+        leaf = gradient
+        for key in path.split("/"):
+            leaf = leaf[key]
+        assert norm == pytest.approx(float(np.linalg.norm(leaf)), rel=1e-4), path
 
-@pytest.fixture(autouse=True, scope="module")
-def small_network() -> Iterator[None]:
-    """Trains a network that compiles fast, whatever the name."""
-    with small_networks(train_module, evaluate_module):
-        yield
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("runs") / "finished"
-    train(CONFIG, workdir, Watcher())
-    return workdir
-
-
-def read_gradients(workdir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (workdir / "gradients.jsonl").read_text().splitlines()]
-
-
-def test_each_evaluation_adds_the_means_of_its_epoch(finished: Path) -> None:
-    lines = read_gradients(finished)
-    assert [(line["step"], line["epoch"]) for line in lines] == [(5, 1), (10, 2)]
-    params = read_arrays(finished, 10)["params"]
-    assert sorted(lines[1]["norms"]) == sorted(map("/".join, recorded_paths(params)))
-
-    # The first epoch again, step by step, each gradient by hand.
-    model, (images, labels) = tiny_network(), _training_images()
-    steps = [read_initial_state()]
-    order = data.epoch_order(CONFIG.seed, 0, 44)
-    sums = np.zeros(len(lines[0]["norms"]))
-    optimizer = train_module.make_optimizer(
-        CONFIG.optimizer, CONFIG.orthogonality, model.basis_groups("shared+unique"), lambda count: 0.05)
+    # The last block's output goes through the mean over pixels to the classifier: by hand.
+    def head(features: Any) -> Any:
+        logits = features.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
+        return -jnp.sum(jax.nn.log_softmax(logits)[jnp.arange(6), labels])
 
     @jax.jit
-    def differentiate(params: Any, stats: Any, inputs: Any, targets: Any) -> Any:
-        def loss(params: Any) -> Any:
-            logits, updated = model.apply({"params": params, "batch_stats": stats}, inputs, train=True,
-                                          mutable=["batch_stats"])
-            return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(8), targets]), updated["batch_stats"]
-        return jax.grad(loss, has_aux=True)(params)
-
-    params, stats = steps[0]["params"], steps[0]["batch_stats"]
-    state = optimizer.init(params)
-    for step in range(PER_EPOCH):
-        chosen = order[8 * step:8 * step + 8]
-        gradient, stats = differentiate(params, stats, (images[chosen] / np.float32(255) - 0.5) / 0.5, labels[chosen])
-        sums += [np.linalg.norm(np.asarray(_leaf(gradient, path))) for path in recorded_paths(gradient)]
-        updates, state = optimizer.update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
-    assert lines[0]["norms"] == pytest.approx(
-        dict(zip(map("/".join, recorded_paths(params)), sums / PER_EPOCH, strict=True)), rel=2e-3)
-
-
-def _training_images() -> tuple[np.ndarray, np.ndarray]:
-    split = data.load_split(CONFIG.data, "train")
-    return split.images, split.labels
-
-
-def read_initial_state() -> dict[str, Any]:
-    return dict(tiny_network().init(jax.random.key(CONFIG.seed), jnp.zeros((1, 8, 8, 1)), train=False))
-
-
-def _leaf(tree: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-@pytest.mark.parametrize("at", [2, 4])  # amid the first epoch, and as it is evaluated
-def test_a_run_that_was_stopped_has_the_same_record_bit_for_bit(finished: Path, tmp_path: Path, at: int) -> None:
-    with pytest.raises(Interrupted):
-        train(CONFIG, tmp_path / "run", Watcher([at], signal.SIGTERM))
-    train(CONFIG, tmp_path / "run", Watcher())
-    assert (tmp_path / "run" / "gradients.jsonl").read_bytes() == (finished / "gradients.jsonl").read_bytes()
-    assert_trees_equal(read_arrays(tmp_path / "run", 10), read_arrays(finished, 10))
-
-
-def test_a_run_killed_between_record_and_checkpoint_writes_the_line_once(finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "10")
-    train(CONFIG, tmp_path / "run", Watcher())
-    assert (tmp_path / "run" / "gradients.jsonl").read_bytes() == (finished / "gradients.jsonl").read_bytes()
-
-
-def test_without_the_record_the_same_is_trained_and_nothing_is_written(finished: Path, tmp_path: Path) -> None:
-    plain = replace(CONFIG, {"train.record_gradients": False})
-    train(plain, tmp_path / "run", Watcher())
-    assert not (tmp_path / "run" / "gradients.jsonl").exists()
-    assert_trees_equal(*(read_arrays(path, 10)["params"] for path in (tmp_path / "run", finished)))
-    assert read_metrics(tmp_path / "run") == read_metrics(finished)
-    with user_error("train.record_gradients: True now, False there"):
-        train(CONFIG, tmp_path / "run", Watcher())
-
-
-def test_the_number_of_devices_does_not_change_the_record(finished: Path, tmp_path: Path,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    assert jax.device_count() == 4
-    monkeypatch.setattr(train_module, "make_mesh", lambda: mesh_of(1))
-    train(replace(CONFIG, {"train.epochs": 1}), tmp_path / "one", Watcher())
-    assert read_gradients(tmp_path / "one")[0]["norms"] == pytest.approx(read_gradients(finished)[0]["norms"], rel=1e-3)
+    def capture(variables: Any) -> Any:
+        _, captured = network.clone(scan_blocks=False).apply(
+            variables, images, train=True, mutable=["batch_stats", "intermediates"],
+            capture_intermediates=lambda module, _: module.name == f"block{count}")
+        return captured["intermediates"]["group1"][f"block{count}"]["__call__"][0]
+    by_image = np.asarray(jax.grad(head)(capture(variables))).reshape(6, -1)
+    assert blocks[f"group1/block{count}"] == pytest.approx(np.sqrt((by_image**2).sum(1).mean()), rel=1e-4)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import io
+import functools
 import json
-import math
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -19,12 +19,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from helpers import ROOT, save_run, tiny_network, user_environment, user_error
+from helpers import ROOT, CommandLine, tiny_network, user_environment, user_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
+from sample_networks import NETWORKS, SHAPE, random_variables
 
-from shared_basis.config import Config, DataConfig, ModelConfig, replace
+from shared_basis import data
+from shared_basis.config import Config, DataConfig, ModelConfig
 from shared_basis.data.augment import normalize
 from shared_basis.export import export, graph, stablehlo
 from shared_basis.export import onnx as onnx_writer
@@ -33,53 +35,13 @@ from shared_basis.export.graph import Node
 from shared_basis.export.jaxpr import trace
 from shared_basis.models import create_model
 from shared_basis.models.base import Network, Sharing
-from shared_basis.models.densenet import DenseNet
-from shared_basis.models.mobilenetv2 import MobileNetV2
-from shared_basis.models.parameters import abstract_variables, count_macs
+from shared_basis.models.parameters import count_macs
 from shared_basis.models.registry import FAMILIES
-from shared_basis.models.resnet import ResNet
-from shared_basis.models.resnext import ResNeXt
-from shared_basis.runs.trained import Trained
-from shared_basis.runtime.reporter import Reporter
-from shared_basis.training import train
+from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runs.trained import Trained, build_model
+from shared_basis.runs.workdir import Workdir, make_record
 
 DATA = DataConfig(name="digits", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
-
-
-def whole(*layers: str, templates: int = 0) -> Sharing:
-    return Sharing(tuple((layer, layer) for layer in layers), orthonormal=False, templates=templates)
-
-
-SECOND = (("second", "second"),)
-NETWORKS: dict[str, Network] = {
-    "plain": tiny_network(blocks=(2, 2), widths=(4, 8), sharing=Sharing()),
-    "double": tiny_network(blocks=(3, 2), widths=(4, 8)),
-    "single": tiny_network(blocks=(3,), sharing=Sharing((("first", "shared"), ("second", "shared")), 3, 1)),
-    "shared only": tiny_network(blocks=(3,), sharing=Sharing((("first", "shared"), ("second", "shared")), 3)),
-    "unique only": tiny_network(blocks=(3,), sharing=Sharing(unique_rank=3)),
-    "tied": tiny_network(blocks=(3,), sharing=whole("first", "second")),
-    "templates": tiny_network(blocks=(3,), sharing=whole("first", "second", templates=2)),
-    "bottleneck": ResNet(10, whole("second", "third"), blocks=(3, 3), widths=(4, 8), bottleneck=True, stem="imagenet"),
-    "densenet": DenseNet(10, Sharing(SECOND, 4, 1), blocks=(2, 3), growth=4),
-    "resnext": ResNeXt(10, Sharing(SECOND, 8, 4), blocks=(3, 2), widths=(32, 64)),
-    "plain resnext": ResNeXt(10, blocks=(2,), widths=(32,)),
-    "mobilenet": MobileNetV2(10, whole("first")),
-    "mobilenet, large images": MobileNetV2(10, whole("first", "third"), stem="imagenet"),
-}
-"""A small network of every kind of layer, block and sharing."""
-SHAPE = (8, 8, 3)
-
-
-def random_variables(model: nn.Module, shape: tuple[int, int, int]) -> Any:
-    """Returns variables as after training: each normalisation has its own mean, variance, scale and offset."""
-    rng = np.random.default_rng(0)
-
-    def draw(path: Any, leaf: Any) -> np.ndarray:
-        if path[-1].key in ("scale", "var"):
-            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-        spread = 0.3 if path[-1].key in ("bias", "mean") else (1 / math.prod(leaf.shape[:-1])) ** 0.5
-        return rng.normal(0, spread, leaf.shape).astype(np.float32)
-    return jax.tree_util.tree_map_with_path(draw, dict(abstract_variables(model, shape)))
 
 
 def random_images(count: int, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
@@ -101,11 +63,11 @@ def traced(model: Network, shape: tuple[int, int, int] = SHAPE) -> Traced:
     variables, images = random_variables(model, shape), random_images(3, shape)
     logits = jax.jit(lambda variables, images: model.apply(variables, normalize(images, DATA), train=False))(
         variables, images)
-    return Traced(model, variables, read(model, shape), images, np.asarray(logits))
+    return Traced(model, variables, read(model, variables, shape), images, np.asarray(logits))
 
 
-def read(model: Network, shape: tuple[int, int, int] = SHAPE) -> Node:
-    return trace(model.clone(scan_blocks=False), random_variables(model, shape), shape, lambda x: normalize(x, DATA))
+def read(model: Network, variables: Any, shape: tuple[int, int, int] = SHAPE) -> Node:
+    return trace(model.clone(scan_blocks=False), variables, shape, lambda x: normalize(x, DATA))
 
 
 def onnx_logits(output: Node, images: np.ndarray) -> np.ndarray:
@@ -118,9 +80,19 @@ def assert_close(actual: Any, desired: Any) -> None:
     np.testing.assert_allclose(actual, desired, atol=1e-5 * max(1.0, float(np.abs(desired).max())), rtol=0)
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@functools.cache
+def traced_network(name: str) -> Traced:
+    return traced(NETWORKS[name])
+
+
+def named(*names: str) -> list[Any]:
+    """Returns `names` as parameters; one of the two MobileNets, which take longest, is enough by default."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name == "mobilenet" else name for name in names]
+
+
+@pytest.fixture(scope="module", params=named(*NETWORKS))  # of the module, so that tests of a network follow one another
 def network(request: pytest.FixtureRequest) -> Traced:
-    return traced(NETWORKS[request.param])
+    return traced_network(request.param)
 
 
 def test_every_fold_of_every_network_computes_what_the_network_does(network: Traced) -> None:
@@ -137,26 +109,25 @@ def test_an_unfolded_graph_has_the_macs_of_the_network_and_no_fold_but_composed_
     assert found["auto"] == min(found.values())
 
 
-@pytest.mark.parametrize(("name", "left"), [
-    ("plain", 0), ("double", 0), ("single", 0), ("shared only", 0), ("unique only", 0), ("templates", 0),
-    ("tied", 4),  # of each of two blocks, two: the filters are the other block's too
-    ("bottleneck", 8),  # second and third of two blocks in each of two groups
-    ("resnext", 3),  # between basis and ReLU
-    ("densenet", 6),  # each of five layers and the head normalise what was joined, before ReLU
-    ("plain resnext", 0),
-    ("mobilenet", 9), ("mobilenet, large images", 18)])  # of nine blocks that share one or two 1×1 layers
-def test_tells_which_batch_normalisations_could_not_be_folded(name: str, left: int) -> None:
-    model = NETWORKS[name]
-    output = read(model)
+NORMS_LEFT = {
+    "tied": 4,  # of each of two blocks, two: the filters are the other block's too
+    "bottleneck": 8,  # second and third of two blocks in each of two groups
+    "resnext": 3,  # between basis and ReLU
+    "densenet": 6,  # each of five layers and the head normalise what was joined, before ReLU
+    "mobilenet": 9, "mobilenet, large images": 18}  # of nine blocks that share one or two 1×1 layers
+
+
+def test_tells_which_batch_normalisations_could_not_be_folded(network: Traced) -> None:
+    name = next(name for name, model in NETWORKS.items() if model is network.model)
     for choice in ("auto", "basis"):
-        assert fold(output, choice)[1].norms_left == left
-    assert fold(output, "none")[1].norms_left == len(
-        [path for path, _ in jax.tree_util.tree_flatten_with_path(random_variables(model, SHAPE)["batch_stats"])[0]
+        assert fold(network.graph, choice)[1].norms_left == NORMS_LEFT.get(name, 0)
+    assert fold(network.graph, "none")[1].norms_left == len(
+        [path for path, _ in jax.tree_util.tree_flatten_with_path(network.variables["batch_stats"])[0]
          if path[-1].key == "mean"])
 
 
 def test_a_basis_layer_becomes_one_basis_convolution_and_one_1x1_with_a_bias() -> None:
-    output, outcome = fold(read(NETWORKS["double"]), "basis")
+    output, outcome = fold(traced_network("double").graph, "basis")
     layer = [node for node in graph.ordered(output) if node.scope == "group1/block2/first"]
     assert [node.op for node in layer] == ["conv", "conv"]
     assert [list(node.arrays) for node in layer] == [["kernel", "kernel_more"], ["kernel", "bias"]]
@@ -171,7 +142,7 @@ def test_a_basis_layer_becomes_one_basis_convolution_and_one_1x1_with_a_bias() -
 def test_auto_composes_where_it_takes_fewer_macs(rank: int) -> None:
     """A pixel takes 9·4·R + R·4 as basis and 1×1, and 9·4·4 composed: the least is the former up to R = 3."""
     model = tiny_network(blocks=(3,), sharing=Sharing((("first", "first"), ("second", "second")), rank - 1, 1))
-    folded, outcome = fold(read(model), "auto")
+    folded, outcome = fold(read(model, random_variables(model)), "auto")
     assert outcome.layers == ({"basis": 4, "composed": 0} if rank == 3 else {"basis": 0, "composed": 4})
     stem, layer, head = 27 * 4, min(36 * rank + 4 * rank, 36 * 4), 40
     assert graph.count_macs(folded) == 64 * (stem + 2 * 36 * 4 + 4 * layer) + head
@@ -181,11 +152,10 @@ def initializers(content: bytes) -> dict[str, np.ndarray]:
     return {array.name: numpy_helper.to_array(array) for array in onnx.load_from_string(content).graph.initializer}
 
 
-@pytest.mark.parametrize("name", ["double", "single", "shared only", "tied", "bottleneck", "resnext", "densenet",
-                                  "mobilenet, large images"])
-def test_shared_arrays_are_stored_once(name: str) -> None:
-    model = NETWORKS[name]
-    variables, output = random_variables(model, SHAPE), read(model)
+@pytest.mark.parametrize("network", ["double", "single", "shared only", "tied", "bottleneck", "resnext", "densenet",
+                                     "mobilenet, large images"], indirect=True)
+def test_shared_arrays_are_stored_once(network: Traced) -> None:
+    model, variables, output = network.model, network.variables, network.graph
     content = onnx_writer.serialise(fold(output, "basis")[0], {})[""]
     stored = [array.transpose(2, 3, 1, 0) for array in initializers(content).values() if array.ndim == 4]
     for group, arrays in variables["params"]["bases"].items():
@@ -219,14 +189,26 @@ def test_folding_around_a_convolution_changes_nothing(strides_and_padding: tuple
     assert_close(onnx_logits(mean, images), np.mean(expected, axis=(1, 2)))
 
 
+def save(path: Path, *scales: float, **fields: Any) -> Path:
+    """Saves a run with a checkpoint for each of `scales`, which classifies by random variables times the scale."""
+    config = Config(model=ModelConfig(**{"name": "tiny-s2u1", **fields}),
+                    data=DataConfig(name="digits", mean=(0.3,), std=(0.38,), train_examples=40))
+    spec = data.describe(config.data)
+    record = make_record(config, {"classes": list(spec.classes), "image_shape": list(spec.image_shape)})
+    workdir = Workdir(path)
+    workdir.claim(record)
+    checkpoints = Checkpoints(workdir.checkpoints)
+    for step, scale in enumerate(scales, start=1):
+        variables = jax.tree.map(lambda leaf, scale=scale: jnp.asarray(scale * leaf),
+                                 random_variables(build_model(config, spec), spec.image_shape))
+        checkpoints.save(step, {**variables, "step": jnp.asarray(step)}, record, {"test_accuracy": 1 / step})
+    checkpoints.close()
+    return path
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs on the digits, which gets most of them right."""
-    path = tmp_path_factory.mktemp("export") / "run"
-    config = Config(model=ModelConfig(name="resnet14-s4u1"), data=DataConfig(name="digits", mean=(0.3,), std=(0.38,)))
-    train.train(replace(config, {"train.epochs": 2, "train.batch_size": 64, "train.evaluate_every": 2,
-                                 "train.eval_batch_size": 355}), path, Reporter(io.StringIO()))
-    return path
+    return save(tmp_path_factory.mktemp("export") / "run", 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +227,7 @@ def test_onnx_says_of_every_test_image_what_the_run_does(run: Path, digits: Any,
     found = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"images": images})[0]
     np.testing.assert_allclose(found, logits, atol=1e-4)
     np.testing.assert_array_equal(found.argmax(-1), logits.argmax(-1))
-    assert result["layers"] == {"basis": 6 * (choice != "composed"), "composed": 6 * (choice == "composed")}
+    assert result["layers"] == {"basis": 2 * (choice != "composed"), "composed": 2 * (choice == "composed")}
     assert result["verified"]["difference"] < 1e-4
     assert result["bytes"] == (tmp_path / "model.onnx").stat().st_size
 
@@ -264,7 +246,7 @@ def test_onnx_says_what_it_is(run: Path) -> None:
     assert result["file"] == str(run / "export" / "model.onnx")
     model = onnx.load(result["file"])
     about = {prop.key: prop.value for prop in model.metadata_props}
-    assert (about["model"], about["fold"]) == ("resnet14-s4u1", "basis")
+    assert (about["model"], about["fold"]) == ("tiny-s2u1", "basis")
     assert json.loads(about["classes"]) == [str(digit) for digit in range(10)]
     assert [json.loads(about[name]) for name in ("mean", "std", "image_shape")] == [[0.3], [0.38], [8, 8, 1]]
     assert json.loads(about["versions"])["jax"] == jax.__version__
@@ -284,7 +266,7 @@ print(json.dumps({"logits": numpy.asarray(logits).tolist(), "one": call(numpy.lo
 """
 
 
-@pytest.mark.parametrize("choice", ["auto", "composed"])
+@pytest.mark.parametrize("choice", ["auto", pytest.param("composed", marks=pytest.mark.slow)])
 def test_stablehlo_is_computed_without_this_package(run: Path, digits: Any, choice: str, tmp_path: Path) -> None:
     images, logits = digits
     result = export.export(run, "stablehlo", choice, output=str(tmp_path / "model.stablehlo"))
@@ -307,16 +289,14 @@ def test_stablehlo_is_for_every_platform_and_has_no_form_of_one(run: Path) -> No
     assert "tensor<?x8x8x1xui8>" in text
     assert set(re.findall(r"custom_call @(\w+)", text)) <= {"shape_assertion"}
     assert b".py" not in file.read_bytes()  # no path of this machine
-    convolutions = 1 + 6 + 2 * 6  # stem; the plain block of each group; basis and 1×1 of six layers
+    convolutions = 1 + 2 + 2 * 2  # stem; the plain block; basis and 1×1 of two layers
     # JAX itself writes down each convolution for each platform.
     assert len(re.findall(r"stablehlo.convolution", text)) in (convolutions, convolutions * len(program.platforms))
     assert "while" not in text
 
 
 def test_a_checkpoint_and_a_precision_are_the_runs(tmp_path: Path) -> None:
-    config = Config(model=ModelConfig(name="resnet14-s4u1", dtype="bfloat16", scan_blocks="yes"),
-                    data=DataConfig(name="digits", mean=(0.3,), std=(0.38,)))
-    path = save_run(tmp_path / "run", config, {1: 0.5, 2: 0.25})
+    path = save(tmp_path / "run", 1.0, 0.5, dtype="bfloat16", scan_blocks="yes")
     best, latest = (export.export(path, "onnx", which=which, output=str(tmp_path / which))
                     for which in ("best", "latest"))
     assert (best["step"], latest["step"]) == (1, 2)
@@ -362,7 +342,7 @@ def test_an_operation_that_cannot_be_exported_is_named() -> None:
         trace(Strange(), variables, SHAPE, lambda images: images / 255.0)
 
 
-def test_a_mistake_is_told(run: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_are_named(run: Path, tmp_path: Path) -> None:
     with user_error("format 'tflite'", "onnx, stablehlo"):
         export.export(run, "tflite")
     with user_error("fold 'all'", "auto, basis, composed, none"):
@@ -375,7 +355,7 @@ def test_a_mistake_is_told(run: Path, tmp_path: Path) -> None:
     with user_error("cannot be written", "--output=FILE"):
         export.export(run, "onnx", output=str(tmp_path / ("x" * 253)))
     (tmp_path / "file").unlink()
-    with user_error(str(tmp_path), "is a directory"):
+    with user_error(str(tmp_path), "s a directory"):
         export.export(run, "onnx", output=str(tmp_path))
     with user_error("holds no run"):
         export.export(tmp_path, "onnx")
@@ -402,10 +382,13 @@ def test_says_when_it_could_not_be_verified(run: Path, tmp_path: Path, monkeypat
 @pytest.mark.parametrize("fault", [1.0, np.nan])
 def test_writes_nothing_that_computes_something_else(run: Path, tmp_path: Path, fault: float,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    right = onnx_writer.run
-    monkeypatch.setattr(onnx, "run", lambda *given: (right(*given)[0] + fault, "it"))
+    def wrong(file: bytes, images: np.ndarray) -> tuple[np.ndarray, str]:
+        logits, by = onnx_writer.run(file, images)
+        return logits + fault, by
+    monkeypatch.setitem(export.FORMATS, "wrong", SimpleNamespace(
+        require_packages=lambda: None, serialise=onnx_writer.serialise, run=wrong))
     with user_error("nothing is written", "differ from the network's", "--fold=none"):
-        export.export(run, "onnx", output=str(tmp_path / "model.onnx"))
+        export.export(run, "wrong", output=str(tmp_path / "model.onnx"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -423,17 +406,16 @@ def test_an_export_that_cannot_be_finished_leaves_the_file_that_was_there(run: P
     assert (tmp_path / "model.stablehlo").read_text() == "before"
 
 
-def test_from_the_command_line(run: Path, tmp_path: Path) -> None:
-    def main(*arguments: str) -> Any:
-        return subprocess.run([sys.executable, str(ROOT / "main.py"), "--mode=export", f"--workdir={run}", *arguments],
-                              env=user_environment(), capture_output=True, text=True, timeout=300, check=False)
-    done = main("--format=onnx", "--fold=composed", "--json", f"--output={tmp_path / 'model.onnx'}")
+def test_from_the_command_line(tmp_path: Path, main: CommandLine) -> None:
+    run = save(tmp_path / "run", 1.0, name="resnet14-s4u1")  # the command knows no network of the tests
+    done = main("--mode=export", f"--workdir={run}", "--format=onnx", "--fold=composed", "--json",
+                "--output=model.onnx", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["layers"], result["norms_left"]) == ({"basis": 0, "composed": 6}, 0)
     assert result["macs"]["exported"] > result["macs"]["network"]
     assert result["bytes"] == (tmp_path / "model.onnx").stat().st_size
-    wrong = main("--format=tflite")
+    wrong = main("--mode=export", f"--workdir={run}", "--format=tflite", cwd=tmp_path)
     assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
     assert "stablehlo" in wrong.stderr
 
@@ -469,6 +451,6 @@ def test_every_registered_network_is_exported(name: str) -> None:
 
 
 def test_stablehlo_computes_what_pooling_networks_do() -> None:
-    found = traced(NETWORKS["densenet"])
+    found = traced_network("densenet")
     files = stablehlo.serialise(fold(found.graph, "auto")[0], {})
     assert_close(stablehlo.run(files[""], found.images)[0], found.logits)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from shared_basis.errors import UserError
 from shared_basis.plotting import Picture
+from shared_basis.runtime.files import write_all_atomic
 
 PAGE = "report.html"
 FOLDER = "report"
 
 
-def pictures_as_files(pictures: Iterable[Picture]) -> dict[str, bytes]:
+def picture_files(pictures: Iterable[Picture]) -> dict[str, bytes]:
     """Returns the PNG files of pictures by name."""
-    return {f"{each.name}.png": each.light for each in pictures}
+    return {f"{each.name}.png": each.png for each in pictures}
 
 
-def write(directory: Path, page: bytes, files: Mapping[str, bytes], known: Iterable[str]) -> list[str]:
-    """Writes a report into `directory`: its page last, each file whole or not at all.
+def write_report(directory: Path, page: bytes, files: Mapping[str, bytes], known: Iterable[str]) -> list[str]:
+    """Writes a report into `directory`; its files get their names when all of them are complete.
 
     Args:
       page: the file of the page.
       files: those beside it, by name.
-      known: names that reports write; those that this one does not are removed, as they tell of an earlier one.
+      known: names that reports write; those that this one does not are removed, as they belong to an earlier one.
 
     Returns:
       The names of those that were removed.
@@ -35,17 +35,10 @@ def write(directory: Path, page: bytes, files: Mapping[str, bytes], known: Itera
     folder = directory / FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        write_all_atomic({**{folder / name: content for name, content in files.items()}, directory / PAGE: page})
         removed = sorted(name for name in set(known) - set(files) if (folder / name).exists())
         for name in removed:
             (folder / name).unlink()
-        for path, content in [*((folder / name, content) for name, content in files.items()),
-                              (directory / PAGE, page)]:
-            temporary = path.with_name(f"{path.name}.tmp")
-            try:
-                temporary.write_bytes(content)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{directory / PAGE} and {folder} cannot be written: {error.strerror}; choose another place "
                         "with --output=DIR.") from error
