@@ -13,7 +13,7 @@ from shared_basis.errors import UserError
 
 PARAMETER_LABELS = ("basis", "coefficients", "kernel", "norm", "bias")
 """Kinds of parameters, which weight decay can be limited to: filter basis elements (shared and unique), coefficients,
-ordinary kernels, scale and bias of batch normalisation, and biases of linear layers; see `shared_basis.optim.labels`."""
+ordinary kernels, scale and bias of batch normalisation, and biases of linear layers; see `optim.labels`."""
 
 
 def _require(condition: bool, field: str, value: Any, allowed: str) -> None:

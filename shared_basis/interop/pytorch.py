@@ -18,7 +18,7 @@ from shared_basis.errors import UserError
 from shared_basis.interop.state_dict import read_state_dict
 from shared_basis.models.base import Network, Tensors, unexpected_tensors
 from shared_basis.models.parameters import abstract_variables
-from shared_basis.nn.types import Path
+from shared_basis.nn.types import Path, Tree
 
 TensorAliases = tuple[str, ...]
 """The names that a tensor may have; exactly one of them is expected."""
@@ -44,8 +44,13 @@ def load_official(path: str | os.PathLike[str], model: Network) -> dict[str, Any
         raise UserError(f"{path} does not hold this network: {error}") from error
 
 
-def convert_official(tensors: Tensors, model: Network) -> dict[str, Any]:
-    """Returns the variables of `model` from a published state dict; see `load_official`."""
+def convert_official(tensors: Tensors, model: Network, shapes: Tree = None) -> dict[str, Any]:
+    """Returns the variables of `model` from a published state dict; see `load_official`.
+
+    Args:
+      shapes: the result of `abstract_variables` for `model`, where the caller has it: it takes seconds.
+    """
+    shapes = abstract_variables(model, (32, 32, 3)) if shapes is None else shapes
     prefix = "module." if all(name.startswith("module.") for name in tensors) else ""  # as DataParallel saves it
     left, renamed = model.adapt_published({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
 
@@ -77,7 +82,7 @@ def convert_official(tensors: Tensors, model: Network) -> dict[str, Any]:
                             f"{list(array.shape)}; {'/'.join(path)} needs {list(leaf.shape)}.")
         return array.astype(leaf.dtype)
 
-    variables = jax.tree_util.tree_map_with_path(fill, dict(abstract_variables(model, (32, 32, 3))))
+    variables = jax.tree_util.tree_map_with_path(fill, dict(shapes))
     if left:
         raise unexpected_tensors(source_name(name).strip("'") for name in left)
     return variables

@@ -103,7 +103,7 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def whole_layers(self) -> tuple[str, ...]:
-        """Returns the layers of a block whose filters are shared as a whole: by `-shared` the first, by `-shared++` all.
+        """Returns the layers of a block whose filters are shared as a whole: the first by `-shared`, or all.
 
         Empty where the network admits neither.
         """

@@ -7,7 +7,6 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from shared_basis import config as lib
 from shared_basis.config import (
     Config,
     DataConfig,
@@ -17,13 +16,13 @@ from shared_basis.config import (
     TrainConfig,
     check_field,
     differences,
+    flatten,
     from_config_dict,
     replace,
     to_config_dict,
     to_dict,
 )
 from shared_basis.errors import UserError
-from shared_basis.optim.labels import LABELS
 
 OTHER = Config(
     name="other", seed=7,
@@ -32,8 +31,8 @@ OTHER = Config(
                     crop="random_resized", on_broken="skip", placement="stream", workers=2, train_examples=10,
                     mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), pad=4, flip=True),
     orthogonality=OrthogonalityConfig(weight=0.0, elements="shared+unique", reduction="sum"),
-    optimizer=OptimizerConfig(learning_rate=0.2, nesterov=True, weight_decay_labels=("kernel", "basis"), boundaries=(1.5, 2.0),
-                              factors=(0.1, 0.5), warmup_epochs=0.5),
+    optimizer=OptimizerConfig(learning_rate=0.2, nesterov=True, weight_decay_labels=("kernel", "basis"),
+                              boundaries=(1.5, 2.0), factors=(0.1, 0.5), warmup_epochs=0.5),
     train=TrainConfig(epochs=3, batch_size=8))
 """A configuration in which most fields differ from their defaults."""
 
@@ -120,7 +119,8 @@ NAN, INF = float("nan"), float("inf")
     ("optimizer.momentum", 1.0, "optimizer.momentum=1.0: must be at least 0 and below 1"),
     ("optimizer.momentum", -0.1, "optimizer.momentum=-0.1: must be at least 0 and below 1"),
     ("optimizer.momentum", NAN, "optimizer.momentum=nan: must be at least 0 and below 1"),
-    ("optimizer.weight_decay_labels", ("kernels",), "optimizer.weight_decay_labels='kernels': must be one of basis, coefficients, kernel, norm, "
+    ("optimizer.weight_decay_labels", ("kernels",),
+     "optimizer.weight_decay_labels='kernels': must be one of basis, coefficients, kernel, norm, "
                                       "bias. Did you mean 'kernel'?"),
     ("optimizer.schedule", "cosin", "must be one of piecewise, cosine. Did you mean 'cosine'?"),
     ("optimizer.boundaries", (5.0,), "optimizer.factors=(): must be as many as optimizer.boundaries=(5.0,)"),
@@ -223,11 +223,12 @@ def test_absent_fields_take_their_defaults():
 
 @pytest.mark.parametrize("value", ["kernel,basis", " kernel , basis,", ("kernel", "basis"), ["kernel,basis"]])
 def test_a_tuple_of_strings_may_come_as_one_from_the_command_line(value):
-    assert from_config_dict({"optimizer": {"decay": value}}).optimizer.weight_decay_labels == ("kernel", "basis")
+    config = from_config_dict({"optimizer": {"weight_decay_labels": value}})
+    assert config.optimizer.weight_decay_labels == ("kernel", "basis")
 
 
 def test_an_empty_string_is_an_empty_tuple():
-    assert from_config_dict({"optimizer": {"decay": ""}}).optimizer.weight_decay_labels == ()
+    assert from_config_dict({"optimizer": {"weight_decay_labels": ""}}).optimizer.weight_decay_labels == ()
 
 
 def test_a_whole_number_is_taken_for_a_float():
@@ -279,5 +280,9 @@ def test_differences_name_the_fields_and_leave_out_locations():
         assert f"data.{field}" in differences(here, Config(data=other, seed=1))
 
 
-def test_labels_that_can_decay_are_those_that_parameters_have():
-    assert lib.PARAMETER_LABELS == LABELS
+@pytest.mark.parametrize(("old", "new", "value"), [
+    ({"model": {"loop": "no"}}, "model.scan_blocks", "no"), ({"optimizer": {"decay": ["norm"]}},
+     "optimizer.weight_decay_labels", ["norm"]), ({"optimizer": {"accumulate": 4}},
+     "optimizer.grad_accumulation_steps", 4)])
+def test_the_fields_of_version_0_1_are_known_by_their_old_names(old, new, value):
+    assert flatten(to_dict(from_config_dict(old)))[new] == value

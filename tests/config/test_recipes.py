@@ -71,20 +71,21 @@ def test_cifar_resnet_is_the_published_recipe():
     assert to_dict(from_config_dict(load(CONFIGS / "cifar_resnet.py").get_config("resnet32-s8u1"))) == {
         "name": "cifar_resnet-resnet32-s8u1",
         "seed": 0,
-        "model": {"name": "resnet32-s8u1", "stem": "cifar", "dtype": "float32", "loop": "auto"},
+        "model": {"name": "resnet32-s8u1", "stem": "cifar", "dtype": "float32", "scan_blocks": "auto"},
         "data": {**ALL_IMAGES, "name": "cifar10", "image_size": 0, "crop": "center", "mean": [0.485, 0.456, 0.406],
                  "std": [0.229, 0.224, 0.225], "pad": 4, "flip": True},
         "orthogonality": {"method": "penalty", "weight": 10.0, "elements": "shared+unique", "reduction": "mean"},
-        "optimizer": {"learning_rate": 0.1, "momentum": 0.9, "nesterov": False, "grad_accumulation_steps": 1, "weight_decay": 5e-4,
-                      "decay": ["basis", "coefficients", "kernel", "norm", "bias"], "schedule": "piecewise",
+        "optimizer": {"learning_rate": 0.1, "momentum": 0.9, "nesterov": False, "grad_accumulation_steps": 1,
+                      "weight_decay": 5e-4, "schedule": "piecewise",
+                      "weight_decay_labels": ["basis", "coefficients", "kernel", "norm", "bias"],
                       "boundaries": [150.0, 225.0], "factors": [0.1, 0.1], "warmup_epochs": 0.0},
         "train": {"epochs": 300, "batch_size": 256, "eval_batch_size": 1000, "evaluate_every": 1,
                   "record_gradients": False},
     }
 
 
-STEPS = {"learning_rate": 0.1, "momentum": 0.9, "nesterov": False, "grad_accumulation_steps": 1, "schedule": "piecewise",
-         "warmup_epochs": 0.0, "decay": ["basis", "coefficients", "kernel", "norm", "bias"]}
+STEPS = {"learning_rate": 0.1, "momentum": 0.9, "nesterov": False, "grad_accumulation_steps": 1,
+         "schedule": "piecewise", "warmup_epochs": 0.0, "weight_decay_labels": ["basis", "coefficients", "kernel", "norm", "bias"]}
 CIFAR = {"epochs": 300, "batch_size": 256, "boundaries": [150.0, 225.0], "factors": [0.1, 0.1], "weight_decay": 5e-4}
 RESNETS = {"epochs": 150, "batch_size": 256, "boundaries": [60.0, 100.0, 140.0], "factors": [0.1, 0.1, 0.1],
            "weight_decay": 1e-4}

@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from shared_basis.errors import UserError
-from shared_basis.interop.pytorch import convert_official, load_official, slots
+from shared_basis.interop.pytorch import aliases_of, convert_official, load_official
 from shared_basis.interop.state_dict import read_state_dict
 from shared_basis.models import create_model
 from shared_basis.optim.penalty import orthogonality_diagnostics, orthogonality_penalty
@@ -62,7 +62,7 @@ class Network:
         """Returns logits, cross entropy and penalty, and the norm of each gradient by its official name."""
         found, norms = self._run(self.variables, images, self.expected["labels"])
         leaves, _ = jax.tree_util.tree_flatten_with_path(norms)
-        return found, {slots(("params", *(key.key for key in path)), self.model)[0][0]: float(norm)
+        return found, {aliases_of(("params", *(key.key for key in path)), self.model)[0][0]: float(norm)
                        for path, norm in leaves}
 
 
@@ -138,7 +138,7 @@ def test_the_gradients_of_mobilenetv2_are_official_but_for_two_relu_ties(referen
 
     def mismatches(flips):
         """Returns how many norms are off by more than 1e-4, those apart whose true gradient is 0."""
-        norms = {slots(("params", *(key.key for key in path)), model)[0][0]: np.linalg.norm(leaf) for path, leaf
+        norms = {aliases_of(("params", *(key.key for key in path)), model)[0][0]: np.linalg.norm(leaf) for path, leaf
                  in jax.tree_util.tree_leaves_with_path(gradient(variables["params"], flips))}
         assert set(norms) == set(official)
         return sum(abs(norms[key] / value - 1) > 1e-4 for key, value in official.items() if value > 1e-5)
@@ -280,9 +280,9 @@ def test_counts_of_batches_are_optional():
     ("layer2.1.shared_basis_2.weight", None,
      "tensor 'layer2.1.shared_basis_2.weight' or 'layer2.1.shared_basis2.weight' (for params/bases/group2/second)"),
     ("bn1.running_var", None, "tensor 'bn1.running_var' (for batch_stats/stem_norm/var) is missing."),
-    ("layer4.0.bn1.bias", np.zeros(3), "the network has no place for the tensors layer4.0.bn1.bias."),
+    ("layer4.0.bn1.bias", np.zeros(3), "unexpected tensors: layer4.0.bn1.bias."),
     ("layer1.1.shared_basis.weight", np.zeros(3),
-     "the network has no place for the tensors layer1.1.shared_basis.weight."),
+     "unexpected tensors: layer1.1.shared_basis.weight."),
     ("conv1.weight", np.zeros((16, 1, 3, 3)),
      "tensor 'conv1.weight' has shape [16, 1, 3, 3], in this layout [3, 3, 1, 16]; params/stem/kernel needs "
      "[3, 3, 3, 16]."),

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shared_basis.config import ModelConfig
+from shared_basis.config import PARAMETER_LABELS, ModelConfig
 from shared_basis.models import create_model
 from shared_basis.models.parameters import abstract_variables, count_macs, count_parameters
 from shared_basis.models.summary import compare_with_plain, count_network, render, render_saving
-from shared_basis.optim.labels import LABELS, label_parameters
+from shared_basis.optim.labels import label_parameters
 
 CIFAR10_COUNTS = {
     "resnet20": (269722, 40551040),
@@ -53,7 +53,7 @@ def test_labels_name_the_kind_of_every_parameter():
         "bases": {f"group{g}": {"first": "basis", "second": "basis"} for g in (1, 2, 3)},
         "stem": {"kernel": "kernel"}, "stem_norm": norm, "group1": group, "group2": group, "group3": group,
         "head": {"kernel": "kernel", "bias": "bias"}}
-    assert set(jax.tree.leaves(labels)) == set(LABELS)
+    assert set(jax.tree.leaves(labels)) == set(PARAMETER_LABELS)
 
 
 @pytest.mark.parametrize("path", [("stem", "embedding"), ("stem", "scale"), ("alpha",)])

@@ -223,16 +223,11 @@ def abstract_logits(name, *image_shape, **arguments):
     return jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, jnp.zeros((2, *image_shape)))
 
 
-@pytest.mark.parametrize("ranks", ["", "-s0u2", "-s4u0", "-s4u1", "-s4u1-double"])
-@pytest.mark.parametrize(("image_shape", "dtype"), [((8, 8, 1), jnp.float32), ((7, 12, 3), jnp.bfloat16)])
+@pytest.mark.parametrize(("ranks", "image_shape", "dtype"), [
+    ("-s0u2", (8, 8, 1), jnp.float32), ("-s4u1-double", (7, 12, 3), jnp.bfloat16)])
 def test_every_mode_gives_float32_logits_for_any_image(ranks, image_shape, dtype):
     logits = abstract_logits(f"resnet14{ranks}", *image_shape, num_classes=11, dtype=dtype)
     assert (logits.shape, logits.dtype) == ((2, 11), jnp.float32)
-
-
-@pytest.mark.parametrize("depth", [14, 20, 32, 44, 56, 110])
-def test_every_depth_gives_logits(depth):
-    assert abstract_logits(f"resnet{depth}-s4u1-double", 8, 8, 3).shape == (2, 10)
 
 
 def test_initial_variables_are_those_published():
@@ -293,8 +288,7 @@ class Trained:
         self.batch_stats = updated["batch_stats"]
 
 
-@pytest.fixture(scope="module", params=[("resnet14-s4u1-double", (8, 8, 3)), ("resnet14-s4u1", (8, 6, 1))],
-                ids=lambda param: param[0])
+@pytest.fixture(scope="module", params=[("resnet14-s4u1-double", (8, 6, 3))], ids=lambda param: param[0])
 def trained(request):
     return Trained(*request.param)
 
@@ -341,29 +335,3 @@ def test_in_double_sharing_each_layer_uses_the_basis_of_its_name():
         for bases in variables["params"]["bases"].values():
             bases[layer] *= -1
         assert np.any(_evaluate(variables, images)[0] != logits) == counts
-
-
-@pytest.mark.parametrize("sharing", ["single", "double"])
-def test_the_gradient_of_a_shared_basis_is_the_sum_over_the_layers_that_use_it(sharing):
-    """An untied copy hands each layer an array of its own with the same values."""
-    names = {"single": ("shared", "shared"), "double": ("first", "second")}[sharing]
-    blocks, x = [BasicBlock(4, unique_rank=1) for _ in range(2)], random_images(2, 4, 4, 4)
-    bases = {name: random_images(3, 3, 4, 3, seed=seed) for seed, name in enumerate(sorted(set(names)))}
-    rng = np.random.default_rng(5)
-    variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), jax.eval_shape(
-        lambda key: blocks[0].init(key, x, dict(zip(("first", "second"), bases.values(), strict=False)) | (
-            {"second": bases["shared"]} if sharing == "single" else {}), train=True), jax.random.key(0)))
-
-    def loss(arrays):
-        """`arrays` holds the shared array of each layer (first and second) of each block."""
-        y = x
-        for block, (first, second) in zip(blocks, arrays, strict=True):
-            y, _ = block.apply(variables, y, {"first": first, "second": second}, train=True, mutable=["batch_stats"])
-        return jnp.mean(y**3)
-
-    tied = jax.jit(jax.grad(lambda bases: loss([[bases[name] for name in names]] * 2)))(bases)
-    untied = jax.jit(jax.grad(loss))([[bases[name] for name in names] for _ in blocks])
-    for name, gradient in tied.items():
-        parts = [untied[block][layer] for block in range(2) for layer in range(2) if names[layer] == name]
-        np.testing.assert_allclose(gradient, sum(parts), rtol=1e-4, atol=1e-5)
-        assert min(np.linalg.norm(part) for part in parts) > 1e-3

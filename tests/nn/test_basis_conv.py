@@ -80,7 +80,7 @@ def test_unique_channels_come_before_shared_ones():
     np.testing.assert_allclose(y.item(), (20 + 1000 * 300) / np.sqrt(1 + 1e-5) + 0.5, rtol=1e-6)
 
 
-def test_the_norm_is_not_normalize_and_multiply_a_relu():
+def test_no_relu_follows_the_norm():
     _, variables, shared = make_layer("shared only")
     variables["params"]["norm"]["bias"] -= 100  # all channels below zero
     y = BasisConv(5).apply(variables, np.zeros((1, 4, 4, 2), np.float32), shared, train=False)

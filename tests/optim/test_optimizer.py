@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+from shared_basis.config import PARAMETER_LABELS as LABELS
 from shared_basis.config import OptimizerConfig, OrthogonalityConfig
 from shared_basis.models import create_model
 from shared_basis.models.parameters import abstract_variables
 from shared_basis.nn.basis_conv import BasisGroup
-from shared_basis.optim.labels import LABELS
 from shared_basis.optim.optimizer import learning_rate_schedule, make_optimizer
 from shared_basis.optim.penalty import orthogonality_penalty
 
@@ -74,10 +74,11 @@ def at(tree, path):
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("decay", [LABELS, (), *[(label,) for label in LABELS], ("basis", "norm")],
+@pytest.mark.parametrize("decay", [LABELS, (), ("norm", "coefficients"), ("kernel", "bias")],
                          ids=lambda decay: "+".join(decay) or "none")
 def test_two_updates_rebuilt_by_hand(decay, nesterov):
-    config = OptimizerConfig(learning_rate=0.1, momentum=0.8, nesterov=nesterov, weight_decay=0.25, decay=decay)
+    config = OptimizerConfig(learning_rate=0.1, momentum=0.8, nesterov=nesterov, weight_decay=0.25,
+                             weight_decay_labels=decay)
     optimizer = make_optimizer(config, OrthogonalityConfig(weight=0.0), [], lambda step: 0.1 / (step + 1))
     params, state = PARAMS, optimizer.init(PARAMS)
     for _ in range(2):
@@ -138,7 +139,7 @@ def test_training_a_network_equals_descent_on_the_summed_loss():
 
     # One program serves both sides; it compiles in half the time without optimization.
     gradient = jax.jit(jax.grad(cross_entropy), compiler_options={"xla_backend_optimization_level": 0})
-    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.05, decay=("basis", "kernel")),
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.05, weight_decay_labels=("basis", "kernel")),
                                OrthogonalityConfig(weight=10.0), elements, lambda step: rate)
 
     @jax.jit

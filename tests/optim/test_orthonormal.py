@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import Watcher, assert_trees_equal, read_arrays, read_metrics, tiny_network, user_error
+from helpers import TINY, Watcher, assert_trees_equal, read_arrays, read_metrics, tiny_network, user_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +20,6 @@ from shared_basis.optim.optimizer import make_optimizer
 from shared_basis.optim.orthonormal import keep_orthonormal, polar_factor, tangent
 from shared_basis.optim.penalty import orthogonality_diagnostics
 from shared_basis.runtime.preemption import Interrupted
-from shared_basis.training import train as train_module
 from shared_basis.training.train import train
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 6))
@@ -40,8 +39,7 @@ def test_polar_factor_is_that_of_the_decomposition(shape: tuple[int, int], seed:
     np.testing.assert_allclose(polar_factor(jnp.asarray(stack, jnp.float32)), u @ vh, atol=3e-5)
 
 
-@pytest.mark.parametrize("least", [0.9, 0.1, 0.01])
-@pytest.mark.parametrize("shape", [(64, 576), (64, 64), (100, 64)])
+@pytest.mark.parametrize(("shape", "least"), [((64, 576), 0.9), ((64, 64), 0.1), ((100, 64), 0.01)])
 def test_polar_factor_of_large_matrices_is_orthonormal(shape: tuple[int, int], least: float) -> None:
     u, s, vh = np.linalg.svd(np.random.default_rng(0).normal(size=shape), full_matrices=False)
     found = np.float64(polar_factor(jnp.asarray(u * np.geomspace(least, 1, len(s)) @ vh, jnp.float32)))
@@ -169,20 +167,12 @@ def test_elements_that_cannot_all_be_orthogonal_are_refused() -> None:
 
 
 CONFIG = Config(
-    model=ModelConfig(name="resnet14"), data=DataConfig(train_examples=44, test_examples=30, pad=1),
+    model=ModelConfig(name=TINY, dtype="bfloat16"), data=DataConfig(train_examples=44, test_examples=30, pad=1),
     orthogonality=OrthogonalityConfig(method="exact", elements="shared+unique"),
     optimizer=OptimizerConfig(learning_rate=0.05, schedule="cosine"),
     train=TrainConfig(epochs=4, batch_size=8, evaluate_every=2))
 
 
-@pytest.fixture
-def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trains a network that compiles fast, in bfloat16."""
-    monkeypatch.setattr(train_module, "build_model", lambda config, spec: tiny_network(
-        len(spec.classes), dtype=jnp.bfloat16))
-
-
-@pytest.mark.usefixtures("small_network")
 def test_training_on_four_devices_keeps_bases_orthonormal_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert jax.device_count() >= 4
     train(CONFIG, tmp_path / "whole", Watcher())
