@@ -203,6 +203,7 @@ def test_two_updates_equal_ones_built_by_hand() -> None:
     assert int(states[2].step) == 2
 
 
+@pytest.mark.slow
 def test_a_small_problem_is_learnt() -> None:
     rng = np.random.default_rng(0)
     labels = np.arange(32, dtype=np.int32) % 4

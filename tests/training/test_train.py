@@ -258,6 +258,7 @@ def test_the_operation_that_gives_the_first_nan_is_named_with_its_line(tmp_path:
     assert saved(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_a_run_without_nan_computes_the_same_with_and_without(finished: Any, tmp_path: Path, debugging: None) -> None:
     run(tmp_path / "run")
     assert_trees_equal(read_arrays(tmp_path / "run", 20), read_arrays(finished[0], 20))
