@@ -24,14 +24,13 @@ def test_a_script_goes_on_as_a_module(script: str, module: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_the_table_of_published_figures_is_printed_by_both_commands() -> None:
-    old, new = run("-m", "shared_basis.published", cwd=ROOT), run("-m", "studies.published", cwd=ROOT)
-    assert old.stdout == new.stdout
-    assert "| CIFAR-10 | `resnet56-s16u1-double` | 319,226 |" in new.stdout
-    assert (new.stderr, "python -m studies.published" in old.stderr) == ("", True)
+def test_the_table_of_published_figures_goes_on_too() -> None:
+    done = run("-m", "shared_basis.published", cwd=ROOT)
+    assert done.stderr == "note: python -m shared_basis.published is now python -m studies.published\n"
+    assert "| CIFAR-10 | `resnet56-s16u1-double` | 319,226 |" in done.stdout
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Runs Python as a user does."""
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=user_environment(), capture_output=True, text=True,
-                          timeout=120, check=False)
+                          timeout=600, check=False)

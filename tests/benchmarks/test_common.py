@@ -33,8 +33,10 @@ def test_a_section_is_replaced_between_its_marks(tmp_path: Path) -> None:
     assert common.section_of(page, "one") == "old\n"
     common.replace_section(page, "one", "new\n")
     assert page.read_text() == "before\n<!-- one -->\nnew\n<!-- end of one -->\nafter\n"
-    with user_error("page.md", "<!-- two -->", "<!-- end of two -->"):
-        common.replace_section(page, "two", "")
+    for content in ("", "<!-- end of two -->\n<!-- two -->\n", "<!-- end of two -->\n", "<!-- two -->\n"):
+        page.write_text(content)
+        with user_error("page.md", "<!-- two -->", "<!-- end of two -->"):
+            common.replace_section(page, "two", "")
 
 
 def test_names_and_numbers_of_the_command_line() -> None:

@@ -41,7 +41,8 @@ def test_rows_come_back_and_those_that_are_there_stay(tmp_path: Path) -> None:
 def test_numbers_have_six_digits() -> None:
     assert records.cells(Pair("x", 1 / 3, 1234567)) == ["x", "0.333333", "1234567"]
     assert records.cells(Pair("x", 99999.87))[1] == "99999.9"
-    assert records.cells(Pair("x", 100000.4))[1] == "100000"
+    assert records.cells(Pair("x", 123456.7))[1] == "123457"
+    assert records.cells(Pair("x", 1234567.8))[1] == "1234568"
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])

@@ -7,7 +7,7 @@ import pytest
 
 from shared_basis.config import from_config_dict, to_dict
 from shared_basis.models import create_model
-from shared_basis.published import PUBLISHED
+from studies.published import PUBLISHED
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.py"))

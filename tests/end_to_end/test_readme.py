@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from shared_basis.cli.app import define_flags
-from shared_basis.published import table
+from studies.published import table
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
