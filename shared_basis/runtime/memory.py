@@ -55,11 +55,15 @@ def measure(state: Any, data: int, compiled: Any) -> Memory:
     return Memory(parameters, bytes_on_device(state.opt_state), data, step)
 
 
-def check(memory: Memory, config: Config, mesh: Mesh) -> None:
-    """Raises `UserError`, with what to reduce, if the devices have less than `memory`: better now than in an hour."""
+def check(memory: Memory, config: Config, mesh: Mesh, available: Callable[[], int | None] | None = None) -> None:
+    """Raises `UserError`, with what to reduce, if the devices have less than `memory`: better now than in an hour.
+
+    Args:
+      available: returns the bytes that this machine has free; `available_memory` if None.
+    """
     device = mesh.local_mesh.devices.flat[0]
     if device.platform == "cpu":  # all devices of this process take it from the same memory
-        free, copies = available_memory(), mesh.local_mesh.size
+        free, copies = (available or available_memory)(), mesh.local_mesh.size
         free = None if free is None else free + memory.data * copies  # which is there already
     else:
         free, copies = (device.memory_stats() or {}).get("bytes_limit"), 1

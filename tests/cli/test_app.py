@@ -106,7 +106,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (("train",), ("'train'", "--mode=train")),
     (("--quiet", "--verbose"), ("--quiet --verbose", "one of the two")),
     (("--config=.",), ("--config=.: no such file",)),
-    (("--config=syntax.py",), ("syntax.py",)), (("--config=raises.py",), ("on purpose",))], ids=lambda words: " ".join(words) if isinstance(words, tuple) else "")
+    (("--config=syntax.py",), ("syntax.py",)), (("--config=raises.py",), ("on purpose",))], ids=" ".join)
 @pytest.mark.usefixtures("desk")
 def test_what_is_invalid_is_refused_in_one_line(arguments: Sequence[str], parts: Sequence[str]) -> None:
     with user_error(*parts):

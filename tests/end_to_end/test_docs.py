@@ -31,7 +31,9 @@ def commands(text: str) -> list[list[str]]:
 
 
 ALL = [(page.relative_to(ROOT).as_posix(), mark, text) for page in PAGES for mark, text in blocks(page)]
-RUN = [(page, arguments) for page, mark, text in ALL if mark == "<!-- run -->" for arguments in commands(text)]
+RUN = [pytest.param(page, arguments, id=f"{page} {shlex.join(arguments)}",
+                    marks=[] if page == "README.md" else [pytest.mark.slow])
+       for page, mark, text in ALL if mark == "<!-- run -->" for arguments in commands(text)]
 NOT_RUN = [(page, arguments) for page, mark, text in ALL if mark.startswith("<!-- not run: ")
            for arguments in commands(text)]
 
@@ -54,7 +56,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("page", "arguments"), RUN, ids=[f"{page} {shlex.join(words)}" for page, words in RUN])
+@pytest.mark.parametrize(("page", "arguments"), RUN)
 def test_command_runs(page: str, arguments: list[str], main: CommandLine, checkout: Path) -> None:
     done = main(*arguments, cwd=checkout)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr

@@ -6,30 +6,25 @@ import copy
 import json
 import math
 import re
-import shutil
 import string
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from helpers import ROOT, CommandLine, Linear, Watcher, tiny_network, write_folder
+from helpers import ROOT, TINY, CommandLine, Watcher, write_folder
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from shared_basis import config as config_module
+from shared_basis.cli.app import MODES, parse
 from shared_basis.config import PARAMETER_LABELS, Config, from_config_dict, to_dict
 from shared_basis.errors import UserError
-from shared_basis.evaluation import evaluate as evaluate_module
 from shared_basis.models import create_model
 from shared_basis.models.parameters import abstract_variables
 from shared_basis.models.registry import FAMILIES
-from shared_basis.runs import trained
 from shared_basis.runtime.preemption import Interrupted
-from shared_basis.training import train as train_module
 from shared_basis.training.train import train
 
 FIELDS = sorted(config_module.flatten(to_dict(Config())))
@@ -89,8 +84,8 @@ USUAL: dict[str, st.SearchStrategy[Any]] = {
     "train.evaluate_every": st.integers(1, 4), "train.record_gradients": st.booleans()}
 """Values that are mostly allowed, and small enough to be tried."""
 
-SMALL = {"data.train_examples": 40, "data.test_examples": 20, "train.epochs": 1, "train.batch_size": 8,
-         "data.workers": 0}
+SMALL = {"model.name": TINY, "data.train_examples": 40, "data.test_examples": 20, "train.epochs": 1,
+         "train.batch_size": 8, "data.workers": 0}
 
 RELATED = {
     "name": ("workdir", "run.json"), "data.name": ("data.directory", "TFDS"),
@@ -127,32 +122,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("folder") / "images", ("cat", "dog", "owl"), count=8)
 
 
-@pytest.fixture(scope="module")
-def small_networks() -> Iterator[None]:
-    """Trains a network that compiles fast, once `build_model` has found nothing to say against the right one."""
-    build_model = trained.build_model
-
-    class Plain(Linear):
-        def basis_groups(self, elements: str) -> tuple[()]:
-            return ()
-
-    def build(config: Config, spec: Any) -> Any:
-        build_model(config, spec)
-        dtype = jax.numpy.dtype(config.model.dtype)
-        if config.model.name == "resnet14":
-            return Plain(len(spec.classes), config.train.batch_size // config.optimizer.grad_accumulation_steps)
-        return tiny_network(len(spec.classes), dtype=dtype)
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (train_module, evaluate_module):
-            patch.setattr(module, "build_model", build)
-        yield
-
-
 def bounded(config: Config) -> bool:
     """Returns whether trying it is a matter of a moment."""
     return (config.data.image_size <= 32 and config.data.pad <= 64 and config.train.epochs <= 3
-            and config.train.batch_size <= 64 and config.data.workers <= 0 and config.optimizer.grad_accumulation_steps <= 8
-            and config.data.name in ("digits", "folder"))
+            and config.train.batch_size <= 64 and config.data.workers <= 0
+            and config.optimizer.grad_accumulation_steps <= 8 and config.data.name in ("digits", "folder"))
 
 
 def assert_names(message: str, changed: dict[str, Any]) -> None:
@@ -198,7 +172,7 @@ def test_a_configuration_is_taken_or_refused_by_the_name_of_a_field(changed: dic
 @example({"data.name": "folder", "data.directory": "\x00"})
 @example({"data.name": "folder", "data.directory": "two\nlines"})
 @example({"data.name": "folder", "data.test": 5e-324})
-@pytest.mark.usefixtures("small_networks")
+@pytest.mark.slow
 def test_a_configuration_trains_or_is_refused_by_the_name_of_a_field(images: Path, changed: dict[str, Any]) -> None:
     tree = to_dict(Config())
     for path, value in SMALL.items():
@@ -305,17 +279,7 @@ arguments = st.one_of(
     typed.filter(lambda text: "help" not in text))
 
 
-def check_end(main: CommandLine, commands: list[str], cwd: Path) -> int:
-    done = main(*commands, cwd=cwd)
-    assert "Traceback" not in done.stdout + done.stderr
-    assert done.returncode in (0, 2), done
-    if done.returncode == 2:
-        assert re.fullmatch(r"error: [^\n\r]+\n", done.stderr), done.stderr
-        one_line(UserError(done.stderr.rstrip("\n")))
-    return done.returncode
-
-
-@settings(THOROUGH, max_examples=25)
+@settings(THOROUGH, max_examples=100)
 @given(commands=st.lists(arguments, max_size=3))
 @example(commands=["--config.data.name=two\nlines"])
 @example(commands=["--config.data.directory=\udcff"])
@@ -327,12 +291,15 @@ def check_end(main: CommandLine, commands: list[str], cwd: Path) -> int:
 @example(commands=["two\nlines"])
 @example(commands=["--two\nlines=3"])
 @example(commands=["--mode=two\nlines"])
-def test_a_command_line_works_or_is_refused_in_one_line(main: CommandLine, tmp_path_factory: pytest.TempPathFactory,
-                                                        commands: list[str]) -> None:
-    cwd = tmp_path_factory.mktemp("cwd")
-    check_end(main, [*commands, "--mode=summary"], cwd)
-    assert list(cwd.iterdir()) == [], "a summary writes nothing"
-    shutil.rmtree(cwd)
+def test_a_command_line_is_understood_or_refused_in_one_line(commands: list[str]) -> None:
+    try:
+        values, _ = parse(["main.py", *commands])
+        config = from_config_dict(values.config)
+        create_model(config.model.name, stem=config.model.stem)
+    except UserError as error:
+        one_line(error)
+    else:
+        assert values.mode in MODES
 
 
 TRAINING = ("--config.train.epochs=1", "--config.data.train_examples=16", "--config.data.test_examples=4",
@@ -341,11 +308,13 @@ TRAINING = ("--config.train.epochs=1", "--config.data.train_examples=16", "--con
 
 
 @pytest.mark.parametrize("commands", [
-    ["--workdir=two\nlines"], ["--config.name=two\nlines"], ["--config.name=[red]x"], ["--config.name=\udcff"],
-    ["--config.data.std=(1e300,)"], ["--config.data.mean=(1e300,)"], ["--config.data.image_size=1"],
-    ["--config.data.pad=30"], ["--config.train.eval_batch_size=2147483647"], ["--config.data.validation=0.5"],
-    ["--config.optimizer.weight_decay_labels="], ["--config.model.dtype=bfloat16", "--json"], ["--config.data.workers=513"],
-    ["--config.name="]], ids=ascii)
+    ["--config.name=\udcff"], ["--config.data.std=(1e300,)"],
+    pytest.param(["--config.model.dtype=bfloat16", "--json"], marks=pytest.mark.slow)], ids=ascii)
 def test_an_odd_command_trains_or_is_refused_in_one_line(main: CommandLine, tmp_path: Path,
                                                          commands: list[str]) -> None:
-    check_end(main, [*TRAINING, *commands], tmp_path)
+    done = main(*TRAINING, *commands, cwd=tmp_path)
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.returncode in (0, 2), done
+    if done.returncode == 2:
+        assert re.fullmatch(r"error: [^\n\r]+\n", done.stderr), done.stderr
+        one_line(UserError(done.stderr.rstrip("\n")))

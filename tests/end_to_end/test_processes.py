@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ import pytest
 from helpers import (
     MAIN,
     ROOT,
+    TINY,
     Watcher,
     assert_trees_equal,
     read_arrays_anywhere,
     read_metrics,
-    small_networks,
     user_environment,
     user_error,
     write_folder,
@@ -35,8 +35,8 @@ from shared_basis.training import train as train_module
 RECIPE = ROOT / "configs" / "digits_resnet.py"
 CHANGES = {"data.train_examples": 128, "data.test_examples": 64, "train.batch_size": 32, "train.epochs": 16,
            "train.evaluate_every": 4, "optimizer.learning_rate": 0.02}
-CONFIG = replace(from_config_dict(runpy.run_path(str(RECIPE))["get_config"]()), CHANGES)
-FIELDS = (f"--config={RECIPE}", *(f"--config.{name}={value}" for name, value in CHANGES.items()))
+CONFIG = replace(from_config_dict(runpy.run_path(str(RECIPE))["get_config"](TINY)), CHANGES)
+FIELDS = (f"--config={RECIPE}:{TINY}", *(f"--config.{name}={value}" for name, value in CHANGES.items()))
 STEPS = 64
 """Four steps an epoch; evaluation and a checkpoint at steps 16, 32, 48 and 64."""
 
@@ -46,11 +46,9 @@ SECONDS = 300
 _START = """
 import pathlib, runpy, sys, time
 sys.path[:0] = sys.argv[1:3]
-from helpers import tiny_network
-from shared_basis import evaluate, train
-for module in (evaluate, train):
-    module.build_model = lambda config, spec: tiny_network(len(spec.classes))
-signal, advance, finish = pathlib.Path(sys.argv[3]), train.Training.advance, train.Training.evaluate
+import helpers  # which registers the tiny network
+from shared_basis.training.loop import Training
+signal, advance, finish = pathlib.Path(sys.argv[3]), Training.advance, Training.evaluate
 evaluated = []
 
 def wait(*arguments):
@@ -61,8 +59,8 @@ def wait(*arguments):
     return advance(*arguments)
 
 if sys.argv[3]:
-    train.Training.advance = wait
-    train.Training.evaluate = lambda *arguments: (finish(*arguments), evaluated.append(True))[0]
+    Training.advance = wait
+    Training.evaluate = lambda *arguments: (finish(*arguments), evaluated.append(True))[0]
 sys.argv = sys.argv[4:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -155,13 +153,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Job]:
     job = pair(workdir)
     finish(job)
     return workdir, job
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_network() -> Iterator[None]:
-    """Has this process, too, train and score the network that compiles fast."""
-    with small_networks(train_module, evaluate_module):
-        yield
 
 
 def assert_close(metrics: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
@@ -257,6 +248,7 @@ def test_the_first_process_notices_the_loss_of_another(undisturbed: tuple[Path, 
     assert_trees_equal(read_arrays_anywhere(workdir, STEPS), read_arrays_anywhere(undisturbed[0], STEPS))
 
 
+@pytest.mark.slow
 def test_the_workdir_is_theirs_alone(tmp_path: Path) -> None:
     with pair(tmp_path / "run") as job:
         job.until((tmp_path / "run" / "run.json").exists)
@@ -264,7 +256,8 @@ def test_the_workdir_is_theirs_alone(tmp_path: Path) -> None:
             train_module.train(CONFIG, tmp_path / "run", Watcher())
 
 
-@pytest.mark.parametrize(("failing", "placement"), [(0, "auto"), (1, "auto"), (1, "stream")])
+@pytest.mark.parametrize(("failing", "placement"), [
+    (1, "auto"), pytest.param(0, "auto", marks=pytest.mark.slow), pytest.param(1, "stream", marks=pytest.mark.slow)])
 def test_a_mistake_that_one_process_meets_ends_both(tmp_path: Path, failing: int, placement: str) -> None:
     images = write_folder(tmp_path / "images", ("cat", "dog"), 8)
     where = [f"--config.data.directory={tmp_path / 'absent' if process == failing else images}" for process in (0, 1)]

@@ -69,6 +69,7 @@ def train(model, optimizer):
     return losses, float(jnp.linalg.norm(rows @ rows.T - jnp.eye(16)))
 
 
+@pytest.mark.slow
 def test_table_of_networks_is_current():
     """If not: paste the output of python -m studies.published between the marks."""
     (block,) = re.findall(r"<!-- networks -->\n(.+?)\n<!-- end of networks -->", README, re.DOTALL)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from helpers import ROOT, user_environment
 
 PROGRAM = """
@@ -48,20 +47,3 @@ def test_the_cache_lies_where_the_user_wants_it(tmp_path):
 def test_nothing_is_kept_where_nothing_can_be_written(tmp_path):
     (tmp_path / ".cache").write_text("a file in the way")
     assert run(tmp_path) == ["2", "-1", "False"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings are Linux's")
-def test_main_starts_anew_with_huge_pages_and_keeps_its_arguments(tmp_path):
-    environment = {name: value for name, value in user_environment().items() if name != "GLIBC_TUNABLES"}
-    main = tmp_path / "main.py"  # ends where the imports would begin, so that the test is quick
-    text = (ROOT / "main.py").read_text().partition("from absl")[0]
-    main.write_text(text + "print(os.environ['GLIBC_TUNABLES'], os.getpid(), *sys.argv[1:])\n")
-
-    def start(**variables: str) -> tuple[int, list[str]]:
-        process = subprocess.Popen([sys.executable, str(main), "--mode=summary", "a b"], stdout=subprocess.PIPE,
-                                   text=True, env={**environment, **variables})
-        output, _ = process.communicate()
-        return process.pid, output.split()
-    pid, words = start()
-    assert words == ["glibc.malloc.hugetlb=1", str(pid), "--mode=summary", "a", "b"]
-    assert start(GLIBC_TUNABLES="glibc.malloc.check=0")[1][0] == "glibc.malloc.check=0"  # the user's own stays

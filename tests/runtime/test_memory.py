@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import types
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ROOT, CommandLine, Watcher, mesh_of, read_arrays, tiny_network, user_error, write_folder
+from helpers import TINY, Watcher, mesh_of, read_arrays, tiny_network, user_error
 
 from shared_basis import data
 from shared_basis.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, replace
-from shared_basis.data import feeds, in_memory
+from shared_basis.data import feeds
 from shared_basis.errors import UserError
-from shared_basis.evaluation import evaluate as evaluate_module
 from shared_basis.models.parameters import abstract_variables, count_parameters
 from shared_basis.runs.checkpoints import Checkpoints
-from shared_basis.runtime import memory
 from shared_basis.runtime.distributed import batch_sharding, make_mesh, replicated
 from shared_basis.runtime.memory import Memory, advice, bytes_on_device, check, measure, oom_as_user_error
 from shared_basis.runtime.reporter import Reporter, size_text
@@ -31,17 +28,10 @@ from shared_basis.training.steps import TrainState
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 CONFIG = Config(
-    model=ModelConfig(name="resnet14"), data=DataConfig(train_examples=44, test_examples=30),
+    model=ModelConfig(name=TINY), data=DataConfig(train_examples=44, test_examples=30),
     optimizer=OptimizerConfig(learning_rate=0.05), train=TrainConfig(epochs=2, batch_size=8))
 
 EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes.\n  in several lines"
-
-
-@pytest.fixture
-def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trains a network that compiles fast, whatever the name."""
-    for module in (train_module, evaluate_module):
-        monkeypatch.setattr(module, "build_model", lambda config, spec: tiny_network(len(spec.classes)))
 
 
 def abstract(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -92,6 +82,7 @@ def test_a_backend_that_analyses_nothing_leaves_the_step_out() -> None:
     assert found == Memory(12, 0, 5, 0)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_the_step_of_a_known_program_is_its_intermediate_and_its_result() -> None:
     """One array of 1 MiB goes in and is held through; a new one of 4 MiB comes out."""
     compiled = jax.jit(lambda x: jnp.concatenate([jnp.sort(x)] * 4)).lower(
@@ -124,6 +115,7 @@ def test_a_run_takes_four_bytes_for_each_parameter_statistic_and_momentum(tmp_pa
     assert found.step > 0
 
 
+@pytest.mark.slow
 def test_parameters_and_statistics_take_as_much_where_the_network_computes_in_bfloat16(tmp_path: Path) -> None:
     single = program(CONFIG, tmp_path / "single").memory
     half = program(CONFIG, tmp_path / "half", dtype=jnp.bfloat16).memory
@@ -141,6 +133,8 @@ def test_two_batches_of_a_stream_are_counted(tmp_path: Path) -> None:
     assert program(config, tmp_path).memory.data == 2 * 2 * (64 + 4)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_the_step_of_a_larger_batch_takes_more(tmp_path: Path) -> None:
     small, large = (program(replace(CONFIG, {"train.batch_size": size, "data.image_size": 32}),
                             tmp_path / str(size)).memory.step for size in (8, 40))
@@ -153,7 +147,6 @@ def test_the_line_holds_all_figures() -> None:
                     "8.0 GiB with the step at its peak")
 
 
-@pytest.mark.usefixtures("small_network")
 def test_a_run_begins_with_what_it_takes(tmp_path: Path) -> None:
     reporter = Watcher()
     train_module.train(CONFIG, tmp_path / "run", reporter)
@@ -187,7 +180,7 @@ STEP_LARGEST = Memory(parameters=KIB, optimizer=KIB, data=GIB, step=3 * GIB)
     (STEP_LARGEST, "The largest part is the step: set a smaller --config.train.batch_size", "placement")],
     ids=["images", "step"])
 def test_what_an_accelerator_has_not_is_refused_with_the_largest_part(needed: Memory, part: str, other: str) -> None:
-    with user_error("the memory does not suffice", needed.render(), "of 2.0 GiB", part) as caught:
+    with user_error("out of memory", needed.render(), "of 2.0 GiB", part) as caught:
         check(needed, CONFIG, devices_of("gpu", 2 * GIB, count=4))
     assert other not in str(caught.value)
     assert "4 devices" not in str(caught.value), "each accelerator has its own"
@@ -201,28 +194,24 @@ def test_what_an_accelerator_has_or_does_not_tell_is_tried(limit: int | None) ->
 
 
 def test_a_byte_less_is_too_little() -> None:
-    with user_error("does not suffice"):
+    with user_error("out of memory"):
         check(IMAGES_LARGEST, CONFIG, devices_of("gpu", IMAGES_LARGEST.total - 1))
 
 
-def test_devices_of_the_processor_share_its_memory_and_have_their_images_already(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_of_the_processor_share_its_memory_and_have_their_images_already() -> None:
     needed = 4 * (STEP_LARGEST.total - STEP_LARGEST.data)
-    monkeypatch.setattr(in_memory, "available_memory", lambda: needed)
-    check(STEP_LARGEST, CONFIG, devices_of("cpu", None, count=4))
-    monkeypatch.setattr(in_memory, "available_memory", lambda: needed - 1)
+    check(STEP_LARGEST, CONFIG, devices_of("cpu", None, count=4), lambda: needed)
     with user_error("× 4 devices, of 16.0 GiB", "the step: set a smaller --config.train.batch_size, or a smaller "
                     "--config.data.image_size"):
-        check(STEP_LARGEST, CONFIG, devices_of("cpu", None, count=4))
-    check(STEP_LARGEST, CONFIG, devices_of("cpu", None, count=3))
-    monkeypatch.setattr(in_memory, "available_memory", lambda: None)
-    check(STEP_LARGEST, CONFIG, devices_of("cpu", None, count=4))
+        check(STEP_LARGEST, CONFIG, devices_of("cpu", None, count=4), lambda: needed - 1)
+    check(STEP_LARGEST, CONFIG, devices_of("cpu", None, count=3), lambda: needed - 1)
+    check(STEP_LARGEST, CONFIG, devices_of("cpu", None, count=4), lambda: None)
 
 
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
 def test_accelerators_are_advised_to_accumulate_and_others_are_not(monkeypatch: pytest.MonkeyPatch,
                                                                    backend: str) -> None:
-    """On CPU it saves no memory; in an evaluation there is nothing to grad_accumulation_steps."""
+    """On CPU it saves no memory; in an evaluation there is nothing to accumulate."""
     config = replace(CONFIG, {"optimizer.grad_accumulation_steps": 4})
     assert "grad_accumulation_steps" not in advice(config, STEP_LARGEST)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
@@ -239,13 +228,14 @@ def test_where_the_parts_are_not_known_all_fields_are_named() -> None:
         "--config.data.placement=stream.")
 
 
-@pytest.mark.usefixtures("small_network")
-def test_a_run_without_the_memory_is_refused_before_its_first_step(tmp_path: Path,
-                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "arrays", types.SimpleNamespace(available_memory=lambda: 1000))
+def test_a_run_without_the_memory_is_refused_before_its_first_step(tmp_path: Path) -> None:
+    """The activations of 1,024 images of 1024×1024 pixels are hundreds of GiB."""
     reporter = Watcher()
-    with user_error("the memory does not suffice: memory of each device: ", "of 15.3 KiB", "× 4 devices"):
-        train_module.train(CONFIG, tmp_path / "run", reporter)
+    config = replace(CONFIG, {"data.train_examples": 0, "data.placement": "stream", "data.workers": 0,
+                              "data.image_size": 1024, "train.batch_size": 1024})
+    with user_error("out of memory: memory of each device: ", "× 4 devices", "The largest part is the step",
+                    "--config.train.batch_size"):
+        train_module.train(config, tmp_path / "run", reporter)
     assert reporter.steps == []
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps == []
 
@@ -256,13 +246,14 @@ def test_a_run_without_the_memory_is_refused_before_its_first_step(tmp_path: Pat
     jax.errors.JaxRuntimeError(EXHAUSTED), MemoryError(), MemoryError("Unable to allocate")], ids=repr)
 def test_a_failed_allocation_is_told_in_one_line(error: Exception) -> None:
     text = " ".join(str(error).split()) or "MemoryError"
-    with user_error(f"the memory does not suffice ({text}). To reduce it, set a smaller --config.train.batch_size",
+    with user_error(f"out of memory ({text}). To reduce it, set a smaller --config.train.batch_size",
                     " Saved: checkpoint 7."), oom_as_user_error(CONFIG, saved=lambda: " Saved: checkpoint 7."):
         raise error
 
 
 def test_the_allocation_of_numpy_is_one_too() -> None:
-    with user_error("Unable to allocate", "--config.train.eval_batch_size"), oom_as_user_error(CONFIG, "train.eval_batch_size"):
+    with (user_error("Unable to allocate", "--config.train.eval_batch_size"),
+          oom_as_user_error(CONFIG, "train.eval_batch_size")):
         np.empty(2**60, np.uint8)
 
 
@@ -287,63 +278,33 @@ def test_of_several_processes_the_loss_of_another_is_told(monkeypatch: pytest.Mo
     with (user_error("another process was lost (UNAVAILABLE: connection closed)", "Saved: nothing", "Start all"),
           oom_as_user_error(CONFIG, saved=lambda: " Saved: nothing.")):
         raise jax.errors.JaxRuntimeError("UNAVAILABLE: connection\nclosed")
-    with user_error("the memory does not suffice (RESOURCE_EXHAUSTED"), oom_as_user_error(CONFIG):
+    with user_error("out of memory (RESOURCE_EXHAUSTED"), oom_as_user_error(CONFIG):
         raise jax.errors.JaxRuntimeError(EXHAUSTED)
 
 
-def fail_at(step: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the compiled step fail when it is to make `step`."""
-    build = program_module.build
+class Failing(Watcher):
+    """Has training fail when it makes a step."""
 
-    def build_failing(*arguments: Any) -> Any:
-        state, built = build(*arguments)
+    def __init__(self, step: int, error: Exception) -> None:
+        super().__init__()
+        self._step, self._error = step, error
 
-        def failing(state: TrainState, *inputs: Any) -> Any:
-            if int(state.step) == step - 1:
-                raise error
-            return built.step(state, *inputs)
-        return state, train_module.dataclasses.replace(built, step=failing)
-    monkeypatch.setattr(train_module, "build", build_failing)
+    def show_progress(self, done: int, total: int, text: str) -> None:
+        if done == self._step:
+            raise self._error
 
 
-@pytest.mark.usefixtures("small_network")
-@pytest.mark.parametrize(("at", "saved"), [(1, "no checkpoint yet"), (5, "no checkpoint yet"), (7, "checkpoint 5 in ")])
-@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError(EXHAUSTED), MemoryError()], ids=["JAX", "Python"])
-def test_memory_that_fails_in_training_is_told_with_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                                  at: int, saved: str, error: Exception) -> None:
-    with monkeypatch.context() as patch:
-        fail_at(at, error, patch)
-        with user_error("the memory does not suffice", "--config.train.batch_size", f"Saved: {saved}"):
-            train_module.train(CONFIG, tmp_path / "run", Watcher())
+@pytest.mark.parametrize(("at", "saved", "error"), [
+    (1, "no checkpoint yet", jax.errors.JaxRuntimeError(EXHAUSTED)), (7, "checkpoint 5 in ", MemoryError())],
+    ids=["JAX, at once", "Python, later"])
+def test_memory_that_fails_in_training_is_told_with_what_is_saved(tmp_path: Path, at: int, saved: str,
+                                                                  error: Exception) -> None:
+    with user_error("out of memory", "--config.train.batch_size", f"Saved: {saved}"):
+        train_module.train(CONFIG, tmp_path / "run", Failing(at, error))
     steps = Checkpoints(tmp_path / "run" / "checkpoints").steps
     assert steps == ([5] if at > 5 else [])
-    reporter = Watcher()
-    train_module.train(CONFIG, tmp_path / "run", reporter)
-    assert reporter.steps == list(range((steps or [0])[-1] + 1, 11)), "the same command goes on"
 
 
-@pytest.mark.usefixtures("small_network")
-def test_another_failure_in_training_is_not_taken_for_want_of_memory(tmp_path: Path,
-                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    fail_at(3, jax.errors.JaxRuntimeError("INTERNAL: a bug"), monkeypatch)
+def test_another_failure_in_training_is_not_taken_for_want_of_memory(tmp_path: Path) -> None:
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
-        train_module.train(CONFIG, tmp_path / "run", Watcher())
-
-
-# The command line
-
-def test_a_configuration_that_is_far_too_large_is_refused_before_its_first_step(main: CommandLine,
-                                                                                tmp_path: Path) -> None:
-    """The activations of 1,024 images of 1024×1024 pixels are hundreds of GiB."""
-    root = write_folder(tmp_path / "images", [f"class{index}" for index in range(8)], count=128, size=8)
-    done = main(f"--config={ROOT / 'configs' / 'digits_resnet.py'}:resnet14", "--config.data.name=folder",
-                f"--config.data.directory={root}", "--config.data.placement=stream", "--config.data.workers=0",
-                "--config.data.image_size=1024", "--config.train.batch_size=1024", "--workdir=run", cwd=tmp_path)
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: the memory does not suffice: memory of each device: [^\n]+\n", done.stderr)
-    size, unit = re.search(r"; ([\d.]+) ([GT])iB with the step at its peak", done.stderr).groups()
-    assert float(size) * {"G": 1, "T": 1024}[unit] > 100
-    assert "The largest part is the step: set a smaller --config.train.batch_size" in done.stderr
-    assert "ready in" not in done.stdout
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    assert not any((tmp_path / "run" / "checkpoints").iterdir())
+        train_module.train(CONFIG, tmp_path / "run", Failing(3, jax.errors.JaxRuntimeError("INTERNAL: a bug")))
