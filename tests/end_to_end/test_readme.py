@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 from shared_basis.cli.app import define_flags
 from studies.published import table
