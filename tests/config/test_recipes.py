@@ -85,7 +85,8 @@ def test_cifar_resnet_is_the_published_recipe():
 
 
 STEPS = {"learning_rate": 0.1, "momentum": 0.9, "nesterov": False, "grad_accumulation_steps": 1,
-         "schedule": "piecewise", "warmup_epochs": 0.0, "weight_decay_labels": ["basis", "coefficients", "kernel", "norm", "bias"]}
+         "schedule": "piecewise", "warmup_epochs": 0.0,
+         "weight_decay_labels": ["basis", "coefficients", "kernel", "norm", "bias"]}
 CIFAR = {"epochs": 300, "batch_size": 256, "boundaries": [150.0, 225.0], "factors": [0.1, 0.1], "weight_decay": 5e-4}
 RESNETS = {"epochs": 150, "batch_size": 256, "boundaries": [60.0, 100.0, 140.0], "factors": [0.1, 0.1, 0.1],
            "weight_decay": 1e-4}
