@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -18,13 +19,23 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, CommandLine, Watcher, cross_entropies, save_run, user_environment, user_error, write_folder
+from helpers import (
+    ROOT,
+    TINY,
+    CommandLine,
+    Watcher,
+    cross_entropies,
+    save_run,
+    user_environment,
+    user_error,
+    write_folder,
+)
 from PIL import Image
 
 from shared_basis import plotting
 from shared_basis.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, replace
 from shared_basis.evaluation import per_example
-from shared_basis.report import compare, files, html, plots, run_report, run_summary, sections
+from shared_basis.report import compare, html, output, plots, run_report, run_summary, sections
 from shared_basis.report import points as points_module
 from shared_basis.runs.trained import Trained
 from shared_basis.runs.workdir import Workdir, make_record
@@ -50,7 +61,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("run")
     images = write_folder(root / "images", CLASSES, 3)
     config = Config(
-        name="x", model=ModelConfig(name="resnet14-s4u1"), data=DataConfig(name="folder", directory=str(images)),
+        name="x", model=ModelConfig(name=TINY), data=DataConfig(name="folder", directory=str(images)),
         optimizer=OptimizerConfig(warmup_epochs=0.5, boundaries=(2.0, 40.0), factors=(0.1, 0.5)),
         train=TrainConfig(eval_batch_size=5, batch_size=4))
     workdir = save_run(root / "run", config, {1: 0.5, 6: 0.25})
@@ -120,9 +131,9 @@ class Page(HTMLParser):
 
 # One run
 
-def test_scores_are_those_of_the_network_by_hand(run: Path, logits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(per_example, "WORST", 4)  # of 9 images in batches of 8, so that each batch matters
-    found = per_example.score(Trained.open(run), Reporter(verbosity="quiet"))
+def test_scores_are_those_of_the_network_by_hand(run: Path, logits: Any) -> None:
+    # Of 9 images in batches of 8, so that each batch matters.
+    found = per_example.score(Trained.open(run), Reporter(verbosity="quiet"), worst=4)
     rows, labels = (np.array(each) for each in zip(*logits.values(), strict=True))
     losses = cross_entropies(rows - rows.max(-1, keepdims=True), labels)
     confusion = np.zeros((3, 3), int)
@@ -144,26 +155,13 @@ def test_scores_are_those_of_the_network_by_hand(run: Path, logits: Any, monkeyp
 
 
 def test_streamed_images_are_scored_alike(run: Path) -> None:
-    resident, streamed = (per_example.score(Trained.open(run, "latest", {"data.placement": placement, "data.workers": 0}),
-                                       Reporter(verbosity="quiet")) for placement in ("device", "stream"))
+    resident, streamed = (per_example.score(
+        Trained.open(run, "latest", {"data.placement": placement, "data.workers": 0}), Reporter(verbosity="quiet"))
+        for placement in ("device", "stream"))
     assert [image.name for image in streamed.worst] == [image.name for image in resident.worst]
     np.testing.assert_array_equal(streamed.confusion, resident.confusion)
     for one, other in zip(streamed.worst, resident.worst, strict=True):
         np.testing.assert_array_equal(one.pixels, other.pixels)
-
-
-def test_judges_logits_as_numpy_does_and_leaves_out_what_fills_the_batch() -> None:
-    rows = np.random.default_rng(0).normal(0, 3000, (6, 4)).astype(np.float32)  # far from where exp is finite
-    labels = np.array([0, 1, 2, 3, -1, 2])
-    losses, predicted, probabilities = per_example.per_example_metrics(rows, labels)
-    np.testing.assert_array_equal(predicted, rows.argmax(-1))
-    exact = rows.astype(np.float64) - rows.max(-1, keepdims=True).astype(np.float64)
-    shares = np.exp(exact) / np.exp(exact).sum(-1, keepdims=True)
-    np.testing.assert_allclose(probabilities, shares.max(-1))
-    counts = labels >= 0
-    expected = np.log(np.exp(exact).sum(-1)) - exact[np.arange(6), labels]
-    np.testing.assert_allclose(losses[counts], expected[counts], atol=1e-9)
-    assert losses[4] == -np.inf
 
 
 def test_confused_pairs_come_by_their_number() -> None:
@@ -194,12 +192,12 @@ def test_the_page_says_what_the_run_was(run: Path, written: Any) -> None:
         "37.02 % test accuracy after 3 epochs, 24.68 % after 2 (best validation epoch)",
         "62.98 % test error after epoch 3",
         "75.32 % test error of the best validation epoch, 2", "epochs 3 of 300 evaluated; the run is not finished",
-        "model.name 'resnet14-s4u1' 'resnet20-s16u1-double'", "optimizer.boundaries (2.0, 40.0) ()",
+        "model.name 'tiny-s2u1-double' 'resnet20-s16u1-double'", "optimizer.boundaries (2.0, 40.0) ()",
         "step 6 (latest) on 9 test images", "All 3 evaluations as a table", "6, of 4 images each",
         "150 training images per second", "0.16 s", *(f"{name} {version}" for name, version in known.items()),
     ):
         assert part in text, part
-    counts = run_report.gather(run).counts
+    counts = run_summary.load_run_summary(run).counts
     for row in (counts, counts["plain"], *counts["groups"].values()):
         assert f"{row['parameters']:,}" in text
         assert f"{row['macs']:,}" in text
@@ -249,7 +247,8 @@ def test_without_its_images_a_run_is_reported_in_part(run: Path, written: Any, t
     result = run_report.report(workdir)
     assert result["removed"] == []
     with user_error("nowhere"):  # images that the user names must be there
-        run_report.report(workdir, overrides={"data.directory": str(tmp_path / "nowhere")}, output=str(tmp_path / "new"))
+        run_report.report(workdir, overrides={"data.directory": str(tmp_path / "nowhere")},
+                          output=str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
 
@@ -294,23 +293,15 @@ def test_a_run_that_is_not_trained_says_so(run: Path, tmp_path: Path, monkeypatc
     assert "as they were imported or compressed" in sections.headline(run_summary.load_run_summary(workdir))
 
 
-def test_boundaries_of_the_learning_rate_are_marked(run: Path) -> None:
+def test_boundaries_of_the_learning_rate_are_named(run: Path) -> None:
     found = run_summary.load_run_summary(run)
     assert plots.boundaries(found.config) == [(0.5, "warm-up ends"), (2.0, "× 0.1"), (40.0, "× 0.5")]
-    marked = []
-    monkeyed = plots.picture
-
-    def keep(name: str, text: str, paint: Any) -> Any:
-        def watch(figure: Any, theme: Any) -> None:
-            paint(figure, theme)
-            marked.append((name, [float(line.get_xdata()[0]) for line in figure.axes[0].get_lines()
-                                  if str(line.get_label()).startswith(("_warm", "_×"))]))
-        return monkeyed(name, text, watch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "picture", keep)
-        plots.learning_curves(found)
-    assert marked == [(name, [0.5, 2.0]) for name in ("loss", "accuracy", "learning_rate")]  # 40 was not reached
+    without = dataclasses.replace(found, config=replace(
+        found.config, {"optimizer.warmup_epochs": 0.0, "optimizer.boundaries": (), "optimizer.factors": ()}))
+    reached = dataclasses.replace(found, config=replace(found.config, {"optimizer.boundaries": (2.0, 3.5)}))
+    loss, with_two, none = (plots.learning_curves(each)[0].png for each in (found, reached, without))
+    assert loss == with_two  # 3.5 and 40 were not reached, and are not marked
+    assert loss != none
 
 
 def test_time_is_images_over_speed(run: Path) -> None:
@@ -320,19 +311,22 @@ def test_time_is_images_over_speed(run: Path) -> None:
 def test_an_overview_of_many_classes_keeps_single_confusions() -> None:
     confusion = np.eye(1000, dtype=np.int64) * 50
     confusion[17, 803] = 1
-    pooled = plots._pooled(100 * confusion / confusion.sum(1, keepdims=True))
-    assert pooled.shape == (250, 250)
-    assert pooled[17 // 4, 803 // 4] == pytest.approx(100 / 51)
-    assert plots.confusion(per_example.Scores(1, confusion, [], 0.0), [str(n) for n in range(1000)]).light[1:4] == b"PNG"
+    names = [str(number) for number in range(1000)]
+
+    def draw(confusion: np.ndarray) -> bytes:
+        return plots.confusion(per_example.Scores(1, confusion, [], 0.0), names).png
+    pictures = [np.asarray(Image.open(io.BytesIO(draw(matrix))), int) for matrix in (
+        confusion, np.eye(1000, dtype=np.int64) * 50)]
+    assert (np.abs(pictures[0] - pictures[1]).max(-1) > 8).any()
 
 
-def test_what_cannot_be_written_is_told_and_leaves_nothing(run: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_named_and_leaves_nothing(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with user_error(str(tmp_path / "file"), "cannot be written", "--output=DIR"):
-        files.write(tmp_path / "file", b"page", {"loss.png": b"1"}, [])
+        output.write_report(tmp_path / "file", b"page", {"loss.png": b"1"}, [])
     (tmp_path / "report.html").mkdir()
     with user_error("cannot be written"):
-        files.write(tmp_path, b"page", {"loss.png": b"1"}, [])
+        output.write_report(tmp_path, b"page", {"loss.png": b"1"}, [])
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -343,10 +337,11 @@ def test_after_training_a_failure_is_a_warning(run: Path, tmp_path: Path, monkey
     assert "several processes" in Page(workdir / "report.html").text
     assert f"--mode=report --workdir={workdir}" in told.text.getvalue()
     for failure in (OSError(28, "No space left on device"), ValueError("odd\nlines"), MemoryError()):
-        def fail(*_: Any, failure: Exception = failure) -> None:
+        def fail(*_: Any, failure: Exception = failure, **__: Any) -> None:
             raise failure
-        monkeypatch.setattr(run_report, "compose", fail)
-        assert run_report.after_training(workdir, told, scoring=False) is None
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "mkdir", fail)
+            assert run_report.after_training(workdir, told, scoring=False) is None
         line = told.text.getvalue().splitlines()[-1]
         assert line.startswith("warning: the run is saved, but not its report (")
         assert f"--mode=report --workdir={workdir}" in line
@@ -359,15 +354,16 @@ def test_pictures_leave_the_settings_of_matplotlib_alone_and_do_not_heed_them() 
     before = dict(matplotlib.rcParams)
     with matplotlib.rc_context({"text.usetex": True, "font.size": 40}):
         inside = dict(matplotlib.rcParams)
-        strange = plotting.png(lambda figure, theme: figure.add_subplot().set(title=r"$\frac$") and None)
+        strange = plotting.png(lambda figure: figure.add_subplot().set(title=r"$\frac$") and None)
         assert dict(matplotlib.rcParams) == inside
-    assert strange == plotting.png(lambda figure, theme: figure.add_subplot().set(title=r"$\frac$") and None)
+    assert strange == plotting.png(lambda figure: figure.add_subplot().set(title=r"$\frac$") and None)
     assert dict(matplotlib.rcParams) == before
 
 
 def test_drawing_imports_neither_pyplot_nor_a_window() -> None:
-    code = ("import sys; from shared_basis.report import figures, single, comparison_page; "
-            "assert 'matplotlib' not in sys.modules; figures.png(lambda figure, theme: figure.add_subplot() and None); "
+    code = ("import sys; from shared_basis import plotting; "
+            "from shared_basis.report import compare, run_report; "
+            "assert 'matplotlib' not in sys.modules; plotting.png(lambda figure: figure.add_subplot() and None); "
             "assert 'matplotlib.pyplot' not in sys.modules")
     subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, env=user_environment(), check=True,
                    timeout=300)
@@ -381,13 +377,13 @@ def test_names_that_the_font_lacks_are_numbered() -> None:
 def test_without_matplotlib_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with user_error("pip install matplotlib"):
-        plotting.png(lambda figure, theme: None)
+        plotting.png(lambda figure: None)
 
 
 def test_labels_at_the_ends_of_lines_do_not_meet() -> None:
     heights: list[float] = []
 
-    def paint(figure: Any, theme: Any) -> None:
+    def paint(figure: Any) -> None:
         axes = figure.add_subplot()
         for shift in (0.0, 0.001, 0.002, math.nan):
             axes.plot([1, 2, 3], [1, 2, 3 + shift], label=f"line {shift}")
@@ -397,23 +393,6 @@ def test_labels_at_the_ends_of_lines_do_not_meet() -> None:
     plotting.png(paint)
     assert len(heights) == 4
     assert np.diff(sorted(heights)).min() >= 10.9 * plotting.DPI / 72
-
-
-def test_labels_of_points_meet_neither_points_nor_one_another() -> None:
-    points = [(1.0, 1.0), (1.1, 1.0), (1.0, 1.1), (9.0, 5.0), (9.9, 5.0), (5.0, 9.0)]
-    boxes: list[Any] = []
-
-    def paint(figure: Any, theme: Any) -> None:
-        axes = figure.add_subplot()
-        axes.set(xlim=(0, 10), ylim=(0, 10))
-        plotting.place_labels(axes, points, [(0.0, 3.0)] + [(0.0, 0.0)] * 5, [f"network {n}" for n in range(6)], theme)
-        boxes.extend(text.get_window_extent() for text in axes.texts)
-        places = [axes.transData.transform(point) for point in points]
-        assert not [box for box in boxes if any(box.contains(*place) for place in places)]
-
-    plotting.png(paint)
-    assert len(boxes) == 6
-    assert not [1 for place, box in enumerate(boxes) if any(box.overlaps(other) for other in boxes[:place])]
 
 
 def test_markup_escapes_text_and_attributes() -> None:
@@ -478,31 +457,38 @@ def test_what_does_not_change_the_outcome_makes_no_point_and_epochs_are_told_onc
     make_run(tmp_path / "unfinished" / "run", (0.5,), train__epochs=3)  # of one configuration with "longer"
     assert {point.label for point in points_module.gather_points([str(tmp_path), str(tmp_path / "unfinished")])[0]} == {
         "resnet14 (epochs 2)", "resnet14 (epochs 3, 3 evaluated)", "resnet14 (epochs 3, 1 evaluated)"}
-    header, rows, _ = compare._rows(points, fields)
-    assert header[1:4] == ["network", "error (%)", "best (%)"]  # what matters is seen without scrolling
-    assert [row[2] for row in rows] == ["15.00 ± 7.07", "10.00"]
 
 
 def test_errors_of_many_magnitudes_are_drawn_on_a_logarithmic_axis(tmp_path: Path,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    scales: list[str] = []
-    monkeypatch.setattr(compare, "set_log", lambda axes, which: scales.append(which))
+    from matplotlib.figure import Figure
+    scales: list[tuple[str, str]] = []
+    save = Figure.savefig
+
+    def watch(figure: Any, *given: Any, **options: Any) -> None:
+        scales.append((figure.axes[0].get_xscale(), figure.axes[0].get_yscale()))
+        save(figure, *given, **options)
+    monkeypatch.setattr(Figure, "savefig", watch)
     make_run(tmp_path / "good", (0.995,))
     make_run(tmp_path / "other seed", (0.6,), seed=1, model__name="resnet20")  # its bar reaches below 0
     make_run(tmp_path / "bad", (0.99,), model__name="resnet20")
     compare.compare([str(tmp_path)], str(tmp_path / "out"))
-    assert scales == ["y"] * 3
+    assert scales == [("linear", "log")] * 3
 
 
 def test_the_comparison_page_holds_points_and_runs(several: Path) -> None:
     result = compare.compare([str(several)], str(several / "out"))
     page = Page(several / "out" / "report.html")
     assert "7 runs compared" in page.text
-    for part in ("11.00 ± 4.58", "1.9 ± 1.2", "25.00", "1 of 2", "best test epoch, the published protocol",
+    for part in ("point network error (%) best (%)",  # what matters is seen without scrolling
+                 "11.00 ± 4.58", "1.9 ± 1.2", "25.00", "1 of 2", "best test epoch, the published protocol",
                  *(str(several / name) for name in ("plain0", "plain1", "basis", "none"))):
         assert part in page.text, part
     assert {path.name for path in (several / "out" / "report").iterdir()} == set(compare.FILES)
     assert len(page.images) == 3
+    for number, point in enumerate(result["points"], start=1):  # as in the table and beside the points
+        if point["test_error_mean"] is not None:
+            assert f"{number}: {point['label']}" in page.images[0]["alt"]
     rows = list(csv.DictReader(io.StringIO((several / "out" / "report" / "comparison.csv").read_text())))
     assert [int(row["n"]) for row in rows] == [point["n"] for point in result["points"]]
     assert sum(map(int, (row["n"] for row in rows))) == 7
