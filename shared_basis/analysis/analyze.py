@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from shared_basis.errors import UserError
 from shared_basis.runs import inspect
 from shared_basis.runs.trained import Trained
 from shared_basis.runtime.files import write_all_atomic
+from shared_basis.runtime.reporter import Reporter
 
 FILES = re.compile(r"((products|filters|coefficients|similarity)_\w+|stem|bases|singular_values|effective_rank|"
                    r"gradient_flow|gradient_training)(\.against)?\.(csv|png)")
@@ -23,14 +24,14 @@ FILES = re.compile(r"((products|filters|coefficients|similarity)_\w+|stem|bases|
 
 
 def analyze(workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None,
-            against: str = "", output: str = "", tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+            against: str = "", output: str = "", reporter: Reporter | None = None) -> dict[str, Any]:
     """Analyses a checkpoint of `workdir` and writes pictures, each with its data as CSV beside it.
 
     Args:
       which, overrides: as in `Trained.open`.
       against: another checkpoint to draw beside it: a step of this run, or a workdir, or WORKDIR:STEP.
       output: the directory to write to; empty is `workdir`/analysis. Files of an earlier analysis in it are removed.
-      tell: takes each line about the progress.
+      reporter: prints what is done, and warnings; None prints neither.
 
     Returns:
       `workdir`, `step`, `model`, `output`, `files` (names in it), `notes`, `sets`: by name `describe_set`, without the
@@ -41,6 +42,7 @@ def analyze(workdir: str | Path, which: str = "latest", overrides: Mapping[str, 
     Raises:
       UserError: as `Trained.open`, or the directory cannot be written.
     """
+    reporter = reporter or Reporter(verbosity="quiet")
     runs = [Trained.open(workdir, which, overrides)]
     if against:
         path, step = inspect.other_checkpoint(workdir, against)
@@ -50,8 +52,8 @@ def analyze(workdir: str | Path, which: str = "latest", overrides: Mapping[str, 
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(directory, error) from error
-    analyses = _with_distinct_labels([Analysis.of(trained, tell) for trained in runs])
-    tell("drawing …")
+    analyses = _with_distinct_labels([Analysis.of(trained, reporter) for trained in runs])
+    reporter.info("drawing …")
     files = tables.csv_files(analyses)
     for name, (paint, size) in figures.paintings(analyses).items():
         files[f"{name}.png"] = plotting.png(paint, size)

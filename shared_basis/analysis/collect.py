@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -54,18 +54,18 @@ class Analysis:
         return drawable(self.label, self.model, limit)
 
     @classmethod
-    def of(cls, trained: Trained, tell: Callable[[str], None] = lambda text: None) -> Analysis:
-        """Analyses a checkpoint, and the gradients at all checkpoints that are kept; `tell` as in `analyze`."""
+    def of(cls, trained: Trained, reporter: Reporter) -> Analysis:
+        """Analyses a checkpoint, and the gradients at all checkpoints that are kept."""
         variables = jax.device_get(trained.variables)
         sets = bases.basis_sets(trained.model, variables)
         notes = list(_notes(trained, sets))
         flow: Flow = {}
         try:
-            inputs = training_batch(trained, tell)
+            inputs = training_batch(trained, reporter)
         except UserError as error:
             notes.append(f"no gradients at the checkpoints, for want of images: {error}")
         else:
-            tell("gradients: compiling …")
+            reporter.info("gradients: compiling …")
             flow = flows(trained, *inputs)
         recorded = trained.run.gradients()
         if not recorded:
@@ -99,7 +99,7 @@ def _notes(trained: Trained, sets: Sequence[BasisSet]) -> Iterator[str]:
                "the unique elements of each layer are described by themselves")
 
 
-def training_batch(trained: Trained, tell: Callable[[str], None]) -> tuple[jax.Array, jax.Array]:
+def training_batch(trained: Trained, reporter: Reporter) -> tuple[jax.Array, jax.Array]:
     """Returns the run's first batch of training images, normalised and not augmented, and its labels.
 
     Raises:
@@ -107,12 +107,12 @@ def training_batch(trained: Trained, tell: Callable[[str], None]) -> tuple[jax.A
     """
     # Streamed by threads, so that no more than the batch is read.
     config = replace(trained.config, {"data.placement": "stream", "data.workers": 0})
-    source = data.open_source(config.data, ("train",), trained.spec)
-    feed = feeds.load(source, config.data, trained.mesh, Reporter(verbosity="quiet")).feed(config, trained.mesh)
+    source = data.open_source(config.data, ("train",), trained.spec, reporter)
+    feed = feeds.load(source, config.data, trained.mesh, reporter).feed(config, trained.mesh)
     batches = feed.batches(0)
     images, labels = next(batches)
     batches.close()
-    tell(f"gradients: on the first {len(labels)} training images")
+    reporter.info(f"gradients: on the first {len(labels)} training images")
     return normalize(images, config.data), labels
 
 

@@ -137,7 +137,7 @@ def _inspect(request: Request) -> Result:
 
 def _analyze(request: Request) -> Result:
     result = analyze.analyze(request.workdir, request.checkpoint, request.overrides, request.against, request.output,
-                             request.reporter.info)
+                             request.reporter)
     return result, tables.render(result)
 
 

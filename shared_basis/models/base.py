@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shared_basis.errors import UserError
+from shared_basis.errors import UserError, note_renamed
 from shared_basis.nn.basis_conv import BasisGroup, he_normal_fan_out, he_normal_templates, init_shared_bases
 from shared_basis.nn.ops import prefers_loops, scan_with_remat, unstack
 from shared_basis.nn.types import Array, Dtype, Path
@@ -186,8 +185,7 @@ class Network(nn.Module):
 
     def element_sets(self, elements: str = "shared") -> tuple[BasisGroup, ...]:
         """Returns `basis_groups`, by its name in version 0.1."""
-        warnings.warn("Network.element_sets is now called basis_groups; the old name goes with the next version",
-                      DeprecationWarning, stacklevel=2)
+        note_renamed("Network.element_sets", "Network.basis_groups")
         return self.basis_groups(elements)
 
 

@@ -23,6 +23,7 @@ from shared_basis.analysis.collect import Analysis, training_batch
 from shared_basis.analysis.gradient_flow import gradient_flow, layer_paths
 from shared_basis.config import Config, DataConfig, ModelConfig, TrainConfig
 from shared_basis.runs.trained import Trained
+from shared_basis.runtime.reporter import Reporter
 
 CONFIG = Config(model=ModelConfig(name="tiny-s2u1"), data=DataConfig(train_examples=40, test_examples=20),
                 train=TrainConfig(batch_size=8))
@@ -104,7 +105,7 @@ def test_gradients_are_those_of_each_checkpoint_and_of_the_record(runs: tuple[Pa
     assert analysed["gradient_flow"]["0"] == analysed["against"]["gradient_flow"]["0"]  # one seed
     assert analysed["gradient_flow"]["5"] != analysed["gradient_flow"]["10"]
     trained = Trained.open(runs[0])
-    images, labels = training_batch(trained, lambda text: None)
+    images, labels = training_batch(trained, Reporter(verbosity="quiet"))
     assert images.shape == (8, 8, 8, 1)
     variables = trained.model.init(jax.random.key(CONFIG.seed), images[:1], train=False)
     for step, of in (("0", variables), ("10", trained.variables)):

@@ -339,7 +339,7 @@ FLAVOURS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize(("mode", "options"), FLAVOURS.values(), ids=FLAVOURS)
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (8, 16), (41, 53), (120, 333)])
 def test_jpeg_files_are_decoded_as_other_decoders_do(mode, options, height, width):
-    """The choice among decoders of equal quality is one of speed alone: benchmarks/data.py compares them."""
+    """The choice among decoders of equal quality is one of speed alone: benchmarks/README.md has the figures."""
     simplejpeg = pytest.importorskip("simplejpeg")
     body = encode("JPEG", Image.fromarray(noise(height, height, width)).convert(mode), **options)
     np.testing.assert_array_equal(decode(body, 3), simplejpeg.decode_jpeg(body, "RGB"))
