@@ -238,8 +238,8 @@ MUTATIONS = (
     Mutation("memory-largest", "needed.data > needed.step", "needed.data < needed.step", ("test_memory",)),
 
     # Runs and checkpoints
-    Mutation("workdir-rewind", 'for line in lines if line["step"] <= step]', 'for line in lines if line["step"] < step]',
-             ("workdir", "training/")),
+    Mutation("workdir-rewind", 'for line in lines if line["step"] <= step]',
+             'for line in lines if line["step"] < step]', ("workdir", "training/")),
     Mutation("workdir-shape", "type(size) is int and size > 0 for size in shape", "type(size) is int for size in shape",
              ("workdir", "hostile", "fuzz")),
     Mutation("checkpoints-chosen-on", 'for name in ("validation", "test") if f"{name}_accuracy" in metrics',
