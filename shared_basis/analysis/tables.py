@@ -13,7 +13,6 @@ from shared_basis.analysis.collect import Analysis
 from shared_basis.analysis.gradient_flow import by_depth
 from shared_basis.runtime.files import align, csv_text
 
-
 COLUMNS = {"basis": "basis", "elements": "elements", "norm_min": "norm min", "norm_mean": "mean", "norm_max": "max",
            "coherence_shared": "coherence shared", "coherence_between": "with unique", "coherence_unique": "unique",
            "cosine": "largest cosine", "effective_rank": "effective rank", "stable_rank": "stable rank",
