@@ -10,14 +10,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
 from shared_basis.nn.types import Tree
 
 
+def tree_size(tree: Tree) -> int:
+    """Returns the number of elements in all arrays of `tree`; `optax.tree.size` takes no abstract ones."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
 def count_parameters(params: Tree) -> dict[str, int]:
     """Returns the number of parameters under each top-level name, arrays and abstract shapes alike."""
-    return {name: optax.tree.size(tree) for name, tree in params.items()}
+    return {name: tree_size(tree) for name, tree in params.items()}
 
 
 def count_macs(model: nn.Module, variables: Tree, image_shape: tuple[int, int, int]) -> dict[str, int]:

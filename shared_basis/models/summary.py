@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import optax
-
 from shared_basis.config import ModelConfig
 from shared_basis.models import create_model, plain_counterpart
-from shared_basis.models.parameters import abstract_variables, count_macs
+from shared_basis.models.parameters import abstract_variables, count_macs, tree_size
 from shared_basis.runtime.files import align
 
 
@@ -33,8 +31,8 @@ def count_network(config: ModelConfig, num_classes: int, image_shape: tuple[int,
         groups.setdefault(owner if owner in macs else name, {"parameters": 0, "shared_parameters": 0, "macs": 0})
     for name, tree in params.items():
         row = groups.get(name) or groups[name.removesuffix("_norm")]
-        shared = optax.tree.size(bases.get(name, {}))
-        row["parameters"] += optax.tree.size(tree) + shared
+        shared = tree_size(bases.get(name, {}))
+        row["parameters"] += tree_size(tree) + shared
         row["shared_parameters"] += shared
         row["macs"] += macs.get(name, 0)
     return {"model": config.name, **{key: sum(row[key] for row in groups.values()) for key in ("parameters", "macs")},

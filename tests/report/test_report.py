@@ -525,14 +525,19 @@ def parse_json(done: subprocess.CompletedProcess[str]) -> Mapping[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_training_ends_with_a_report(main: CommandLine, tmp_path: Path) -> None:
     done = main(*SMALL, "--report", "--workdir=run", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-3] == "report: run/report.html"
     assert "2 of 2" in Page(tmp_path / "run" / "report.html").text
+
+
+def test_reports_from_the_command_line(main: CommandLine, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", (0.5, 0.75))  # without a checkpoint, hence in part
     result = parse_json(main("--mode=report", "--workdir=run", "--output=there", "--json", cwd=tmp_path))
     assert result["report"] == "there/report.html"
-    assert (tmp_path / result["report"]).is_file()
+    assert "2 of 2" in Page(tmp_path / result["report"]).text
     several = parse_json(main("--mode=report", "--runs=run", "--json", cwd=tmp_path))
     assert several["report"] == "comparison/report.html"
     assert several["points"][0]["n"] == 1
