@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors.numpy
 
-from shared_basis.errors import UserError
+from shared_basis.errors import UserError, printable
 from shared_basis.runtime.files import first_line
 
 _STORAGE_TYPES: dict[str, Any] = {
@@ -98,7 +98,7 @@ class _Unpickler(pickle.Unpickler):
             return lambda tensor, *_: tensor
         if module == "torch" and name in _STORAGE_TYPES:
             return _STORAGE_TYPES[name]
-        raise ValueError(f"it asks for {module}.{name}, which a state dict does not need")
+        raise ValueError(f"it asks for {printable(f'{module}.{name}')}, which a state dict does not need")
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, size, *view = pid

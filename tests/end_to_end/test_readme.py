@@ -63,7 +63,7 @@ def train(model, optimizer):
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, value
     losses = []
-    for _ in range(5):
+    for _ in range(12):
         params, state, value = step(params, state)
         losses.append(float(value))
     rows = params["bases"]["body"].reshape(-1, 16).T

@@ -17,6 +17,7 @@ from flax.core import freeze
 import shared_basis
 from shared_basis import BasisConv
 from shared_basis.config import OptimizerConfig, OrthogonalityConfig
+from shared_basis.errors import RenamedWarning
 from shared_basis.models import create_model
 from shared_basis.nn.basis_conv import BasisGroup
 from shared_basis.optim.labels import label_parameters
@@ -116,9 +117,9 @@ def test_a_path_written_as_several_is_explained(init: Any) -> None:
 
 
 def test_the_names_of_version_0_1_still_work_for_one_version() -> None:
-    with pytest.warns(DeprecationWarning, match="BasisGroup"):
+    with pytest.warns(RenamedWarning, match="BasisGroup"):
         old = shared_basis.ElementSet
     assert old((("a", "b"),), family="kind") == BasisGroup(["a/b"], reduction_group="kind")
     model = create_model("resnet20-s4u1")
-    with pytest.warns(DeprecationWarning, match="basis_groups"):
+    with pytest.warns(RenamedWarning, match="basis_groups"):
         assert model.element_sets("shared+unique") == model.basis_groups("shared+unique")
