@@ -686,8 +686,9 @@ def test_stem_and_first_stage_compute_what_torchvision_s_do():
         if context.module.path == ("stage1",) and context.method_name == "__call__":
             raise StageIsReachedError(result)
         return result
+    variables = file.convert()
     with nn.intercept_methods(stop), pytest.raises(StageIsReachedError) as caught:
-        file.model.apply(file.convert(), jnp.asarray(images), train=False)
+        file.model.apply(variables, jnp.asarray(images), train=False)
     found = caught.value.args[0]
 
     def convolve(x, name, strides=1):
