@@ -232,7 +232,7 @@ names = st.one_of(network_names, likely_names, st.builds(
     st.integers(0, 2)), st.text(max_size=10))
 
 
-@settings(THOROUGH, max_examples=25)
+@settings(THOROUGH, max_examples=8)
 @given(names, st.sampled_from(("cifar", "imagenet", None)), st.sampled_from((8, 32, 33)), st.integers(2, 12))
 @example("resnet14-s0u0", "cifar", 8, 10)
 @example("mobilenetv2-shared", "imagenet", 8, 10)

@@ -406,6 +406,7 @@ def test_an_export_that_cannot_be_finished_leaves_the_file_that_was_there(run: P
     assert (tmp_path / "model.stablehlo").read_text() == "before"
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path: Path, main: CommandLine) -> None:
     run = save(tmp_path / "run", 1.0, name="resnet14-s4u1")  # the command knows no network of the tests
     done = main("--mode=export", f"--workdir={run}", "--format=onnx", "--fold=composed", "--json",

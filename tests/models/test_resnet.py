@@ -233,7 +233,8 @@ def test_every_mode_gives_float32_logits_for_any_image(ranks, image_shape, dtype
 def test_initial_variables_are_those_published():
     model = create_model("resnet14-s4u1-double")
     key = jax.random.key(0, impl="rbg")  # compiles in a third of the default generator's time
-    variables = jax.jit(lambda key: model.init(key, jnp.zeros((1, 8, 8, 3)), train=False))(key)
+    variables = jax.jit(lambda key: model.init(key, jnp.zeros((1, 8, 8, 3)), train=False),
+                        compiler_options=quick_compiler_options())(key)
     params = variables["params"]
     for bases in params["bases"].values():  # both bases of a group are orthonormal together
         b = np.concatenate([np.reshape(bases[name], (-1, bases[name].shape[-1])).T for name in ("first", "second")])

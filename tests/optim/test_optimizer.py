@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import tiny_network
 
 from shared_basis.config import PARAMETER_LABELS as LABELS
 from shared_basis.config import OptimizerConfig, OrthogonalityConfig
-from shared_basis.models import create_model
 from shared_basis.models.parameters import abstract_variables
 from shared_basis.nn.basis_conv import BasisGroup
 from shared_basis.optim.optimizer import learning_rate_schedule, make_optimizer
@@ -119,7 +119,7 @@ def test_without_weight_or_elements_no_penalty_is_added(orthogonality):
 
 def test_training_a_network_equals_descent_on_the_summed_loss():
     """Cross entropy + λ · penalty + ½ weight decay · ‖decaying parameters‖², over four steps with momentum."""
-    model = create_model("resnet14-s4u1-double")
+    model = tiny_network()
     rng = np.random.default_rng(0)
     variables = jax.tree_util.tree_map_with_path(
         lambda path, leaf: (rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1])) if leaf.ndim > 1 else

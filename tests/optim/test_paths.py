@@ -55,6 +55,7 @@ def tree(request: pytest.FixtureRequest) -> Any:
 
 
 def test_the_exact_method_works_in_any_tree_as_in_dicts(tree: Any) -> None:
+    @jax.jit
     def step(params: Any) -> Any:
         optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5), OrthogonalityConfig(method="exact"), GROUPS,
                                    lambda count: 0.1)
@@ -73,6 +74,7 @@ def test_the_penalty_works_in_any_tree_as_in_dicts(tree: Any) -> None:
     assert orthogonality_penalty(tree, GROUPS) == pytest.approx(orthogonality_penalty(arrays(), GROUPS))
     link = add_orthogonality_penalty(2.0, GROUPS)
 
+    @jax.jit
     def update(params: Any) -> Any:
         return link.update(jax.tree.map(jnp.zeros_like, params), link.init(params), params)[0]
     assert jax.tree.structure(update(tree)) == jax.tree.structure(tree)

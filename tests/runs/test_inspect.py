@@ -110,6 +110,7 @@ def test_tells_a_damaged_checkpoint(tmp_path: Path) -> None:
         inspect.inspect(run)
 
 
+@pytest.mark.slow
 def test_from_the_command_line(run: Path) -> None:
     def main(*arguments: str) -> Any:
         return subprocess.run([sys.executable, str(ROOT / "main.py"), "--mode=inspect", f"--workdir={run}", *arguments],

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import data_helpers
 import jax
 import numpy as np
 import pytest
@@ -229,7 +230,7 @@ def test_validation_figures_are_those_of_the_images_held_out(tmp_path: Path) -> 
     line, = read_metrics(tmp_path)
     assert result["chosen_on"] == "validation"
     assert "44 training, 30 test and 144 validation images" in reporter.text.getvalue()
-    state, dataset = read_arrays(tmp_path, 20), data.load(VALIDATED.data)
+    state, dataset = read_arrays(tmp_path, 20), data_helpers.load(VALIDATED.data)
     apply = jax.jit(lambda images: tiny_network().apply(
         {"params": state["params"], "batch_stats": state["batch_stats"]}, (images / np.float32(255) - 0.5) / 0.5,
         train=False))
