@@ -275,7 +275,7 @@ MUTATIONS = (
     Mutation("evaluate-overrides", 'if not path.startswith("data.") and',
              'if not path.startswith(("data.", "train.")) and', ("evaluation/", "fuzz")),
     Mutation("evaluate-channels", "if len(values) not in (1, channels):", "if len(values) not in (1, 3):",
-             ("evaluation/", "config")),
+             ("test_trained", "config")),
     Mutation("evaluate-chosen-on", 'if which == "best" else None', 'if which != "latest" else None', ("evaluation/",)),
 
     # What a run is asked

@@ -163,7 +163,7 @@ def analysis_of(name: str) -> Analysis:
 
 
 @pytest.mark.parametrize("name", [
-    name if name in ("templates", "resnext") else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS])
+    name if name == "templates" else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS])
 def test_pictures_of_every_kind(name: str) -> None:
     for paint, size in figures.paintings([analysis_of(name)]).values():
         assert plotting.png(paint, size).startswith(b"\x89PNG")

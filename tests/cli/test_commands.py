@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from helpers import ROOT, CommandLine, user_error
 
@@ -39,6 +40,17 @@ def test_what_a_mode_takes_and_defaults_are_not_refused(monkeypatch: pytest.Monk
         assert commands.run(mode, request(images=[], runs=[], report=False)) == ({}, "done")  # --noreport suits all
         for name in (name for name, taken in MODES_BY_FLAG.items() if mode in taken):
             assert commands.run(mode, request(**{name: "7"})) == ({}, "done")
+
+
+def test_several_processes_share_training_and_evaluation_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for mode in MODES:
+        monkeypatch.setitem(MODES, mode, lambda _: ({}, "done"))
+        if mode in ("train", "evaluate"):
+            assert commands.run(mode, request()) == ({}, "done")
+        else:
+            with user_error(f"--mode={mode} is for one process"):
+                commands.run(mode, request())
 
 
 def test_a_tilde_is_the_users_home(main: CommandLine, tmp_path: Path) -> None:

@@ -273,6 +273,7 @@ def test_a_compressed_run_is_trained_on(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(workdir)] == [2]
 
 
+@pytest.mark.slow
 def test_a_budget_names_the_network_and_its_run(run: Path, tmp_path: Path) -> None:
     result = compress(run, tmp_path / "new", "small", budget=0.8, calibration=0)
     assert result["parameters"] <= 0.8 * result["plain"]["parameters"]

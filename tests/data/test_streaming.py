@@ -406,6 +406,7 @@ def start_reader(end: str) -> subprocess.Popen[str]:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
+@pytest.mark.slow
 def test_signals_to_all_processes_do_not_end_workers_that_are_about_to_start() -> None:
     with start_reader("print(len(list(reader)), flush=True)") as process:
         assert process.stdout.readline() == "begins\n"

@@ -191,9 +191,11 @@ class Full(Watcher):
 
 
 @pytest.mark.parametrize(("begun", "size", "when", "parts"), [
-    (False, 5000, 1, ("a checkpoint cannot be saved", "complete: no checkpoint yet.")),
-    (True, 600, "compiling", ("metrics.jsonl cannot be written: File too large", "the checkpoints are in ")),
-], ids=["first checkpoint", "metrics"])
+    pytest.param(False, 5000, 1, ("a checkpoint cannot be saved", "complete: no checkpoint yet."),
+                 id="first checkpoint", marks=pytest.mark.slow),
+    pytest.param(True, 600, "compiling", ("metrics.jsonl cannot be written: File too large", "the checkpoints are in "),
+                 id="metrics"),
+])
 def test_a_full_disk_is_told_and_with_space_the_run_goes_on(
         finished: Path, stopped: Path, tmp_path: Path, begun: bool, size: int, when: int | str,
         parts: tuple[str, ...]) -> None:

@@ -85,6 +85,7 @@ def test_evaluation_takes_overrides_of_the_data(main: CommandLine, trained: Any)
     assert_mistake(refused, "--config.model.name", "cannot be changed")
 
 
+@pytest.mark.slow
 def test_json_is_one_object_on_standard_output(main: CommandLine, trained: Any, tmp_path: Path) -> None:
     directory, _ = trained
     summary = main(*SMALL, "--mode=summary", "--json", cwd=tmp_path)

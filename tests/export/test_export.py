@@ -87,7 +87,7 @@ def traced_network(name: str) -> Traced:
 
 def named(*names: str) -> list[Any]:
     """Returns `names` as parameters; one of the two MobileNets, which take longest, is enough by default."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name == "mobilenet" else name for name in names]
+    return [pytest.param(name, marks=pytest.mark.slow) if name.startswith("mobilenet") else name for name in names]
 
 
 @pytest.fixture(scope="module", params=named(*NETWORKS))  # of the module, so that tests of a network follow one another

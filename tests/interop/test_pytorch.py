@@ -66,7 +66,8 @@ class Network:
                        for path, norm in leaves}
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=[
+    pytest.param(name, marks=pytest.mark.slow) if "single" in name else name for name in NETWORKS])
 def network(request, reference):
     return Network(reference, request.param)
 

@@ -191,6 +191,7 @@ def test_a_loop_computes_what_blocks_do_one_after_another(name, stem, smaller):
         assert float(jnp.linalg.norm(a - b)) < 1e-2 * scale, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_a_loop_keeps_less_for_the_gradient():
     def memory(scan_blocks):

@@ -146,7 +146,8 @@ def test_a_run_is_the_same_on_eight_devices(one: Path, tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "device") == read_metrics(tmp_path / "stream")
 
 
-@pytest.mark.parametrize(("first", "then"), [(4, 1), pytest.param(1, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("first", "then"), [
+    pytest.param(4, 1, marks=pytest.mark.slow), pytest.param(1, 4, marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_number_of_devices(one: Path, tmp_path: Path, first: int, then: int) -> None:
     trained(tmp_path / "run", first, stop=3)
     reporter = trained(tmp_path / "run", then)

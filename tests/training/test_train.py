@@ -130,7 +130,7 @@ def test_each_epoch_trains_in_the_order_of_its_own(finished: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize("stops", [
-    {10: 10},  # at an evaluation
+    pytest.param({10: 10}, marks=pytest.mark.slow),  # at an evaluation
     {2: 3, 12: 13},  # twice
 ], ids=str)
 def test_an_interrupted_run_equals_one_that_was_not(finished: Any, tmp_path: Path, stops: dict[int, int]) -> None:
