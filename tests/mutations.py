@@ -164,8 +164,8 @@ MUTATIONS = (
              ("parameters", "registry")),
     Mutation("summary-saving", "1 - counts[key] / plain[key]", "1 - plain[key] / counts[key]",
              ("parameters", "readme")),
-    Mutation("summary-shared", 'row["parameters"] += optax.tree.size(tree) + shared',
-             'row["parameters"] += optax.tree.size(tree)',
+    Mutation("summary-shared", 'row["parameters"] += tree_size(tree) + shared',
+             'row["parameters"] += tree_size(tree)',
              ("parameters", "report/")),
 
     # Configuration

@@ -33,6 +33,7 @@ from helpers import (
 from PIL import Image
 
 from shared_basis import plotting
+from shared_basis.cli import commands
 from shared_basis.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, replace
 from shared_basis.evaluation import per_example
 from shared_basis.report import compare, html, output, plots, run_report, run_summary, sections
@@ -423,6 +424,14 @@ def several(tmp_path: Path) -> Path:
     make_run(tmp_path / "short", (0.6,), seed=3)
     make_run(tmp_path / "none", (), model__name="resnet20")
     return tmp_path
+
+
+def test_the_run_of_workdir_is_compared_with_those_of_runs(several: Path, tmp_path: Path) -> None:
+    runs = [str(several / "fast")]
+    for given, count in ((True, 2), (False, 1)):
+        result, _ = commands.run("report", commands.Request(Config(), {}, str(several / "basis"), given, runs=runs,
+                                                            output=str(tmp_path / "comparison")))
+        assert len([path for point in result["points"] for path in point["workdirs"]]) == count
 
 
 def test_seeds_are_one_point_with_mean_and_deviation(several: Path) -> None:
