@@ -325,6 +325,7 @@ def shared_memory() -> set[str]:
     return {path.name for path in Path("/dev/shm").glob("psm_*")}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory is not visible as files")
 def test_a_stream_leaves_no_process_no_shared_memory_and_nothing_to_collect(examples: FileExamples) -> None:
     """Collecting the heap takes seconds where it is large, and would have to follow each stream."""

@@ -163,6 +163,7 @@ def assert_close(metrics: list[dict[str, Any]], others: list[dict[str, Any]]) ->
         assert line == pytest.approx(other, rel=1e-2, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_only_the_first_process_prints_and_writes(undisturbed: tuple[Path, Job]) -> None:
     workdir, job = undisturbed
     assert [line["step"] for line in read_metrics(workdir)] == [16, 32, 48, 64]
@@ -173,6 +174,7 @@ def test_only_the_first_process_prints_and_writes(undisturbed: tuple[Path, Job])
     assert "epoch" not in job.err(0) + job.err(1)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(undisturbed: tuple[Path, Job], tmp_path: Path) -> None:
     train_module.train(CONFIG, tmp_path / "one", Watcher())
     assert_close(read_metrics(undisturbed[0]), read_metrics(tmp_path / "one"))

@@ -172,6 +172,7 @@ CONFIG = Config(
     train=TrainConfig(epochs=4, batch_size=8, evaluate_every=2))
 
 
+@pytest.mark.slow
 def test_training_on_four_devices_keeps_bases_orthonormal(tmp_path: Path) -> None:
     assert jax.device_count() >= 4
     train(CONFIG, tmp_path, Watcher())

@@ -70,6 +70,7 @@ def test_it_resumes_and_ends_as_it_did(old: Path, monkeypatch: pytest.MonkeyPatc
     assert {name: lines[-1][name] for name in AT_THE_END} == pytest.approx(AT_THE_END, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_it_is_inspected_and_reported(old: Path) -> None:
     found = inspect.inspect(old)
     assert (found["model"], found["step"]) == ("resnet14-s2u1-double", 8)

@@ -48,6 +48,7 @@ def read_gradients(workdir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (workdir / "gradients.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_each_evaluation_adds_the_means_of_its_epoch(finished: Path) -> None:
     lines = read_gradients(finished)
     assert [(line["step"], line["epoch"]) for line in lines] == [(5, 1), (10, 2)]

@@ -218,6 +218,7 @@ def test_a_small_problem_is_learnt() -> None:
     assert float(states[-1].totals["correct"]) == 32
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_and_leaves_what_is_kept_in_float32() -> None:
     images, labels = make_images(16)
     trainer = Trainer(tiny_network(dtype=jnp.bfloat16), images, labels, 16, data=DataConfig(),

@@ -249,6 +249,7 @@ def debugging() -> Iterator[None]:
     jax.config.update("jax_debug_nans", False)
 
 
+@pytest.mark.slow
 def test_the_operation_that_gives_the_first_nan_is_named_with_its_line(tmp_path: Path, debugging: None) -> None:
     config = replace(CONFIG, {"optimizer.learning_rate": 1e30, "optimizer.warmup_epochs": 0.0})
     with user_error("step ", "invalid value (nan) encountered in ", ", at shared_basis/", ".py:", ", in ") as caught:
