@@ -134,7 +134,7 @@ def test_a_folder_of_images_trains_and_evaluates(main: CommandLine, tmp_path: Pa
 
 
 @pytest.mark.parametrize("fields", [
-    pytest.param((), id="resident"),
+    pytest.param((), id="resident", marks=pytest.mark.slow),
     pytest.param(("--config.data.placement=stream", "--config.data.workers=1"), id="streamed",
                  marks=pytest.mark.slow)])
 def test_signals_stop_a_run_that_the_same_command_continues(tmp_path: Path, fields: tuple[str, ...]) -> None:

@@ -28,6 +28,7 @@ def example(word):
     return code
 
 
+@pytest.mark.slow
 def test_example_from_python_runs():
     scope: dict = {}
     exec(example("create_model").replace("resnet56", "resnet14"), scope)  # the same on a shallower network, to be quick

@@ -67,7 +67,8 @@ class Network:
 
 
 @pytest.fixture(scope="module", params=[
-    pytest.param(name, marks=pytest.mark.slow) if "single" in name else name for name in NETWORKS])
+    pytest.param(name, marks=pytest.mark.slow) if name not in ("cifar10_resnet20", "cifar10_resnet32_double_s16u1") else name
+    for name in NETWORKS])
 def network(request, reference):
     return Network(reference, request.param)
 
