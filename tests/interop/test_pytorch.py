@@ -67,8 +67,8 @@ class Network:
 
 
 @pytest.fixture(scope="module", params=[
-    pytest.param(name, marks=pytest.mark.slow) if name not in ("cifar10_resnet20", "cifar10_resnet32_double_s16u1") else name
-    for name in NETWORKS])
+    name if name in ("cifar10_resnet20", "cifar10_resnet32_double_s16u1") else
+    pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS])
 def network(request, reference):
     return Network(reference, request.param)
 
