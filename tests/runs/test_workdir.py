@@ -226,8 +226,10 @@ def test_a_file_system_without_locks_is_trusted(tmp_path: Path, monkeypatch: pyt
     def unsupported(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    with Workdir(tmp_path).locked(), Workdir(tmp_path).locked():
-        pass
+    held = 0
+    with Workdir(tmp_path).locked(), Workdir(tmp_path).locked(patience=0):
+        held += 1
+    assert held, "neither waits for the other"
 
 
 def test_a_workdir_that_cannot_be_locked_is_told(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import os
 import re
@@ -19,11 +18,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from helpers import (
     MAIN,
@@ -31,8 +28,6 @@ from helpers import (
     TINY,
     Watcher,
     assert_trees_equal,
-    cross_entropies,
-    make_images,
     mesh_of,
     read_arrays_anywhere,
     read_metrics,
@@ -54,7 +49,6 @@ from shared_basis.config import (
 )
 from shared_basis.errors import UserError
 from shared_basis.evaluation import evaluate
-from shared_basis.evaluation.evaluator import Metrics
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runtime.distributed import (
     batch_sharding,
@@ -68,7 +62,6 @@ from shared_basis.runtime.distributed import (
 )
 from shared_basis.runtime.preemption import Interrupted
 from shared_basis.training import train
-from shared_basis.training.steps import TrainState, create_train_state, train_step
 
 # A run on other devices
 
@@ -414,121 +407,7 @@ def test_a_process_that_waits_in_vain_for_the_others_says_so(tmp_path: Path, pro
     assert os.listdir(tmp_path) == []
 
 
-# A batch in parts
-
-DATA = DataConfig(mean=(0.5,), std=(0.25,))
-
-
-class Plain(nn.Module):
-    """A network that sees each image alone; counts how often it is trained, and keeps what it drew."""
-
-    @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        calls = self.variable("batch_stats", "calls", jnp.zeros, ())
-        draws = self.variable("batch_stats", "draws", jnp.zeros, (16,))
-        if train:
-            draws.value = draws.value.at[calls.value.astype(int)].set(jax.random.uniform(self.make_rng("dropout")))
-            calls.value = calls.value + 1
-        return nn.Dense(10)(nn.relu(nn.Dense(8)(images.reshape(len(images), -1))))
-
-
-class Normalized(nn.Module):
-    """Batch normalisation and a linear classifier."""
-
-    @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        pixels = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-3, name="norm")(
-            images.reshape(len(images), -1))
-        return nn.Dense(10, name="head")(pixels)
-
-
-def updates(model: nn.Module, steps: int, grad_accumulation_steps: int, count: int = 1,
-            data: DataConfig = DATA) -> tuple[TrainState, list[Metrics]]:
-    """Returns the state after so many updates with batches of 16 images, and the metrics of each."""
-    mesh, optimizer = mesh_of(count), optax.sgd(0.1)
-    step = jax.jit(functools.partial(
-        train_step, model=model, optimizer=optimizer, data=data, seed=0, steps_per_epoch=steps,
-        batch_sharding=batch_sharding(mesh), grad_accumulation_steps=grad_accumulation_steps),
-        out_shardings=replicated(mesh))
-    state = jax.device_put(create_train_state(model, optimizer, 0, (4, 4, 1)), replicated(mesh))
-    images, labels = make_images(16 * steps, size=4)
-    metrics = []
-    for first in range(0, len(images), 16):
-        batch = jax.device_put((images[first:first + 16], labels[first:first + 16]), batch_sharding(mesh))
-        state, values = step(state, *batch)
-        metrics.append(jax.device_get(values))
-    return state, metrics
-
-
-@pytest.mark.parametrize(("grad_accumulation_steps", "count"), [(1, 4), (4, 1), (2, 4)])
-def test_a_network_without_batch_normalisation_trains_the_same_in_parts(grad_accumulation_steps: int,
-                                                                        count: int) -> None:
-    data = DataConfig(mean=(0.5,), std=(0.25,), pad=1, flip=True)
-    whole, expected = updates(Plain(), 3, 1, data=data)
-    parts, metrics = updates(Plain(), 3, grad_accumulation_steps, count, data)
-    for actual, desired in ((parts.params, whole.params), (metrics, expected), (parts.totals, whole.totals)):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), actual, desired)
-    assert (int(parts.step), float(parts.totals["count"])) == (3, 48)
-    assert float(parts.batch_stats["calls"]) == 3 * grad_accumulation_steps
-
-
-def test_each_part_of_each_step_makes_draws_of_its_own() -> None:
-    draws = updates(Plain(), 4, 4)[0].batch_stats["draws"]
-    assert len(set(draws.tolist())) == 16
-
-
-def normalized_by_hand(params: Any, grad_accumulation_steps: int) -> tuple[Any, Any, dict[str, float]]:
-    """Returns parameters, running statistics and metrics of `Normalized` after two updates, in NumPy and float64."""
-    images, labels = make_images(32, size=4)
-    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jax.device_get(params))
-    mean, var, sums = np.zeros(16), np.ones(16), {"loss": 0.0, "correct": 0.0, "count": 0.0}
-    for first in (0, 16):
-        batch = ((images[first:first + 16] / 255 - 0.5) / 0.25).reshape(16, -1)
-        gradient = jax.tree.map(np.zeros_like, params)
-        for part in range(grad_accumulation_steps):
-            inputs, targets = (whole[part::grad_accumulation_steps] for whole in (batch, labels[first:first + 16]))
-            mean, var = 0.9 * mean + 0.1 * inputs.mean(0), 0.9 * var + 0.1 * inputs.var(0)
-            normal = (inputs - inputs.mean(0)) / np.sqrt(inputs.var(0) + 1e-3)
-            outputs = normal * params["norm"]["scale"] + params["norm"]["bias"]
-            logits = outputs @ params["head"]["kernel"] + params["head"]["bias"]
-            slope = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True) - np.eye(10)[targets]
-            back = slope @ params["head"]["kernel"].T
-            new = {"head": {"kernel": outputs.T @ slope, "bias": slope.sum(0)},
-                   "norm": {"scale": (back * normal).sum(0), "bias": back.sum(0)}}
-            gradient = jax.tree.map(lambda a, b: a + b / 16, gradient, new)
-            sums["loss"] += cross_entropies(logits, targets).sum()
-            sums["correct"] += (logits.argmax(-1) == targets).sum()
-            sums["count"] += len(targets)
-        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
-    norms = [np.sqrt(sum((leaf ** 2).sum() for leaf in jax.tree.leaves(tree))) for tree in (gradient, params)]
-    return params, {"norm": {"mean": mean, "var": var}}, {**sums, "gradient_norm": norms[0], "parameter_norm": norms[1]}
-
-
-@pytest.mark.parametrize(("grad_accumulation_steps", "count"), [(1, 1), (4, 1), (2, 4)])
-def test_batch_normalisation_sees_every_nth_image_of_a_batch_on_any_number_of_devices(grad_accumulation_steps: int,
-                                                                                      count: int) -> None:
-    first = create_train_state(Normalized(), optax.sgd(0.1), 0, (4, 4, 1)).params
-    params, statistics, sums = normalized_by_hand(first, grad_accumulation_steps)
-    state, metrics = updates(Normalized(), 2, grad_accumulation_steps, count)
-    for actual, desired in ((state.params, params), (state.batch_stats, statistics), (metrics[-1], sums)):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, desired)
-
-
-def test_a_loop_over_the_parts_computes_what_the_unrolled_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    scan, unrolled, results = jax.lax.scan, [], []
-
-    def spy(*arguments: Any, **options: Any) -> Any:
-        unrolled.append(options["unroll"])
-        return scan(*arguments, **options)
-    for backend in ("cpu", "gpu"):
-        with monkeypatch.context() as patch:
-            patch.setattr(jax, "default_backend", lambda backend=backend: backend)
-            patch.setattr(jax.lax, "scan", spy)
-            results.append(updates(Normalized(), 2, 4, 2))
-    assert unrolled == [True, False]
-    for actual, desired in zip(*results, strict=True):
-        assert_close(actual, desired)
-
+# A batch in parts (its figures: tests/training/test_steps.py)
 
 @pytest.mark.slow
 def test_a_run_in_parts_is_the_same_on_any_number_of_devices(one: Path, tmp_path: Path) -> None:

@@ -304,7 +304,7 @@ def updates(model: nn.Module, steps: int, parts: int, devices: int = 1, *, learn
     return state, metrics
 
 
-@pytest.mark.parametrize(("parts", "devices"), [(4, 1), (2, 4)])
+@pytest.mark.parametrize(("parts", "devices"), [(1, 4), (4, 1), (2, 4)])
 def test_a_network_without_batch_normalisation_trains_the_same_in_parts(parts: int, devices: int) -> None:
     data = DataConfig(mean=(0.5,), std=(0.25,), pad=1, flip=True)
     whole, expected = updates(Plain(), 3, 1, data=data)
@@ -355,3 +355,19 @@ def test_batch_normalisation_sees_every_nth_image_of_a_batch_on_any_number_of_de
     state, metrics = updates(Normalized(), 2, parts, devices)
     for actual, desired in ((state.params, params), (state.batch_stats, statistics), (metrics[-1], sums)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, desired)
+
+
+def test_a_loop_over_the_parts_computes_what_the_unrolled_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    scan, unrolled, results = jax.lax.scan, [], []
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        unrolled.append(options["unroll"])
+        return scan(*arguments, **options)
+    for backend in ("cpu", "gpu"):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda backend=backend: backend)
+            patch.setattr(jax.lax, "scan", spy)
+            results.append(updates(Normalized(), 2, 4, 2))
+    assert unrolled == [True, False]
+    for actual, desired in zip(*results, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=5e-5), actual, desired)
