@@ -17,7 +17,7 @@ from benchmarks.comparison import Comparison, torch_frameworks
 from benchmarks.session import Part, Session, spread
 from benchmarks.trainer import trainers
 from shared_basis.models import create_model
-from shared_basis.nn.basis_conv import BasisGroup
+from shared_basis.optim.basis_group import BasisGroup
 from shared_basis.optim.orthonormal import keep_orthonormal
 from shared_basis.optim.penalty import orthogonality_penalty
 

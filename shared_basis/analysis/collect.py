@@ -127,7 +127,7 @@ def flows(trained: Trained, images: jax.Array, labels: jax.Array) -> Flow:
     steps = {step: trained.at(step).variables for step in trained.checkpoints.steps if step}
     # A run that began with published weights has them as step 0; others began with what the seed gives.
     first = (trained.at(0).variables if 0 in trained.checkpoints.steps else
-             jax.jit(initial, compiler_options=ops.quick_compiler_options())())
+             ops.jit_for(jax.default_backend(), quick=True)(initial)())
     with memory.oom_as_user_error(trained.config, "train.batch_size"):
         return {step: dict(zip(("blocks", "parameters"), flow(
             variables["params"], variables["batch_stats"], images, labels), strict=True))

@@ -80,7 +80,7 @@ def gradient_flow(network: Network) -> Callable[..., tuple[dict[str, float], dic
                                        mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})
         return logits
 
-    @functools.partial(jax.jit, compiler_options=ops.quick_compiler_options())
+    @ops.jit_for(jax.default_backend(), quick=True)
     def norms(params: Tree, stats: Tree, images: Array, labels: Array) -> tuple[dict[str, Array], dict[str, Array]]:
         shapes: dict[Path, Any] = {}
 

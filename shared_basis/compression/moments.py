@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,6 +16,7 @@ from shared_basis.data.augment import normalize
 from shared_basis.data.feeds import Inputs
 from shared_basis.nn import ops
 from shared_basis.nn.basis_conv import BasisConv
+from shared_basis.nn.forms import kernel_shape
 from shared_basis.nn.types import Array, Path
 from shared_basis.runs.trained import Variables
 
@@ -56,14 +56,14 @@ def input_moments(model: nn.Module, variables: Variables, data: DataConfig, laye
     """
     wanted = frozenset(layers)
 
-    @functools.partial(jax.jit, compiler_options=ops.compiler_options())
+    @ops.jit_for(jax.default_backend())
     def sums(variables: Variables, images: Array, labels: Array) -> dict[Path, tuple[Array, Array, Array]]:
         found = {}
 
         def intercept(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             path = context.module.path
             if isinstance(context.module, BasisConv) and context.method_name == "__call__" and path in wanted:
-                found[path] = _sums(args[0], labels >= 0, context.module.kernel_size)
+                found[path] = _sums(args[0], labels >= 0, kernel_shape(context.module.kernel_size)[0])
             return call(*args, **kwargs)
 
         with nn.intercept_methods(intercept):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -19,7 +18,7 @@ from shared_basis.errors import UserError
 from shared_basis.nn import ops
 from shared_basis.nn.types import Array, Tree
 from shared_basis.runs.trained import Variables, predict_logits
-from shared_basis.runtime.distributed import replicated
+from shared_basis.runtime.distributed import platform_of, replicated
 
 Metrics = dict[str, Array]
 
@@ -66,7 +65,7 @@ def make_evaluator(model: nn.Module, config: DataConfig, batches: Callable[[], I
     It returns `loss` (mean cross entropy), `accuracy`, `accuracy_top5` (both in [0, 1]) and `count`, over the images
     whose label is not −1 (see `shared_basis.data.feeds.Images.batches`). It raises `UserError` if there are none.
     """
-    @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=ops.compiler_options())
+    @ops.jit_for(platform_of(mesh), out_shardings=replicated(mesh))
     def step(variables: Variables, images: jax.Array, labels: jax.Array) -> Metrics:
         return eval_step(variables, images, labels, model=model, data=config)
 

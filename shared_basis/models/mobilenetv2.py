@@ -53,8 +53,9 @@ class InvertedResidual(nn.Module):
         y = x
         for layer, features, size in (("first", inner, 1), ("second", inner, 3), ("third", self.features, 1)):
             depthwise = layer == "second"
-            y = BasisConv(features, size, self.strides if depthwise else 1, groups=inner if depthwise else 1,
-                          whole_filters=self.sharing.whole_filters, dtype=self.dtype, name=layer)(
+            y = BasisConv(features, size, self.strides if depthwise else 1, dtype=self.dtype,
+                          feature_group_count=inner if depthwise else 1,
+                          whole_filters=self.sharing.whole_filters, name=layer)(
                               y, shared.get(layer), train=train)
             y = batch_norm(train, self.dtype, f"{layer}_norm")(y)
             if layer != "third":

@@ -69,8 +69,7 @@ class BasicBlock(nn.Module):
         for layer, strides in (("first", self.strides), ("second", 1)):
             conv = BasisConv(self.width, strides=strides, unique_rank=self.unique_rank,
                              whole_filters=self.sharing.whole_filters, dtype=self.dtype, name=layer)
-            y = conv(y, shared.get(layer), train=train)
-            y = batch_norm(train, self.dtype, f"{layer}_norm")(y)
+            y = conv(y, shared.get(layer), train, then=batch_norm(train, self.dtype, f"{layer}_norm"))
             if layer == "first":
                 y = nn.relu(y)
         return nn.relu(y + shortcut(x, self.width, self.strides, self.project, self.dtype, train))
@@ -102,8 +101,8 @@ class BottleneckBlock(nn.Module):
         y = self._conv("first", self.width, 1)(x, train=train)
         y = nn.relu(batch_norm(train, self.dtype, "first_norm")(y))
         if self.sharing.factorised:
-            conv = BasisConv(outputs, unique_rank=self.unique_rank, groups=self.groups, activation=nn.relu,
-                             shared_groups=self.shared_groups, dtype=self.dtype, name="second")
+            conv = BasisConv(outputs, unique_rank=self.unique_rank, feature_group_count=self.groups, activation=nn.relu,
+                             shared_feature_group_count=self.shared_groups, dtype=self.dtype, name="second")
             y = conv(y, shared.get("second"), train=train)
         else:
             y = self._conv("second", self.width, 3)(y, shared.get("second"), train=train)
@@ -113,8 +112,9 @@ class BottleneckBlock(nn.Module):
         return nn.relu(y + shortcut(x, outputs, self.strides, True, self.dtype, train))
 
     def _conv(self, name: str, features: int, size: int) -> BasisConv:
-        return BasisConv(features, size, self.strides if size == 3 else 1, groups=self.groups if size == 3 else 1,
-                         whole_filters=self.sharing.whole_filters, dtype=self.dtype, name=name)
+        return BasisConv(features, size, self.strides if size == 3 else 1, dtype=self.dtype,
+                         feature_group_count=self.groups if size == 3 else 1,
+                         whole_filters=self.sharing.whole_filters, name=name)
 
 
 class ResNet(Network):

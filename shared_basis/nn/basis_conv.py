@@ -7,181 +7,189 @@ elements belong to the group and u *unique* ones to the layer:
     y = coefficients( BN( [unique ∗ x ; shared ∗ x] ) )
 
 Sharing is data, not a class: a layer that is handed a shared array uses it. Plain (R = 0), low rank but not shared
-(s = 0), shared only (u = 0), single and double sharing all come out of `BasisConv`. So do whole shared filters, where
+(s = 0), shared only (u = 0), single and double sharing all come out of one layer. So do whole shared filters, where
 neighbouring 1×1 layers are the layer-specific part, and kernels combined from shared templates.
+
+`basis_conv` is the layer as a function of arrays. `BasisConv` owns its parameters in Linen, `shared_basis.nnx` in NNX.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from shared_basis.nn.batch_norm import batch_norm
-from shared_basis.nn.ops import convolve, multiply
-from shared_basis.nn.types import Array, Dtype, Path
-
-he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-"""He initialisation by fan-out (k²T), as published."""
-he_normal_templates = nn.initializers.variance_scaling(
-    2.0, "fan_out", "normal", in_axis=-3, out_axis=-2, batch_axis=(-1,))
-"""The same for each template of `[k, k, C, T, templates]`."""
+from shared_basis.errors import note_renamed
+from shared_basis.nn.batch_norm import BatchNorm, Norm, mix, normalize
+from shared_basis.nn.convolution import Window, convolve
+from shared_basis.nn.forms import Form, check_arrays, check_norm, form_of, kernel_shape, whether_to_train
+from shared_basis.nn.initializers import he_normal_fan_out
+from shared_basis.nn.ops import is_portable, multiply, use_cpu_forms
+from shared_basis.nn.types import Array, Dtype
 
 
-@dataclasses.dataclass(frozen=True, init=False)
-class BasisGroup:
-    """Names, by path in the parameter tree, the basis elements of one group that are to be orthonormal together.
-
-        BasisGroup(["bases/body"])
-
-    A path is a string with '/' between keys, or a tuple of keys: `("bases", "body")`. Each array holds its elements on
-    its last axis: `[k, k, C, s]`, or any `[..., elements]`.
-    """
-
-    shared: tuple[Path, ...]
-    """The arrays of shared elements; in double sharing both of the group."""
-    unique: tuple[Path, ...]
-    """One array of unique elements for each layer; empty where unique elements are not to be penalised."""
-    reduction_group: str
-    """The mean penalty is taken over the basis groups of one reduction group; the means of several are added."""
-
-    def __init__(self, shared: Iterable[Path | str], unique: Iterable[Path | str] = (),
-                 reduction_group: str = "") -> None:
-        for name, value in (("shared", _paths(shared)), ("unique", _paths(unique)),
-                            ("reduction_group", reduction_group)):
-            object.__setattr__(self, name, value)  # it is frozen
-
-
-def _paths(paths: Iterable[Path | str]) -> tuple[Path, ...]:
-    """Returns paths as tuples of keys; a string alone is one path, and not one for each of its letters."""
-    return tuple(tuple(path.split("/")) if isinstance(path, str) else tuple(map(str, path))
-                 for path in ([paths] if isinstance(paths, str) else paths))
-
-
-def init_shared_bases(key: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-    """Draws the shared bases of one group with orthonormal elements (section 3.2).
-
-    Two bases of one shape (double sharing) are one orthonormal set as long as the filter space can hold it; otherwise
-    each is orthonormal by itself. Where a basis has more elements than dimensions, a tight frame takes its place.
+def basis_conv(x: Array, basis: Sequence[Array], norm: Norm | Callable[[Array], Array], coefficients: Array, *,
+               window: Window, train: bool = False, dtype: Dtype = jnp.float32, then: Norm | None = None,
+               activation: Callable[[Array], Array] | None = None,
+               axis_name: str | None = None) -> tuple[Array, Norm | None, Norm | None]:
+    """Convolves through a basis, as a function of arrays: `then( activation( norm( basis ∗ x ) ) coefficients )`.
 
     Args:
-      shapes: by name, `[k, k, C, elements]`.
+      x: `[N, *image, C]`.
+      basis: arrays of elements `[*k, C / groups, R_i]`, each with groups of its own.
+      norm: batch normalisation of ΣR_i channels, or any function in its place.
+      coefficients: `[ΣR_i, T]`.
+      train: whether statistics are those of the batch.
+      dtype: compute type.
+      then: the batch normalisation of T channels that follows; computed in one step with the rest where that is linear.
+      axis_name: an axis of `jax.shard_map` or `jax.vmap` whose members' batches are one.
 
     Returns:
-      By name, a float32 array of that shape.
+      `[N, *image / strides, T]`, and the arrays of `norm` and `then` with their running statistics after this batch.
     """
-    orthonormal = nn.initializers.orthogonal()  # the last axis indexes the elements
-    names = sorted(shapes)
-    *space, rank = shapes[names[0]]
-    if len(set(shapes.values())) == 1 and len(names) * rank <= math.prod(space):
-        joint = orthonormal(key, (*space, len(names) * rank), jnp.float32)
-        return dict(zip(names, jnp.split(joint, len(names), axis=-1), strict=True))
-    keys = jax.random.split(key, len(names))
-    return {name: orthonormal(k, shapes[name], jnp.float32) for name, k in zip(names, keys, strict=True)}
-
-
-class Form(enum.Enum):
-    """What the filters of a `BasisConv` are made of."""
-
-    OWN_KERNEL = enum.auto()
-    BASIS = enum.auto()
-    WHOLE_FILTERS = enum.auto()
-    TEMPLATES = enum.auto()
+    one_group = all(filters.shape[-2] == x.shape[-1] for filters in basis)
+    if one_group and not (use_cpu_forms() or is_portable()):
+        basis = [jnp.concatenate(basis, axis=-1)]  # so that x is read once
+    found = [convolve(x, filters, window, dtype) for filters in basis]
+    if isinstance(norm, Norm) and activation is None:
+        return mix(found, norm, coefficients, train, dtype, then, axis_name)
+    y, moved = jnp.concatenate(found, axis=-1), None
+    if isinstance(norm, Norm):
+        y, moved = normalize(y, norm, train, dtype, axis_name)
+    else:
+        y = norm(y)
+    y = multiply(y if activation is None else activation(y), coefficients.astype(dtype)).astype(dtype)
+    if then is not None:
+        y, then = normalize(y, then, train, dtype, axis_name)
+    return y, moved, then
 
 
 class BasisConv(nn.Module):
-    """The one convolution of every variant.
+    """The one convolution of every variant, with the arguments of `flax.linen.Conv`.
 
     What it is handed, and its ranks, decide what it computes (see `form`):
 
-    - no shared array and no unique elements: an ordinary convolution with its own `kernel [k, k, C / groups, T]`;
-    - a filter basis: `unique [k, k, C / groups, u]` if u > 0, `norm` (scale and bias of R channels) and
-      `coefficients [R, T]`; the shared elements `[k, k, C / shared_groups, s]` are the argument;
-    - whole filters `[k, k, C, T]` with `whole_filters`: a convolution with them, and no parameter of its own;
-    - templates `[k, k, C, T, templates]`: a convolution with the kernel that its `coefficients [templates]` combine.
+    - no shared array and no unique elements: an ordinary convolution with its own `kernel [*k, C / groups, T]`;
+    - a filter basis: `unique [*k, C / groups, u]` if u > 0, `norm` (scale and bias of R channels) and
+      `coefficients [R, T]`; the shared elements `[*k, C / shared groups, s]` are the argument;
+    - whole filters `[*k, C, T]` with `whole_filters`: a convolution with them, and no parameter of its own;
+    - templates `[*k, C, T, templates]`: a convolution with the kernel that its `coefficients [templates]` combine.
 
-    Parameters are float32. The owner of shared arrays is the network.
+    The owner of shared arrays is the network.
     """
 
     features: int
     """T, the output channels."""
-    kernel_size: int = 3
-    strides: int = 1
+    kernel_size: int | Sequence[int] = 3
+    """k of a square kernel, or its size by axis: `(3,)` and `(3, 3, 3)` are convolutions of one and of three axes."""
+    strides: int | Sequence[int] = 1
     unique_rank: int = 0
-    """u, the elements that belong to this layer alone."""
+    """u, the elements that belong to this layer alone. As published their norms start at √(2C/u), not at 1 as those of
+    shared ones: see `unique_init`."""
     dtype: Dtype = jnp.float32
     """Compute type."""
-    padding: int | None = None
-    """Zeros added on each side; None is kernel_size // 2."""
-    groups: int = 1
+    padding: int | str | Sequence[int | tuple[int, int]] | None = None
+    """'SAME', 'VALID' or zeros by axis, as in `flax.linen.Conv`; None adds half of the kernel on each side."""
+    feature_group_count: int = 1
     """Channel groups of the layer's own kernel or unique elements."""
-    shared_groups: int = 1
+    shared_feature_group_count: int = 1
     """Channel groups of the shared elements."""
     whole_filters: bool = False
     """Whether a shared array holds the layer's filters themselves and not the elements of a basis."""
     activation: Callable[[Array], Array] | None = None
-    """Applied between batch normalisation and coefficients; the method has none, ResNeXt has ReLU."""
+    """Applied between normalisation and coefficients; the method has none, ResNeXt has ReLU."""
     use_bias: bool = False
+    kernel_dilation: int | Sequence[int] = 1
+    norm: str | Callable[..., nn.Module] | None = "batch"
+    """Between basis and coefficients: 'batch' (the method), None, or what makes a layer, such as
+    `functools.partial(nn.GroupNorm, num_groups=4)`."""
+    use_running_average: bool | None = None
+    """As in `flax.linen.BatchNorm`, here or when called; False trains."""
+    axis_name: str | None = None
+    """Of batch normalisation, as in `flax.linen.BatchNorm`: an axis over which the statistics are those of all."""
+    param_dtype: Dtype = jnp.float32
+    kernel_init: Callable[..., Array] = he_normal_fan_out
+    unique_init: Callable[..., Array] = he_normal_fan_out
+    """As published; `nn.initializers.orthogonal()` starts unique elements at norm 1, as a penalty on them asks for."""
+    coefficients_init: Callable[..., Array] = he_normal_fan_out
+    bias_init: Callable[..., Array] = nn.initializers.zeros
+    groups: int | None = None
+    """Earlier name of `feature_group_count`."""
+    shared_groups: int | None = None
+    """Earlier name of `shared_feature_group_count`."""
+
+    def __post_init__(self) -> None:
+        for old, new in (("groups", "feature_group_count"), ("shared_groups", "shared_feature_group_count")):
+            if (value := getattr(self, old)) is not None:
+                note_renamed(f"BasisConv({old}=…)", f"BasisConv({new}=…)")
+                object.__setattr__(self, new, value)  # modules are frozen
+                object.__setattr__(self, old, None)
+        check_norm(self.norm)
+        super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Array, shared: Array | None = None, *, train: bool) -> Array:
-        """Maps `x [N, H, W, C]` to `[N, H / strides, W / strides, T]`; `shared` is one of the arrays named above.
+    def __call__(self, x: Array, shared: Array | None = None, train: bool | None = None, *,
+                 use_running_average: bool | None = None, then: BatchNorm | None = None) -> Array:
+        """Maps `x [..., *image, C]` to `[..., *image / strides, T]`.
+
+        Args:
+          shared: one of the arrays named above.
+          train: whether statistics are those of the batch; or say so by `use_running_average`.
+          then: the batch normalisation that follows, computed in one step with the layer.
 
         Raises:
-          ValueError: `shared` does not fit this layer.
+          ValueError: `x` or `shared` does not fit this layer, or it was not said whether to train.
         """
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.shared_groups)
-        if shared is not None and shared.shape[:3] != shape:
-            raise ValueError(f"shared array of shape {shared.shape}: this layer needs {(*shape, '…')}")
-        if (form := self.form(shared)) is Form.BASIS:
-            y = self._basis_convolve(x, shared, train)
+        size = kernel_shape(self.kernel_size)
+        form = self.form(shared)
+        check_arrays(x, shared, form, size, self.features, self.feature_group_count, self.shared_feature_group_count)
+        batch, image = x.shape[:-len(size) - 1], x.shape[-len(size) - 1:]
+        window = Window.of(size, image[:-1], self.strides, self.padding, self.kernel_dilation)
+        x = x.reshape(-1, *image)
+        if form is Form.BASIS:
+            train = whether_to_train(train, use_running_average, self.use_running_average)
+            fused = then if then is not None and then.train == train and not self.use_bias else None
+            y = self._basis_conv(x, shared, window, train, fused)
         else:
-            y = self._convolve(x, self._kernel(x, shared, form))
+            fused, y = None, convolve(x, self._kernel(image[-1], shared, form), window, self.dtype)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
-        return y
+            y = y + self.param("bias", self.bias_init, (self.features,), self.param_dtype).astype(y.dtype)
+        if then is not None and fused is None:
+            y = then(y)
+        return y.reshape(*batch, *y.shape[1:])
 
     @nn.nowrap
     def form(self, shared: Array | None) -> Form:
         """Returns what the layer's filters are made of when it is handed `shared`."""
-        if shared is None:
-            return Form.BASIS if self.unique_rank else Form.OWN_KERNEL
-        if shared.ndim == 5:  # the last axis counts templates, each of which is a whole kernel
-            return Form.TEMPLATES
-        return Form.WHOLE_FILTERS if self.whole_filters else Form.BASIS
+        return form_of(shared, self.unique_rank, self.whole_filters, len(kernel_shape(self.kernel_size)))
 
-    def _kernel(self, x: Array, shared: Array | None, form: Form) -> Array:
+    def _kernel(self, channels: int, shared: Array | None, form: Form) -> Array:
         if shared is None:
-            return self.param("kernel", he_normal_fan_out, self._own_shape(x, self.features))
+            shape = (*kernel_shape(self.kernel_size), channels // self.feature_group_count, self.features)
+            return self.param("kernel", self.kernel_init, shape, self.param_dtype)
         if form is Form.WHOLE_FILTERS:
             return shared
-        mix = self.param("coefficients", nn.initializers.normal(shared.shape[-1] ** -0.5), shared.shape[-1:])
-        return shared @ mix
+        init = nn.initializers.normal(shared.shape[-1] ** -0.5)
+        return shared @ self.param("coefficients", init, shared.shape[-1:], self.param_dtype)
 
-    def _basis_convolve(self, x: Array, shared: Array | None, train: bool) -> Array:
-        elements = []
+    def _basis_conv(self, x: Array, shared: Array | None, window: Window, train: bool,
+                    then: BatchNorm | None) -> Array:
+        basis = [] if shared is None else [shared]
         if self.unique_rank:
-            elements.append(self.param("unique", he_normal_fan_out, self._own_shape(x, self.unique_rank)))
-        if shared is not None:
-            elements.append(shared)
-        # Two convolutions: few unique elements have a faster form of their own on CPU, see `shared_basis.nn.ops`.
-        found = [self._convolve(x, filters) for filters in elements]
-        norm = batch_norm(train, self.dtype, "norm")
-        rank = sum(filters.shape[-1] for filters in elements)
-        coefficients = self.param("coefficients", he_normal_fan_out, (rank, self.features))
-        if self.activation is None:
-            return norm.normalize_and_multiply(found, coefficients)
-        y = self.activation(norm(jnp.concatenate(found, axis=-1)))
-        return multiply(y, coefficients.astype(self.dtype)).astype(self.dtype)
-
-    def _own_shape(self, x: Array, filters: int) -> tuple[int, ...]:
-        return (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, filters)
-
-    def _convolve(self, x: Array, kernel: Array) -> Array:
-        padding = self.kernel_size // 2 if self.padding is None else self.padding
-        return convolve(x, kernel, self.strides, padding, self.dtype)
+            shape = (*kernel_shape(self.kernel_size), x.shape[-1] // self.feature_group_count, self.unique_rank)
+            basis.insert(0, self.param("unique", self.unique_init, shape, self.param_dtype))
+        rank = sum(filters.shape[-1] for filters in basis)
+        coefficients = self.param("coefficients", self.coefficients_init, (rank, self.features), self.param_dtype)
+        batch = None
+        if self.norm == "batch":
+            batch = BatchNorm(train, self.dtype, self.axis_name, self.param_dtype, name="norm")
+        norm = batch.read(rank) if batch else self.norm(name="norm") if callable(self.norm) else lambda y: y
+        y, moved, moved_then = basis_conv(
+            x, basis, norm, coefficients, window=window, train=train, dtype=self.dtype, activation=self.activation,
+            then=then.read(self.features) if then else None, axis_name=self.axis_name)
+        if batch and moved:
+            batch.write(moved)
+        if then and moved_then:
+            then.write(moved_then)
+        return y

@@ -1,17 +1,17 @@
-"""The operations that networks are made of, and what they are compiled with, as is fastest on each backend.
+"""How operations are traced and compiled for a platform, loops over blocks, and products of matrices.
 
-Everything that is chosen by backend is chosen here. What is computed does not depend on it, but for rounding: XLA
-compiles a convolution and its gradients for accelerators as they stand, while on CPU some forms of the same sum take
-several times as long as others (`benchmarks/README.md` has the figures).
+What is computed does not depend on the form, but for rounding. As written down, operations are XLA's own: they can be
+differentiated, mapped, sharded and exported as those of any Flax layer. A program that is compiled for CPU alone is
+traced in other forms of the same sums (`forms_for`), as XLA's take several times as long there
+(`benchmarks/README.md` has the figures); these cannot be differentiated in forward mode.
 """
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,47 +20,78 @@ from jax.ad_checkpoint import checkpoint_name
 
 from shared_basis.nn.types import Array, Dtype, Tree
 
-FEW_FILTERS = 8
-"""Up to so many filters, a vector of floats, a convolution on CPU is computed by `_convolve_by_few`."""
-
-_NHWC = ("NHWC", "HWIO", "NHWC")
 _KEPT = "kept"
-_PORTABLE = contextvars.ContextVar("portable", default=False)
+_FORMS = jax.make_user_context("usual")
+"""'usual', 'cpu' or 'portable'; JAX keeps what is traced in one apart from what is traced in another."""
 
 
-@contextlib.contextmanager
-def portable() -> Iterator[None]:
-    """Within it operations are traced as they are written down, in no backend's own form: for programs to export."""
-    token = _PORTABLE.set(True)
-    try:
-        yield
-    finally:
-        _PORTABLE.reset(token)
+def forms_for(platform: str) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which operations are traced in the forms that suit `platform`: 'cpu', 'gpu' or 'tpu'."""
+    return _FORMS("cpu" if platform == "cpu" else "usual")
+
+
+def portable() -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which each operation is traced by itself, none fused with another: for graphs to export."""
+    return _FORMS("portable")
 
 
 def is_portable() -> bool:
     """Returns whether operations are being traced within `portable`."""
-    return _PORTABLE.get()
+    return _FORMS.value == "portable"
 
 
-def compiler_options() -> dict[str, Any]:
-    """Returns XLA's options for `jax.jit(…, compiler_options=…)` that suit these operations on the default backend.
+def use_cpu_forms() -> bool:
+    """Returns whether operations are to be traced in the forms that are fast on CPU."""
+    return _FORMS.value == "cpu"
+
+
+def prefers_loops() -> bool:
+    """Returns whether many blocks that are alike are better computed by `scan_with_remat` than one after another.
+
+    On CPU it takes less memory and no more time, and compiles such blocks once. Elsewhere it has not been measured.
+    Where NaNs are traced (--debug_nans) a loop would hide their place.
+    """
+    return use_cpu_forms() and not jax.config.jax_debug_nans  # type: ignore[attr-defined]
+
+
+def jit_for(platform: str, *, quick: bool = False, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Returns `jax.jit` as a decorator: traces in the forms, and compiles with XLA's options, that suit `platform`.
+
+    Args:
+      quick: whether the program runs once, such as initialisation: its time is compilation.
+      options: further arguments of `jax.jit`.
+    """
+    def decorate(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            with forms_for(platform):
+                return function(*args, **kwargs)
+        chosen = quick_compiler_options(platform) if quick else compiler_options(platform)
+        return jax.jit(traced, compiler_options=chosen, **options)
+    return decorate
+
+
+def compiler_options(platform: str | None = None) -> dict[str, Any]:
+    """Returns XLA's options for `jax.jit(…, compiler_options=…)` that suit these operations on `platform`.
 
     On CPU XLA hands convolutions to YNNPACK, which takes two to five times as long for gradients as Eigen does; sums
-    over batch and pixels are faster with it. Empty on other backends, where XLA does not know the option, and where
+    over batch and pixels are faster with it. Empty on other platforms, where XLA does not know the option, and where
     the user has set it in `XLA_FLAGS`.
+
+    Args:
+      platform: 'cpu', 'gpu' or 'tpu'; None is that of JAX's default backend.
     """
-    return _known({"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"})
+    return _known({"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}, platform)
 
 
-def quick_compiler_options() -> dict[str, Any]:
+def quick_compiler_options(platform: str | None = None) -> dict[str, Any]:
     """Returns likewise the options for a program that runs once, such as initialisation: its time is compilation."""
-    return _known({"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
+    return _known({"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}, platform)
 
 
-def _known(options: dict[str, Any]) -> dict[str, Any]:
+def _known(options: dict[str, Any], platform: str | None) -> dict[str, Any]:
     """Returns those of the `options` for CPU that this XLA has and that the user has not set in `XLA_FLAGS`."""
-    if jax.default_backend() != "cpu":
+    if (platform or jax.default_backend()) != "cpu":
         return {}
     return {name: value for name, value in options.items()
             if name not in os.environ.get("XLA_FLAGS", "") and _is_known(name, value)}
@@ -73,20 +104,6 @@ def _is_known(name: str, value: Any) -> bool:
     except jax.errors.JaxRuntimeError:  # experimental options come and go with XLA's versions
         return False
     return True
-
-
-def prefers_loops() -> bool:
-    """Returns whether many blocks that are alike are better computed by `scan_with_remat` than one after another.
-
-    On CPU it takes less memory and no more time, and compiles such blocks once. Elsewhere it has not been measured.
-    Where NaNs are traced (--debug_nans) a loop would hide their place.
-    """
-    return use_cpu_forms() and not jax.config.jax_debug_nans  # type: ignore[attr-defined]
-
-
-def use_cpu_forms() -> bool:
-    """Returns whether operations are to be traced in the forms that are fast on CPU."""
-    return jax.default_backend() == "cpu" and not is_portable()
 
 
 def scan_with_remat(body: Callable[[Tree, Tree], tuple[Tree, Tree]], carry: Tree,
@@ -113,111 +130,43 @@ def unstack(tree: Tree, count: int) -> list[Tree]:
     return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(count)]
 
 
-def convolve(x: Array, kernel: Array, strides: int, padding: int, dtype: Dtype) -> Array:
-    """Convolves `x [N, H, W, C]` by `kernel [k, k, C / groups, T]`, zero-padded on all sides; computes in `dtype`."""
-    x, kernel = x.astype(dtype), kernel.astype(dtype)
-    if not use_cpu_forms() or x.shape[-1] != kernel.shape[2]:
-        y = _convolve(x, kernel, strides, padding)
-    elif kernel.shape[-1] <= FEW_FILTERS and strides == 1:
-        y = _convolve_by_few(x, kernel, padding)
-    else:
-        y = _convolve_on_cpu(x, kernel, strides, padding)
-    return keep(y)
+def wide(dtype: Dtype) -> Dtype:
+    """Returns the type of sums over many values of `dtype`: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
-def multiply(x: Array, matrix: Array) -> Array:
-    """Returns `x [..., C] @ matrix [C, T]`, in float32.
+def _rows(x: Array) -> Array:
+    """Returns `x [..., C]` as a matrix on CPU, as it is elsewhere.
 
-    On CPU that is one product of matrices: XLA turns round an array of more axes for the matrix's gradient, in one
-    fusion with all that has computed it, in an order that misses the cache, which takes as long as the product itself.
+    On CPU XLA turns round an array of more axes for a product, in one fusion with all that has computed it, in an order
+    that misses the cache, which takes as long as the product itself.
     """
-    rows = x.reshape(-1, x.shape[-1]) if use_cpu_forms() else x
-    return jnp.matmul(rows, matrix, preferred_element_type=jnp.float32).reshape(*x.shape[:-1], -1)
+    return x.reshape(-1, x.shape[-1]) if use_cpu_forms() else x
 
 
-def _convolve(x: Array, kernel: Array, strides: int, padding: int) -> Array:
-    return jax.lax.conv_general_dilated(x, kernel, (strides, strides), [(padding, padding)] * 2,
-                                        dimension_numbers=_NHWC, feature_group_count=x.shape[-1] // kernel.shape[2])
+def multiply(x: Array, matrix: Array, dtype: Dtype = None) -> Array:
+    """Returns `x [..., C] @ matrix [C, T]` in `dtype`; None is float32, or float64 for float64."""
+    y = jnp.matmul(_rows(x), matrix, preferred_element_type=dtype or wide(x.dtype))
+    return y.reshape(*x.shape[:-1], matrix.shape[-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolve_by_few(x: Array, kernel: Array, padding: int) -> Array:
-    """Is `_convolve` with stride 1: a matrix product for all taps at once, whose columns are then shifted and added.
-
-    For one filter it takes a third of the time, as there the kernels of a convolution leave most of a vector empty.
-    """
-    rows, columns, _, filters = kernel.shape
-    height, width = x.shape[1] + 2 * padding - rows + 1, x.shape[2] + 2 * padding - columns + 1
-    products = multiply(x, _taps(kernel))
-    products = jnp.pad(products, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    products = products.reshape(*products.shape[:3], rows, columns, filters)
-    y = sum(products[:, i:i + height, j:j + width, i, j] for i in range(rows) for j in range(columns))
-    return jnp.asarray(y, x.dtype)
+def cross(a: Array, b: Array, dtype: Dtype = None) -> Array:
+    """Returns the sums of products `aᵀ b [A, B]` over all axes but the last of `a [..., A]` and `b [..., B]`."""
+    a, b = _rows(a), _rows(b)
+    axes = tuple(range(a.ndim - 1))
+    return jax.lax.dot_general(a, b, ((axes, axes), ((), ())), precision=jax.lax.Precision.HIGHEST,
+                               preferred_element_type=dtype or wide(a.dtype))
 
 
-def _taps(kernel: Array) -> Array:
-    """Returns `kernel [k, k, C, T]` as a matrix `[C, k · k · T]`."""
-    return kernel.transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1)
+@jax.custom_jvp
+def gram(x: Array) -> Array:
+    """Returns `cross(x, x)`; its gradient takes one product of `x` where the derived one takes two."""
+    return cross(x, x)
 
 
-def _convolve_by_few_fwd(x: Array, kernel: Array, padding: int) -> tuple[Array, tuple[Array, Array]]:
-    return _convolve_by_few(x, kernel, padding), (x, kernel)
-
-
-def _convolve_by_few_bwd(padding: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    """Gathers for each pixel the gradients of the results that it went into; both products take the same matrix.
-
-    The derived gradient scatters them instead, and takes four times as long.
-    """
-    x, kernel = saved
-    (rows, columns, channels, filters), (height, width) = kernel.shape, x.shape[1:3]
-    before, left = rows - 1 - padding, columns - 1 - padding
-    dy = jax.lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), (before, before, 0), (left, left, 0), (0, 0, 0)])
-    shifted = [dy[:, i:i + height, j:j + width] for i in reversed(range(rows)) for j in reversed(range(columns))]
-    gathered = jnp.concatenate(shifted, axis=-1)
-    dx = multiply(gathered, _taps(kernel).T).astype(x.dtype)
-    dtaps = x.reshape(-1, channels).T @ gathered.reshape(-1, gathered.shape[-1])
-    return dx, dtaps.reshape(channels, rows, columns, filters).transpose(1, 2, 0, 3)
-
-
-_convolve_by_few.defvjp(_convolve_by_few_fwd, _convolve_by_few_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolve_on_cpu(x: Array, kernel: Array, strides: int, padding: int) -> Array:
-    """Is `_convolve` for one channel group; differs in how its gradients are computed."""
-    return _convolve(x, kernel, strides, padding)
-
-
-def _convolve_on_cpu_fwd(x: Array, kernel: Array, strides: int, padding: int) -> tuple[Array, tuple[Array, Array]]:
-    return _convolve(x, kernel, strides, padding), (x, kernel)
-
-
-def _convolve_on_cpu_bwd(strides: int, padding: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    """Computes both gradients as the convolutions that they are, of arrays that are turned round beforehand.
-
-    The kernel, for the input's gradient: XLA takes one that is turned within the convolution by naive loops when that
-    is in the body of a loop. The input, for the kernel's gradient, whose batch are the channels and whose channels
-    are the images: XLA would fuse turning it with what has computed it (normalisation, ReLU, addition), and compute all
-    of that again in an order that misses the cache at each pixel: twenty times as slow as the turn itself. It does not
-    fuse into a matrix product, and one with the identity turns an array round exactly.
-    """
-    x, kernel = saved
-    images, height, width, channels = x.shape
-    rows, columns = kernel.shape[:2]
-    after = [(out - 1) * strides + size - length - padding for out, size, length in zip(
-        dy.shape[1:3], (rows, columns), (height, width), strict=True)]
-    turned = jax.lax.optimization_barrier(kernel[::-1, ::-1].transpose(0, 1, 3, 2))
-    dx = jax.lax.conv_general_dilated(
-        dy, turned, (1, 1), [(size - 1 - padding, size - 1 - rest)
-                             for size, rest in zip((rows, columns), after, strict=True)],
-        lhs_dilation=(strides, strides), dimension_numbers=_NHWC)
-    pixels_first = x.transpose(1, 2, 0, 3).reshape(-1, channels)
-    channels_first = jax.lax.dot_general(jnp.eye(channels, dtype=x.dtype), pixels_first, (((1,), (1,)), ((), ())))
-    dk = jax.lax.conv_general_dilated(
-        channels_first.reshape(channels, height, width, images), dy.transpose(1, 2, 0, 3), (1, 1),
-        [(padding, after[0]), (padding, after[1])], rhs_dilation=(strides, strides), dimension_numbers=_NHWC)
-    return dx, dk.transpose(1, 2, 0, 3)
-
-
-_convolve_on_cpu.defvjp(_convolve_on_cpu_fwd, _convolve_on_cpu_bwd)
+@gram.defjvp
+def _gram_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    # In the type of x, so that the gradient's product reads and writes no wider one.
+    half = cross(dx, x, x.dtype).astype(wide(x.dtype))
+    return gram(x), half + half.T

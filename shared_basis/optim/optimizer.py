@@ -8,8 +8,8 @@ import jax
 import optax
 
 from shared_basis.config import OptimizerConfig, OrthogonalityConfig
-from shared_basis.nn.basis_conv import BasisGroup
 from shared_basis.nn.types import Tree
+from shared_basis.optim.basis_group import BasisGroup
 from shared_basis.optim.gradient_norms import record_gradient_norms
 from shared_basis.optim.labels import label_parameters
 from shared_basis.optim.orthonormal import keep_orthonormal

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import optax
 
 from shared_basis.errors import UserError
-from shared_basis.nn.basis_conv import BasisGroup
 from shared_basis.nn.types import Array, Path, Tree
+from shared_basis.optim.basis_group import BasisGroup
 from shared_basis.optim.paths import arrays_at, replace_arrays
 from shared_basis.optim.penalty import Rows, paths_of, rows_at
 

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shared_basis.nn.basis_conv import BasisGroup
 from shared_basis.nn.types import Array, Path, Tree
+from shared_basis.optim.basis_group import BasisGroup
 from shared_basis.optim.paths import arrays_at
 
 Rows = Mapping[Path, Array]

@@ -24,7 +24,7 @@ from shared_basis.nn import ops
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.workdir import Workdir
 from shared_basis.runtime import memory
-from shared_basis.runtime.distributed import make_mesh, replicated
+from shared_basis.runtime.distributed import make_mesh, platform_of, replicated
 from shared_basis.runtime.reporter import Reporter
 
 Variables = Mapping[str, Any]
@@ -124,7 +124,7 @@ class Trained:
 
     def classifier(self) -> Callable[[jax.Array | np.ndarray], jax.Array]:
         """Returns the compiled function from images uint8 `[N, H, W, C]` to logits float32 `[N, classes]`."""
-        @functools.partial(jax.jit, out_shardings=replicated(self.mesh), compiler_options=ops.compiler_options())
+        @ops.jit_for(platform_of(self.mesh), out_shardings=replicated(self.mesh))
         def classify(variables: Variables, images: jax.Array) -> jax.Array:
             return predict_logits(self.model, variables, images, self.config.data)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,7 +21,7 @@ from shared_basis.optim.optimizer import learning_rate_schedule, make_optimizer
 from shared_basis.optim.penalty import orthogonality_diagnostics
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runtime import memory
-from shared_basis.runtime.distributed import batch_sharding, raise_on_all_processes, replicated
+from shared_basis.runtime.distributed import batch_sharding, platform_of, raise_on_all_processes, replicated
 from shared_basis.training.steps import TrainState, create_train_state, train_step
 
 
@@ -63,12 +62,11 @@ def build(config: Config, images: feeds.Images, model: Network, mesh: Mesh,
     def diagnose(params: Tree) -> dict[str, jax.Array]:
         return orthogonality_diagnostics(params, basis_groups) if basis_groups else {}
 
-    @functools.partial(jax.jit, out_shardings=everywhere, compiler_options=ops.quick_compiler_options())
+    @ops.jit_for(platform_of(mesh), quick=True, out_shardings=everywhere)
     def create(seed: jax.Array) -> TrainState:
         return create_train_state(model, optimizer, seed, images.spec.image_shape)
 
-    @functools.partial(jax.jit, donate_argnums=() if debugging_nans() else 0, out_shardings=everywhere,
-                       compiler_options=ops.compiler_options())
+    @ops.jit_for(platform_of(mesh), donate_argnums=() if debugging_nans() else 0, out_shardings=everywhere)
     def step(state: TrainState, seed: jax.Array, *inputs: jax.Array) -> tuple[TrainState, Metrics]:
         new, metrics = train_step(
             state, *feed.select(state.step, *inputs), model=model, optimizer=optimizer, data=config.data,

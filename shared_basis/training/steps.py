@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from shared_basis.config import DataConfig
 from shared_basis.data.augment import augment, normalize
 from shared_basis.evaluation.evaluator import Metrics
+from shared_basis.nn import ops
 from shared_basis.nn.types import Array, Tree
 
 
@@ -112,7 +113,7 @@ def _accumulate(differentiate: Callable[..., tuple[Tree, tuple[Tree, Metrics]]],
     zeros = jax.tree.map(jnp.zeros_like, (state.params, state.totals))
     # A loop on CPU runs convolutions 15 times slower (resnet20-s16u1-double); unrolled, it saves no memory there.
     (batch_stats, (gradient, sums)), _ = jax.lax.scan(
-        add_part, (state.batch_stats, zeros), (*parts, jnp.arange(steps)), unroll=jax.default_backend() == "cpu")
+        add_part, (state.batch_stats, zeros), (*parts, jnp.arange(steps)), unroll=ops.use_cpu_forms())
     return jax.tree.map(lambda leaf: leaf / steps, gradient), (batch_stats, sums)
 
 

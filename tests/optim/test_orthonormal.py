@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared_basis.config import Config, DataConfig, ModelConfig, OptimizerConfig, OrthogonalityConfig, TrainConfig
-from shared_basis.nn.basis_conv import BasisGroup
+from shared_basis.optim.basis_group import BasisGroup
 from shared_basis.optim.optimizer import make_optimizer
 from shared_basis.optim.orthonormal import keep_orthonormal, polar_factor, tangent
 from shared_basis.optim.penalty import orthogonality_diagnostics

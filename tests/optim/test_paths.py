@@ -19,7 +19,7 @@ from shared_basis import BasisConv
 from shared_basis.config import OptimizerConfig, OrthogonalityConfig
 from shared_basis.errors import RenamedWarning
 from shared_basis.models import create_model
-from shared_basis.nn.basis_conv import BasisGroup
+from shared_basis.optim.basis_group import BasisGroup
 from shared_basis.optim.labels import label_parameters
 from shared_basis.optim.optimizer import make_optimizer
 from shared_basis.optim.orthonormal import keep_orthonormal

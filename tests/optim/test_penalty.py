@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from shared_basis.nn.basis_conv import BasisGroup
+from shared_basis.optim.basis_group import BasisGroup
 from shared_basis.optim.penalty import add_orthogonality_penalty, orthogonality_diagnostics, orthogonality_penalty
 
 A, B, C = ("a", "shared"), ("a", "second"), ("b", "deep", "basis")

@@ -20,6 +20,7 @@ from shared_basis.data import epoch_order
 from shared_basis.data.augment import augment, normalize
 from shared_basis.data.feeds import select_batch
 from shared_basis.evaluation.evaluator import Metrics
+from shared_basis.nn.ops import forms_for
 from shared_basis.optim.optimizer import make_optimizer
 from shared_basis.optim.penalty import orthogonality_diagnostics, orthogonality_penalty
 from shared_basis.runtime.distributed import batch_sharding, replicated
@@ -363,9 +364,8 @@ def test_a_loop_over_the_parts_computes_what_the_unrolled_one_does(monkeypatch: 
     def spy(*arguments: Any, **options: Any) -> Any:
         unrolled.append(options["unroll"])
         return scan(*arguments, **options)
-    for backend in ("cpu", "gpu"):
-        with monkeypatch.context() as patch:
-            patch.setattr(jax, "default_backend", lambda backend=backend: backend)
+    for platform in ("cpu", "gpu"):
+        with monkeypatch.context() as patch, forms_for(platform):
             patch.setattr(jax.lax, "scan", spy)
             results.append(updates(Normalized(), 2, 4, 2))
     assert unrolled == [True, False]

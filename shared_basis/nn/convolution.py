@@ -1,0 +1,173 @@
+"""Convolutions, of one form for each platform (see `shared_basis.nn.ops`), and how their kernels move."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from shared_basis.nn.ops import keep, multiply, use_cpu_forms
+from shared_basis.nn.types import Array, Dtype
+
+FEW_FILTERS = 8
+"""Up to so many filters, a vector of floats, a convolution on CPU is computed by `_convolve_by_few`."""
+
+
+class Window(NamedTuple):
+    """How a kernel moves over an image, by spatial axis."""
+
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    """Zeros before and after."""
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def of(cls, kernel: Sequence[int], image: Sequence[int], strides: int | Sequence[int] = 1,
+           padding: int | str | Sequence[int | tuple[int, int]] | None = None,
+           dilation: int | Sequence[int] = 1) -> Window:
+        """Returns the window of a kernel of spatial shape `kernel` on images of spatial shape `image`.
+
+        Args:
+          padding: zeros on each side, also by axis, also before and after; 'SAME' and 'VALID' as in `flax.linen.Conv`;
+            None is half of the (dilated) kernel.
+
+        Raises:
+          ValueError: one of them has another number of axes than the kernel, or `padding` is another string.
+        """
+        steps, spread = (_by_axis(name, value, len(kernel)) for name, value in (
+            ("strides", strides), ("kernel_dilation", dilation)))
+        spans = [(size - 1) * factor + 1 for size, factor in zip(kernel, spread, strict=True)]
+        if isinstance(padding, str):
+            if padding.upper() not in ("SAME", "VALID"):
+                raise ValueError(f"padding={padding!r}: must be 'SAME', 'VALID', or numbers of zeros")
+            return cls(steps, tuple(jax.lax.padtype_to_pads(image, spans, steps, padding.upper())), spread)
+        sides = [span // 2 for span in spans] if padding is None else _by_axis("padding", padding, len(kernel))
+        return cls(steps, tuple((side, side) if isinstance(side, int) else tuple(side) for side in sides), spread)
+
+
+def _by_axis(name: str, value: Any, axes: int) -> tuple[Any, ...]:
+    values = (value,) * axes if isinstance(value, int) else tuple(value)
+    if len(values) != axes:
+        raise ValueError(f"{name}={value!r}: the kernel has {axes} axes, so it must be one number or {axes} of them")
+    return values
+
+
+def convolve(x: Array, kernel: Array, window: Window, dtype: Dtype) -> Array:
+    """Convolves `x [N, *image, C]` by `kernel [*k, C / groups, T]`, as many groups as fit; computes in `dtype`."""
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    one_group = x.shape[-1] == kernel.shape[-2]
+    if not use_cpu_forms() or not one_group or kernel.ndim != 4 or max(window.dilation) > 1:
+        return keep(_convolve(x, kernel, window))
+    x, kernel = _varying_alike(x, kernel)
+    if kernel.shape[-1] <= FEW_FILTERS and max(window.strides) == 1:
+        return keep(_convolve_by_few(x, kernel, window))
+    return keep(_convolve_on_cpu(x, kernel, window))
+
+
+def _varying_alike(*arrays: Array) -> list[Array]:
+    """Returns `arrays` marked, in `jax.shard_map`, to vary over every axis that one of them varies over.
+
+    Their gradients will, which JAX demands to be known beforehand of functions whose gradient is written out.
+    """
+    types = [getattr(jax.typeof(array), "manual_axis_type", None) for array in arrays]
+    varies: list[frozenset[str]] = [getattr(kind, "varying", frozenset()) for kind in types]
+    missing = [tuple(frozenset().union(*varies) - axes) for axes in varies]
+    return [jax.lax.pcast(array, axes, to="varying") if axes else array
+            for array, axes in zip(arrays, missing, strict=True)]
+
+
+def _convolve(x: Array, kernel: Array, window: Window) -> Array:
+    image = "DHW"[-len(window.strides):]
+    layout = (f"N{image}C", f"{image}IO", f"N{image}C")
+    return jax.lax.conv_general_dilated(x, kernel, window.strides, window.padding, rhs_dilation=window.dilation,
+                                        dimension_numbers=layout, feature_group_count=x.shape[-1] // kernel.shape[-2])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve_by_few(x: Array, kernel: Array, window: Window) -> Array:
+    """Is `_convolve` with stride 1: a matrix product for all taps at once, whose columns are then shifted and added.
+
+    For one filter it takes a third of the time, as there the kernels of a convolution leave most of a vector empty.
+    """
+    return _shifted_products(x, kernel, window)
+
+
+def _shifted_products(x: Array, kernel: Array, window: Window) -> Array:
+    rows, columns, _, filters = kernel.shape
+    products = jnp.pad(multiply(x, _taps(kernel)), ((0, 0), *window.padding, (0, 0)))
+    height, width = products.shape[1] - rows + 1, products.shape[2] - columns + 1
+    products = products.reshape(*products.shape[:3], rows, columns, filters)
+    y = sum(products[:, i:i + height, j:j + width, i, j] for i in range(rows) for j in range(columns))
+    return jnp.asarray(y, x.dtype)
+
+
+def _taps(kernel: Array) -> Array:
+    """Returns `kernel [k, k, C, T]` as a matrix `[C, k · k · T]`."""
+    return kernel.transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1)
+
+
+def _convolve_by_few_fwd(x: Array, kernel: Array, window: Window) -> tuple[Array, tuple[Array, Array]]:
+    return _shifted_products(x, kernel, window), (x, kernel)
+
+
+def _convolve_by_few_bwd(window: Window, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    """Gathers for each pixel the gradients of the results that it went into; both products take the same matrix.
+
+    The derived gradient scatters them instead, and takes four times as long.
+    """
+    x, kernel = saved
+    (rows, columns, channels, filters), (height, width) = kernel.shape, x.shape[1:3]
+    sides = [(size - 1 - before, size - 1 - after, 0)
+             for size, (before, after) in zip((rows, columns), window.padding, strict=True)]
+    dy = jax.lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *sides, (0, 0, 0)])
+    shifted = [dy[:, i:i + height, j:j + width] for i in reversed(range(rows)) for j in reversed(range(columns))]
+    gathered = jnp.concatenate(shifted, axis=-1)
+    dx = multiply(gathered, _taps(kernel).T).astype(x.dtype)
+    dtaps = x.reshape(-1, channels).T @ gathered.reshape(-1, gathered.shape[-1])
+    return dx, dtaps.reshape(channels, rows, columns, filters).transpose(1, 2, 0, 3)
+
+
+_convolve_by_few.defvjp(_convolve_by_few_fwd, _convolve_by_few_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve_on_cpu(x: Array, kernel: Array, window: Window) -> Array:
+    """Is `_convolve` for one channel group; differs in how its gradients are computed."""
+    return _convolve(x, kernel, window)
+
+
+def _convolve_on_cpu_fwd(x: Array, kernel: Array, window: Window) -> tuple[Array, tuple[Array, Array]]:
+    return _convolve(x, kernel, window), (x, kernel)
+
+
+def _convolve_on_cpu_bwd(window: Window, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    """Computes both gradients as the convolutions that they are, of arrays that are turned round beforehand.
+
+    The kernel, for the input's gradient: XLA takes one that is turned within the convolution by naive loops when that
+    is in the body of a loop. The input, for the kernel's gradient, whose batch are the channels and whose channels
+    are the images: XLA would fuse turning it with what has computed it (normalisation, ReLU, addition), and compute all
+    of that again in an order that misses the cache at each pixel: twenty times as slow as the turn itself. It does not
+    fuse into a matrix product, and one with the identity turns an array round exactly.
+    """
+    x, kernel = saved
+    images, height, width, channels = x.shape
+    size, one = kernel.shape[:2], (1, 1)
+    before, _ = zip(*window.padding, strict=True)
+    after = [(out - 1) * stride + taps - length - pad for out, stride, taps, length, pad in zip(
+        dy.shape[1:3], window.strides, size, (height, width), before, strict=True)]
+    turned = jax.lax.optimization_barrier(kernel[::-1, ::-1].transpose(0, 1, 3, 2))
+    outer = tuple((taps - 1 - pad, taps - 1 - rest) for taps, pad, rest in zip(size, before, after, strict=True))
+    layout = ("NHWC", "HWIO", "NHWC")
+    dx = jax.lax.conv_general_dilated(dy, turned, one, outer, lhs_dilation=window.strides, dimension_numbers=layout)
+    pixels_first = x.transpose(1, 2, 0, 3).reshape(-1, channels)
+    channels_first = jax.lax.dot_general(jnp.eye(channels, dtype=x.dtype), pixels_first, (((1,), (1,)), ((), ())))
+    dk = jax.lax.conv_general_dilated(
+        channels_first.reshape(channels, height, width, images), dy.transpose(1, 2, 0, 3), one,
+        tuple(zip(before, after, strict=True)), rhs_dilation=window.strides, dimension_numbers=layout)
+    return dx, dk.transpose(1, 2, 0, 3)
+
+
+_convolve_on_cpu.defvjp(_convolve_on_cpu_fwd, _convolve_on_cpu_bwd)

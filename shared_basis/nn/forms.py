@@ -1,0 +1,73 @@
+"""What the filters of a layer are made of, and what it refuses: the same for the faces in Linen and NNX."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from shared_basis.nn.types import Array
+
+
+class Form(enum.Enum):
+    """What the filters of a layer are made of."""
+
+    OWN_KERNEL = enum.auto()
+    BASIS = enum.auto()
+    WHOLE_FILTERS = enum.auto()
+    TEMPLATES = enum.auto()
+
+
+def kernel_shape(size: int | Sequence[int]) -> tuple[int, ...]:
+    """Returns the kernel's size by axis; one number is that of a square kernel."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def form_of(shared: Array | None, unique_rank: int, whole_filters: bool, axes: int) -> Form:
+    """Returns what the filters are made of for a layer that is handed `shared`, of `axes` spatial axes."""
+    if shared is None:
+        return Form.BASIS if unique_rank else Form.OWN_KERNEL
+    if shared.ndim == axes + 3:  # the last axis counts templates, each of which is a whole kernel
+        return Form.TEMPLATES
+    return Form.WHOLE_FILTERS if whole_filters else Form.BASIS
+
+
+def check_arrays(x: Array, shared: Array | None, form: Form, size: tuple[int, ...], features: int, groups: int,
+                 shared_groups: int) -> None:
+    """Raises `ValueError` unless images `x [..., *image, C]` and `shared` fit a layer with kernels of shape `size`."""
+    if x.ndim < len(size) + 1:
+        raise ValueError(f"x of shape {x.shape}: a kernel of shape {size} needs {len(size)} spatial axes and channels")
+    channels = x.shape[-1]
+    for name, count in (("feature_group_count", groups), ("shared_feature_group_count", shared_groups)):
+        if channels % count:
+            raise ValueError(f"{name}={count}: must divide the {channels} channels of x")
+    if shared is None:
+        return
+    ends = {Form.BASIS: ("elements",), Form.WHOLE_FILTERS: (features,), Form.TEMPLATES: (features, "templates")}[form]
+    needed = (*size, channels // shared_groups, *ends)
+    fits = len(shared.shape) == len(needed) and all(
+        isinstance(need, str) or have == need for have, need in zip(shared.shape, needed, strict=True))
+    if not fits or not jnp.issubdtype(shared.dtype, jnp.floating):
+        raise ValueError(f"shared array of shape {shared.shape} and type {shared.dtype}: this layer needs floats of "
+                         f"shape ({', '.join(map(str, needed))})")
+
+
+def check_norm(norm: object) -> None:
+    """Raises `ValueError` unless `norm` says what stands between basis and coefficients."""
+    if not (norm in ("batch", None) or callable(norm)):
+        raise ValueError(f"norm={norm!r}: must be 'batch', None, or what makes a layer of normalisation")
+
+
+def whether_to_train(train: bool | None, *use_running_average: bool | None) -> bool:
+    """Returns whether statistics are those of the batch, from the ways in which that can be said.
+
+    Raises:
+      ValueError: it was said in none of them, or in two that contradict each other.
+    """
+    said = {train} | {None if average is None else not average for average in use_running_average}
+    said.discard(None)
+    if len(said) != 1:
+        raise ValueError(f"{'contradictory' if said else 'neither'} train and use_running_average: a layer with batch "
+                         "statistics needs one, e.g. train=True")
+    return bool(said.pop())

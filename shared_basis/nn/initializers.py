@@ -1,0 +1,41 @@
+"""How kernels and bases are drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.nn import initializers
+
+from shared_basis.nn.types import Array
+
+he_normal_fan_out = initializers.variance_scaling(2.0, "fan_out", "normal")
+"""He initialisation by fan-out (k²T), as published."""
+he_normal_templates = initializers.variance_scaling(
+    2.0, "fan_out", "normal", in_axis=-3, out_axis=-2, batch_axis=(-1,))
+"""The same for each template of `[k, k, C, T, templates]`."""
+orthonormal = initializers.orthogonal()
+"""Orthonormal elements, indexed by the last axis; a tight frame where they are more than the space has dimensions."""
+
+
+def init_shared_bases(key: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    """Draws the shared bases of one group with orthonormal elements (section 3.2).
+
+    Two bases of one shape (double sharing) are one orthonormal set as long as the filter space can hold it; otherwise
+    each is orthonormal by itself. Where a basis has more elements than dimensions, a tight frame takes its place.
+
+    Args:
+      shapes: by name, `[k, k, C, elements]`.
+
+    Returns:
+      By name, a float32 array of that shape.
+    """
+    names = sorted(shapes)
+    *space, rank = shapes[names[0]]
+    if len(set(shapes.values())) == 1 and len(names) * rank <= math.prod(space):
+        joint = orthonormal(key, (*space, len(names) * rank), jnp.float32)
+        return dict(zip(names, jnp.split(joint, len(names), axis=-1), strict=True))
+    keys = jax.random.split(key, len(names))
+    return {name: orthonormal(k, shapes[name], jnp.float32) for name, k in zip(names, keys, strict=True)}
