@@ -68,6 +68,6 @@ def whether_to_train(train: bool | None, *use_running_average: bool | None) -> b
     said = {train} | {None if average is None else not average for average in use_running_average}
     said.discard(None)
     if len(said) != 1:
-        raise ValueError(f"{'contradictory' if said else 'neither'} train and use_running_average: a layer with batch "
-                         "statistics needs one, e.g. train=True")
+        what = "contradictory train and use_running_average" if said else "neither train nor use_running_average given"
+        raise ValueError(f"{what}: a layer with batch statistics needs one of them, e.g. train=True")
     return bool(said.pop())
