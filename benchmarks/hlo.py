@@ -160,14 +160,16 @@ def _arrays(result: str) -> tuple[Array, ...]:
 
 def _read(one: Instruction, defined: Mapping[str, Instruction]) -> tuple[Array, ...]:
     """Returns the arrays that an instruction reads, each once, whatever names it goes by."""
-    found = {_origin(name, defined): _arrays(defined[name].result) for name in one.operands if name in defined}
+    found: dict[str, tuple[Array, ...]] = {}
+    for name in one.operands:
+        found.setdefault(_origin(name, defined), _arrays(defined[name].result))
     return tuple(array for part in found.values() for array in part)
 
 
 def _origin(name: str, defined: Mapping[str, Instruction]) -> str:
     """Returns what identifies the memory of `name`: where it was written, behind bitcasts and parts of tuples."""
-    one = defined.get(name)
-    if one is None or one.operation not in ("bitcast", "get-tuple-element"):
+    one = defined[name]
+    if one.operation not in ("bitcast", "get-tuple-element"):
         return name
     index = one.attribute(r"index=(\d+)") if one.operation == "get-tuple-element" else ""
     return _origin(one.operands[0], defined) + f".{index}" * bool(index)
