@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,13 +45,32 @@ class Program:
     """Of one device."""
 
 
-def build(config: Config, images: feeds.Images, model: Network, mesh: Mesh,
-          checkpoints: Checkpoints) -> tuple[TrainState, Program]:
-    """Places the data, compiles the step, and returns the program with the latest saved state, or a new one.
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """What is compiled for training, before it is. With streamed images the devices of the mesh need not even exist."""
 
-    Raises:
-      UserError: no checkpoint can be restored, or the devices have not enough memory.
-    """
+    feed: feeds.Feed
+    schedule: optax.Schedule
+    """The learning rate by step, from 0 on."""
+    steps_per_epoch: int
+    seed: np.int32
+    """An argument of the compiled functions, which then serve all seeds."""
+    create: Any
+    """Jitted: from the seed to the state before the first step."""
+    step: Any
+    """Jitted: from the state, the seed and the inputs of a step to the next state and the metrics of the epoch."""
+    state: TrainState
+    """Shapes, dtypes and shardings of the state."""
+    diagnose: Callable[[Tree], dict[str, jax.Array]]
+    """See `Program`; not jitted."""
+
+    def trace(self) -> Any:
+        """Returns the traced step, for the mesh: `trace().lower().compile()` is the program that trains."""
+        return self.step.trace(self.state, self.seed, *self.feed.abstract)
+
+
+def define(config: Config, images: feeds.Images, model: Network, mesh: Mesh) -> Definition:
+    """Returns the functions of a run, of which nothing is compiled yet; resident images are placed on the devices."""
     steps_per_epoch = images.count("train") // config.train.batch_size
     basis_groups = model.basis_groups(config.orthogonality.elements)
     schedule = learning_rate_schedule(config.optimizer, config.train.epochs, steps_per_epoch)
@@ -74,23 +94,34 @@ def build(config: Config, images: feeds.Images, model: Network, mesh: Mesh,
             grad_accumulation_steps=config.optimizer.grad_accumulation_steps)
         return new, {**metrics, **diagnose(state.params)}
 
-    seed = np.int32(config.seed)  # an argument of the compiled functions, which then serve all seeds
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-                          create.eval_shape(seed))
-    lowered = step.lower(target, seed, *feed.abstract)
+    seed = np.int32(config.seed)
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), create.eval_shape(seed))
+    return Definition(feed, schedule, steps_per_epoch, seed, create, step, state, diagnose)
+
+
+def build(config: Config, images: feeds.Images, model: Network, mesh: Mesh,
+          checkpoints: Checkpoints) -> tuple[TrainState, Program]:
+    """Places the data, compiles the step, and returns the program with the latest saved state, or a new one.
+
+    Raises:
+      UserError: no checkpoint can be restored, or the devices have not enough memory.
+    """
+    defined = define(config, images, model, mesh)
+    lowered, seed = defined.trace().lower(), defined.seed
     with ThreadPoolExecutor() as threads:  # XLA compiles without Python's lock
-        creating = None if checkpoints.steps else threads.submit(create.lower(seed).compile)
+        creating = None if checkpoints.steps else threads.submit(defined.create.lower(seed).compile)
         compiled = lowered.compile()
-    needed = memory.measure(target, images.bytes_on_device(feed, mesh), compiled)
+    needed = memory.measure(defined.state, images.bytes_on_device(defined.feed, mesh), compiled)
     with raise_on_all_processes():
         memory.check(needed, config, mesh)
-    run = step if debugging_nans() else compiled
+    run = defined.step if debugging_nans() else compiled
     evaluators = {
         name: make_evaluator(model, config.data, images.batches(name, config.train.eval_batch_size, mesh), mesh)
         for name in images.splits if name != "train"}
-    program = Program(step=lambda state, *inputs: run(state, seed, *inputs), batches=feed.batches, evaluate=evaluators,
-                      diagnose=jax.jit(diagnose), schedule=schedule, steps_per_epoch=steps_per_epoch, memory=needed)
-    return checkpoints.restore_latest(target) if creating is None else creating.result()(seed), program
+    program = Program(step=lambda state, *inputs: run(state, seed, *inputs), batches=defined.feed.batches,
+                      evaluate=evaluators, diagnose=jax.jit(defined.diagnose), schedule=defined.schedule,
+                      steps_per_epoch=defined.steps_per_epoch, memory=needed)
+    return checkpoints.restore_latest(defined.state) if creating is None else creating.result()(seed), program
 
 
 def debugging_nans() -> bool:

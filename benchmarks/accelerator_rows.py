@@ -1,0 +1,88 @@
+"""The rows of `results/accelerators.csv`, and the tables that are made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from benchmarks.accelerator_targets import STOCK, TARGETS
+from benchmarks.common import NOT_MEASURED, Table, markdown
+from benchmarks.session import OURS
+
+
+@dataclasses.dataclass(frozen=True)
+class AcceleratorRow:
+    """What a compiler says of a train step; the fields are the columns. Figures are those of one device."""
+
+    date: str
+    commit: str
+    jax: str
+    flax: str
+    compiler: str
+    target: str
+    """Of `accelerator_targets.TARGETS`."""
+    network: str
+    plain: str
+    """The network without sharing."""
+    modules: str
+    """This package, or 'stock' Flax modules."""
+    batch: int
+    """Of all devices."""
+    image_size: int
+    dtype: str
+    kernels: int
+    bytes: float
+    main_memory_bytes: float
+    flops: float
+    all_reduces: int
+    other_collectives: int
+    temporary_bytes: float
+    compile_seconds: float
+    command: str
+
+    def key(self, **changes: str) -> tuple[object, ...]:
+        """Returns what it is a row of, or what a row with these `changes` were."""
+        one = dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+        return one.target, one.network, one.modules, one.batch, one.image_size, one.dtype
+
+
+def newest(rows: Sequence[AcceleratorRow]) -> list[AcceleratorRow]:
+    """Returns the last row of each key, in the order of targets, and within one in that of their first rows."""
+    last = {row.key(): row for row in rows}
+    return sorted(last.values(), key=lambda row: list(TARGETS).index(row.target))
+
+
+def tables(rows: Sequence[AcceleratorRow], among: Sequence[AcceleratorRow]) -> str:
+    """Returns a table for each target in Markdown, ratios first, to plain and stock networks that are in `among`."""
+    by_key = {row.key(): row for row in among}
+    parts = []
+    for target in dict.fromkeys(row.target for row in rows):
+        group = [row for row in rows if row.target == target]
+        made = ", ".join(f"{what} {', '.join(sorted({getattr(row, field) for row in group}))}" for what, field in (
+            ("jax", "jax"), ("flax", "flax"), ("compiled by", "compiler")))
+        parts += [f"**{target}**, {TARGETS[target].title} ({made}):\n", markdown(_table(group, by_key))]
+    return "\n".join(parts)
+
+
+def _table(rows: Sequence[AcceleratorRow], by_key: dict[tuple[object, ...], AcceleratorRow]) -> Table:
+    table = [["network, images a step", "bytes over plain", "kernels over plain", "temporary over plain",
+              "FLOPs over plain", "bytes over stock", "kernels over stock", "kernels", "MB", "MB in main memory",
+              "GFLOP", "all-reduces", "other collectives", "temporary, MiB", "compiled in s", "commit"]]
+    for row in rows:
+        plain = by_key.get(row.key(network=row.plain)) if row.network != row.plain else None
+        stock = by_key.get(row.key(modules=STOCK)) if row.modules != STOCK else None
+        name = f"{row.network}{'' if row.modules == OURS else ', ' + row.modules}, {row.dtype}"
+        table.append([
+            f"{name}, {row.batch:,} of {row.image_size}²",
+            *(_over(row, plain, field) for field in ("bytes", "kernels", "temporary_bytes", "flops")),
+            *(_over(row, stock, field) for field in ("bytes", "kernels")),
+            f"{row.kernels:,}", f"{row.bytes / 1e6:,.0f}", f"{row.main_memory_bytes / 1e6:,.0f}",
+            f"{row.flops / 1e9:,.0f}", str(row.all_reduces), str(row.other_collectives),
+            f"{row.temporary_bytes / 2**20:,.0f}", f"{row.compile_seconds:.0f}", row.commit])
+    return table
+
+
+def _over(row: AcceleratorRow, other: AcceleratorRow | None, field: str) -> str:
+    """Returns a figure over that of another row, where there is one."""
+    divisor = getattr(other, field, 0)
+    return f"{getattr(row, field) / divisor:.2f}" if divisor else NOT_MEASURED

@@ -1,0 +1,188 @@
+"""Accelerators that are not here: their compilers run on any machine, and compile the trainer's own step for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from benchmarks import hlo
+from benchmarks.cases import Case
+from benchmarks.common import versions
+from benchmarks.stock_networks import make_stock
+from shared_basis.data.examples import Spec
+from shared_basis.data.feeds import Images
+from shared_basis.errors import UserError
+from shared_basis.runs.trained import build_model
+from shared_basis.training.program import define
+
+MOST_IMAGES = 4096
+"""Of a batch, over all devices together."""
+STOCK = "stock"
+"""How rows name networks in stock Flax modules."""
+
+UNCHANGED = {"data__pad": 0, "data__flip": False}
+"""The configuration under which a step takes images as they come: see `Case.config`."""
+
+_H100 = Path(__file__).with_name("h100.txtpb")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Devices to compile for."""
+
+    title: str
+    platform: str
+    """As JAX's plugins call it: 'cuda' or 'tpu'."""
+    topology: str
+    devices: int
+    compiler: str
+    """The package that holds the compiler."""
+
+    def mesh(self) -> Mesh:
+        """Returns a mesh of these devices, made as `runtime.distributed.make_mesh` makes that of real ones.
+
+        Raises:
+          UserError: the compiler is not installed.
+        """
+        if not versions([self.compiler]):
+            raise UserError(f"{self.title}: its compiler, the package {self.compiler}, is not installed; "
+                            "pip install -e '.[accelerators]' brings it.")
+        if self.platform == "cuda":
+            found = topologies.get_topology_desc(platform="cuda", topology=self.topology,
+                                                 target_config=_H100.read_text(encoding="utf-8"))
+        else:
+            found = topologies.get_topology_desc(platform="tpu", topology_name=self.topology)
+        devices: list[Any] = sorted(found.devices, key=lambda device: (device.process_index, device.id))
+        return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+    def batch(self, image_size: int) -> int:
+        """Returns the images of a step: 256 for each device, 64 of large ones, and no more than `MOST_IMAGES`."""
+        return min((256 if image_size <= 64 else 64) * self.devices, MOST_IMAGES)
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """XLA's options: tuning by measurement needs the device."""
+        return {"xla_gpu_autotune_level": 0} if self.platform == "cuda" else {}
+
+
+TARGETS = {
+    "h100x1": Target("one NVIDIA H100", "cuda", "1x1x1", 1, "jax-cuda12-pjrt"),
+    "h100x8": Target("eight NVIDIA H100 of one machine", "cuda", "1x1x8", 8, "jax-cuda12-pjrt"),
+    **{f"v5e:{rows}x{rows}": Target(f"{rows * rows} TPU v5e", "tpu", f"v5e:{rows}x{rows}", rows * rows, "libtpu")
+       for rows in (2, 4, 16)},
+}
+"""By name; on TPU, that of the topology."""
+
+
+class _Unread:
+    """Stands for images that are never read."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What the compiler says of a step, for each device."""
+
+    kernels: int
+    bytes: float
+    """Read and written: by XLA's own analysis, or where it has none by all kernels."""
+    main_memory_bytes: float
+    """By all kernels, without what a TPU keeps in its core's own memory."""
+    flops: float
+    """By XLA's own analysis, or where it has none those of convolutions and products of matrices."""
+    all_reduces: int
+    other_collectives: int
+    temporary_bytes: float
+    compile_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled step."""
+
+    figures: Figures
+    text: str
+    """The optimized program."""
+
+
+def compile_step(case: Case, target: Target, modules: str) -> Program:
+    """Compiles the train step of `case` as `shared_basis.training.program` defines it.
+
+    Images are streamed, so that a step reads its batch and not the whole data set, and neither cropped nor mirrored,
+    which is the same for all networks.
+
+    Args:
+      modules: `STOCK`, or anything else for this package's own.
+
+    Raises:
+      UserError: the compiler is not installed, or refuses the program.
+    """
+    mesh, config = target.mesh(), case.config(**UNCHANGED)
+    spec = Spec((case.image_size, case.image_size, 3), tuple(map(str, range(case.classes))))
+    unread: Any = _Unread(50_000)
+    images = Images(spec, {"train": unread}, config.data)
+    model = build_model(config, spec)
+    model = make_stock(model) if modules == STOCK else model
+    # Until `shared_basis.nn.ops` follows the platform of the mesh by itself.
+    with mock.patch.object(jax, "default_backend", return_value=mesh.devices.flat[0].platform):
+        traced = define(config, images, model, mesh).trace()
+        lowered = traced.lower()
+    began = time.perf_counter()
+    try:
+        compiled = lowered.compile(compiler_options=target.compiler_options)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"{case.network} for {target.title}: {str(error).splitlines()[0]}") from error
+    seconds, text, cost = time.perf_counter() - began, compiled.as_text(), compiled.cost_analysis()
+    found, collectives = hlo.kernels(text), hlo.count_collectives(text)
+    moved, reduces = float(sum(kernel.bytes for kernel in found)), collectives.pop("all-reduce", 0)
+    return Program(Figures(
+        kernels=sum(kernel.times for kernel in found),
+        bytes=float(cost["bytes accessed"]) if cost else moved, main_memory_bytes=moved,
+        flops=float(cost["flops"] if cost else count_flops(traced.jaxpr) / mesh.size),
+        all_reduces=reduces, other_collectives=sum(collectives.values()),
+        temporary_bytes=float(compiled.memory_analysis().temp_size_in_bytes), compile_seconds=seconds), text)
+
+
+def count_flops(jaxpr: Any) -> int:
+    """Returns two for each product in the convolutions and matrix products of a jaxpr, zeros of padding included."""
+    return sum(_flops(equation) for equation in jaxpr.eqns)
+
+
+def _flops(equation: Any) -> int:
+    inner = sum(map(count_flops, _jaxprs(equation.params.values())))
+    if inner:
+        return inner * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+    if equation.primitive.name not in ("dot_general", "conv_general_dilated"):
+        return 0
+    left, right = (variable.aval.shape for variable in equation.invars)
+    products = 2 * math.prod(equation.outvars[0].aval.shape)
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        return products * math.prod(left[axis] for axis in contracted)
+    filters = right[equation.params["dimension_numbers"].rhs_spec[0]]
+    # Zeros between the input's pixels, in the gradient of a convolution with strides, are not multiplied.
+    return products * math.prod(right) // filters // math.prod(equation.params["lhs_dilation"])
+
+
+def _jaxprs(values: Any) -> Iterator[Any]:
+    """Yields the jaxprs among an equation's parameters."""
+    for value in values:
+        if isinstance(value, tuple | list):
+            yield from _jaxprs(value)
+        elif hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+            yield getattr(value, "jaxpr", value)

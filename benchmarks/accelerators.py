@@ -1,0 +1,140 @@
+"""What a train step is on accelerators that are not here, by their own compilers: a compiler's figures, no clock's.
+
+    python -m benchmarks.accelerators --targets=h100x1 --networks=resnet32,resnet32-s16u1-double --append --write
+
+The trainer's own step is compiled, and beside it that of the same network in stock Flax modules, where it is written in
+them. --append adds a row for each to results/accelerators.csv; --write puts tables of the newest rows into
+benchmarks/README.md. See there for what the figures say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # before JAX is imported: nothing is computed, and no device is to be looked for
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+
+from benchmarks import hlo, records
+from benchmarks.accelerator_rows import OURS, AcceleratorRow, newest, tables
+from benchmarks.accelerator_targets import STOCK, TARGETS, Program, Target, compile_step
+from benchmarks.cases import Case, make_case
+from benchmarks.common import PAGE, Parser, names, positive, replace_section, versions
+from benchmarks.records import ROOT
+from benchmarks.stock_networks import has_stock
+from shared_basis.cli.app import run_and_exit
+from shared_basis.errors import UserError
+from shared_basis.models import plain_counterpart
+
+FILE = Path("results") / "accelerators.csv"
+"""Below the repository's root."""
+NETWORKS = ("resnet32", "resnet32-s16u1-double", "resnet56", "resnet56-s16u1-double", "resnet34", "resnet34-s32u1",
+            "resnet34@224", "resnet34-s32u1@224", "resnet50", "resnet50-shared", "mobilenetv2", "mobilenetv2-shared",
+            "densenet121", "densenet121-s64u4", "resnext50_32x4d", "resnext50_32x4d-s64u4")
+"""What is compiled unless others are named; after '@' comes the size of the images, if it is not the usual one."""
+DTYPES = ("float32", "bfloat16")
+MODULES = (OURS, STOCK)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the options."""
+    parser = Parser(description=__doc__.split("\n")[0])
+    for option, usual, about in (("targets", tuple(TARGETS), "devices to compile for"),
+                                 ("dtypes", DTYPES, "what to compute in"),
+                                 ("modules", MODULES, f"{OURS}, or the same networks in Flax's own modules")):
+        parser.add_argument(f"--{option}", type=functools.partial(names, choices=usual), default=usual,
+                            help=f"{about}: some of {','.join(usual)}; default: all")
+    parser.add_argument("--networks", type=names, default=NETWORKS,
+                        help="e.g. resnet34,resnet34-s32u1@224, for images of 224×224; default: the usual ones")
+    parser.add_argument("--batch", type=positive, help="images a step, of all devices; default: by target and size")
+    parser.add_argument("--kernels", type=Path, metavar="DIRECTORY",
+                        help="write a list of each program's kernels (.tsv) and the program itself (.hlo) there")
+    parser.add_argument("--append", action="store_true", help="add the rows to results/accelerators.csv")
+    parser.add_argument("--write", action="store_true", help="put tables of the newest rows into benchmarks/README.md")
+    return parser.parse_args(arguments)
+
+
+def case_of(network: str, target: Target, dtype: str, batch: int | None) -> Case:
+    """Returns the case of `network`, which may end with '@' and the size of the images.
+
+    Raises:
+      UserError: there is no such network, or the size is no number.
+    """
+    name, at, size = network.partition("@")
+    if at and not (size.isdecimal() and 8 <= int(size) <= 1024):
+        raise UserError(f"--networks: {network!r}: after '@' comes the size of images, 8 to 1024, as in {name}@224.")
+    case = make_case(name, "tpu", batch, dtype)
+    image_size = int(size) if at else case.image_size
+    return Case(name, batch or target.batch(image_size), image_size, dtype)
+
+
+def cases_of(options: argparse.Namespace) -> Iterator[tuple[str, Case, str]]:
+    """Yields what the options ask for: the name of a target, a case, and the modules that it is made of."""
+    for target in options.targets:
+        for dtype in options.dtypes:
+            for network in options.networks:
+                case = case_of(network, TARGETS[target], dtype, options.batch)
+                for modules in options.modules:
+                    if modules == OURS or has_stock(case.network):
+                        yield target, case, modules
+
+
+def row_of(target: str, case: Case, modules: str, program: Program) -> AcceleratorRow:
+    """Returns the row of a compiled step, with the command that compiles it again."""
+    compiler, network = TARGETS[target].compiler, f"{case.network}@{case.image_size}"
+    words = ["python", "-m", "benchmarks.accelerators", f"--targets={target}", f"--networks={network}",
+             f"--dtypes={case.dtype}", f"--modules={modules}", f"--batch={case.batch}"]
+    found = versions(("jax", "flax", compiler))
+    return AcceleratorRow(
+        datetime.date.today().isoformat(), records.commit(), found["jax"], found["flax"],
+        f"{compiler} {found[compiler]}", target, case.network, plain_counterpart(case.network), modules, case.batch,
+        case.image_size, case.dtype, **vars(program.figures), command=shlex.join(words))
+
+
+def keep_kernels(directory: Path, row: AcceleratorRow, program: Program) -> None:
+    """Writes the list of a program's kernels, and its text, into `directory`."""
+    name = "-".join((row.target.replace(":", "_"), row.network, str(row.image_size), row.dtype, row.modules))
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}.tsv").write_text(hlo.render(hlo.kernels(program.text)), encoding="utf-8")
+    (directory / f"{name}.hlo").write_text(program.text, encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
+    """Compiles and prints, and keeps each row below `root` as soon as it is there, where the options say so.
+
+    Raises:
+      UserError: the options do not fit, or a compiler is missing.
+      SystemExit: an option is invalid.
+    """
+    options = parse(arguments)
+    earlier = records.read(root / FILE, AcceleratorRow)
+    cases, rows = list(cases_of(options)), []
+    for target in options.targets:
+        TARGETS[target].mesh()  # refuses one whose compiler is missing before anything is compiled
+    for target, case, modules in cases:
+        print(f"{target}: {case.network} at {case.image_size}, {case.dtype}, {modules} …", file=sys.stderr, flush=True)
+        program = compile_step(case, TARGETS[target], modules)
+        rows.append(row_of(target, case, modules, program))
+        if options.kernels:
+            keep_kernels(options.kernels, rows[-1], program)
+        if options.append:
+            records.append(root / FILE, rows[-1:])
+        jax.clear_caches()  # programs of many networks take gigabytes
+    every = newest([*earlier, *rows])
+    print(tables([row for row in every if row in rows], every))
+    if options.write:
+        replace_section(root / PAGE, "accelerators", tables(every, every))
+
+
+if __name__ == "__main__":
+    run_and_exit(main)
