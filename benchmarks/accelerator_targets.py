@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import numpy as np
@@ -138,10 +137,8 @@ def compile_step(case: Case, target: Target, modules: str) -> Program:
     images = Images(spec, {"train": unread}, config.data)
     model = build_model(config, spec)
     model = make_stock(model) if modules == STOCK else model
-    # Until `shared_basis.nn.ops` follows the platform of the mesh by itself.
-    with mock.patch.object(jax, "default_backend", return_value=mesh.devices.flat[0].platform):
-        traced = define(config, images, model, mesh).trace()
-        lowered = traced.lower()
+    traced = define(config, images, model, mesh).trace()
+    lowered = traced.lower()
     began = time.perf_counter()
     try:
         compiled = lowered.compile(compiler_options=target.compiler_options)
