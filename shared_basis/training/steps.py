@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from shared_basis.config import DataConfig
 from shared_basis.data.augment import augment, normalize
 from shared_basis.evaluation.evaluator import Metrics
+from shared_basis.models.parameters import init_variables
 from shared_basis.nn.types import Array, Tree
 
 
@@ -26,6 +27,7 @@ class TrainState(struct.PyTreeNode):
     """Updates made so far, int32."""
     params: Tree
     batch_stats: Tree
+    """Running statistics; empty for a network without batch normalisation."""
     opt_state: optax.OptState
     totals: Metrics
     """Sums over the images of the running epoch so far: `loss` (cross entropy), `correct` and `count`, float32."""
@@ -34,15 +36,15 @@ class TrainState(struct.PyTreeNode):
 def create_train_state(model: nn.Module, optimizer: optax.GradientTransformation, seed: int | Array,
                        image_shape: tuple[int, int, int]) -> TrainState:
     """Returns the state before the first step, initialised from `seed`, for images `[H, W, C]`."""
-    variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
-    return start_from(variables, optimizer)
+    return start_from(init_variables(model, jax.random.key(seed), image_shape), optimizer)
 
 
 def start_from(variables: Tree, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first step that starts from `variables` (`params`, `batch_stats`)."""
+    """Returns the state before the first step that starts from `variables` (`params` and, if any, `batch_stats`)."""
     params = variables["params"]
     totals = {name: jnp.zeros(()) for name in ("loss", "correct", "count")}
-    return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params), totals)
+    return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimizer.init(params),
+                      totals)
 
 
 def train_step(state: TrainState, images: Array, labels: Array, *, model: nn.Module,
@@ -92,7 +94,7 @@ def _loss(model: nn.Module, params: Tree, batch_stats: Tree, inputs: Array, labe
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     sums = {"loss": cross_entropy * len(labels), "count": jnp.asarray(len(labels), jnp.float32),
             "correct": jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)}
-    return cross_entropy, (updated["batch_stats"], sums)
+    return cross_entropy, (updated.get("batch_stats", {}), sums)
 
 
 def _accumulate(differentiate: Callable[..., tuple[Tree, tuple[Tree, Metrics]]], state: TrainState, inputs: Array,
