@@ -72,10 +72,6 @@ def check_program(model: Network, variables: Mapping[str, Tree], program: Any) -
         if path not in params or params[path].shape != shape:
             raise _error(model, f"declares {'/'.join(path)} {list(shape)} in shared_shapes() and has no such "
                          "parameter: call self.bases() once in its compact method, and hand the arrays to the layers.")
-    _check_layers(model, params)
-    for path in paths_of(model.basis_groups("shared+unique")):
-        if path not in params:
-            raise _absent(model, path, params)
     # The first inputs of the program are the variables.
     _, used = dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
     is_used = dict(zip(_by_path(variables), used, strict=False))
@@ -83,6 +79,10 @@ def check_program(model: Network, variables: Mapping[str, Tree], program: Any) -
         if not is_used["params", *path]:
             raise _error(model, f"declares {'/'.join(path)} and its logits do not depend on it: hand it to the layers "
                          "that share it, e.g. layer(x, self.shared_by_layer(bases, group)[name], train=train).")
+    _check_layers(model, params)
+    for path in paths_of(model.basis_groups("shared+unique")):
+        if path not in params:
+            raise _absent(model, path, params)
 
 
 def _shared_arrays(model: Network) -> Iterator[tuple[Path, tuple[int, ...]]]:
@@ -101,6 +101,9 @@ def _check_layers(model: Network, params: Mapping[Path, Any]) -> None:
         for path, layer in layers.items():
             if path not in parts:
                 raise _absent(model, path, params)
+            if model.sharing.unique_rank and (*path, "unique") not in params:
+                raise _error(model, f"is to have unique elements, and {'/'.join(path)} has none: hand it "
+                             "unique_rank=self.sharing.unique_rank.")
             arrays = [params.get((*path, "unique")), params.get(("bases", group, uses.get(layer, "")))]
             rank = sum(array.shape[-1] for array in arrays if array is not None)
             coefficients = params.get((*path, "coefficients"))
