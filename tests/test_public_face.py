@@ -14,7 +14,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TINY, save_run
+from helpers import ROOT, save_run
 
 import shared_basis
 from shared_basis.cli import app

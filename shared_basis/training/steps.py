@@ -94,7 +94,7 @@ def _loss(model: nn.Module, params: Tree, batch_stats: Tree, inputs: Array, labe
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     sums = {"loss": cross_entropy * len(labels), "count": jnp.asarray(len(labels), jnp.float32),
             "correct": jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)}
-    return cross_entropy, (updated.get("batch_stats", {}), sums)
+    return cross_entropy, (updated["batch_stats"], sums)
 
 
 def _accumulate(differentiate: Callable[..., tuple[Tree, tuple[Tree, Metrics]]], state: TrainState, inputs: Array,

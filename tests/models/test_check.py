@@ -29,7 +29,7 @@ class Own(Network):
             return {}
         names = ["basis"] if self.fault == "another name" else [name for _, name in self.sharing.layers]
         group = "bodies" if self.fault == "another group" else "body"
-        return {group: {name: (3, 3, 4, self.sharing.shared_rank) for name in names}}
+        return {group: dict.fromkeys(names, (3, 3, 4, self.sharing.shared_rank))}
 
     def sharing_blocks(self) -> dict[str, tuple[str, ...]]:
         return {"body": ("block1", "block2")}

@@ -15,7 +15,7 @@ from shared_basis.models import Network, registry
 from shared_basis.models.base import global_average, linear_head
 from shared_basis.models.parameters import abstract_variables, count_macs, count_parameters
 from shared_basis.models.registry import BASIS, FAMILIES, Family
-from shared_basis.nn.basis_conv import BasisConv
+from shared_basis.nn.basis_conv import BasisConv, BasisGroup
 from shared_basis.nn.ops import quick_compiler_options
 from shared_basis.optim.labels import label_parameters
 
@@ -320,7 +320,7 @@ def test_a_registered_network_is_asked_for_what_is_specific_to_it():
     assert params["bases"]["body"]["shared"].shape == (3, 3, 4, 3)
     assert params["block2_conv"]["unique"].shape == (3, 3, 4, 1)
     group, = model.basis_groups("shared+unique")
-    assert group == (("bases/body/shared",), ("block1_conv/unique", "block2_conv/unique"))
+    assert group == BasisGroup(["bases/body/shared"], ["block1_conv/unique", "block2_conv/unique"])
     with pytest.raises(UserError, match="chain admits s<S>u<U>"):
         create_model("chain-shared")
     with pytest.raises(UserError, match="Chain has no published weights"):
