@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from typing import Any
+
+    from shared_basis.compression.compress import compress
+    from shared_basis.config import Config
     from shared_basis.errors import UserError
-    from shared_basis.interop.pytorch import load_official
-    from shared_basis.models.registry import create_model
+    from shared_basis.interop.pytorch import load_official, load_pytorch_weights  # noqa: F401  the first one is old
+    from shared_basis.models.base import Network, Sharing
+    from shared_basis.models.check import check_network
+    from shared_basis.models.registry import create_model, register_network
     from shared_basis.nn.basis_conv import BasisConv
     from shared_basis.nn.initializers import init_shared_bases
+    from shared_basis.nn.ops import compiler_options, forms_for
     from shared_basis.optim.basis_group import BasisGroup
     from shared_basis.optim.orthonormal import keep_orthonormal
     from shared_basis.optim.penalty import (
@@ -18,38 +25,74 @@ if TYPE_CHECKING:
         orthogonality_diagnostics,
         orthogonality_penalty,
     )
+    from shared_basis.runs.trained import load_run
+    from shared_basis.runtime.reporter import Reporter
+    from shared_basis.training.train import train
+
+    __version__: str
 
 __all__ = [
     "BasisConv",
     "BasisGroup",
+    "Config",
+    "Network",
+    "Reporter",
+    "Sharing",
     "UserError",
+    "__version__",
     "add_orthogonality_penalty",
+    "check_network",
+    "compiler_options",
+    "compress",
     "create_model",
+    "forms_for",
     "init_shared_bases",
     "keep_orthonormal",
-    "load_official",
+    "load_pytorch_weights",
+    "load_run",
     "orthogonality_diagnostics",
     "orthogonality_penalty",
+    "register_network",
+    "train",
 ]
 
 _MODULES = {
-    "BasisConv": "nn.basis_conv", "BasisGroup": "optim.basis_group", "init_shared_bases": "nn.initializers",
-    "UserError": "errors", "create_model": "models.registry", "keep_orthonormal": "optim.orthonormal",
-    "load_official": "interop.pytorch", "add_orthogonality_penalty": "optim.penalty",
-    "orthogonality_diagnostics": "optim.penalty", "orthogonality_penalty": "optim.penalty",
+    "compression.compress": ("compress",),
+    "config": ("Config",),
+    "errors": ("UserError",),
+    "interop.pytorch": ("load_official", "load_pytorch_weights"),
+    "models.base": ("Network", "Sharing"),
+    "models.check": ("check_network",),
+    "models.registry": ("create_model", "register_network"),
+    "nn.basis_conv": ("BasisConv",),
+    "nn.initializers": ("init_shared_bases",),
+    "nn.ops": ("compiler_options", "forms_for"),
+    "optim.basis_group": ("BasisGroup",),
+    "optim.orthonormal": ("keep_orthonormal",),
+    "optim.penalty": ("add_orthogonality_penalty", "orthogonality_diagnostics", "orthogonality_penalty"),
+    "runs.trained": ("load_run",),
+    "runtime.reporter": ("Reporter",),
+    "training.train": ("train",),
 }
-"""Where each name lives: it is imported on first use, so that errors in a command line do not wait for JAX."""
+"""What lives where: a module is imported on first use, so that errors in a command line do not wait for JAX."""
 
+if not TYPE_CHECKING:  # type checkers are to see the names above, and no others
 
-def __getattr__(name: str) -> Any:
-    if name == "ElementSet":
-        from shared_basis.errors import note_renamed
+    def __getattr__(name: str) -> Any:
+        for module, names in _MODULES.items():
+            if name in names:
+                return getattr(importlib.import_module(f"shared_basis.{module}"), name)
+        if name == "__version__":
+            return importlib.import_module("importlib.metadata").version("shared-basis")
+        if name == "ElementSet":
+            from shared_basis.errors import note_renamed
 
-        note_renamed("shared_basis.ElementSet, and its family,", "shared_basis.BasisGroup, and its reduction_group")
-        return _element_set
-    if name not in _MODULES:
+            note_renamed("shared_basis.ElementSet, and its family,", "shared_basis.BasisGroup, and its reduction_group")
+            return _element_set
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"shared_basis.{_MODULES[name]}"), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
 
 
 def _element_set(shared: Any, unique: Any = (), family: str = "") -> BasisGroup:

@@ -26,7 +26,7 @@ class BasisSet(NamedTuple):
     shared: dict[str, np.ndarray]
     """By name, the shared arrays `[k, k, C, s]` (templates: `[k, k, C, T, s]`)."""
     uses: dict[str, str]
-    """By layer, '<group>/<block>/<layer>' in order of depth, the name of the shared array that it uses, or ''."""
+    """By path of the layer, as 'group1/block2/first', in order of depth, the name of its shared array, or ''."""
     unique: dict[str, np.ndarray]
     """By layer that has some, the unique elements `[k, k, C, u]`."""
     coefficients: dict[str, Matrix]
@@ -65,8 +65,8 @@ def basis_sets(network: Network, variables: Mapping[str, Tree]) -> list[BasisSet
         alike = len({array.shape[:-1] for array in shared.values()}) <= 1
         for name, arrays in [(group, shared)] if alike else [(f"{group}/{each}", {each: shared[each]})
                                                              for each in shared]:
-            uses = {f"{group}/{block}/{layer}": array for block in blocks for layer, array in array_of.items()
-                    if not arrays or array in arrays}
+            uses = {"/".join(network.layer_path(group, block, layer)): array for block in blocks
+                    for layer, array in array_of.items() if not arrays or array in arrays}
             if not uses:
                 continue
             own = {layer: (_at(params, layer), _at(stats, layer)) for layer in uses}

@@ -136,16 +136,16 @@ def _bare(axes: Axes) -> None:
         spine.set_visible(False)
 
 
-def paint_stem(run: Analysis, figure: Figure) -> None:
-    """Paints the filters of the first layer, in colour where images are."""
-    size, _, channels, count = run.stem.shape
+def paint_stem(run: Analysis, stem: np.ndarray, figure: Figure) -> None:
+    """Paints the filters `[k, k, channels, T]` of the first layer, in colour where images are."""
+    size, _, channels, count = stem.shape
     columns = math.ceil(math.sqrt(count))
     axes = figure.subplots()
-    limit = float(np.abs(run.stem).max()) or 1.0
+    limit = float(np.abs(stem).max()) or 1.0
     tiles = np.full((-(-count // columns) * (size + 1), columns * (size + 1), channels), np.nan)
     for index in range(count):
         top, left = (size + 1) * (index // columns), (size + 1) * (index % columns)
-        tiles[top:top + size, left:left + size] = run.stem[..., index]
+        tiles[top:top + size, left:left + size] = stem[..., index]
     if channels == 3:
         light = np.array([int(BACKGROUND[at:at + 2], 16) / 255 for at in (1, 3, 5)])
         axes.imshow(np.where(np.isnan(tiles), light, 0.5 + tiles / (2 * limit)), interpolation="nearest")

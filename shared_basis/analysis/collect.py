@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from shared_basis import data
@@ -18,6 +17,7 @@ from shared_basis.config import replace
 from shared_basis.data import feeds
 from shared_basis.data.augment import normalize
 from shared_basis.errors import UserError
+from shared_basis.models.parameters import init_variables
 from shared_basis.nn import ops
 from shared_basis.plotting import drawable
 from shared_basis.runs.trained import Trained
@@ -39,8 +39,8 @@ class Analysis:
     sets: list[BasisSet]
     described: dict[str, list[dict[str, Any]]]
     """By name of the set, `bases.describe_set`."""
-    stem: np.ndarray
-    """`[k, k, channels, T]`."""
+    stem: np.ndarray | None
+    """The kernel `[k, k, channels, T]` of the layer `stem`, if there is one."""
     layers: list[str]
     """The paths of all layers, in order of depth."""
     flow: Flow
@@ -73,7 +73,7 @@ class Analysis:
         return cls(
             label=trained.run.path.absolute().name, model=trained.config.model.name, step=trained.step, sets=sets,
             described={found.name: bases.describe_set(found) for found in sets},
-            stem=np.asarray(variables["params"]["stem"]["kernel"]),
+            stem=variables["params"].get("stem", {}).get("kernel"),
             layers=["/".join(path) for path in layer_paths(trained.model, trained.spec.image_shape)],
             flow=flow, recorded=recorded, notes=notes)
 
@@ -121,8 +121,7 @@ def flows(trained: Trained, images: jax.Array, labels: jax.Array) -> Flow:
     flow = gradient_flow(trained.model)
 
     def initial() -> Any:
-        return trained.model.init(jax.random.key(trained.config.seed), jnp.zeros((1, *trained.spec.image_shape)),
-                                  train=False)
+        return init_variables(trained.model, jax.random.key(trained.config.seed), trained.spec.image_shape)
 
     steps = {step: trained.at(step).variables for step in trained.checkpoints.steps if step}
     # A run that began with published weights has them as step 0; others began with what the seed gives.

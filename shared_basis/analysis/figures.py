@@ -36,7 +36,8 @@ def paintings(analyses: Sequence[Analysis]) -> dict[str, Painting]:
     for name, layers, matrices in bases.compared(one.sets):
         found[f"similarity_{name.replace('/', '_')}"] = (
             functools.partial(basis_figures.paint_similarity, one, name, layers, matrices), (WIDTH, 4.3))
-    found["stem"] = functools.partial(basis_figures.paint_stem, one), (4.8, 5.0)
+    if one.stem is not None:
+        found["stem"] = functools.partial(basis_figures.paint_stem, one, one.stem), (4.8, 5.0)
     if sharing := [run for run in analyses if run.sets]:
         names = list(dict.fromkeys(name for run in sharing for name in run.described))
         found["singular_values"] = (functools.partial(basis_figures.paint_singular_values, sharing, names),

@@ -51,7 +51,8 @@ def _tables(analyses: Sequence[Analysis]) -> Iterator[tuple[str, Table]]:
             yield f"filters_{name}{suffix}", _filters({**found.shared, **found.unique})
             if found.coefficients:
                 yield f"coefficients_{name}{suffix}", _coefficients(found)
-        yield f"stem{suffix}", _filters({"stem": one.stem})
+        if one.stem is not None:
+            yield f"stem{suffix}", _filters({"stem": one.stem})
         for name, layers, matrices in bases.compared(one.sets):
             yield f"similarity_{name.replace('/', '_')}{suffix}", _similarity(layers, matrices)
     if any(one.sets for one in analyses):

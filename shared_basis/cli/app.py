@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import os
@@ -32,8 +33,20 @@ from ml_collections import config_flags
 from shared_basis.config import RENAMED, Config, check_field, from_config_dict
 from shared_basis.errors import RenamedWarning, UserError, note_renamed
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-"""The recipes beside main.py."""
+
+def _find_recipes() -> Path:
+    """Returns the directory of the recipes: beside main.py or, where that is not, as pip has installed them."""
+    beside, default = Path(__file__).resolve().parents[2] / "configs", "digits_resnet.py"
+    if (beside / default).is_file():
+        return beside
+    try:
+        installed = importlib.metadata.files("shared-basis") or []
+    except importlib.metadata.PackageNotFoundError:
+        installed = []
+    return next((Path(str(file.locate())).resolve().parent for file in installed if file.name == default), beside)
+
+
+CONFIGS = _find_recipes()
 
 TRAINED_MODES = ("evaluate", "predict", "export", "inspect", "analyze", "report")
 """Modes of a run, which has a recipe of its own."""
@@ -121,7 +134,8 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     """
     program, *arguments = map(_renamed, _joined(argv))
     files = [argument for argument in arguments if argument.startswith(("--config=", "-config="))]
-    ordered = [program, *(files or [f"--config={CONFIGS / 'digits_resnet.py'}"]),  # whose fields the others set
+    recipes = files or [f"--config={CONFIGS / 'digits_resnet.py'}"]
+    ordered = [program, *recipes,  # whose fields the others set
                *(argument for argument in arguments if argument not in files)]
     values, options = define_flags(ordered)
     if any(argument in ("-h", "-help", "--help", "--helpfull", "--helpshort") for argument in arguments):
@@ -132,9 +146,10 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
         name = argument.lstrip("-").split("=")[0]
         if name.startswith("config."):
             check_field(name.removeprefix("config."))
-    for file in (path.partition("=")[2].partition(":")[0] for path in files):
+    for file in (path.partition("=")[2].partition(":")[0] for path in recipes):
         if not os.path.isfile(file):
-            raise UserError(f"--config={file}: no such file; recipes are configs/*.py, as FILE.py[:network].")
+            raise UserError(f"--config={file}: no such file; a recipe is FILE.py[:network], and those of this package "
+                            f"lie in {CONFIGS}.")
     try:
         rest = values(ordered)
         values.config.to_dict()  # a configuration file that is missing shows only on use

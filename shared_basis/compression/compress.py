@@ -9,6 +9,7 @@ means and variances that the approximation causes; training would correct them i
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,6 @@ from shared_basis.compression.factorize import factorise, relative_error
 from shared_basis.compression.layers import (
     Arrays,
     PlainLayers,
-    basis_layer_paths,
     check_family,
     extract_layers,
     following_norm,
@@ -60,11 +60,12 @@ class Compressed:
     `test_examples`, and `test_accuracy` and `test_loss` of the `plain` and the `compressed` network."""
 
 
-def compress(config: Config, source: str, reporter: Reporter, *, which: str = "latest",
+def compress(config: Config, source: str | os.PathLike[str], reporter: Reporter | None = None, *, which: str = "latest",
              calibration: int | None = None, budget: float | None = None, measure: str = "parameters") -> Compressed:
     """Computes the network of `config`, in closed form, from that of the run `source`, which is plain.
 
     Args:
+      reporter: shows lines and progress; None prints them as the command line does.
       which: the checkpoint of `source`: 'latest', 'best' or the number of a step.
       calibration: training images on which the inputs of layers are measured; 0 is none: filters alone are compared.
         None is `shared_basis.compression.layers.CALIBRATION_IMAGES`.
@@ -75,6 +76,10 @@ def compress(config: Config, source: str, reporter: Reporter, *, which: str = "l
       UserError: `source` is no run of the plain network of `config` on its data, the network cannot be compressed, or
         the budget is too small.
     """
+    if reporter is None:
+        with Reporter() as printing:
+            return compress(config, source, printing, which=which, calibration=calibration, budget=budget,
+                            measure=measure)
     check_target(config, budget, measure)
     trained = open_plain(source, which)
     check_alike(config, trained)
@@ -155,7 +160,7 @@ def factorised(plain: PlainLayers, network: Network,
     shapes = {path: leaf.shape for path, leaf in flatten_dict(dict(abstract_variables(network, image_shape))).items()}
     arrays = dict(plain.arrays)
     layers = []
-    for name, paths in basis_layer_paths(network).items():
+    for name, paths in network.basis_layer_paths().items():
         group = plain.group(network, name)
         shared_shapes = network.shared_shapes().get(name, {})
         bases = group.bases(next(iter(shared_shapes.values()))[-1] if shared_shapes else 0)

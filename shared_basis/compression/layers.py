@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,9 +44,9 @@ class PlainLayers:
 
     def group(self, network: Network, name: str) -> Group:
         """Returns the layers of group `name` by path, with the shared bases that they use in `network`."""
-        uses, paths = dict(network.sharing.layers), basis_layer_paths(network)[name]
-        return Group({path: self.layer(path) for path in paths},
-                     {path: uses[path[-1]] for path in paths if path[-1] in uses})
+        uses, layers = dict(network.sharing.layers), network.basis_layer_paths()[name]
+        return Group({path: self.layer(path) for path in layers},
+                     {path: uses[layer] for path, layer in layers.items() if layer in uses})
 
     def layer(self, path: Path) -> Layer:
         """Returns the layer at `path`.
@@ -73,13 +74,8 @@ def following_norm(path: Path) -> Path:
     return (*path[:-1], f"{path[-1]}_norm")
 
 
-def basis_layer_paths(network: Network) -> dict[str, list[Path]]:
-    """Returns by group the paths of the layers of `network` that are basis layers when it is factorised."""
-    return {group: [(group, block, layer) for block in blocks for layer in network.basis_layers()]
-            for group, blocks in network.sharing_blocks().items()}
-
-
-def open_plain(source: str, which: str = "latest", overrides: Mapping[str, Any] | None = None) -> Trained:
+def open_plain(source: str | os.PathLike[str], which: str = "latest",
+               overrides: Mapping[str, Any] | None = None) -> Trained:
     """Opens the run in `source`, which must be of a plain network that can be factorised, with its blocks unrolled.
 
     Raises:
@@ -87,7 +83,7 @@ def open_plain(source: str, which: str = "latest", overrides: Mapping[str, Any] 
     """
     if not source:
         raise UserError("--mode=compress needs --source=RUN, the workdir of a trained plain network.")
-    trained = Trained.open(source, which, overrides)
+    trained = Trained.open(os.fspath(source), which, overrides)
     name = trained.config.model.name
     if name != plain_counterpart(name):
         raise UserError(f"--source={source}: holds {name}, which shares already; name a run of plain "
@@ -146,7 +142,7 @@ def extract_layers(trained: Trained, config: Config, images: Images | None, repo
         with memory.oom_as_user_error(config, "train.eval_batch_size"):
             moments = input_moments(
                 trained.model, trained.variables, config.data,
-                [path for paths in basis_layer_paths(trained.model).values() for path in paths],
+                [path for paths in trained.model.basis_layer_paths().values() for path in paths],
                 images.batches("train", config.train.eval_batch_size, trained.mesh)(),
                 lambda seen: show(seen, total))
         reporter.end_progress()

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from shared_basis.errors import UserError
+from shared_basis.errors import UserError, note_renamed
 from shared_basis.interop.state_dict import read_state_dict
 from shared_basis.models.base import Network, Tensors, unexpected_tensors
 from shared_basis.models.parameters import abstract_variables
@@ -24,7 +24,7 @@ TensorAliases = tuple[str, ...]
 """The names that a tensor may have; exactly one of them is expected."""
 
 
-def load_official(path: str | os.PathLike[str], model: Network) -> dict[str, Any]:
+def load_pytorch_weights(path: str | os.PathLike[str], model: Network) -> dict[str, Any]:
     """Returns `{'params': …, 'batch_stats': …}` of `model`, read from a published state dict as float32 NumPy arrays.
 
     Plain ResNets and MobileNetV2 load from torchvision's layout too. torchvision's MobileNetV2 has ReLU6 where the
@@ -44,8 +44,14 @@ def load_official(path: str | os.PathLike[str], model: Network) -> dict[str, Any
         raise UserError(f"{path} does not hold this network: {error}") from error
 
 
+def load_official(path: str | os.PathLike[str], model: Network) -> dict[str, Any]:
+    """Returns `load_pytorch_weights`, by its name in version 0.1."""
+    note_renamed("load_official", "load_pytorch_weights")
+    return load_pytorch_weights(path, model)
+
+
 def convert_official(tensors: Tensors, model: Network, shapes: Tree = None) -> dict[str, Any]:
-    """Returns the variables of `model` from a published state dict; see `load_official`.
+    """Returns the variables of `model` from a published state dict; see `load_pytorch_weights`.
 
     Args:
       shapes: the result of `abstract_variables` for `model`, where the caller has it: it takes seconds.

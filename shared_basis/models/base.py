@@ -74,7 +74,8 @@ class Network(nn.Module):
     """Base of all networks: owns the shared arrays as the top-level parameter `bases/<group>/<name>`.
 
     What is specific to an architecture is answered by its methods: `shared_shapes`, `sharing_blocks` and `basis_layers`
-    by every one; `whole_layers`, `basis_is_linear` and the names in published files where the defaults are not right.
+    by every one; `layer_path`, `whole_layers`, `basis_is_linear` and the names in published files where the defaults
+    are not right. `models.check.check_network` holds the answers to what the network computes.
     """
 
     num_classes: int
@@ -101,6 +102,16 @@ class Network(nn.Module):
     def basis_layers(self) -> tuple[str, ...]:
         """Returns the layers of such a block that are factorised when the network is."""
         raise NotImplementedError
+
+    def layer_path(self, group: str, block: str, layer: str) -> Path:
+        """Returns where the parameters have the layer `layer` of a block of `sharing_blocks`."""
+        return (group, block, layer)
+
+    def basis_layer_paths(self) -> dict[str, dict[Path, str]]:
+        """Returns by group the paths of the layers that are factorised when the network is, and which layer each is."""
+        layers = self.basis_layers()
+        return {group: {self.layer_path(group, block, layer): layer for block in blocks for layer in layers}
+                for group, blocks in self.sharing_blocks().items()}
 
     def whole_layers(self) -> tuple[str, ...]:
         """Returns the layers of a block whose filters are shared as a whole: the first by `-shared`, or all.
@@ -136,7 +147,7 @@ class Network(nn.Module):
         """
         return dict(tensors), {}
 
-    def bases(self) -> Mapping[str, Mapping[str, Array]]:
+    def shared_arrays(self) -> Mapping[str, Mapping[str, Array]]:
         """Returns the shared arrays by group and name; call it once, within the compact method."""
         shapes = {group: named for group, named in self.shared_shapes().items() if named}
         if not shapes:
@@ -176,8 +187,7 @@ class Network(nn.Module):
             shared: tuple[Path, ...] = tuple(("bases", group, name) for name in sorted(named))
             unique: tuple[Path, ...] = ()
             if self.sharing.unique_rank and elements == "shared+unique":
-                unique = tuple((group, block, layer, "unique")
-                               for block in self.sharing_blocks()[group] for layer in self.basis_layers())
+                unique = tuple((*path, "unique") for path in self.basis_layer_paths()[group])
             if self.sharing.separate_means:
                 groups += [BasisGroup((path,), reduction_group=path[-1]) for path in shared]
             elif shared or unique:
@@ -233,7 +243,8 @@ class Group(nn.Module):
         x, updated = scan_with_remat(body, x, variables)
         if train:
             for name, changed in zip(names, updated, strict=True):
-                self.put_variable("batch_stats", name, changed["batch_stats"])
+                for kind, values in changed.items():
+                    self.put_variable(kind, name, values)
         return x
 
 

@@ -112,7 +112,7 @@ class DenseNet(Network):
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:
         """Classifies `images [N, H, W, C]`; returns float32 logits `[N, num_classes]`. See `ResNet`."""
-        bases = self.bases()
+        bases = self.shared_arrays()
         x = BasisConv(2 * self.growth, dtype=self.dtype, name="stem")(images, train=train)
         for g, layers in enumerate(self.blocks):
             group = f"group{g + 1}"

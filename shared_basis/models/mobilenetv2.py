@@ -155,7 +155,7 @@ class MobileNetV2(Network):
 
         With the 'imagenet' stem, training draws from the random stream 'dropout'.
         """
-        bases = self.bases()
+        bases = self.shared_arrays()
         size, strides = (1, 1) if self.stem == "cifar" else (3, 2)
         x = BasisConv(STEM, size, strides, padding=1, use_bias=True, dtype=self.dtype, name="stem")(images, train=train)
         x = nn.relu6(batch_norm(train, self.dtype, "stem_norm")(x))

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from shared_basis.nn.types import Tree
+from shared_basis.nn.types import Array, Tree
 
 
 def tree_size(tree: Tree) -> int:
@@ -30,14 +30,23 @@ def count_macs(model: nn.Module, variables: Tree, image_shape: tuple[int, int, i
     Convolutions and matrix products count, each with all its taps, as in published tables (one MAC is two FLOPs).
     They are read off the traced program, so that any Flax model can be counted; nothing is computed.
     """
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images)
+    return macs_of(model, trace(model, variables, image_shape))
+
+
+def macs_of(model: nn.Module, program: Any) -> dict[str, int]:
+    """Returns `count_macs` of a `program` that `trace` has returned for `model`."""
     macs: Counter[str] = Counter()
-    for scope, count in _macs(jaxpr.jaxpr):
+    for scope, count in _macs(program.jaxpr):
         # Scopes are Network/group1/… and, within a method other than __call__, Network.method/group1/…
         parts = [part for part in scope.split("/") if part.partition(".")[0] != type(model).__name__]
         macs[parts[0]] += count
     return dict(macs)
+
+
+def trace(model: nn.Module, variables: Tree, image_shape: tuple[int, int, int]) -> Any:
+    """Returns the program (jaxpr) from `variables`, abstract ones too, and one image `[H, W, C]` to logits."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images)
 
 
 def _macs(jaxpr: Any, scope: str = "", repeats: int = 1) -> Iterator[tuple[str, int]]:
@@ -59,7 +68,11 @@ def _macs(jaxpr: Any, scope: str = "", repeats: int = 1) -> Iterator[tuple[str, 
                     yield from _macs(body, here, repeats * eqn.params.get("length", 1))
 
 
+def init_variables(model: nn.Module, key: Array, image_shape: tuple[int, int, int]) -> Mapping[str, Tree]:
+    """Returns new variables of `model` for images `[H, W, C]`: `params` and `batch_stats`, empty without statistics."""
+    return {"batch_stats": {}, **model.init(key, jnp.zeros((1, *image_shape)), train=False)}
+
+
 def abstract_variables(model: nn.Module, image_shape: tuple[int, int, int]) -> Mapping[str, Tree]:
-    """Returns the shapes and dtypes of `model`'s variables for images `[H, W, C]`, without computing any."""
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), images)
+    """Returns the shapes and dtypes of what `init_variables` does, without computing any."""
+    return jax.eval_shape(lambda key: init_variables(model, key, image_shape), jax.random.key(0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -80,8 +80,44 @@ FAMILIES = _families()
 """Every network by the first part of its name. ResNet-14 is the least in which layers share; the paper has none."""
 
 
-def register(name: str, family: Family) -> None:
+def register_network(name: str, build: Callable[..., Network], forms: Sequence[str] = (BASIS,)) -> None:
     """Makes a network of your own known by `name`, to `create_model`, to configurations and to the command line.
+
+    A recipe may do so when it is loaded: `python main.py --config=FILE.py:<name>-s16u1`. Doing it again, as when a cell
+    of a notebook is run again, puts the new definition in place of the old.
+
+    Args:
+      name: letters, digits and underscores; the part of the network's name before the dash.
+      build: a subclass of `Network`, or a function that takes its fields by name, and Flax's `parent`, and returns one.
+      forms: the `SHARING_FORMS` that it admits, as the network's `shared_shapes` follow from `self.sharing`.
+
+    Raises:
+      ValueError: `name` is taken or no such name, a form is unknown, or a basis is admitted and the network's
+        `basis_layers` names no layer for it.
+      TypeError: `build` does not return a `Network`.
+    """
+    if unknown := sorted(set(forms) - set(SHARING_FORMS)):
+        raise ValueError(f"forms={list(forms)!r}: {unknown[0]!r} must be one of {', '.join(SHARING_FORMS)}")
+    plain = build(num_classes=2, parent=None)
+    if not isinstance(plain, Network):
+        raise TypeError(f"build={build!r}: returns a {type(plain).__name__}, and must return a shared_basis.Network")
+    for kind, layers in (("basis", plain.basis_layers()), ("whole", plain.whole_layers())):
+        needing = [form for form in forms if (form in _WHOLE) == (kind == "whole")]
+        if needing and not layers:
+            raise ValueError(f"forms={list(forms)!r}: {needing[0]} needs layers, and {type(plain).__name__}."
+                             f"{kind}_layers() names none")
+    if name in FAMILIES and _origin(FAMILIES[name].build) == _origin(build):
+        del FAMILIES[name]
+    register(name, Family(build, ("cifar",), tuple(forms)))
+
+
+def _origin(build: Callable[..., Network]) -> tuple[str, str]:
+    """Returns where a class or function is defined, which stays the same when its definition is run again."""
+    return getattr(build, "__module__", ""), getattr(build, "__qualname__", repr(build))
+
+
+def register(name: str, family: Family) -> None:
+    """Makes a network known by `name`; `register_network` is simpler, and checks more.
 
     Raises:
       ValueError: `name` is taken, or is no part of a network's name: letters, digits and underscores.
@@ -106,7 +142,9 @@ def family_of(name: str) -> Family:
     if family is None or (dash and not form):
         near = difflib.get_close_matches(base, FAMILIES, n=3, cutoff=0.5)
         hint = f" The nearest: {', '.join(near)}." if near else ""
-        raise UserError(f"unknown network {name!r}.{hint} Networks: {', '.join(FAMILIES)}. Names: {GRAMMAR}.")
+        raise UserError(f"unknown network {name!r}.{hint} Networks: {', '.join(FAMILIES)}. Names: {GRAMMAR}. One of "
+                        "your own is known once register_network has run: give the recipe that calls it, as "
+                        "--config=FILE.py, also for a trained run.")
     return family
 
 

@@ -192,7 +192,7 @@ class ResNet(Network):
 
         In training (`train=True`) batch statistics are used, and the collection `batch_stats` must be mutable.
         """
-        bases = self.bases()
+        bases = self.shared_arrays()
         size, strides = (3, 1) if self.stem == "cifar" else (7, 2)
         x = BasisConv(self.stem_width, size, strides, dtype=self.dtype, name="stem")(images, train=train)
         x = nn.relu(batch_norm(train, self.dtype, "stem_norm")(x))

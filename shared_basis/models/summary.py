@@ -6,7 +6,8 @@ from typing import Any
 
 from shared_basis.config import ModelConfig
 from shared_basis.models import create_model, plain_counterpart
-from shared_basis.models.parameters import abstract_variables, count_macs, tree_size
+from shared_basis.models.check import check_declarations, check_program
+from shared_basis.models.parameters import abstract_variables, macs_of, trace, tree_size
 from shared_basis.runtime.files import align
 
 
@@ -15,14 +16,18 @@ def count_network(config: ModelConfig, num_classes: int, image_shape: tuple[int,
 
     Returns:
       `model`, `parameters` (trainable), `macs` (multiply-accumulates of one image `[H, W, C]`) and `groups`: the same
-      by top-level module, with `shared_parameters`, those in shared bases.
+      by top-level module, with `shared_parameters`, those in shared bases. Bases of a group that is no such module are
+      counted as `bases/<group>`.
 
     Raises:
-      UserError: as `create_model`.
+      UserError: as `create_model`, and as `check_network`.
     """
     model = create_model(config.name, num_classes=num_classes, stem=config.stem)
+    check_declarations(model)
     variables = abstract_variables(model, image_shape)
-    macs = count_macs(model, variables, image_shape)
+    program = trace(model, variables, image_shape)
+    check_program(model, variables, program)
+    macs = macs_of(model, program)
     params = dict(variables["params"])
     bases = params.pop("bases", {})
     groups: dict[str, dict[str, int]] = {}
@@ -35,6 +40,9 @@ def count_network(config: ModelConfig, num_classes: int, image_shape: tuple[int,
         row["parameters"] += tree_size(tree) + shared
         row["shared_parameters"] += shared
         row["macs"] += macs.get(name, 0)
+    for name in bases.keys() - params.keys():
+        size = tree_size(bases[name])
+        groups[f"bases/{name}"] = {"parameters": size, "shared_parameters": size, "macs": 0}
     return {"model": config.name, **{key: sum(row[key] for row in groups.values()) for key in ("parameters", "macs")},
             "groups": groups}
 
@@ -53,7 +61,7 @@ def render(comparison: dict[str, Any]) -> str:
     plain = comparison["plain"]
     rows: list[tuple[str, ...]] = [("", "parameters", "of these shared", "MACs", "plain parameters", "plain MACs")]
     for name, row in comparison["groups"].items():
-        other = plain["groups"][name]
+        other = plain["groups"].get(name, {"parameters": 0, "macs": 0})
         rows.append((name, *(f"{value:,}" for value in (
             row["parameters"], row["shared_parameters"], row["macs"], other["parameters"], other["macs"]))))
     shared = sum(row["shared_parameters"] for row in comparison["groups"].values())

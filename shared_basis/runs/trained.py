@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -129,6 +130,36 @@ class Trained:
             return predict_logits(self.model, variables, images, self.config.data)
 
         return functools.partial(classify, self.variables)
+
+
+class LoadedRun(NamedTuple):
+    """What `load_run` returns: `model, variables, classes = load_run(workdir)`."""
+
+    model: Network
+    """Maps images float32 `[N, H, W, C]`, normalised as the run's are, to logits `[N, classes]`."""
+    variables: Variables
+    """`params` and `batch_stats` (empty without batch normalisation), on all devices."""
+    classes: tuple[str, ...]
+    """The names of the classes, in the order of the logits."""
+
+
+def load_run(workdir: str | os.PathLike[str], checkpoint: str | int = "latest") -> LoadedRun:
+    """Returns the network of the run in `workdir`, as saved at `checkpoint`.
+
+        model, variables, classes = load_run("runs/digits_resnet-resnet20-s8u1-double", "best")
+        logits = model.apply(variables, images, train=False)
+
+    The images are `(pixels / 255 - mean) / std` with the `data.mean` and `data.std` of the run's configuration, which
+    `run.json` holds. A network of your own must be registered first, see `register_network`.
+
+    Args:
+      checkpoint: 'latest', 'best' or the number of a step.
+
+    Raises:
+      UserError: no such run or checkpoint, or it is damaged or of a network that is unknown.
+    """
+    trained = Trained.open(os.fspath(workdir), str(checkpoint))
+    return LoadedRun(trained.model, trained.variables, trained.spec.classes)
 
 
 def _restore(checkpoints: Checkpoints, step: int, model: Network, spec: data.Spec, mesh: Mesh) -> Variables:

@@ -13,7 +13,7 @@ from shared_basis import data
 from shared_basis.compression.compress import compress
 from shared_basis.config import Config
 from shared_basis.errors import UserError
-from shared_basis.interop.pytorch import load_official
+from shared_basis.interop.pytorch import load_pytorch_weights
 from shared_basis.models import Network
 from shared_basis.models.parameters import count_parameters
 from shared_basis.optim.optimizer import make_optimizer
@@ -33,13 +33,14 @@ def import_weights(config: Config, workdir: str | Path, file: str) -> dict[str, 
       `workdir`, `model`, `file` and the number of `parameters`.
 
     Raises:
-      UserError: the file does not hold this network (see `load_official`), or the workdir holds checkpoints already.
+      UserError: the file does not hold this network (see `load_pytorch_weights`), or the workdir holds checkpoints
+        already.
     """
     if not file:
         raise UserError("--mode=import needs --weights=FILE, a .pth or .safetensors file.")
     spec = data.describe(config.data)
     model = build_model(config, spec)
-    variables = load_official(file, model)
+    variables = load_pytorch_weights(file, model)
     require_new(workdir)
     parameters = start_run(config, workdir, model, spec, variables)
     return {"workdir": str(workdir), "model": config.model.name, "file": str(file), "parameters": parameters}

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from shared_basis.config import DataConfig
 from shared_basis.data.augment import augment, normalize
 from shared_basis.evaluation.evaluator import Metrics
+from shared_basis.models.parameters import init_variables
 from shared_basis.nn import ops
 from shared_basis.nn.types import Array, Tree
 
@@ -27,6 +28,7 @@ class TrainState(struct.PyTreeNode):
     """Updates made so far, int32."""
     params: Tree
     batch_stats: Tree
+    """Running statistics; empty for a network without batch normalisation."""
     opt_state: optax.OptState
     totals: Metrics
     """Sums over the images of the running epoch so far: `loss` (cross entropy), `correct` and `count`, float32."""
@@ -35,15 +37,15 @@ class TrainState(struct.PyTreeNode):
 def create_train_state(model: nn.Module, optimizer: optax.GradientTransformation, seed: int | Array,
                        image_shape: tuple[int, int, int]) -> TrainState:
     """Returns the state before the first step, initialised from `seed`, for images `[H, W, C]`."""
-    variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
-    return start_from(variables, optimizer)
+    return start_from(init_variables(model, jax.random.key(seed), image_shape), optimizer)
 
 
 def start_from(variables: Tree, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first step that starts from `variables` (`params`, `batch_stats`)."""
+    """Returns the state before the first step that starts from `variables` (`params` and, if any, `batch_stats`)."""
     params = variables["params"]
     totals = {name: jnp.zeros(()) for name in ("loss", "correct", "count")}
-    return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params), totals)
+    return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimizer.init(params),
+                      totals)
 
 
 def train_step(state: TrainState, images: Array, labels: Array, *, model: nn.Module,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,10 +32,12 @@ from shared_basis.training.program import Program, build
 from shared_basis.training.steps import TrainState
 
 
-def train(config: Config, workdir: str | Path, reporter: Reporter, *, tensorboard: bool = False) -> dict[str, Any]:
-    """Trains, or goes on training, the run of `config` in `workdir`.
+def train(config: Config, workdir: str | Path, reporter: Reporter | None = None, *,
+          tensorboard: bool = False) -> dict[str, Any]:
+    """Trains, or goes on training, the run of `config` in `workdir`, as `--mode=train` does.
 
     Args:
+      reporter: shows lines and progress; None prints them as the command line does.
       tensorboard: whether metrics are also written as event files.
 
     Returns:
@@ -45,6 +48,9 @@ def train(config: Config, workdir: str | Path, reporter: Reporter, *, tensorboar
       UserError: the configuration does not fit the data or the devices, or the workdir holds another run.
       Interrupted: a signal came; the run is saved and the same call goes on.
     """
+    if reporter is None:
+        with Reporter(None if is_main_process() else io.StringIO(), process=jax.process_index()) as printing:
+            return train(config, workdir, printing, tensorboard=tensorboard)
     mesh = make_mesh()
     check_batch_size(config.train.batch_size, mesh, config.optimizer.grad_accumulation_steps)
     if tensorboard:

@@ -74,7 +74,7 @@ def take_apart(network: Network, count: int = 40) -> tuple[Any, layers.PlainLaye
     """Returns the variables of a plain `network`, and its layers measured on random images in two batches."""
     variables = trained_like(network)
     images, labels = make_images(count)
-    paths = [path for group in layers.basis_layer_paths(network).values() for path in group]
+    paths = [path for group in network.basis_layer_paths().values() for path in group]
     half = count // 2
     moments = input_moments(network, variables, DATA, paths,
                             [(jnp.asarray(images[part]), jnp.asarray(labels[part]))

@@ -82,7 +82,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize(("page", "code"), [
     (page.relative_to(ROOT).as_posix(), code) for page in PAGES
-    for code in re.findall(r"<!-- run: .+ -->\n```python\n(.+?)```", page.read_text(), re.DOTALL)])
+    for code in re.findall(r"<!-- run: [^\n]+ -->\n```python\n(.+?)```", page.read_text(), re.DOTALL)])
 def test_example_runs(page: str, code: str) -> None:
     scope: dict = {}
     exec(code, scope)

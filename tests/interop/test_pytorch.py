@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from shared_basis.errors import UserError
-from shared_basis.interop.pytorch import aliases_of, convert_official, load_official
+from shared_basis.interop.pytorch import aliases_of, convert_official, load_pytorch_weights
 from shared_basis.interop.state_dict import read_state_dict
 from shared_basis.models import create_model
 from shared_basis.optim.penalty import orthogonality_diagnostics, orthogonality_penalty
@@ -38,7 +38,7 @@ class Network:
     def __init__(self, directory, name):
         network, classes = NETWORKS[name]
         self.model = model = create_model(network, num_classes=classes, stem="cifar")
-        self.variables = load_official(directory / f"{name}.safetensors", model)
+        self.variables = load_pytorch_weights(directory / f"{name}.safetensors", model)
         with np.load(directory / f"{name}.npz") as arrays:
             self.expected = dict(arrays)
         self.images = self.expected["images_nchw"].transpose(0, 2, 3, 1)
@@ -119,7 +119,7 @@ def test_the_gradients_of_mobilenetv2_are_official_but_for_two_relu_ties(referen
     """
     name = "cifar100_mobilenetv2_shareddouble"
     model = create_model("mobilenetv2-shared++", num_classes=100, stem="cifar")
-    variables = load_official(reference / f"{name}.safetensors", model)
+    variables = load_pytorch_weights(reference / f"{name}.safetensors", model)
     with np.load(reference / f"{name}.npz") as arrays:
         expected = dict(arrays)
     images, inputs = expected["images_nchw"].transpose(0, 2, 3, 1), []
@@ -176,7 +176,7 @@ def test_published_checkpoints_have_the_norms_that_penalty_and_weight_decay_leav
     if not path.is_file():
         pytest.skip(f"no {path}")
     model = create_model(name)
-    params = load_official(path, model)["params"]
+    params = load_pytorch_weights(path, model)["params"]
     sets = model.basis_groups("shared+unique")
     found = jax.jit(lambda params: orthogonality_diagnostics(params, sets))(params)
     balance = 1 - 5e-4 * pairs / (4 * 10)
@@ -301,7 +301,7 @@ def test_a_state_dict_that_is_not_the_network_is_refused_by_the_tensor(tmp_path,
     path = tmp_path / "network.safetensors"
     save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, path)
     with pytest.raises(UserError) as caught:
-        load_official(path, create_model("resnet14-s3u1-double"))
+        load_pytorch_weights(path, create_model("resnet14-s3u1-double"))
     assert str(caught.value).startswith(f"{path} does not hold this network: {message}")
 
 

@@ -17,6 +17,7 @@ from shared_basis.models.parameters import abstract_variables, count_macs, count
 from shared_basis.models.registry import BASIS, FAMILIES, Family
 from shared_basis.nn.basis_conv import BasisConv
 from shared_basis.nn.ops import quick_compiler_options
+from shared_basis.optim.basis_group import BasisGroup
 from shared_basis.optim.labels import label_parameters
 
 # Measured on the official implementation: name, stem, classes, image size, parameters, multiply-accumulates.
@@ -292,9 +293,12 @@ class Chain(Network):
     def basis_layers(self):
         return ("conv",)
 
+    def layer_path(self, group, block, layer):
+        return (f"{block}_{layer}",)
+
     @nn.compact
     def __call__(self, images, *, train):
-        shared = self.shared_by_layer(self.bases(), "body")
+        shared = self.shared_by_layer(self.shared_arrays(), "body")
         x = BasisConv(4, name="stem")(images, train=train)
         for block in self.sharing_blocks()["body"]:
             conv = BasisConv(4, unique_rank=self.sharing.unique_rank, name=f"{block}_conv")
@@ -306,7 +310,7 @@ class Chain(Network):
 def chain(monkeypatch):
     """Registers it for the time of a test."""
     monkeypatch.setattr(registry, "FAMILIES", dict(FAMILIES))
-    registry.register("chain", Family(Chain, ("cifar",), (BASIS,)))
+    registry.register_network("chain", Chain)
 
 
 @pytest.mark.usefixtures("chain")
@@ -316,12 +320,42 @@ def test_a_registered_network_is_asked_for_what_is_specific_to_it():
     params = abstract_variables(model, (8, 8, 3))["params"]
     assert params["bases"]["body"]["shared"].shape == (3, 3, 4, 3)
     assert params["block2_conv"]["unique"].shape == (3, 3, 4, 1)
+    group, = model.basis_groups("shared+unique")
+    assert group == BasisGroup(["bases/body/shared"], ["block1_conv/unique", "block2_conv/unique"])
     with pytest.raises(UserError, match="chain admits s<S>u<U>"):
         create_model("chain-shared")
     with pytest.raises(UserError, match="Chain has no published weights"):
         model.published_names()
     with pytest.raises(ValueError, match="chain"):
         registry.register("chain", Family(Chain, ("cifar",), ()))
+
+
+class Wide(Chain):
+    def basis_layers(self):
+        return ()
+
+
+@pytest.mark.usefixtures("chain")
+def test_registering_again_replaces_the_network_and_takes_no_other_s_name():
+    again = type("Chain", (Chain,), {"__module__": Chain.__module__, "__qualname__": Chain.__qualname__,
+                                     "basis_layers": lambda self: ("conv", "other")})
+    registry.register_network("chain", again)
+    assert create_model("chain-s3u1").sharing.layers == (("conv", "shared"), ("other", "shared"))
+    for name in ("chain", "resnet20"):
+        with pytest.raises(ValueError, match=f"name='{name}'"):
+            registry.register_network(name, Wide, forms=())
+
+
+@pytest.mark.parametrize(("build", "forms", "message"), [
+    (Chain, ("s16u1",), r"'s16u1' must be one of s<S>u<U>, s<S>u<U>-double, shared"),
+    (Wide, (BASIS,), r"s<S>u<U> needs layers, and Wide\.basis_layers\(\) names none"),
+    (Chain, (BASIS, "shared"), r"shared needs layers, and Chain\.whole_layers\(\) names none"),
+    (lambda num_classes, parent: nn.Dense(num_classes, parent=parent), (), "returns a Dense"),
+])
+def test_a_network_that_cannot_share_as_it_says_is_not_registered(build, forms, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        registry.register_network("unheard_of", build, forms=forms)
+    assert "unheard_of" not in FAMILIES
 
 
 def test_the_architectures_say_which_layers_are_shared_and_whether_a_basis_can_be_fitted():
