@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from shared_basis.errors import UserError
     from shared_basis.interop.pytorch import load_official
     from shared_basis.models.registry import create_model
-    from shared_basis.nn.basis_conv import BasisConv, BasisGroup, init_shared_bases
+    from shared_basis.nn.basis_conv import BasisConv, init_shared_bases
+    from shared_basis.optim.basis_group import BasisGroup
     from shared_basis.optim.orthonormal import keep_orthonormal
     from shared_basis.optim.penalty import (
         add_orthogonality_penalty,
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "BasisConv": "nn.basis_conv", "BasisGroup": "nn.basis_conv", "init_shared_bases": "nn.basis_conv",
+    "BasisConv": "nn.basis_conv", "BasisGroup": "optim.basis_group", "init_shared_bases": "nn.basis_conv",
     "UserError": "errors", "create_model": "models.registry", "keep_orthonormal": "optim.orthonormal",
     "load_official": "interop.pytorch", "add_orthogonality_penalty": "optim.penalty",
     "orthogonality_diagnostics": "optim.penalty", "orthogonality_penalty": "optim.penalty",
@@ -52,6 +53,6 @@ def __getattr__(name: str) -> Any:
 
 def _element_set(shared: Any, unique: Any = (), family: str = "") -> BasisGroup:
     """Returns a `BasisGroup`, by the arguments of version 0.1."""
-    from shared_basis.nn.basis_conv import BasisGroup
+    from shared_basis.optim.basis_group import BasisGroup
 
     return BasisGroup(shared, unique, family)

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from shared_basis.errors import UserError, note_renamed
-from shared_basis.nn.basis_conv import BasisGroup, he_normal_fan_out, he_normal_templates, init_shared_bases
+from shared_basis.nn.basis_conv import he_normal_fan_out, he_normal_templates, init_shared_bases
 from shared_basis.nn.ops import prefers_loops, scan_with_remat, unstack
 from shared_basis.nn.types import Array, Dtype, Path
+from shared_basis.optim.basis_group import BasisGroup
 
 MANY_BLOCKS = 9
 """From so many blocks a plain group is faster in a loop on CPU (ResNet-110 by a fifth); one of 5 is slower by 8 %."""

@@ -13,10 +13,9 @@ neighbouring 1×1 layers are the layer-specific part, and kernels combined from 
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -24,43 +23,13 @@ import jax.numpy as jnp
 
 from shared_basis.nn.batch_norm import batch_norm
 from shared_basis.nn.ops import convolve, multiply
-from shared_basis.nn.types import Array, Dtype, Path
+from shared_basis.nn.types import Array, Dtype
 
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 """He initialisation by fan-out (k²T), as published."""
 he_normal_templates = nn.initializers.variance_scaling(
     2.0, "fan_out", "normal", in_axis=-3, out_axis=-2, batch_axis=(-1,))
 """The same for each template of `[k, k, C, T, templates]`."""
-
-
-@dataclasses.dataclass(frozen=True, init=False)
-class BasisGroup:
-    """Names, by path in the parameter tree, the basis elements of one group that are to be orthonormal together.
-
-        BasisGroup(["bases/body"])
-
-    A path is a string with '/' between keys, or a tuple of keys: `("bases", "body")`. Each array holds its elements on
-    its last axis: `[k, k, C, s]`, or any `[..., elements]`.
-    """
-
-    shared: tuple[Path, ...]
-    """The arrays of shared elements; in double sharing both of the group."""
-    unique: tuple[Path, ...]
-    """One array of unique elements for each layer; empty where unique elements are not to be penalised."""
-    reduction_group: str
-    """The mean penalty is taken over the basis groups of one reduction group; the means of several are added."""
-
-    def __init__(self, shared: Iterable[Path | str], unique: Iterable[Path | str] = (),
-                 reduction_group: str = "") -> None:
-        for name, value in (("shared", _paths(shared)), ("unique", _paths(unique)),
-                            ("reduction_group", reduction_group)):
-            object.__setattr__(self, name, value)  # it is frozen
-
-
-def _paths(paths: Iterable[Path | str]) -> tuple[Path, ...]:
-    """Returns paths as tuples of keys; a string alone is one path, and not one for each of its letters."""
-    return tuple(tuple(path.split("/")) if isinstance(path, str) else tuple(map(str, path))
-                 for path in ([paths] if isinstance(paths, str) else paths))
 
 
 def init_shared_bases(key: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:

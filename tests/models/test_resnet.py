@@ -12,8 +12,9 @@ from shared_basis.errors import UserError
 from shared_basis.models import GRAMMAR, create_model, plain_counterpart
 from shared_basis.models.parameters import abstract_variables
 from shared_basis.models.resnet import BasicBlock, shortcut
-from shared_basis.nn.basis_conv import BasisConv, BasisGroup
+from shared_basis.nn.basis_conv import BasisConv
 from shared_basis.nn.ops import quick_compiler_options
+from shared_basis.optim.basis_group import BasisGroup
 
 
 def random_variables(model, image_shape=(8, 8, 3), seed=0):

@@ -12,7 +12,7 @@ from helpers import tiny_network
 from shared_basis.config import PARAMETER_LABELS as LABELS
 from shared_basis.config import OptimizerConfig, OrthogonalityConfig
 from shared_basis.models.parameters import abstract_variables
-from shared_basis.nn.basis_conv import BasisGroup
+from shared_basis.optim.basis_group import BasisGroup
 from shared_basis.optim.optimizer import learning_rate_schedule, make_optimizer
 from shared_basis.optim.penalty import orthogonality_penalty
 
