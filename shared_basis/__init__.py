@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shared_basis.errors import UserError
     from shared_basis.interop.pytorch import load_official
+    from shared_basis.models.parameters import count_by_kind
     from shared_basis.models.registry import create_model
     from shared_basis.nn.basis_conv import BasisConv, init_shared_bases
     from shared_basis.optim.basis_group import BasisGroup
+    from shared_basis.optim.labels import mask_by_kind, parameter_kinds
     from shared_basis.optim.orthonormal import keep_orthonormal
     from shared_basis.optim.penalty import (
         add_orthogonality_penalty,
@@ -23,12 +25,15 @@ __all__ = [
     "BasisGroup",
     "UserError",
     "add_orthogonality_penalty",
+    "count_by_kind",
     "create_model",
     "init_shared_bases",
     "keep_orthonormal",
     "load_official",
+    "mask_by_kind",
     "orthogonality_diagnostics",
     "orthogonality_penalty",
+    "parameter_kinds",
 ]
 
 _MODULES = {
@@ -36,6 +41,8 @@ _MODULES = {
     "UserError": "errors", "create_model": "models.registry", "keep_orthonormal": "optim.orthonormal",
     "load_official": "interop.pytorch", "add_orthogonality_penalty": "optim.penalty",
     "orthogonality_diagnostics": "optim.penalty", "orthogonality_penalty": "optim.penalty",
+    "count_by_kind": "models.parameters", "mask_by_kind": "optim.labels",
+    "parameter_kinds": "optim.labels",
 }
 """Where each name lives: it is imported on first use, so that errors in a command line do not wait for JAX."""
 
