@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shared_basis.analysis.basis_figures import draw_basis
     from shared_basis.errors import UserError
     from shared_basis.interop.pytorch import load_official
     from shared_basis.models.parameters import count_by_kind
@@ -27,6 +28,7 @@ __all__ = [
     "add_orthogonality_penalty",
     "count_by_kind",
     "create_model",
+    "draw_basis",
     "init_shared_bases",
     "keep_orthonormal",
     "load_official",
@@ -41,7 +43,7 @@ _MODULES = {
     "UserError": "errors", "create_model": "models.registry", "keep_orthonormal": "optim.orthonormal",
     "load_official": "interop.pytorch", "add_orthogonality_penalty": "optim.penalty",
     "orthogonality_diagnostics": "optim.penalty", "orthogonality_penalty": "optim.penalty",
-    "count_by_kind": "models.parameters", "mask_by_kind": "optim.labels",
+    "count_by_kind": "models.parameters", "draw_basis": "analysis.basis_figures", "mask_by_kind": "optim.labels",
     "parameter_kinds": "optim.labels",
 }
 """Where each name lives: it is imported on first use, so that errors in a command line do not wait for JAX."""
