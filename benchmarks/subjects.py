@@ -18,7 +18,8 @@ from benchmarks.session import Part, Session, spread
 from benchmarks.trainer import trainers
 from shared_basis.models import create_model
 from shared_basis.optim.basis_group import BasisGroup
-from shared_basis.optim.orthonormal import keep_orthonormal
+from shared_basis.optim.find import find_groups, paths_of
+from shared_basis.optim.orthonormal import retraction
 from shared_basis.optim.penalty import orthogonality_penalty
 
 PENALTY_ROUNDS = 3
@@ -104,15 +105,15 @@ def penalty(session: Session, cases: Sequence[Case]) -> Part:
 def _alone(params: Any, groups: Sequence[BasisGroup]) -> tuple[Callable[[], object], Callable[[], object]]:
     """Returns two functions of the arrays of `groups` alone, which wait for their results.
 
-    The first computes the gradient of the penalty, the second what `keep_orthonormal` makes of an update.
+    The first computes the gradient of the penalty, the second what `retraction` makes of an update.
     """
     named: dict[str, Any] = {}
-    for path in (path for group in groups for path in (*group.shared, *group.unique)):
+    for path in paths_of(find_groups(params, groups)):
         source, target = params, named
         for key in path[:-1]:
             source, target = source[key], target.setdefault(key, {})
         target[path[-1]] = source[path[-1]]
     gradient = jax.jit(jax.grad(lambda tree: orthogonality_penalty(tree, groups)))
-    link = keep_orthonormal(groups)
+    link = retraction(groups)
     retract = jax.jit(lambda tree: link.update(tree, link.init(tree), tree)[0])
     return (lambda: jax.block_until_ready(gradient(named))), (lambda: jax.block_until_ready(retract(named)))

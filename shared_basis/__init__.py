@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Any
 
+    from shared_basis.analysis.basis_figures import draw_basis
     from shared_basis.compression.compress import compress
     from shared_basis.config import Config
     from shared_basis.errors import UserError
     from shared_basis.interop.pytorch import load_official, load_pytorch_weights  # noqa: F401  the first one is old
     from shared_basis.models.base import Network, Sharing
     from shared_basis.models.check import check_network
+    from shared_basis.models.parameters import count_by_kind
     from shared_basis.models.registry import create_model, register_network
     from shared_basis.nn.basis_conv import BasisConv
     from shared_basis.nn.initializers import init_shared_bases
     from shared_basis.nn.ops import compiler_options, forms_for
     from shared_basis.optim.basis_group import BasisGroup
+    from shared_basis.optim.labels import mask_by_kind, parameter_kinds
     from shared_basis.optim.orthonormal import keep_orthonormal
     from shared_basis.optim.penalty import (
         add_orthogonality_penalty,
@@ -44,30 +47,37 @@ __all__ = [
     "check_network",
     "compiler_options",
     "compress",
+    "count_by_kind",
     "create_model",
+    "draw_basis",
     "forms_for",
     "init_shared_bases",
     "keep_orthonormal",
     "load_pytorch_weights",
     "load_run",
+    "mask_by_kind",
     "orthogonality_diagnostics",
     "orthogonality_penalty",
+    "parameter_kinds",
     "register_network",
     "train",
 ]
 
 _MODULES = {
+    "analysis.basis_figures": ("draw_basis",),
     "compression.compress": ("compress",),
     "config": ("Config",),
     "errors": ("UserError",),
     "interop.pytorch": ("load_official", "load_pytorch_weights"),
     "models.base": ("Network", "Sharing"),
     "models.check": ("check_network",),
+    "models.parameters": ("count_by_kind",),
     "models.registry": ("create_model", "register_network"),
     "nn.basis_conv": ("BasisConv",),
     "nn.initializers": ("init_shared_bases",),
     "nn.ops": ("compiler_options", "forms_for"),
     "optim.basis_group": ("BasisGroup",),
+    "optim.labels": ("mask_by_kind", "parameter_kinds"),
     "optim.orthonormal": ("keep_orthonormal",),
     "optim.penalty": ("add_orthogonality_penalty", "orthogonality_diagnostics", "orthogonality_penalty"),
     "runs.trained": ("load_run",),

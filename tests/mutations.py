@@ -104,11 +104,28 @@ MUTATIONS = (
     # Orthogonality: exact
     Mutation("exact-tangent", "(products + _transposed(products)) / 2", "(products - _transposed(products)) / 2",
              ("orthonormal",)),
-    Mutation("exact-unique", "moved - _product(_product(moved, shared.T), shared)",
-             "moved - _product(_product(now, shared.T), shared)", ("orthonormal",)),
+    Mutation("exact-unique", "moved - _product(_product(moved, space.T), space)",
+             "moved - _product(_product(now, space.T), space)", ("orthonormal",)),
     Mutation("exact-last-iteration", "_factor(_product(x, _transposed(x)), [CONVERGING])",
              "_factor(_product(x, _transposed(x)), [LIFTING])", ("orthonormal",)),
     Mutation("exact-room", "if shared + unique > size:", "if shared + unique >= size:", ("orthonormal", "optimizer")),
+
+    # Naming bases
+    Mutation("naming-glob", 'if pattern[0] == "**":', 'if pattern[0] == "*":', ("basis_group",)),
+    Mutation("naming-twice", "if each in seen:", "if seen is None:", ("basis_group",)),
+    Mutation("naming-tuple", "isinstance(key, (str, int)) and not isinstance(key, Glob) for key",
+             "isinstance(key, (str, int)) for key", ("basis_group",)),
+    Mutation("naming-integers", "if not jnp.issubdtype(leaf.dtype, jnp.floating):", "if leaf.dtype is None:",
+             ("basis_group",)),
+    Mutation("naming-sizes", "if shared and not _one_size(shapes, axes):", "if shared is None:", ("basis_group",)),
+    Mutation("naming-masked", "path_of(entries) == path[:len(path_of(entries))]", "path_of(entries) == path",
+             ("basis_group",)),
+    Mutation("stacks-axes", "if len(shape) - (axis is not None) > most:", "if len(shape) > most + 1:",
+             ("basis_group",)),
+    Mutation("stacks-axis", "array = jnp.moveaxis(array, axis, 0)", "array = jnp.moveaxis(array, 0, 0)", ("stacks",)),
+    Mutation("stacks-heights", "(len(heights) <= 1 or len(stacked) < len(shapes))", "len(shapes) > 0", ("stacks",)),
+    Mutation("exact-ranks", "found.setdefault(array.shape, []).append(index)",
+             "found.setdefault(array.shape[-1:], []).append(index)", ("orthonormal", "penalty")),
 
     # Gradients by depth
     Mutation("gradients-epoch", "first = state.steps % steps == 0", "first = state.steps % steps == 1",
@@ -157,8 +174,13 @@ MUTATIONS = (
              ("registry", "models/", "pytorch")),
 
     # Parameters and multiply-accumulates
-    Mutation("params-norm-bias", 'parent.endswith("norm") and name in ("scale", "bias")',
-             'parent.endswith("norm") and name == "scale"', ("parameters", "optimizer")),
+    Mutation("params-norm-bias", 'norm and name in ("scale", "bias")', 'norm and name == "scale"',
+             ("parameters", "optimizer")),
+    Mutation("params-norm-beside", "norm=path[:-1] in scaled", "norm=bool(scaled)", ("labels", "parameters")),
+    Mutation("params-integers", "jnp.result_type(leaf), jnp.inexact)", "jnp.result_type(leaf), jnp.number)",
+             ("labels",)),
+    Mutation("params-count", "counts.get(kinds[path], 0) + math.prod(leaf.shape)", "math.prod(leaf.shape)",
+             ("parameters",)),
     Mutation("params-macs-loop", 'repeats * eqn.params.get("length", 1)', "repeats", ("parameters", "registry")),
     Mutation("params-macs-taps", "kernel.shape[numbers.rhs_spec[0]]", "kernel.shape[numbers.rhs_spec[1]]",
              ("parameters", "registry")),

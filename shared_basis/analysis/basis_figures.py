@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,14 @@ import numpy as np
 
 from shared_basis.analysis import bases
 from shared_basis.analysis.bases import BasisSet
-from shared_basis.analysis.collect import Analysis
-from shared_basis.plotting import BACKGROUND, COLORS, DASHES, INK, MARKERS, POSITIVE, SIGNED, Paint, colormap
+from shared_basis.plotting import BACKGROUND, COLORS, DASHES, INK, MARKERS, POSITIVE, SIGNED, Paint, colormap, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from shared_basis.analysis.collect import Analysis
+    from shared_basis.nn.types import Array
 
 TILES = (24, 16)
 """Elements (rows) and channels (columns) of k×k filters that a picture shows at most; the CSV has all."""
@@ -26,6 +29,9 @@ PIXELS = 96
 
 MATRICES = 12
 """Coefficient matrices that a picture shows at most."""
+
+LETTERS = 13
+"""Letters of a title that fit on an inch."""
 
 NAMED = 24
 """Up to so many rows of a matrix are named."""
@@ -103,22 +109,48 @@ def filters(run: Analysis, found: BasisSet) -> tuple[Paint, tuple[float, float]]
     panels = dict(found.shared)
     if found.unique:
         panels[f"unique, {len(found.unique)} layers"] = np.concatenate(list(found.unique.values()), axis=-1)
+    return _filters(panels, f"{found.name}: ", f". {_title(run)}")
+
+
+def draw_basis(basis: Array | np.ndarray, name: str = "basis") -> bytes:
+    """Draws the elements of a basis `[k, k, C, s]` as images, a row for each element and a column for each channel.
+
+        pathlib.Path("basis.png").write_bytes(draw_basis(params["bases"]["body"]))
+
+    Of large bases it shows the first elements, and the channels where they are strongest. Needs Matplotlib.
+
+    Returns:
+      The content of a PNG file.
+
+    Raises:
+      ValueError: `basis` is no array of that shape, or empty.
+      UserError: Matplotlib is not installed.
+    """
+    array = np.asarray(basis, np.float64)
+    if array.ndim != 4 or array.shape[0] != array.shape[1] or not array.size:
+        raise ValueError(f"basis of shape {list(array.shape)}: must be [k, k, C, elements]; draw the members of a "
+                         "stack one by one")
+    return png(*_filters({name: array}))
+
+
+def _filters(panels: dict[str, np.ndarray], before: str = "", after: str = "") -> tuple[Paint, tuple[float, float]]:
+    """Returns what paints arrays beside each other, by name, and the size; the title goes `before` … `after`."""
     images = {name: _tiles(array, TILES) for name, array in panels.items()}
     height = max(image.shape[0] / image.shape[1] for image, _ in images.values())
     width = min(4.6, 9.6 / len(images))
-    return functools.partial(_paint_filters, run, found, images), (
+    return functools.partial(_paint_filters, images, before, after), (
         width * len(images), min(max(width * height, 1.2), 9.0) + 0.75)
 
 
-def _paint_filters(run: Analysis, found: BasisSet, images: dict[str, tuple[np.ndarray, str]],
-                   figure: Figure) -> None:
+def _paint_filters(images: dict[str, tuple[np.ndarray, str]], before: str, after: str, figure: Figure) -> None:
     grid = figure.subplots(1, len(images), squeeze=False)[0]
     limit = max(float(np.nanmax(np.abs(image))) for image, _ in images.values()) or 1.0
     for axes, (name, (image, shown)) in zip(grid, images.items(), strict=True):
         _image(axes, image, limit)
         axes.set_title(f"{name}\n{shown}", fontsize=8.5)
-    figure.suptitle(f"{found.name}: a row for each element, a column for each channel; red is {limit:.2g}, blue "
-                    f"−{limit:.2g}, white 0. {_title(run)}", fontsize=9.5)
+    title = (f"{before}a row for each element, a column for each channel; red is {limit:.2g}, blue −{limit:.2g}, "
+             f"white 0{after}")
+    figure.suptitle(textwrap.fill(title, int(LETTERS * figure.get_figwidth())), fontsize=9.5)
 
 
 def _image(axes: Axes, image: np.ndarray, limit: float) -> None:

@@ -13,7 +13,6 @@ from shared_basis.models.base import Network
 from shared_basis.models.parameters import abstract_variables, trace
 from shared_basis.nn.types import Path, Tree
 from shared_basis.optim.paths import path_of
-from shared_basis.optim.penalty import paths_of
 
 CARRIED = ("params", "batch_stats")
 """The collections of variables that training carries from step to step, and checkpoints hold."""
@@ -71,7 +70,7 @@ def check_program(model: Network, variables: Mapping[str, Tree], program: Any) -
     for path, shape in _shared_arrays(model):
         if path not in params or params[path].shape != shape:
             raise _error(model, f"declares {'/'.join(path)} {list(shape)} in shared_shapes() and has no such "
-                         "parameter: call self.shared_arrays() once in its compact method, and hand the arrays to the layers.")
+                         "parameter: call self.shared_arrays() once in its compact method, hand them to the layers.")
     # The first inputs of the program are the variables.
     _, used = dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
     is_used = dict(zip(_by_path(variables), used, strict=False))
@@ -80,8 +79,9 @@ def check_program(model: Network, variables: Mapping[str, Tree], program: Any) -
             raise _error(model, f"declares {'/'.join(path)} and its logits do not depend on it: hand it to the layers "
                          "that share it, e.g. layer(x, self.shared_by_layer(bases, group)[name], train=train).")
     _check_layers(model, params)
-    for path in paths_of(model.basis_groups("shared+unique")):
-        if path not in params:
+    named = [path for group in model.basis_groups("shared+unique") for path in (*group.shared, *group.unique)]
+    for path in named:
+        if isinstance(path, tuple) and path not in params:
             raise _absent(model, path, params)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from shared_basis.nn.types import Array, Tree
+from shared_basis.optim.basis_group import BasisGroup
+from shared_basis.optim.labels import KINDS, parameter_kinds
+from shared_basis.optim.paths import leaves_by_path
 
 
 def tree_size(tree: Tree) -> int:
@@ -22,6 +25,32 @@ def tree_size(tree: Tree) -> int:
 def count_parameters(params: Tree) -> dict[str, int]:
     """Returns the number of parameters under each top-level name, arrays and abstract shapes alike."""
     return {name: tree_size(tree) for name, tree in params.items()}
+
+
+def count_by_kind(params: Tree, basis_groups: Iterable[BasisGroup] = (), *,
+                  labels: Tree | None = None) -> dict[str, int]:
+    """Returns the number of parameters of each kind, in any tree of arrays or abstract shapes.
+
+    Args:
+      params: the tree, of which all leaves count.
+      basis_groups: name its bases, so that arrays by any name count as 'basis'.
+      labels: a tree like `params` of kinds of your own, in place of those of `parameter_kinds`.
+
+    Returns:
+      Counts of 'basis', 'coefficients', 'kernel', 'norm', 'bias' and 'other', or of what `labels` holds. Bases that
+      layers share are counted once: they are one array of the tree.
+
+    Raises:
+      KeyError, ValueError, TypeError: `basis_groups` name no bases in `params`; `labels` is no tree like it.
+    """
+    leaves = leaves_by_path(params)
+    kinds = leaves_by_path(parameter_kinds(params, basis_groups) if labels is None else labels)
+    if kinds.keys() != leaves.keys():
+        raise ValueError("labels must be a tree like params, with a string in place of each array")
+    counts = dict.fromkeys(KINDS, 0) if labels is None else {}
+    for path, leaf in leaves.items():
+        counts[kinds[path]] = counts.get(kinds[path], 0) + math.prod(leaf.shape)
+    return counts
 
 
 def count_macs(model: nn.Module, variables: Tree, image_shape: tuple[int, int, int]) -> dict[str, int]:

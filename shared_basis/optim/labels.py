@@ -1,31 +1,91 @@
-"""What kind of parameter each one is, by its path."""
+"""What kind of parameter each one is: of our networks by path, and of any tree; masks by kind, as optax takes them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import jax.numpy as jnp
 from jax.tree_util import tree_map_with_path
 
 from shared_basis.config import PARAMETER_LABELS
 from shared_basis.nn.types import Path, Tree
-from shared_basis.optim.paths import path_of
+from shared_basis.optim.basis_group import BasisGroup
+from shared_basis.optim.find import find_groups, paths_of
+from shared_basis.optim.paths import leaves_by_path, path_of
+
+KINDS = (*PARAMETER_LABELS, "other")
+"""The kinds of parameters of any tree."""
 
 
 def label_parameters(params: Tree) -> Tree:
     """Returns a tree like `params` that holds the label of every parameter, one of `PARAMETER_LABELS`, by its path.
 
+    It is for our networks, whose parameters are all of known kinds; `parameter_kinds` is for any tree.
+
     Raises:
       ValueError: a parameter is of no known kind.
     """
-    return tree_map_with_path(lambda entries, _: _label(path_of(entries)), params)
+    def label(entries: tuple[Any, ...], leaf: Any) -> str:
+        path = path_of(entries)
+        found = _label(path, norm=len(path) > 1 and path[-2].endswith("norm"))
+        if found == "other":
+            raise ValueError(f"parameter {'/'.join(path)} is of no known kind ({', '.join(PARAMETER_LABELS)})")
+        return found
+    return tree_map_with_path(label, params)
 
 
-def _label(path: Path) -> str:
-    parent, name = (path[-2] if len(path) > 1 else ""), path[-1]
-    if path[0] == "bases" or name == "unique":
+def parameter_kinds(params: Tree, basis_groups: Iterable[BasisGroup] = ()) -> Tree:
+    """Returns a tree like `params`, any tree of arrays, that holds the kind of every parameter.
+
+    Such a tree is what `optax.partition` and `count_by_kind` take. The kinds are 'basis': what `basis_groups` name,
+    and by the names that this library gives them, arrays under `bases` and those named `unique`; 'coefficients' and
+    'kernel' by name; 'norm': each `scale`, and the `bias` beside it; 'bias'; and 'other' for all else.
+
+    Raises:
+      KeyError, ValueError, TypeError: `basis_groups` name no bases in `params`; see `orthogonality_penalty`.
+    """
+    groups = tuple(basis_groups)
+    named = set(paths_of(find_groups(params, groups))) if groups else set()
+    scaled = {path[:-1] for path in leaves_by_path(params) if path[-1:] == ("scale",)}
+
+    def kind(entries: tuple[Any, ...], leaf: Any) -> str:
+        path = path_of(entries)
+        return "basis" if path in named else _label(path, norm=path[:-1] in scaled)
+    return tree_map_with_path(kind, params)
+
+
+def mask_by_kind(kinds: Collection[str], basis_groups: Iterable[BasisGroup] = ()) -> Callable[[Tree], Tree]:
+    """Returns the function from parameters to a mask that holds those of some `kinds`, integers apart.
+
+        optax.adamw(1e-3, weight_decay=1e-4, mask=mask_by_kind(["kernel", "coefficients"], basis_groups))
+
+    Args:
+      kinds: some of 'basis', 'coefficients', 'kernel', 'norm', 'bias', 'other'.
+      basis_groups: name the bases, as in `parameter_kinds`.
+
+    Raises:
+      ValueError: one of `kinds` is unknown.
+    """
+    unknown = [kind for kind in ([kinds] if isinstance(kinds, str) else kinds) if kind not in KINDS]
+    if isinstance(kinds, str) or unknown:
+        raise ValueError(f"kinds={kinds!r}: must be a list of {', '.join(map(repr, KINDS))}")
+    groups = tuple(basis_groups)
+
+    def mask(params: Tree) -> Tree:
+        found = leaves_by_path(parameter_kinds(params, groups))
+        return tree_map_with_path(lambda entries, leaf: found[path_of(entries)] in kinds and jnp.issubdtype(
+            jnp.result_type(leaf), jnp.inexact), params)
+    return mask
+
+
+def _label(path: Path, norm: bool) -> str:
+    """Returns the kind of the parameter at `path`; `norm` says whether a scale or bias there is a normalisation's."""
+    name = path[-1] if path else ""
+    if path[:1] == ("bases",) or name == "unique":
         return "basis"
     if name in ("coefficients", "kernel"):
         return name
-    if parent.endswith("norm") and name in ("scale", "bias"):
+    if norm and name in ("scale", "bias"):
         return "norm"
-    if name == "bias":
-        return "bias"
-    raise ValueError(f"parameter {'/'.join(path)} is of no known kind ({', '.join(PARAMETER_LABELS)})")
+    return "bias" if name == "bias" else "other"

@@ -10,11 +10,12 @@ import optax
 from shared_basis.config import OptimizerConfig, OrthogonalityConfig
 from shared_basis.nn.types import Tree
 from shared_basis.optim.basis_group import BasisGroup
+from shared_basis.optim.find import find_groups, paths_of
 from shared_basis.optim.gradient_norms import record_gradient_norms
 from shared_basis.optim.labels import label_parameters
-from shared_basis.optim.orthonormal import keep_orthonormal
+from shared_basis.optim.orthonormal import retraction
 from shared_basis.optim.paths import path_of
-from shared_basis.optim.penalty import add_orthogonality_penalty, paths_of
+from shared_basis.optim.penalty import add_orthogonality_penalty
 
 
 def learning_rate_schedule(config: OptimizerConfig, epochs: int, steps_per_epoch: int) -> optax.Schedule:
@@ -39,8 +40,8 @@ def make_optimizer(config: OptimizerConfig, orthogonality: OrthogonalityConfig, 
     """Returns the chain: orthogonality penalty, weight decay, SGD with momentum.
 
     Both additions come before momentum, so that the chain equals descent on cross entropy + weight · penalty
-    + ½ weight_decay · ‖decaying parameters‖². With exact orthogonality the chain ends with `keep_orthonormal` in place
-    of the penalty.
+    + ½ weight_decay · ‖decaying parameters‖². With exact orthogonality the chain ends with `retraction` in place of
+    the penalty, as in `keep_orthonormal`.
 
     Args:
       recorded_steps: the steps over which `record_gradient_norms`, before all, averages; 0 leaves it out.
@@ -49,9 +50,9 @@ def make_optimizer(config: OptimizerConfig, orthogonality: OrthogonalityConfig, 
     if orthogonality.method == "penalty" and orthogonality.weight and basis_groups:
         links.append(add_orthogonality_penalty(orthogonality.weight, basis_groups, orthogonality.reduction))
     exact = basis_groups if orthogonality.method == "exact" else ()
-    kept = set(paths_of(exact))
 
     def decays(params: Tree) -> Tree:
+        kept = set(paths_of(find_groups(params, exact))) if exact else set()
         return jax.tree_util.tree_map_with_path(
             lambda entries, label: label in config.weight_decay_labels and path_of(entries) not in kept,
             label_parameters(params))
@@ -60,5 +61,5 @@ def make_optimizer(config: OptimizerConfig, orthogonality: OrthogonalityConfig, 
         links.append(optax.add_decayed_weights(config.weight_decay, mask=decays))
     links.append(optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov))
     if exact:
-        links.append(keep_orthonormal(exact))
+        links.append(retraction(exact))
     return optax.chain(*links)

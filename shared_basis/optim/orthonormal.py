@@ -1,4 +1,4 @@
-"""Exact orthogonality: filter bases that are orthonormal after every step, as the last link of an optax chain.
+"""Exact orthogonality: filter bases that are orthonormal after every step, whatever the optimizer is.
 
 The penalty (`shared_basis.optim.penalty`) pulls bases towards orthonormality; this keeps them there. Norms are then 1
 and coherence 0 at every step, with no weight λ to choose. Each update is projected to the tangent space of the
@@ -14,17 +14,17 @@ frame.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from shared_basis.errors import UserError
+from shared_basis.errors import UserError, note_renamed
 from shared_basis.nn.types import Array, Path, Tree
-from shared_basis.optim.basis_group import BasisGroup
+from shared_basis.optim.basis_group import BasisGroup, checked_groups
+from shared_basis.optim.find import FoundGroup, alike, check_named_once, find_groups, paths_of
 from shared_basis.optim.paths import arrays_at, replace_arrays
-from shared_basis.optim.penalty import Rows, paths_of, rows_at
 
 LIFTING, CONVERGING = (3.4445, -4.775, 2.0315), (1.875, -1.25, 0.375)
 """Of Newton–Schulz iterations X ← (a + b X Xᵀ + c (X Xᵀ)²) X.
@@ -88,69 +88,104 @@ def tangent(matrix: Array, direction: Array) -> Array:
     return direction - _product((products + _transposed(products)) / 2, matrix)
 
 
-def keep_orthonormal(basis_groups: Sequence[BasisGroup]) -> optax.GradientTransformation:
-    """Returns the optax link that ends a chain so that the named bases are orthonormal after each update.
+def keep_orthonormal(basis_groups: Iterable[BasisGroup],
+                     optimizer: optax.GradientTransformation | None = None) -> optax.GradientTransformation:
+    """Returns `optimizer` with the named bases orthonormal after each of its updates.
 
-        optax.chain(optax.sgd(0.1, momentum=0.9), keep_orthonormal(basis_groups))
+        keep_orthonormal(basis_groups, optax.sgd(0.1, momentum=0.9))
 
-    Works for any optimizer, and any pytree: nested dicts, `FrozenDict`, `nnx.State`, dataclasses. Bases that are not
-    orthonormal yet become so by the first update, or, with norms far from 1, by the first updates. Leave the same paths
-    out of weight decay: the projection removes its effect, but not from momentum.
+    It works for any optimizer, and any pytree: nested dicts, `FrozenDict`, `nnx.State`, dataclasses. Bases that are
+    not orthonormal yet become so by the first update, or, with norms far from 1, by the first updates. Leave the same
+    paths out of weight decay: the projection removes its effect, but not from momentum.
+
+    What comes out are the updates to add: no further link may change them, as a scale or clipping would. Such belong
+    into `optimizer`; `optax.MultiSteps`, `apply_if_finite`, `masked` and `partition` may stand around it, for they
+    pass updates on whole or not at all. `orthogonality_diagnostics` after an update shows whether all is well.
 
     Args:
       basis_groups: name the bases in the parameter tree, as for `add_orthogonality_penalty`.
+      optimizer: the whole optimizer, learning rate included. The earlier form without it, a link that had to be the
+        last one of a chain, goes with the next version.
 
     Raises:
       UserError: (when initialised) shared and unique elements of a layer are more than their space has dimensions.
-      KeyError: (when initialised) a path is not in the parameters.
-      ValueError: there is no basis group, a path names more than an array, or (when updating) `params` was not passed.
+      KeyError: (when initialised) there is nothing at a path, or a glob or predicate matches nothing.
+      ValueError: what is named cannot be a basis, or is named twice, or is a stack without a `stack_axis`; there is no
+        basis group; or (when updating) `params` was not passed.
+      TypeError: `basis_groups` is no list of `BasisGroup`.
     """
-    if not basis_groups:
-        raise ValueError("basis_groups is empty: name at least one basis")
+    if optimizer is None:
+        note_renamed("keep_orthonormal(basis_groups), a link that had to be the last one of a chain,",
+                     "keep_orthonormal(basis_groups, optimizer)")
+        return retraction(basis_groups)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}: must be one of optax, as "
+                        "keep_orthonormal(basis_groups, optax.sgd(0.1))")
+    return optax.chain(optimizer, retraction(basis_groups))
+
+
+def retraction(basis_groups: Iterable[BasisGroup]) -> optax.GradientTransformation:
+    """Returns the link that must end a chain so that bases are orthonormal after each update; see `keep_orthonormal`.
+
+    Its state is empty, and its place that of the last link, as in the checkpoints of earlier versions.
+    """
+    basis_groups = checked_groups(basis_groups)
+
+    def find(params: Tree) -> list[FoundGroup]:
+        groups = find_groups(params, basis_groups)
+        check_named_once((("", path) for group in groups for path in group.paths),
+                         "elements are made orthonormal with those of one group, so name it in one")
+        return groups
 
     def init(params: Tree) -> optax.EmptyState:
-        rows = rows_at(params, paths_of(basis_groups))
-        for group in basis_groups:
-            shared = sum(rows[path].shape[0] for path in group.shared)
+        for group in (groups := find(params)):
+            sizes = group.sizes(arrays_at(params, paths_of(groups)))
+            shared = sum(sizes[path][0] for path in group.shared)
             for path in group.unique:
-                unique, size = rows[path].shape
+                unique, size = sizes[path]
                 if shared + unique > size:
                     raise UserError(f"{shared} shared elements and the {unique} of {'/'.join(path)} cannot all be "
-                                    f"orthogonal in {size} dimensions; set --config.orthogonality.elements=shared.")
+                                    f"orthogonal in {size} dimensions; set --config.orthogonality.elements=shared, or "
+                                    "leave unique elements out of the BasisGroup.")
         return optax.EmptyState()
 
     def update(updates: Tree, state: optax.EmptyState, params: Tree = None) -> tuple[Tree, optax.EmptyState]:
         if params is None:
             raise ValueError("keep_orthonormal needs the parameters: call update(updates, state, params)")
-        paths = paths_of(basis_groups)
-        arrays, rows, moves = arrays_at(updates, paths), rows_at(params, paths), rows_at(updates, paths)
-        for group in basis_groups:
-            moves |= _retract(rows, moves, group)
-        return replace_arrays(updates, {path: moves[path].T.reshape(array.shape).astype(array.dtype)
-                                        for path, array in arrays.items()}), state
+        groups = find(params)
+        paths = paths_of(groups)
+        arrays, moves = arrays_at(params, paths), arrays_at(updates, paths)
+        found: dict[Path, Array] = {}
+        for group in groups:
+            kept = group.over_members(_retract)(*group.rows(arrays), *group.rows(moves))
+            found |= group.arrays(kept, moves)
+        return replace_arrays(updates, found), state
 
     return optax.GradientTransformation(init, update)
 
 
-def _retract(rows: Rows, moves: Rows, group: BasisGroup) -> dict[Path, Array]:
-    """Returns by path the updates that lead from orthonormal elements to orthonormal ones.
+def _retract(shared: list[Array], unique: list[Array], shared_moves: list[Array],
+             unique_moves: list[Array]) -> tuple[list[Array], list[Array]]:
+    """Returns the updates that lead from orthonormal elements to orthonormal ones.
 
     Args:
-      rows: the elements as they are.
-      moves: the updates that were to be.
+      shared: the elements as they are, `[s, D]` for each shared array.
+      unique: the same, `[u, D]` for each layer.
+      shared_moves: the updates that were to be.
+      unique_moves: the same.
     """
-    found: dict[Path, Array] = {}
-    shared = None
-    if group.shared:
-        parts = [rows[path] for path in group.shared]
-        now = jnp.concatenate(parts)
-        shared = polar_factor(now + tangent(now, jnp.concatenate([moves[path] for path in group.shared])))
-        *ends, _ = itertools.accumulate(part.shape[0] for part in parts)
-        found |= dict(zip(group.shared, jnp.split(shared - now, ends), strict=True))
-    if group.unique:
-        now = jnp.stack([rows[path] for path in group.unique])  # [layers, u, D]
-        moved = now + tangent(now, jnp.stack([moves[path] for path in group.unique]))
-        if shared is not None:
-            moved = moved - _product(_product(moved, shared.T), shared)
-        found |= dict(zip(group.unique, polar_factor(moved) - now, strict=True))
-    return found
+    space = None
+    if shared:
+        now = jnp.concatenate(shared)
+        space = polar_factor(now + tangent(now, jnp.concatenate(shared_moves)))
+        *ends, _ = itertools.accumulate(part.shape[0] for part in shared)
+        shared = jnp.split(space - now, ends)
+    kept = list(unique)
+    for same in alike(unique):
+        now = jnp.stack([unique[index] for index in same])  # [layers, u, D]
+        moved = now + tangent(now, jnp.stack([unique_moves[index] for index in same]))
+        if space is not None:
+            moved = moved - _product(_product(moved, space.T), space)
+        for index, update in zip(same, polar_factor(moved) - now, strict=True):
+            kept[index] = update
+    return shared, kept

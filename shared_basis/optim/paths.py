@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import optax
 from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path, tree_map_with_path
 
 from shared_basis.nn.types import Array, Path, Tree
@@ -23,6 +25,11 @@ def path_of(entries: tuple[Any, ...]) -> Path:
     return tuple(keystr((entry,), simple=True) for entry in entries)
 
 
+def leaves_by_path(tree: Tree) -> dict[Path, Any]:
+    """Returns the leaves of `tree` by path, in its order."""
+    return {path_of(entries): leaf for entries, leaf in tree_leaves_with_path(tree)}
+
+
 def arrays_at(tree: Tree, paths: Iterable[Path]) -> dict[Path, Array]:
     """Returns the arrays of `tree` at `paths`, by path.
 
@@ -30,24 +37,39 @@ def arrays_at(tree: Tree, paths: Iterable[Path]) -> dict[Path, Array]:
       KeyError: there is nothing at a path.
       ValueError: a path ends at a part of the tree that holds arrays, and not at one of them.
     """
-    arrays = {path_of(entries): leaf for entries, leaf in tree_leaves_with_path(tree)}
+    leaves = leaves_by_path(tree)
     found = {}
     for path in paths:
-        if path not in arrays:
-            raise _not_found(path, arrays)
-        found[path] = arrays[path]
+        if path not in leaves:
+            raise not_found(path, tree)
+        found[path] = leaves[path]
     return found
 
 
-def _not_found(path: Path, arrays: Iterable[Path]) -> Exception:
-    below = ["/".join(known) for known in arrays if known[:len(path)] == path]
-    name = "/".join(path)
+def not_found(path: Path, tree: Tree) -> Exception:
+    """Returns what is raised where `tree` has no array at `path`."""
+    leaves, name = leaves_by_path(tree), "/".join(path)
+    below = ["/".join(known) for known in leaves if known[:len(path)] == path]
     if below:
         return ValueError(f"no basis at {name}: it holds {', '.join(below[:3])}{', …' * (len(below) > 3)}; name one "
-                          f"array, as in BasisGroup(shared=[{below[0]!r}])")
-    known = {known[:length] for known in arrays for length in range(len(known) + 1)}
+                          f"array, as in BasisGroup({below[0]!r}), or all of them, as in BasisGroup({name + '/**'!r})")
+    masked = tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    if any(isinstance(node, optax.MaskedNode) and path_of(entries) == path[:len(path_of(entries))]
+           for entries, node in masked):
+        return KeyError(f"no basis at {name}: a mask of optax.masked or optax.partition leaves it out of what this "
+                        "link is given; put it into the mask")
+    known = {known[:length] for known in leaves for length in range(len(known) + 1)}
     absent = next(path[:length] for length in range(len(path) + 1) if path[:length] not in known)
-    return KeyError(f"no basis at {name}: the parameter tree has no {'/'.join(absent)}")
+    return KeyError(f"no basis at {name}: the parameter tree has no {'/'.join(absent)}{nearest(name, leaves)}")
+
+
+def nearest(name: str, leaves: Mapping[Path, Any]) -> str:
+    """Returns the end of a message that names those of `leaves` that may be bases and were perhaps meant by `name`."""
+    names = ["/".join(path) for path, leaf in leaves.items() if getattr(leaf, "ndim", 0) > 1]
+    close = difflib.get_close_matches(name, names, cutoff=0.4)
+    if close:
+        return f"; nearest: {', '.join(close)}"
+    return f"; it has {', '.join(names[:3])}{', …' * (len(names) > 3)}" if names else "; it has no array that is one"
 
 
 def replace_arrays(tree: Tree, arrays: Mapping[Path, Array]) -> Tree:

@@ -12,7 +12,7 @@ Nothing here knows a network: bases are named by path (`BasisGroup`), in any pyt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,27 +20,9 @@ import jax.numpy as jnp
 import optax
 
 from shared_basis.nn.types import Array, Path, Tree
-from shared_basis.optim.basis_group import BasisGroup
-from shared_basis.optim.paths import arrays_at
-
-Rows = Mapping[Path, Array]
-"""Basis elements as float32 rows `[elements, size]`, by the path of their array."""
-
-
-def paths_of(basis_groups: Sequence[BasisGroup]) -> list[Path]:
-    """Returns the paths of all arrays that `basis_groups` name."""
-    return [path for group in basis_groups for path in (*group.shared, *group.unique)]
-
-
-def rows_at(params: Tree, paths: Sequence[Path]) -> dict[Path, Array]:
-    """Returns the elements of the arrays at `paths` as rows.
-
-    Raises:
-      KeyError: there is nothing at a path.
-      ValueError: a path names a part of the tree and not one array.
-    """
-    return {path: jnp.reshape(array, (-1, array.shape[-1])).T.astype(jnp.float32)
-            for path, array in arrays_at(params, paths).items()}
+from shared_basis.optim.basis_group import BasisGroup, checked_groups
+from shared_basis.optim.find import FoundGroup, alike, find_groups, paths_of
+from shared_basis.optim.paths import arrays_at, replace_arrays
 
 
 def _product(a: Array, b: Array) -> Array:
@@ -48,24 +30,50 @@ def _product(a: Array, b: Array) -> Array:
     return jnp.matmul(a, jnp.swapaxes(b, -1, -2), precision=jax.lax.Precision.HIGHEST)
 
 
-def _gram_blocks(rows: Rows, group: BasisGroup) -> Iterator[tuple[Array, Array]]:
-    """Yields the counted pairs of one group as blocks of B Bᵀ, each with the block of I that it is compared with.
+def _gram_blocks(shared: Sequence[Array], unique: Sequence[Array]) -> list[tuple[Array, Array]]:
+    """Returns the counted pairs of one group as blocks of B Bᵀ, each with the block of I that it is compared with.
 
-    The blocks are `[s, rows]` (shared × all rows) and `[layers, u, u]` (unique × unique within each layer), so that
-    no masked-out product is computed.
+    The blocks are `[s, rows]` (shared × all rows) and, for the layers of each unique rank, `[layers, u, u]` (unique ×
+    unique within each layer), so that no masked-out product is computed.
+
+    Args:
+      shared: `[s, D]` for each shared array.
+      unique: `[u, D]` for each layer.
     """
-    unique = [rows[path] for path in group.unique]
-    if group.shared:
-        shared = jnp.concatenate([rows[path] for path in group.shared])
-        products = _product(shared, jnp.concatenate([shared, *unique]))
-        yield products, jnp.eye(products.shape[0], products.shape[1])
-    if unique:
-        layers = jnp.stack(unique)
+    blocks = []
+    if shared:
+        rows = jnp.concatenate(shared)
+        products = _product(rows, jnp.concatenate([rows, *unique]))
+        blocks.append((products, jnp.eye(products.shape[0], products.shape[1])))
+    for same in alike(unique):
+        layers = jnp.stack([unique[index] for index in same])
         products = _product(layers, layers)
-        yield products, jnp.broadcast_to(jnp.eye(layers.shape[1]), products.shape)
+        blocks.append((products, jnp.broadcast_to(jnp.eye(layers.shape[1]), products.shape)))
+    return blocks
 
 
-def orthogonality_penalty(params: Tree, basis_groups: Sequence[BasisGroup], reduction: str = "mean") -> Array:
+def _blocks(arrays: Mapping[Path, Array], group: FoundGroup) -> list[tuple[Array, Array]]:
+    return group.over_members(_gram_blocks)(*group.rows(arrays))
+
+
+def _penalty(arrays: Mapping[Path, Array], groups: Sequence[FoundGroup], reduction: str) -> Array:
+    totals: dict[str, Array] = {}
+    counts: dict[str, int] = {}
+    for group in groups:
+        name = group.reduction_group
+        for products, identity in _blocks(arrays, group):
+            totals[name] = totals.get(name, 0.0) + jnp.sum((products - identity) ** 2)
+            counts[name] = counts.get(name, 0) + products.size
+    return sum((total / (counts[name] if reduction == "mean" else 1) for name, total in totals.items()),
+               jnp.zeros(()))
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction!r}: must be 'mean' or 'sum'")
+
+
+def orthogonality_penalty(params: Tree, basis_groups: Iterable[BasisGroup], reduction: str = "mean") -> Array:
     """Returns the penalty of the bases named by `basis_groups` in `params`, a float32 scalar (section 3.2).
 
     Args:
@@ -74,37 +82,33 @@ def orthogonality_penalty(params: Tree, basis_groups: Sequence[BasisGroup], redu
       reduction: 'mean' over the pairs that count, of a reduction group together (published), or their 'sum'.
 
     Raises:
-      KeyError: a path is not in `params`.
-      ValueError: there is no basis group, a path names more than an array, or `reduction` is unknown.
+      KeyError: there is nothing at a path, or a glob or predicate matches nothing.
+      ValueError: what is named cannot be a basis, or is named twice in a reduction group, or is a stack without a
+        `stack_axis`; there is no basis group; or `reduction` is unknown.
+      TypeError: `basis_groups` is no list of `BasisGroup`.
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r}: must be 'mean' or 'sum'")
-    if not basis_groups:
-        raise ValueError("basis_groups is empty: name at least one basis")
-    rows = rows_at(params, paths_of(basis_groups))
-    totals: dict[str, Array] = {}
-    counts: dict[str, int] = {}
-    for group in basis_groups:
-        name = group.reduction_group
-        for products, identity in _gram_blocks(rows, group):
-            totals[name] = totals.get(name, 0.0) + jnp.sum((products - identity) ** 2)
-            counts[name] = counts.get(name, 0) + products.size
-    return sum((total / (counts[name] if reduction == "mean" else 1) for name, total in totals.items()),
-               jnp.zeros(()))
+    _check_reduction(reduction)
+    groups = find_groups(params, basis_groups)
+    return _penalty(arrays_at(params, paths_of(groups)), groups, reduction)
 
 
-def orthogonality_diagnostics(params: Tree, basis_groups: Sequence[BasisGroup]) -> dict[str, Array]:
+def orthogonality_diagnostics(params: Tree, basis_groups: Iterable[BasisGroup]) -> dict[str, Array]:
     """Returns how far the named bases are from orthonormal, as float32 scalars.
 
     `penalty` is the mean penalty, `norm_min`, `norm_mean`, `norm_max` are of the norms of all elements, and
     `coherence` is the largest |product| of two different elements among the pairs that count. Orthonormal bases have
     penalty 0, norms 1 and coherence 0.
+
+    Raises:
+      KeyError, ValueError, TypeError: as `orthogonality_penalty`.
     """
-    rows = rows_at(params, paths_of(basis_groups))
-    blocks = [block for group in basis_groups for block in _gram_blocks(rows, group)]
-    norms = jnp.concatenate([jnp.linalg.norm(rows[path], axis=1) for path in paths_of(basis_groups)])
+    groups = find_groups(params, basis_groups)
+    arrays = arrays_at(params, paths_of(groups))
+    blocks = [block for group in groups for block in _blocks(arrays, group)]
+    norms = jnp.concatenate([jnp.linalg.norm(rows, axis=-1).ravel() for group in groups
+                             for parts in group.rows(arrays) for rows in parts])
     return {
-        "penalty": orthogonality_penalty(params, basis_groups),
+        "penalty": _penalty(arrays, groups, "mean"),
         "norm_min": norms.min(), "norm_mean": norms.mean(), "norm_max": norms.max(),
         "coherence": jnp.stack([jnp.max(jnp.abs(p) * (1 - identity)) for p, identity in blocks]).max(),
     }
@@ -118,32 +122,40 @@ class PenaltyState(NamedTuple):
 
 
 def add_orthogonality_penalty(
-    weight: float | optax.Schedule, basis_groups: Sequence[BasisGroup], reduction: str = "mean",
+    weight: float | Array | optax.Schedule, basis_groups: Iterable[BasisGroup], reduction: str = "mean",
 ) -> optax.GradientTransformation:
-    """Returns the optax link that adds the gradient of `weight · penalty` to the updates.
+    """Returns the optax link that adds the gradient of `weight · penalty` to the updates of the named bases.
 
     Before momentum in the chain it equals training on the loss plus `weight · penalty`:
 
         optax.chain(add_orthogonality_penalty(10.0, basis_groups), optax.sgd(0.1, momentum=0.9))
 
     Args:
-      weight: λ, or a schedule that maps the number of updates made so far to λ.
+      weight: λ, or a schedule that maps the number of updates made so far to λ; a hyperparameter of
+        `optax.inject_hyperparams(add_orthogonality_penalty)`.
       basis_groups: names the bases in the parameter tree, as in `orthogonality_penalty`.
       reduction: as in `orthogonality_penalty`.
 
     Raises:
-      KeyError, ValueError: (when initialised) as `orthogonality_penalty`; (when updating) `params` was not passed.
+      KeyError, ValueError, TypeError: (at once, or when initialised) as `orthogonality_penalty`; (when updating)
+        `params` was not passed.
     """
+    _check_reduction(reduction)
+    basis_groups = checked_groups(basis_groups)
+
     def init(params: Tree) -> PenaltyState:
-        orthogonality_penalty(params, basis_groups, reduction)  # a wrong path or reduction fails here, by name
+        find_groups(params, basis_groups)  # what names no basis fails here, by name
         return PenaltyState(jnp.zeros((), jnp.int32))
 
     def update(updates: Tree, state: PenaltyState, params: Tree = None) -> tuple[Tree, PenaltyState]:
         if params is None:
             raise ValueError("add_orthogonality_penalty needs the parameters: call update(updates, state, params)")
         scale = weight(state.count) if callable(weight) else weight
-        gradient = jax.grad(orthogonality_penalty)(params, basis_groups, reduction)
-        updates = jax.tree.map(lambda g, p: g + (scale * p).astype(g.dtype), updates, gradient)
-        return updates, PenaltyState(optax.safe_increment(state.count))
+        groups = find_groups(params, basis_groups)
+        paths = paths_of(groups)
+        # Of the named arrays alone: other leaves may be integers, or more than a gradient of zeros is worth.
+        gradient = jax.grad(_penalty)(arrays_at(params, paths), groups, reduction)
+        sums = jax.tree.map(lambda g, p: g + (scale * p).astype(g.dtype), arrays_at(updates, paths), gradient)
+        return replace_arrays(updates, sums), PenaltyState(optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init, update)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import math
 from pathlib import Path
@@ -16,7 +17,7 @@ from helpers import save_run, user_error
 from PIL import Image
 from sample_networks import NETWORKS, SHAPE, random_variables
 
-from shared_basis import plotting
+from shared_basis import draw_basis, plotting
 from shared_basis.analysis import analyze, basis_figures, figures, tables
 from shared_basis.analysis.bases import BasisSet, basis_sets, describe_set
 from shared_basis.analysis.collect import Analysis, training_batch
@@ -177,6 +178,16 @@ def test_tables_of_every_kind(name: str) -> None:
     assert ("bases.csv" in files) == bool(one.sets)
     assert all(content.count(b"\n") > 1 for content in files.values())
     assert json.dumps(tables.numbers(one))
+
+
+def test_one_basis_of_any_model_is_drawn() -> None:
+    basis = np.random.default_rng(0).normal(size=(3, 3, 2, 4))
+    found = Image.open(io.BytesIO(draw_basis(jax.numpy.asarray(basis), "mine")))
+    assert found.format == "PNG"
+    assert len(found.convert("RGB").getcolors(1 << 20)) > 20  # white, text, and the shades of filters
+    for shape in ((3, 3, 4), (2, 3, 3, 2, 4), (3, 5, 2, 4), (3, 3, 2, 0)):
+        with pytest.raises(ValueError, match=r"must be \[k, k, C, elements\]"):
+            draw_basis(np.zeros(shape))
 
 
 def test_large_sets_are_cut_down_in_pictures_and_say_so() -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from shared_basis.config import PARAMETER_LABELS, ModelConfig
 from shared_basis.models import create_model
-from shared_basis.models.parameters import abstract_variables, count_macs, count_parameters
+from shared_basis.models.parameters import abstract_variables, count_by_kind, count_macs, count_parameters
 from shared_basis.models.summary import compare_with_plain, count_network, render, render_saving
+from shared_basis.optim.basis_group import BasisGroup
 from shared_basis.optim.labels import label_parameters
 
 CIFAR10_COUNTS = {
@@ -68,6 +69,31 @@ def test_a_parameter_of_no_known_kind_is_refused_by_its_path(path):
 def test_parameters_are_counted_under_each_top_level_name():
     tree = {"a": {"x": np.zeros((2, 3)), "y": {"z": jax.ShapeDtypeStruct((4,), jnp.float32)}}, "b": np.zeros(())}
     assert count_parameters(tree) == {"a": 10, "b": 1}
+
+
+def test_parameters_of_any_tree_are_counted_by_kind():
+    norm = {"scale": np.zeros(5), "bias": np.zeros(5)}
+    tree = {"filters": np.zeros((3, 3, 2, 4)),
+            "layer": {"unique": np.zeros((3, 3, 2, 1)), "coefficients": np.zeros((5, 7)), "norm": norm},
+            "dense": {"kernel": jax.ShapeDtypeStruct((7, 2), jnp.float32), "bias": np.zeros(2)}, "alpha": np.zeros(())}
+    counts = {"basis": 18, "coefficients": 35, "kernel": 14, "norm": 10, "bias": 2, "other": 72 + 1}
+    assert count_by_kind(tree) == counts
+    assert count_by_kind(tree, [BasisGroup("filters")]) == {**counts, "basis": 90, "other": 1}
+    labels = {"filters": "mine",
+              "layer": {"unique": "mine", "coefficients": "mix", "norm": {"scale": "n", "bias": "n"}},
+              "dense": {"kernel": "mine", "bias": "n"}, "alpha": "n"}
+    assert count_by_kind(tree, labels=labels) == {"mine": 72 + 18 + 14, "mix": 35, "n": 13}
+    with pytest.raises(ValueError, match="labels must be a tree like params"):
+        count_by_kind(tree, labels={"filters": "mine"})
+
+
+def test_counts_by_kind_of_a_network_of_ours_are_all_its_parameters():
+    model = create_model("resnet20-s4u1-double")
+    params = abstract_variables(model, (8, 8, 3))["params"]
+    counts = count_by_kind(params, model.basis_groups("shared+unique"))
+    assert counts == count_by_kind(params)
+    assert sum(counts.values()) == sum(count_parameters(params).values())
+    assert counts["other"] == 0
 
 
 class Tiny(nn.Module):

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared_basis.config import Config, DataConfig, ModelConfig, OptimizerConfig, OrthogonalityConfig, TrainConfig
+from shared_basis.errors import RenamedWarning
 from shared_basis.optim.basis_group import BasisGroup
 from shared_basis.optim.optimizer import make_optimizer
 from shared_basis.optim.orthonormal import keep_orthonormal, polar_factor, tangent
@@ -99,7 +100,7 @@ def assert_orthonormal(params: Any, atol: float = 1e-5) -> None:
 def test_bases_stay_orthonormal_over_a_long_run_of_large_steps(optimizer: optax.GradientTransformation) -> None:
     rng = np.random.default_rng(0)
     params = random_tree(rng)
-    chain = optax.chain(optax.add_decayed_weights(0.1), optimizer, keep_orthonormal(SETS))
+    chain = keep_orthonormal(SETS, optax.chain(optax.add_decayed_weights(0.1), optimizer))
     gradients = jax.tree.map(lambda leaf: rng.normal(size=(3000, *leaf.shape)).astype(np.float32), params)
 
     def step(carry: Any, gradient: Any) -> tuple[Any, Any]:
@@ -122,10 +123,10 @@ def step_without(params: Any, gradient: Any, optimizer: optax.GradientTransforma
 
 def test_a_small_step_goes_along_the_projected_gradient() -> None:
     rng = np.random.default_rng(1)
-    chain = optax.chain(optax.sgd(1e-3), keep_orthonormal(SETS))
+    chain = keep_orthonormal(SETS, optax.sgd(1e-3))
     params = random_tree(rng)
-    params = optax.apply_updates(params, keep_orthonormal(SETS).update(
-        jax.tree.map(jnp.zeros_like, params), optax.EmptyState(), params)[0])
+    params = optax.apply_updates(params, chain.update(
+        jax.tree.map(jnp.zeros_like, params), chain.init(params), params)[0])
     gradient = random_tree(rng)
     updates, _ = chain.update(gradient, chain.init(params), params)
     shared = np.concatenate([rows(params["bases"][name]) for name in ("first", "second")])
@@ -154,15 +155,43 @@ def test_weight_decay_leaves_the_bases_alone() -> None:
 
 def test_elements_that_cannot_all_be_orthogonal_are_refused() -> None:
     params = {"bases": {"first": np.ones((1, 1, 4, 3))}, "one": {"unique": np.ones((1, 1, 4, 2))}}
-    link = keep_orthonormal([BasisGroup((("bases", "first"),), (("one", "unique"),))])
+    sgd = optax.sgd(0.1)
+    link = keep_orthonormal([BasisGroup((("bases", "first"),), (("one", "unique"),))], sgd)
     with user_error("3 shared elements and the 2 of one/unique", "4 dimensions", "elements=shared"):
         link.init(params)
     with pytest.raises(KeyError, match="no basis at bases/absent"):
-        keep_orthonormal([BasisGroup((("bases", "absent"),))]).init(params)
+        keep_orthonormal([BasisGroup((("bases", "absent"),))], sgd).init(params)
     with pytest.raises(ValueError, match="needs the parameters"):
-        link.update(params, optax.EmptyState())
+        link.update(params, (sgd.init(params), optax.EmptyState()))
     with pytest.raises(ValueError, match="at least one basis"):
-        keep_orthonormal([])
+        keep_orthonormal([], sgd)
+    with pytest.raises(TypeError, match=r"optimizer is a float: must be one of optax"):
+        keep_orthonormal(SETS, 0.1)
+    with pytest.raises(ValueError, match=r"the basis wide is named twice.*so name it in one"):
+        keep_orthonormal([BasisGroup("wide"), BasisGroup("wide", reduction_group="b")], sgd).init({"wide": np.eye(4)})
+
+
+def test_as_a_link_it_works_for_one_version_and_says_what_it_is_now() -> None:
+    params = {"wide": np.float32([[3.0, 1.0], [0.0, 2.0], [1.0, 0.0]])}
+    with pytest.warns(RenamedWarning, match=r"keep_orthonormal\(basis_groups, optimizer\)"):
+        chain = optax.chain(optax.sgd(0.1), keep_orthonormal([BasisGroup("wide")]))
+    new = keep_orthonormal([BasisGroup("wide")], optax.sgd(0.1))
+    np.testing.assert_array_equal(*(each.update(params, each.init(params), params)[0]["wide"] for each in (chain, new)))
+    assert jax.tree.structure(chain.init(params)) == jax.tree.structure(new.init(params))
+
+
+def test_layers_of_different_unique_rank_are_each_orthonormal_and_apart_from_the_shared_elements() -> None:
+    rng = np.random.default_rng(3)
+    shapes = {"basis": (3, 3, 2, 3), "one": (3, 3, 2, 2), "two": (18, 4), "three": (3, 3, 2, 2)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    groups = [BasisGroup("basis", ["one", "two", "three"])]
+    optimizer = keep_orthonormal(groups, optax.sgd(0.1))
+    updates, _ = optimizer.update(jax.tree.map(np.ones_like, params), optimizer.init(params), params)
+    after = optax.apply_updates(params, updates)
+    for name in ("one", "two", "three"):
+        stacked = np.concatenate([rows(after["basis"]), rows(after[name])])
+        np.testing.assert_allclose(stacked @ stacked.T, np.eye(len(stacked)), atol=1e-5)
+    assert np.abs(rows(after["one"]) @ rows(after["three"]).T).max() > 0.05  # layers need not be, with each other
 
 
 CONFIG = Config(

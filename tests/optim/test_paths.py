@@ -97,25 +97,10 @@ def test_the_state_of_an_nnx_module_with_a_basis_trains() -> None:
             return self.conv(x, self.basis[...], train=True, mutable=["batch_stats"])
 
     model, groups = Model(jax.random.key(0)), [BasisGroup(["basis"])]
-    optimizer = nnx.Optimizer(model, optax.chain(optax.sgd(0.1), keep_orthonormal(groups)), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, keep_orthonormal(groups, optax.sgd(0.1)), wrt=nnx.Param)
     gradient = nnx.grad(lambda model: jnp.sum(model(jnp.ones((2, 4, 4, 2)))**2))(model)
     optimizer.update(model, gradient)
     assert orthogonality_diagnostics(nnx.state(model, nnx.Param), groups)["penalty"] < 1e-6
-
-
-def test_a_path_is_a_string_or_a_tuple_of_keys() -> None:
-    group = BasisGroup((("bases", "body"),), (("layer", "0", "unique"),))
-    assert BasisGroup(["bases/body"], ["layer/0/unique"]) == BasisGroup("bases/body", [("layer", 0, "unique")]) == group
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        group.shared = ()
-
-
-@pytest.mark.parametrize("init", [keep_orthonormal, lambda groups: add_orthogonality_penalty(1.0, groups)],
-                         ids=["exact", "penalty"])
-def test_a_path_written_as_several_is_explained(init: Any) -> None:
-    with pytest.raises(ValueError, match="no basis at bases") as caught:
-        init([BasisGroup(("bases", "body"))]).init(arrays())
-    assert "BasisGroup(shared=['bases/body'])" in str(caught.value)
 
 
 def test_the_names_of_version_0_1_still_work_for_one_version() -> None:

@@ -14,6 +14,7 @@ from shared_basis.optim.basis_group import BasisGroup
 from shared_basis.optim.penalty import add_orthogonality_penalty, orthogonality_diagnostics, orthogonality_penalty
 
 A, B, C = ("a", "shared"), ("a", "second"), ("b", "deep", "basis")
+WIDE = ("layers", "wide")
 U1, U2, U3 = ("layers", "u1"), ("layers", "u2"), ("layers", "u3")
 
 SETS = {
@@ -22,6 +23,7 @@ SETS = {
     "shared and unique": [BasisGroup((A,), (U1, U2))],
     "double and unique": [BasisGroup((A, B), (U1, U2, U3))],
     "unique only": [BasisGroup((), (U1, U2))],
+    "unique of different rank": [BasisGroup((A,), (U1, WIDE))],
     "several groups": [BasisGroup((A, B), (U1,)), BasisGroup((C,)), BasisGroup((), (U2, U3))],
 }
 
@@ -33,7 +35,8 @@ def random_tree(seed=0):
     def draw(*shape):
         return (0.4 * rng.normal(size=shape)).astype(np.float32)
     return {"a": {"shared": draw(3, 3, 2, 4), "second": draw(3, 3, 2, 3)}, "b": {"deep": {"basis": draw(5, 3)}},
-            "layers": {"u1": draw(3, 3, 2, 2), "u2": draw(3, 3, 2, 2), "u3": draw(3, 3, 2, 2)}, "other": draw(7)}
+            "layers": {"u1": draw(3, 3, 2, 2), "u2": draw(3, 3, 2, 2), "u3": draw(3, 3, 2, 2), "wide": draw(18, 5)},
+            "other": draw(7)}
 
 
 def rows(tree, path):
