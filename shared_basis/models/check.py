@@ -79,10 +79,10 @@ def check_program(model: Network, variables: Mapping[str, Tree], program: Any) -
             raise _error(model, f"declares {'/'.join(path)} and its logits do not depend on it: hand it to the layers "
                          "that share it, e.g. layer(x, self.shared_by_layer(bases, group)[name], train=train).")
     _check_layers(model, params)
-    named = [path for group in model.basis_groups("shared+unique") for path in (*group.shared, *group.unique)]
-    for path in named:
-        if isinstance(path, tuple) and path not in params:
-            raise _absent(model, path, params)
+    groups = model.basis_groups("shared+unique")
+    for named in (selector for group in groups for selector in (*group.shared, *group.unique)):
+        if isinstance(named, tuple) and named not in params:
+            raise _absent(model, named, params)
 
 
 def _shared_arrays(model: Network) -> Iterator[tuple[Path, tuple[int, ...]]]:

@@ -142,7 +142,7 @@ def test_gradient_of_what_is_shared_is_the_sum_over_the_layers_that_use_it(name,
         def separate(call, args, kwargs, context):
             path = "/".join(context.module.path)
             if context.method_name == "__call__" and path in copies:
-                args = (args[0], args[1] + copies[path])
+                args = (args[0], args[1] + copies[path], *args[2:])
             return call(*args, **kwargs)
         with nn.intercept_methods(separate):
             logits, _ = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"],

@@ -167,7 +167,7 @@ def test_layers_in_nnx_hold_one_basis_by_reference_and_train():
     assert model.first.shared is model.second.shared
     groups = [BasisGroup(["first/shared"])]
     for chain in (optax.chain(add_orthogonality_penalty(1.0, groups), optax.sgd(0.1)),
-                  optax.chain(optax.sgd(0.1), keep_orthonormal(groups))):
+                  keep_orthonormal(groups, optax.sgd(0.1))):
         optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
         before = jnp.array(model.second.shared[...])
 
