@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
     from shared_basis.analysis.basis_figures import draw_basis
     from shared_basis.compression.compress import compress
+    from shared_basis.compression.kernels import factorize_kernels
+    from shared_basis.compression.patches import patch_moments
     from shared_basis.config import Config
     from shared_basis.errors import UserError
     from shared_basis.interop.pytorch import load_official, load_pytorch_weights  # noqa: F401  the first one is old
@@ -50,6 +52,7 @@ __all__ = [
     "count_by_kind",
     "create_model",
     "draw_basis",
+    "factorize_kernels",
     "forms_for",
     "init_shared_bases",
     "keep_orthonormal",
@@ -59,6 +62,7 @@ __all__ = [
     "orthogonality_diagnostics",
     "orthogonality_penalty",
     "parameter_kinds",
+    "patch_moments",
     "register_network",
     "train",
 ]
@@ -66,6 +70,8 @@ __all__ = [
 _MODULES = {
     "analysis.basis_figures": ("draw_basis",),
     "compression.compress": ("compress",),
+    "compression.kernels": ("factorize_kernels",),
+    "compression.patches": ("patch_moments",),
     "config": ("Config",),
     "errors": ("UserError",),
     "interop.pytorch": ("load_official", "load_pytorch_weights"),

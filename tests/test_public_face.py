@@ -153,6 +153,7 @@ version: str = shared_basis.__version__
 result = shared_basis.train(Config(), "runs/mine", shared_basis.Reporter(verbosity="quiet"))["step"]
 compressed = shared_basis.compress(Config(), "runs/mine", budget=0.5).network
 compiled = jax.jit(lambda x: x, compiler_options=shared_basis.compiler_options())
+factors = shared_basis.factorize_kernels([bases["body"]], 2, activations=[shared_basis.patch_moments(bases["body"])])
 error: ValueError = UserError("")
 reveal_type((network, classes, compressed))
 shared_basis.trian

@@ -1,9 +1,9 @@
 """A trained plain network into one with shared filter bases, in closed form.
 
-The mathematics is `shared_basis.compression.factorize`; here it is applied to a run. What is not factorised is copied.
-The batch normalisation of a basis restores the mean and the deviation that it removes: at evaluation it is the
-identity, in training nearly so. The running statistics of the one that follows a layer are corrected for the change of
-means and variances that the approximation causes; training would correct them in time.
+The mathematics is `shared_basis.compression.factorize`, on plain arrays `shared_basis.compression.kernels`; here it is
+applied to a run. What is not factorised is copied. The running statistics of the batch normalisation that follows a
+layer are corrected for the change of means and variances that the approximation causes; training would correct them in
+time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from shared_basis import data
 from shared_basis.compression import ranks
-from shared_basis.compression.factorize import factorise, relative_error
+from shared_basis.compression.kernels import LayerFactors, factorize_layer
 from shared_basis.compression.layers import (
     Arrays,
     PlainLayers,
@@ -26,17 +26,14 @@ from shared_basis.compression.layers import (
     extract_layers,
     following_norm,
     load_images,
-    matrix,
     open_plain,
 )
-from shared_basis.compression.moments import Moments
 from shared_basis.config import Config, replace
 from shared_basis.errors import UserError
 from shared_basis.evaluation.evaluator import make_evaluator
 from shared_basis.models import Network, create_model, plain_counterpart
 from shared_basis.models.parameters import abstract_variables
 from shared_basis.models.summary import compare_with_plain, render_saving
-from shared_basis.nn.batch_norm import EPSILON
 from shared_basis.nn.types import Path
 from shared_basis.optim.penalty import orthogonality_penalty
 from shared_basis.runs.trained import Trained, Variables, build_model
@@ -167,49 +164,26 @@ def factorised(plain: PlainLayers, network: Network,
         for shared, basis in bases.items():
             arrays["params", "bases", name, shared] = basis.reshape(shared_shapes[shared])
         for path in paths:
-            unique_shape = shapes.get(("params", *path, "unique"), (0,))
-            basis = group.basis_of(path, bases)
-            own = factorise(group.layers[path], basis, unique_shape[-1])
-            kernel = matrix(arrays.pop(("params", *path, "kernel")))
-            elements = np.concatenate([own.unique, basis], axis=1)
-            approximation = elements @ own.coefficients
-            if own.unique.size:
-                arrays["params", *path, "unique"] = own.unique.reshape(unique_shape)
-            arrays["params", *path, "coefficients"] = own.coefficients
-            arrays.update(basis_norm(path, elements, plain.moments.get(path)))
-            if plain.moments and plain.is_normalised(path):
-                arrays.update(corrected_bn_statistics(plain, path, kernel, approximation))
-            layers.append({"path": "/".join(path), "filters": relative_error(kernel, approximation),
-                           "activations": relative_error(kernel, approximation, group.layers[path].factor)
-                           if plain.moments else None})
+            space = arrays.pop(("params", *path, "kernel")).shape[:-1]
+            unique_rank = shapes.get(("params", *path, "unique"), (0,))[-1]
+            found = factorize_layer(group.layers[path], space, group.basis_of(path, bases), unique_rank,
+                                    plain.moments.get(path))
+            arrays.update({(kind, *path, *rest): array for (kind, *rest), array in
+                           flatten_dict(found.variables()).items()})
+            if plain.is_normalised(path):
+                arrays.update(corrected_bn_statistics(plain, path, found))
+            layers.append({"path": "/".join(path), "filters": found.filter_error,
+                           "activations": found.activation_error})
     for path in shapes.keys() ^ arrays.keys():
         raise UserError(f"{'/'.join(path)} is in one of the two networks alone; only their sharing may differ.")
     return {path: np.asarray(arrays[path], np.float32) for path in shapes}, layers
 
 
-def basis_norm(path: Path, elements: np.ndarray, moments: Moments | None) -> Arrays:
-    """Returns the batch normalisation of the basis `elements` `[D, R]` of the layer at `path`, which is the identity.
-
-    Its running statistics are those of the products of the elements with patches of these `moments`; None is 0 and 1.
-    """
-    mean, var = np.zeros(elements.shape[1]), np.ones(elements.shape[1])
-    if moments is not None:
-        mean, var = elements.T @ moments.mean, variances(elements, moments)
-    return {("batch_stats", *path, "norm", "mean"): mean, ("batch_stats", *path, "norm", "var"): var,
-            ("params", *path, "norm", "bias"): mean, ("params", *path, "norm", "scale"): np.sqrt(var + EPSILON)}
-
-
-def corrected_bn_statistics(plain: PlainLayers, path: Path, kernel: np.ndarray, approximation: np.ndarray) -> Arrays:
-    """Returns the running statistics after the layer at `path` when `approximation` `[D, T]` replaces its `kernel`."""
-    moments, norm = plain.moments[path], ("batch_stats", *following_norm(path))
-    factors = (variances(approximation, moments) + EPSILON) / (variances(kernel, moments) + EPSILON)
-    return {(*norm, "mean"): plain.arrays[*norm, "mean"] + (approximation - kernel).T @ moments.mean,
-            (*norm, "var"): plain.arrays[*norm, "var"] * factors}
-
-
-def variances(filters: np.ndarray, moments: Moments) -> np.ndarray:
-    """Returns the variances `[R]` of the products of `filters` `[D, R]` with patches of these `moments`."""
-    return np.maximum(np.sum(filters * (moments.covariance @ filters), axis=0), 0)
+def corrected_bn_statistics(plain: PlainLayers, path: Path, found: LayerFactors) -> Arrays:
+    """Returns the running statistics after the layer at `path` when `found` replaces its kernel."""
+    norm = ("batch_stats", *following_norm(path))
+    return {(*norm, "mean"): plain.arrays[*norm, "mean"] + found.mean_shift,
+            (*norm, "var"): plain.arrays[*norm, "var"] * found.var_ratio}
 
 
 def render(result: Mapping[str, Any]) -> str:

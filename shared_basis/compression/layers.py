@@ -12,8 +12,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from shared_basis import data
-from shared_basis.compression.factorize import Group, Layer, factor_of
-from shared_basis.compression.moments import Moments, input_moments
+from shared_basis.compression.factorize import Group, Layer
+from shared_basis.compression.kernels import measured_layer
+from shared_basis.compression.moments import input_moments
+from shared_basis.compression.patches import Moments
 from shared_basis.config import Config, replace
 from shared_basis.data import feeds
 from shared_basis.data.feeds import Images
@@ -53,20 +55,12 @@ class PlainLayers:
 
         Its error is measured about the mean of the activations where batch normalisation follows, which removes it.
         """
-        kernel = matrix(self.arrays["params", *path, "kernel"])
-        if not self.moments:
-            return Layer(kernel, np.eye(len(kernel)))
-        moments = self.moments[path]
-        return Layer(kernel, factor_of(moments.covariance if self.is_normalised(path) else moments.second))
+        kernel = self.arrays["params", *path, "kernel"]
+        return measured_layer(kernel, self.moments.get(path), centered=self.is_normalised(path))
 
     def is_normalised(self, path: Path) -> bool:
         """Returns whether batch normalisation follows the layer at `path`; in DenseNet it does not."""
         return ("batch_stats", *following_norm(path), "mean") in self.arrays
-
-
-def matrix(kernel: np.ndarray) -> np.ndarray:
-    """Returns `kernel [k, k, C, T]` as float64 `[k² C, T]`."""
-    return np.asarray(kernel, np.float64).reshape(-1, kernel.shape[-1])
 
 
 def following_norm(path: Path) -> Path:

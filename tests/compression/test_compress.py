@@ -21,7 +21,9 @@ from shared_basis.cli import commands
 from shared_basis.compression import compress as compress_module
 from shared_basis.compression import factorize, layers, ranks, spectra
 from shared_basis.compression.factorize import relative_error
-from shared_basis.compression.moments import input_moments, patches
+from shared_basis.compression.kernels import matrix
+from shared_basis.compression.moments import input_moments
+from shared_basis.compression.patches import patches
 from shared_basis.config import Config, DataConfig, ModelConfig, from_config_dict, replace
 from shared_basis.data.augment import normalize
 from shared_basis.evaluation.evaluate import evaluate
@@ -31,6 +33,8 @@ from shared_basis.models.parameters import abstract_variables
 from shared_basis.models.registry import FAMILIES, Family, register
 from shared_basis.models.resnet import ResNet
 from shared_basis.models.summary import count_network
+from shared_basis.nn.basis_conv import BasisConv
+from shared_basis.nn.convolution import Window
 from shared_basis.optim.penalty import orthogonality_penalty
 from shared_basis.runs.trained import Trained, build_model
 from shared_basis.runtime.reporter import Reporter
@@ -121,14 +125,6 @@ def test_moments_are_those_of_the_patches_that_count() -> None:
     np.testing.assert_allclose(moments.covariance, np.cov(rows.T, bias=True), rtol=1e-3, atol=1e-5)
 
 
-def test_patches_are_those_of_a_convolution() -> None:
-    rng = np.random.default_rng(1)
-    x, kernel = rng.normal(size=(2, 5, 6, 3)), rng.normal(size=(3, 3, 3, 4))
-    by_lax = jax.lax.conv_general_dilated(jnp.asarray(x), jnp.asarray(kernel), (1, 1), "SAME",
-                                          dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    np.testing.assert_allclose(patches(jnp.asarray(x), 3) @ layers.matrix(kernel), by_lax, atol=1e-5)
-
-
 # Networks
 
 
@@ -181,29 +177,23 @@ def test_batch_norms_have_the_statistics_of_their_new_inputs(resnet: tuple[Any, 
     variables, source = resnet
     network = tiny_network(sharing=sharing(SINGLE, 3, 1), blocks=(3,), scan_blocks=False)
     found, _ = compressed(source, network)
-    inputs, _ = make_images(40)
-    path = ("group1", "block2")
+    _, seen = network.apply(found, normalize(jnp.asarray(make_images(40)[0]), DATA), train=False,
+                            capture_intermediates=lambda module, _: module.path == ("group1", "block1"))
+    inputs = seen["intermediates"]["group1"]["block1"]["__call__"][0]
+    shared = found["params"]["bases"]["group1"]["shared"]
 
-    def outputs(model: Network, variables: Any, name: str) -> np.ndarray:
-        wanted = (*path, *name.split("/"))
-        _, state = model.apply(variables, normalize(jnp.asarray(inputs), DATA), train=False,
-                               capture_intermediates=lambda module, _: module.path == wanted)
-        leaf: Any = state["intermediates"]
-        for part in wanted:
-            leaf = leaf[part]
-        return np.asarray(leaf["__call__"][0], np.float64).reshape(-1, leaf["__call__"][0].shape[-1])
+    def outputs(layer: BasisConv, variables: Any, *arrays: Any) -> np.ndarray:
+        own = {kind: variables[kind]["group1"]["block2"].get("first", {}) for kind in ("params", "batch_stats")}
+        return np.asarray(layer.apply(own, inputs, *arrays, train=False), np.float64).reshape(-1, 4)
 
+    x = outputs(BasisConv(4), variables)  # the layer in the plain network, and the compressed one
+    y = outputs(BasisConv(4, unique_rank=1), found, shared)
     norm, stats = found["params"]["group1"]["block2"]["first"]["norm"], found["batch_stats"]["group1"]["block2"]
-    x = outputs(plain_network(), variables, "first")  # the layer in the plain network, and the compressed one
-    y = outputs(network, found, "first")
     before = variables["batch_stats"]["group1"]["block2"]["first_norm"]
     np.testing.assert_allclose(stats["first_norm"]["mean"] - before["mean"], y.mean(0) - x.mean(0), atol=1e-4)
     np.testing.assert_allclose(stats["first_norm"]["var"] / before["var"], y.var(0) / x.var(0), rtol=1e-3)
-    shared = found["params"]["bases"]["group1"]["shared"]
     elements = np.concatenate([found["params"]["group1"]["block2"]["first"]["unique"], shared], axis=-1)
-    seen = network.apply(found, normalize(jnp.asarray(inputs), DATA), train=False,
-                         capture_intermediates=lambda module, _: module.path == ("group1", "block1"))[1]
-    products = patches(seen["intermediates"]["group1"]["block1"]["__call__"][0], 3) @ layers.matrix(elements)
+    products = patches(inputs, (3, 3), Window.of((3, 3), inputs.shape[1:3])) @ matrix(elements)
     products = np.asarray(products, np.float64).reshape(-1, 4)
     np.testing.assert_allclose(stats["first"]["norm"]["mean"], products.mean(0), atol=1e-4)
     np.testing.assert_allclose(stats["first"]["norm"]["var"], products.var(0), rtol=1e-3)

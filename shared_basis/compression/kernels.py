@@ -1,0 +1,200 @@
+"""From kernels, as plain arrays, to one shared basis and what each layer adds to it, in closed form.
+
+The mathematics is `shared_basis.compression.factorize`. The batch normalisation that `BasisConv` has between basis and
+coefficients restores the mean and the deviation that it removes: at evaluation it is the identity, in training nearly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from shared_basis.compression.factorize import Group, Layer, Matrix, factor_of, factorise, relative_error
+from shared_basis.compression.patches import Moments, patch_moments
+from shared_basis.nn.batch_norm import EPSILON
+from shared_basis.nn.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerFactors:
+    """What one layer adds to the shared basis: the arrays of a `BasisConv`, float32, and how well they do."""
+
+    unique: np.ndarray
+    """`[*k, C, u]`, orthonormal and orthogonal to the shared elements."""
+    coefficients: np.ndarray
+    """`[u + s, T]`, those of unique elements first."""
+    norm: dict[str, np.ndarray]
+    """`scale`, `bias`, `mean` and `var` `[u + s]` of the batch normalisation between basis and coefficients, which is
+    the identity at evaluation. With activations `mean` and `var` are those of the basis's results on them."""
+    mean_shift: np.ndarray
+    """`[T]`, by how much the means of the layer's results on the activations move; add it to the running mean of a
+    batch normalisation that follows. 0 without activations."""
+    var_ratio: np.ndarray
+    """`[T]`, by which factor their variances change; multiply the running variance by it. 1 without activations."""
+    filter_error: float
+    """‖W − Ŵ‖ / ‖W‖ for kernel W and what stands for it, Ŵ."""
+    activation_error: float | None
+    """The same for the layer's results on the activations; None without them."""
+
+    @property
+    def captured(self) -> float:
+        """The part in [0, 1] of the energy that is captured: of activations, or without them of filters."""
+        error = self.filter_error if self.activation_error is None else self.activation_error
+        return 1 - error**2
+
+    def variables(self) -> dict[str, Any]:
+        """Returns `params` and `batch_stats` of the layer as a `shared_basis.BasisConv` of Linen holds them."""
+        scale, bias, mean, var = (self.norm[name] for name in ("scale", "bias", "mean", "var"))
+        params = {"coefficients": self.coefficients, "norm": {"scale": scale, "bias": bias}}
+        if self.unique.size:
+            params["unique"] = self.unique
+        return {"params": params, "batch_stats": {"norm": {"mean": mean, "var": var}}}
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedFactors:
+    """Several kernels as one shared basis and what each layer adds to it."""
+
+    basis: np.ndarray
+    """The shared elements, orthonormal, float32 `[*k, C, s]`."""
+    layers: tuple[LayerFactors, ...]
+    """In the order of the kernels."""
+
+
+def factorize_kernels(kernels: Sequence[Array | np.ndarray], shared_rank: int, unique_rank: int = 0, *,
+                      activations: Sequence[Array | np.ndarray | Moments] | None = None,
+                      centered: bool = False) -> SharedFactors:
+    """Factorises the kernels of several layers by one basis that they share, in closed form (docs/compress.md).
+
+        found = factorize_kernels([first, second], 16, unique_rank=1, activations=[inputs_of_first, inputs_of_second])
+        params["bases"]["body"] = found.basis
+        params["first"], params["second"] = (layer.variables()["params"] for layer in found.layers)
+
+    Without activations the shared elements are the truncated SVD of all kernels side by side, each over its norm, the
+    unique ones that of what is left of a layer, and the coefficients their least-squares fit: filters are compared.
+    With them it is the results of layers that are compared, which is what a network sees of its filters.
+    For double sharing call it once for each basis.
+
+    Args:
+      kernels: `[*k, C, T_i]`, of convolutions of one channel group.
+      shared_rank: s, the elements of the shared basis; 0 shares nothing.
+      unique_rank: u, the elements that each layer has to itself.
+      activations: for each kernel the inputs of its layer, `[N, *image, C]`, on images such as those of the training
+        set; for other strides and padding than `BasisConv` has by default, their `patch_moments`.
+      centered: whether errors are measured about the mean of results. Right where a batch normalisation follows,
+        which takes the mean away; then apply `mean_shift` to it.
+
+    Raises:
+      ValueError: the kernels do not agree in `[*k, C]`, a rank or an array is invalid, or one of them is not finite.
+    """
+    space = _check_kernels(kernels)
+    _check_ranks(shared_rank, unique_rank, space)
+    if activations is None and centered:
+        raise ValueError("centered=True: means are those of activations, so give these too")
+    if activations is not None and len(activations) != len(kernels):
+        raise ValueError(f"{len(activations)} activations for {len(kernels)} kernels: give one for each kernel")
+    moments = [None] * len(kernels) if activations is None else [
+        _moments(f"activations[{index}]", each, space) for index, each in enumerate(activations)]
+    layers = {index: measured_layer(np.asarray(kernel), seen, centered)
+              for index, (kernel, seen) in enumerate(zip(kernels, moments, strict=True))}
+    group = Group(layers, dict.fromkeys(layers, "shared") if shared_rank else {})
+    bases = group.bases(shared_rank)
+    shared = group.basis_of(0, bases)
+    return SharedFactors(_float32(shared, *space, shared_rank), tuple(
+        factorize_layer(layer, space, shared, unique_rank, moments[index]) for index, layer in layers.items()))
+
+
+def measured_layer(kernel: np.ndarray, moments: Moments | None, centered: bool) -> Layer:
+    """Returns the layer of `kernel`, whose errors are measured on patches of these `moments`; None compares filters.
+
+    Args:
+      centered: whether about the mean of its results, which a batch normalisation that follows removes.
+    """
+    weights = matrix(kernel)
+    if moments is None:
+        return Layer(weights, np.eye(len(weights)))
+    return Layer(weights, factor_of(moments.covariance if centered else moments.second))
+
+
+def factorize_layer(layer: Layer, space: tuple[int, ...], basis: Matrix, unique_rank: int,
+                    moments: Moments | None) -> LayerFactors:
+    """Returns what `layer` adds to the shared elements `basis` `[D, s]`.
+
+    Args:
+      space: `(*k, C)`, whose product is D.
+      moments: of its input patches; None where they have not been measured.
+    """
+    own = factorise(layer, basis, unique_rank)
+    elements = np.concatenate([own.unique, basis], axis=1)
+    approximation = elements @ own.coefficients
+    rank, features = own.coefficients.shape
+    mean, var, shift, ratio = np.zeros(rank), np.ones(rank), np.zeros(features), np.ones(features)
+    if moments is not None:
+        mean, var = elements.T @ moments.mean, _variances(elements, moments)
+        shift = (approximation - layer.kernel).T @ moments.mean
+        ratio = (_variances(approximation, moments) + EPSILON) / (_variances(layer.kernel, moments) + EPSILON)
+    return LayerFactors(
+        _float32(own.unique, *space, unique_rank), _float32(own.coefficients, rank, features),
+        {"scale": _float32(np.sqrt(var + EPSILON), rank), "bias": _float32(mean, rank), "mean": _float32(mean, rank),
+         "var": _float32(var, rank)},
+        _float32(shift, features), _float32(ratio, features), relative_error(layer.kernel, approximation),
+        None if moments is None else relative_error(layer.kernel, approximation, layer.factor))
+
+
+def matrix(kernel: np.ndarray) -> Matrix:
+    """Returns `kernel [*k, C, T]` as float64 `[k² C, T]`."""
+    return np.asarray(kernel, np.float64).reshape(-1, kernel.shape[-1])
+
+
+def _variances(filters: Matrix, moments: Moments) -> np.ndarray:
+    """Returns the variances `[R]` of the products of `filters` `[D, R]` with patches of these `moments`."""
+    return np.maximum(np.sum(filters * (moments.covariance @ filters), axis=0), 0)
+
+
+def _float32(array: np.ndarray, *shape: int) -> np.ndarray:
+    return np.asarray(array, np.float32).reshape(shape)
+
+
+def _check_kernels(kernels: Sequence[Array | np.ndarray]) -> tuple[int, ...]:
+    """Returns `(*k, C)` of the kernels."""
+    if not len(kernels):
+        raise ValueError("kernels is empty: give the kernels of the layers that are to share a basis")
+    for index, kernel in enumerate(kernels):
+        shape, first = list(np.shape(kernel)), list(np.shape(kernels[0]))
+        if len(shape) < 3 or not jnp.issubdtype(kernel.dtype, jnp.floating):
+            raise ValueError(f"kernels[{index}] of shape {shape} and type {kernel.dtype}: must be floats [*k, C, T], "
+                             "such as [3, 3, 64, 64]")
+        if shape[:-1] != first[:-1]:
+            raise ValueError(f"kernels[{index}] of shape {shape} and kernels[0] of shape {first}: must agree in all "
+                             "but the last axis; layers of other kernel sizes or input channels need another basis")
+        if not np.isfinite(np.asarray(kernel)).all():
+            raise ValueError(f"kernels[{index}] holds NaN or infinity")
+    return tuple(np.shape(kernels[0])[:-1])
+
+
+def _check_ranks(shared: int, unique: int, space: tuple[int, ...]) -> None:
+    size = math.prod(space)
+    if min(shared, unique) < 0 or not 0 < shared + unique <= size:
+        raise ValueError(f"shared_rank={shared} and unique_rank={unique}: must be 0 or more, and together from 1 to "
+                         f"{size}, the numbers in a filter of shape {list(space)}")
+
+
+def _moments(name: str, given: Array | np.ndarray | Moments, space: tuple[int, ...]) -> Moments:
+    """Returns the moments of the patches of `given`, for kernels `[*space, T]`."""
+    if not isinstance(given, Moments):
+        if not len(given.shape) or given.shape[-1] != space[-1]:
+            raise ValueError(f"{name} of shape {list(given.shape)}: must be [N, *image, {space[-1]}], the inputs of "
+                             f"the layer, as its kernel is of shape {list(space)} by T")
+        try:
+            given = patch_moments(given, space[:-1])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    if len(given.total) != math.prod(space):
+        raise ValueError(f"{name} are the moments of patches of {len(given.total)} numbers: must be of "
+                         f"{math.prod(space)}, for a kernel of shape {list(space)} by T")
+    return given
