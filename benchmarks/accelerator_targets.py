@@ -103,7 +103,7 @@ class Figures:
     main_memory_bytes: float
     """By all kernels, without what a TPU keeps in its core's own memory."""
     flops: float
-    """By XLA's own analysis, or where it has none those of convolutions and products of matrices."""
+    """By XLA's own analysis, or where it has none an even share of those of convolutions and products of matrices."""
     all_reduces: int
     other_collectives: int
     temporary_bytes: float

@@ -3,7 +3,7 @@
     python -m benchmarks.accelerators --targets=h100x1 --networks=resnet32,resnet32-s16u1-double --append --write
 
 The trainer's own step is compiled, and beside it that of the same network in stock Flax modules, where it is written in
-them. --append adds a row for each to results/accelerators.csv; --write puts tables of the newest rows into
+them. --append adds a row for each to results/accelerators.csv; --write puts tables of the newest rows in that file into
 benchmarks/README.md. See there for what the figures say.
 """
 
@@ -60,7 +60,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernels", type=Path, metavar="DIRECTORY",
                         help="write a list of each program's kernels (.tsv) and the program itself (.hlo) there")
     parser.add_argument("--append", action="store_true", help="add the rows to results/accelerators.csv")
-    parser.add_argument("--write", action="store_true", help="put tables of the newest rows into benchmarks/README.md")
+    parser.add_argument("--write", action="store_true",
+                        help="put tables of the newest rows in that file into benchmarks/README.md")
     return parser.parse_args(arguments)
 
 
@@ -109,6 +110,12 @@ def keep_kernels(directory: Path, row: AcceleratorRow, program: Program) -> None
     (directory / f"{name}.hlo").write_text(program.text, encoding="utf-8")
 
 
+def write_page(root: Path = ROOT) -> None:
+    """Replaces the tables of the page by those of the newest rows in the file."""
+    kept = newest(records.read(root / FILE, AcceleratorRow))
+    replace_section(root / PAGE, "accelerators", tables(kept, kept))
+
+
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     """Compiles and prints, and keeps each row below `root` as soon as it is there, where the options say so.
 
@@ -133,7 +140,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     every = newest([*earlier, *rows])
     print(tables([row for row in every if row in rows], every))
     if options.write:
-        replace_section(root / PAGE, "accelerators", tables(every, every))
+        write_page(root)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ class StockResNet(ResNet):
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:
         """See `ResNet`."""
-        bases = self.bases()
+        bases = self.shared_arrays()
         size, strides = (3, 1) if self.stem == "cifar" else (7, 2)
         x = _conv(self.stem_width, size, strides, self.dtype, "stem")(images)
         x = nn.relu(_norm(train, self.dtype, "stem_norm")(x))

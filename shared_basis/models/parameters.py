@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from shared_basis.nn.ops import portable
 from shared_basis.nn.types import Array, Tree
 from shared_basis.optim.basis_group import BasisGroup
 from shared_basis.optim.labels import KINDS, parameter_kinds
@@ -75,7 +76,8 @@ def macs_of(model: nn.Module, program: Any) -> dict[str, int]:
 def trace(model: nn.Module, variables: Tree, image_shape: tuple[int, int, int]) -> Any:
     """Returns the program (jaxpr) from `variables`, abstract ones too, and one image `[H, W, C]` to logits."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images)
+    with portable():  # each operation as it is written down
+        return jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images)
 
 
 def _macs(jaxpr: Any, scope: str = "", repeats: int = 1) -> Iterator[tuple[str, int]]:

@@ -19,6 +19,7 @@ from shared_basis.models.base import (
 )
 from shared_basis.nn.basis_conv import BasisConv
 from shared_basis.nn.batch_norm import batch_norm
+from shared_basis.nn.ops import relu_of_product
 from shared_basis.nn.types import Array, Dtype
 
 Shared = Mapping[str, Array]
@@ -65,14 +66,14 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, shared: Shared, *, train: bool) -> Array:
         """Maps `[N, H, W, C]` to `[N, H / strides, W / strides, width]`."""
-        y = x
+        y, relu = x, relu_of_product if self.sharing.factorised else nn.relu
         for layer, strides in (("first", self.strides), ("second", 1)):
             conv = BasisConv(self.width, strides=strides, unique_rank=self.unique_rank,
                              whole_filters=self.sharing.whole_filters, dtype=self.dtype, name=layer)
             y = conv(y, shared.get(layer), train, then=batch_norm(train, self.dtype, f"{layer}_norm"))
             if layer == "first":
-                y = nn.relu(y)
-        return nn.relu(y + shortcut(x, self.width, self.strides, self.project, self.dtype, train))
+                y = relu(y)
+        return relu(y + shortcut(x, self.width, self.strides, self.project, self.dtype, train))
 
 
 class BottleneckBlock(nn.Module):

@@ -68,13 +68,15 @@ def normalize(x: Array, norm: Norm, train: bool, dtype: Dtype, axis_name: str | 
 
 
 def mix(parts: Sequence[Array], norm: Norm, matrix: Array, train: bool, dtype: Dtype, then: Norm | None = None,
-        axis_name: str | None = None) -> tuple[Array, Norm, Norm | None]:
+        axis_name: str | None = None, one: bool = False) -> tuple[Array, Norm, Norm | None]:
     """Normalises, multiplies by `matrix [ΣC_i, T]` and, with `then`, normalises again, in closed form.
 
     Args:
       parts: `[..., C_i]`, whose channels follow one another.
       train, dtype, axis_name: as in `normalize`.
       then: the batch normalisation of T channels that follows.
+      one: whether `parts` is one array that has a further channel, whose values are 1: b and 1 are multiplied together,
+        so that the product bᵀb holds the mean and the product b M adds the offset, and no further pass does.
 
     Returns:
       The result `[..., T]`, and `norm` and `then` as they are afterwards.
@@ -87,7 +89,7 @@ def mix(parts: Sequence[Array], norm: Norm, matrix: Array, train: bool, dtype: D
         return y, norm, then
     mean, var, covariance = norm.mean, norm.var, None
     if train:
-        mean, var, covariance = _moments(parts, then is not None, axis_name)
+        mean, var, covariance = _moments(parts, then is not None, axis_name, one)
         norm = norm.moved(mean, var)
     scaled = _factor(var, norm.scale)[:, None] * matrix
     offset = jnp.sum(norm.bias[:, None] * matrix, 0)  # sums, as products would count as those of the network
@@ -101,6 +103,8 @@ def mix(parts: Sequence[Array], norm: Norm, matrix: Array, train: bool, dtype: D
         scaled, offset = scaled * factor, (offset - mean_then) * factor + then.bias
     scaled = scaled.astype(dtype)
     offset = offset - jnp.sum(mean[:, None] * scaled, 0)  # by the rounded matrix, so that the mean goes exactly
+    if one:
+        scaled, offset = jnp.concatenate([scaled, offset[None].astype(dtype)]), jnp.zeros_like(offset)
     return _affine(tuple(parts), scaled, offset, dtype), norm, then
 
 
@@ -121,9 +125,13 @@ def _averages(values: list[Array], axis_name: str | None) -> list[Array]:
     return [keep(value) for value in (values if axis_name is None else jax.lax.pmean(values, axis_name))]
 
 
-def _moments(parts: Sequence[Array], joint: bool, axis_name: str | None) -> tuple[Array, Array, Array | None]:
+def _moments(parts: Sequence[Array], joint: bool, axis_name: str | None,
+             one: bool) -> tuple[Array, Array, Array | None]:
     """Returns the mean `[C]` and the (biased) variance `[C]` of the parts' channels, and if `joint` the covariance."""
     count = parts[0].size // parts[0].shape[-1]
+    if one:
+        product, = _averages([gram(parts[0]) / count], axis_name)
+        return _central(product[:-1, -1], product[:-1, :-1])
     mean = jnp.concatenate([jnp.mean(part, _batch(part), wide(part.dtype)) for part in parts])
     if not joint:
         squares = [jnp.mean(jnp.square(part.astype(wide(part.dtype))), _batch(part)) for part in parts]
@@ -133,7 +141,11 @@ def _moments(parts: Sequence[Array], joint: bool, axis_name: str | None) -> tupl
               for i, a in enumerate(parts) for j, b in enumerate(parts) if i <= j}
     product = jnp.block([[blocks[i, j] if i <= j else blocks[j, i].T for j in range(len(parts))]
                          for i in range(len(parts))])
-    mean, product = _averages([mean, product / count], axis_name)
+    return _central(*_averages([mean, product / count], axis_name))
+
+
+def _central(mean: Array, product: Array) -> tuple[Array, Array, Array]:
+    """Returns the mean, the variance and the covariance of what has this `mean [C]` and mean `product [C, C]`."""
     covariance = product - mean[:, None] * mean
     return mean, jnp.maximum(jnp.diagonal(covariance), 0), covariance
 

@@ -55,9 +55,16 @@ def _by_axis(name: str, value: Any, axes: int) -> tuple[Any, ...]:
     return values
 
 
-def convolve(x: Array, kernel: Array, window: Window, dtype: Dtype) -> Array:
-    """Convolves `x [N, *image, C]` by `kernel [*k, C / groups, T]`, as many groups as fit; computes in `dtype`."""
+def convolve(x: Array, kernel: Array, window: Window, dtype: Dtype, one: bool = False) -> Array:
+    """Convolves `x [N, *image, C]` by `kernel [*k, C / groups, T]`, as many groups as fit; computes in `dtype`.
+
+    With `one` the result has a further channel, whose values are 1: a filter of zeros, with a bias that accelerators
+    add as they write.
+    """
     x, kernel = x.astype(dtype), kernel.astype(dtype)
+    if one:
+        kernel = jnp.pad(kernel, [(0, 0)] * (kernel.ndim - 1) + [(0, 1)])
+        return keep(_convolve(x, kernel, window) + jnp.zeros(kernel.shape[-1], dtype).at[-1].set(1))
     one_group = x.shape[-1] == kernel.shape[-2]
     if not use_cpu_forms() or not one_group or kernel.ndim != 4 or max(window.dilation) > 1:
         return keep(_convolve(x, kernel, window))

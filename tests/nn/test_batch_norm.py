@@ -108,8 +108,8 @@ def one_by_one(parts, norm, matrix, then, train):
 @given(shape=st.sampled_from([(8, 3, 5), (1, 4, 4), (64,), (2, 1, 1)]), rank=st.integers(1, 9),
        features=st.integers(1, 9),
        cut=st.booleans(), train=st.booleans(), joint=st.booleans(), platform=st.sampled_from(["cpu", "gpu"]),
-       spread=st.sampled_from([1.0, 1e-3, 1e-6]), seed=st.integers(0, 99))
-def test_the_closed_form_is_exact(shape, rank, features, cut, train, joint, platform, spread, seed):
+       spread=st.sampled_from([1.0, 1e-3, 1e-6]), one=st.booleans(), seed=st.integers(0, 99))
+def test_the_closed_form_is_exact(shape, rank, features, cut, train, joint, platform, spread, one, seed):
     """In float64: the result, the statistics, and the gradients through all of them."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(seed)
@@ -119,8 +119,10 @@ def test_the_closed_form_is_exact(shape, rank, features, cut, train, joint, plat
         matrix = rng.standard_normal((rank, features))
 
         def closed(parts, norm, matrix, then):
+            if one:
+                parts = [jnp.concatenate([*parts, jnp.ones((*shape, 1))], axis=-1)]
             with forms_for(platform):
-                y, moved, moved_then = mix(parts, norm, matrix, train, jnp.float64, then)
+                y, moved, moved_then = mix(parts, norm, matrix, train, jnp.float64, then, one=one)
             if not train:
                 assert moved is norm
                 assert moved_then is then
@@ -159,8 +161,10 @@ def test_the_closed_form_is_as_near_to_float64_as_one_by_one(train, joint, dtype
         return y, pull(jnp.asarray(dy, y.dtype))
 
     def closed(x, norm, matrix, then):
+        one = platform != "cpu"
+        parts = [jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)] if one else [x[..., :2], x[..., 2:]]
         with forms_for(platform):
-            return mix([x[..., :2], x[..., 2:]], norm, matrix, train, dtype, then if joint else None)[0]
+            return mix(parts, norm, matrix, train, dtype, then if joint else None, one=one)[0]
 
     def separate(x, norm, matrix, then):
         with portable():

@@ -55,7 +55,7 @@ def test_the_norm_that_follows_changes_nothing_but_the_passes(shared, unique, gr
         @nn.compact
         def __call__(self, x):
             conv = BasisConv(5, size, unique_rank=unique, feature_group_count=groups, use_bias=bias,
-                             shared_feature_group_count=shared_groups, name="conv")
+                             bias_init=nn.initializers.normal(), shared_feature_group_count=shared_groups, name="conv")
             norm = BatchNorm(True, name="norm")
             return conv(x, basis, True, then=norm) if self.joint else norm(conv(x, basis, True))
     variables = Block(False).init(jax.random.key(0), x)
@@ -181,6 +181,13 @@ def test_layers_in_nnx_hold_one_basis_by_reference_and_train():
         assert model.first.shared is model.second.shared
     rows = moved.reshape(-1, 6).T
     np.testing.assert_allclose(rows @ rows.T, np.eye(6), atol=1e-5)
+
+
+def test_the_norm_that_follows_in_nnx_moves_as_it_does_alone():
+    joint, apart = Pair(nnx.Rngs(0)), Pair(nnx.Rngs(0))
+    np.testing.assert_allclose(joint.first(X, True, then=joint.norm), apart.norm(apart.first(X, True)), atol=1e-5)
+    for name in ("mean", "var"):
+        np.testing.assert_allclose(getattr(joint.norm, name)[...], getattr(apart.norm, name)[...], atol=1e-5)
 
 
 def test_train_and_eval_of_nnx_reach_the_layer():
