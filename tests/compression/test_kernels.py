@@ -107,6 +107,17 @@ def test_the_layers_are_those_of_basis_conv_and_of_the_normalisation_after_it(
         assert float(one["penalty"]) < 1e-10
 
 
+def test_what_is_not_measured_is_left_at_zero_mean_and_unit_variance(kernels: list[np.ndarray]) -> None:
+    found = factorize_kernels(kernels, 5)
+    for layer in found.layers:
+        variables = layer.variables()
+        assert set(variables["params"]) == {"coefficients", "norm"}
+        stats, norm = variables["batch_stats"]["norm"], variables["params"]["norm"]
+        np.testing.assert_array_equal([stats["mean"], norm["bias"], stats["var"] - 1], 0)
+        np.testing.assert_allclose(norm["scale"].astype(np.float64)**2, 1 + 1e-5, rtol=1e-6)
+        np.testing.assert_array_equal([layer.mean_shift, layer.var_ratio - 1], 0)
+
+
 def _convolved(x: np.ndarray, filters: np.ndarray) -> Any:
     kernel = jnp.asarray(filters.reshape(3, 3, CHANNELS, -1), jnp.float32)
     return nn.Conv(kernel.shape[-1], (3, 3), use_bias=False).apply({"params": {"kernel": kernel}}, x)
