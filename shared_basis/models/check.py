@@ -79,7 +79,10 @@ def check_program(model: Network, variables: Mapping[str, Tree], program: Any) -
             raise _error(model, f"declares {'/'.join(path)} and its logits do not depend on it: hand it to the layers "
                          "that share it, e.g. layer(x, self.shared_by_layer(bases, group)[name], train=train).")
     _check_layers(model, params)
-    groups = model.basis_groups("shared+unique")
+    try:
+        groups = model.basis_groups("shared+unique")
+    except UserError:  # some networks do not admit it
+        groups = model.basis_groups("shared")
     for named in (selector for group in groups for selector in (*group.shared, *group.unique)):
         if isinstance(named, tuple) and named not in params:
             raise _absent(model, named, params)

@@ -10,6 +10,7 @@ import flax.linen as nn
 from shared_basis.errors import UserError
 from shared_basis.models.base import PublishedNames, Sharing
 from shared_basis.models.resnet import PUBLISHED_SHORTCUT, PUBLISHED_TOP, BottleneckBlock, ResNet
+from shared_basis.optim.basis_group import BasisGroup
 
 GROUPS = 32
 GROUP_WIDTH = 4
@@ -51,6 +52,19 @@ class ResNeXt(ResNet):
     def basis_layers(self) -> tuple[str, ...]:
         """See `Network`."""
         return ("second",)
+
+    def basis_groups(self, elements: str = "shared") -> tuple[BasisGroup, ...]:
+        """See `Network`.
+
+        Raises:
+          UserError: unique elements are to be penalised, and have other channel groups than the shared ones.
+        """
+        unique_groups = {(self.sharing.unique_rank << g) // GROUP_WIDTH for g in range(len(self.widths))}
+        if elements == "shared+unique" and self.sharing.layers and unique_groups - {0, self.shared_groups}:
+            raise UserError(f"elements={elements!r}: the unique elements of this ResNeXt have other channel groups "
+                            "than its shared ones, so that no products of them are defined; set "
+                            "--config.orthogonality.elements=shared.")
+        return super().basis_groups(elements)
 
     def basis_is_linear(self) -> bool:
         """See `Network`: a ReLU stands between basis and coefficients."""

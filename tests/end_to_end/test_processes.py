@@ -160,7 +160,10 @@ def assert_close(metrics: list[dict[str, Any]], others: list[dict[str, Any]]) ->
     assert [line["step"] for line in metrics] == [16, 32, 48, 64]
     assert [line.keys() for line in metrics] == [other.keys() for other in others]
     for line, other in zip(metrics, others, strict=True):
-        assert line == pytest.approx(other, rel=1e-2, abs=1e-4)
+        for name, value in line.items():
+            # Rounding may decide one of the 64 test images.
+            error = 1.1 / 64 if "accuracy" in name else 1e-4
+            assert value == pytest.approx(other[name], rel=1e-2, abs=error), name
 
 
 @pytest.mark.slow

@@ -371,3 +371,10 @@ def test_the_architectures_say_which_layers_are_shared_and_whether_a_basis_can_b
         "resnet20-tied": both, "resnet20-template2": {"first": "templates", "second": "templates"}}
     linear = {name for name in FAMILIES if create_model(name).basis_is_linear()}
     assert set(FAMILIES) - linear == {"resnext50_32x4d"}
+
+
+def test_elements_of_other_channel_groups_cannot_be_penalised_together():
+    with pytest.raises(UserError, match=r"other channel groups.*elements=shared\."):
+        create_model("resnext50_32x4d-s64u4").basis_groups("shared+unique")
+    assert len(create_model("resnext50_32x4d-s64u4").basis_groups("shared")) == 4
+    assert len(create_model("resnext50_32x4d-s0u4").basis_groups("shared+unique")) == 4
