@@ -153,6 +153,11 @@ version: str = shared_basis.__version__
 result = shared_basis.train(Config(), "runs/mine", shared_basis.Reporter(verbosity="quiet"))["step"]
 compressed = shared_basis.compress(Config(), "runs/mine", budget=0.5).network
 compiled = jax.jit(lambda x: x, compiler_options=shared_basis.compiler_options())
+kinds = shared_basis.parameter_kinds({"bases": bases}), shared_basis.mask_by_kind(["kernel"])
+counts: dict[str, int] = shared_basis.count_by_kind({"bases": bases}, groups)
+picture: bytes = shared_basis.draw_basis(bases["body"])
+with shared_basis.forms_for("cpu"):
+    pass
 factors = shared_basis.factorize_kernels([bases["body"]], 2, activations=[shared_basis.patch_moments(bases["body"])])
 error: ValueError = UserError("")
 reveal_type((network, classes, compressed))
