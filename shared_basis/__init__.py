@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from shared_basis.models.parameters import count_by_kind
     from shared_basis.models.registry import create_model, register_network
     from shared_basis.nn.basis_conv import BasisConv
+    from shared_basis.nn.batch_norm import BatchNorm
     from shared_basis.nn.initializers import init_shared_bases
     from shared_basis.nn.ops import compiler_options, forms_for
     from shared_basis.optim.basis_group import BasisGroup
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BasisConv",
     "BasisGroup",
+    "BatchNorm",
     "Config",
     "Network",
     "Reporter",
@@ -80,6 +82,7 @@ _MODULES = {
     "models.parameters": ("count_by_kind",),
     "models.registry": ("create_model", "register_network"),
     "nn.basis_conv": ("BasisConv",),
+    "nn.batch_norm": ("BatchNorm",),
     "nn.initializers": ("init_shared_bases",),
     "nn.ops": ("compiler_options", "forms_for"),
     "optim.basis_group": ("BasisGroup",),

@@ -131,13 +131,13 @@ class BasisConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, shared: Array | None = None, train: bool | None = None, *,
-                 use_running_average: bool | None = None, then: BatchNorm | None = None) -> Array:
+                 use_running_average: bool | None = None, then: Callable[[Array], Array] | None = None) -> Array:
         """Maps `x [..., *image, C]` to `[..., *image / strides, T]`.
 
         Args:
           shared: one of the arrays named above.
           train: whether statistics are those of the batch; or say so by `use_running_average`.
-          then: the batch normalisation that follows, computed in one step with the layer.
+          then: the layer that follows; a `shared_basis.BatchNorm` is computed in one step with this one.
 
         Raises:
           ValueError: `x` or `shared` does not fit this layer, or it was not said whether to train.
@@ -147,16 +147,17 @@ class BasisConv(nn.Module):
         check_arrays(x, shared, form, size, self.features, self.feature_group_count, self.shared_feature_group_count)
         batch, image = x.shape[:-len(size) - 1], x.shape[-len(size) - 1:]
         window = Window.of(size, image[:-1], self.strides, self.padding, self.kernel_dilation)
-        x = x.reshape(-1, *image)
+        x, norm = x.reshape(-1, *image), None
         if form is Form.BASIS:
             train = whether_to_train(train, use_running_average, self.use_running_average)
-            fused = then if then is not None and then.train == train and not self.use_bias else None
-            y = self._basis_conv(x, shared, window, train, fused)
+            if isinstance(then, BatchNorm) and then.train == train and not self.use_bias:
+                norm, then = then, None
+            y = self._basis_conv(x, shared, window, train, norm)
         else:
-            fused, y = None, convolve(x, self._kernel(image[-1], shared, form), window, self.dtype)
+            y = convolve(x, self._kernel(image[-1], shared, form), window, self.dtype)
         if self.use_bias:
             y = y + self.param("bias", self.bias_init, (self.features,), self.param_dtype).astype(y.dtype)
-        if then is not None and fused is None:
+        if then is not None:
             y = then(y)
         return y.reshape(*batch, *y.shape[1:])
 

@@ -84,7 +84,7 @@ class BasisConv(nnx.Module):
                      self.out_features, *self.groups)
 
     def __call__(self, x: Array, train: bool | None = None, *, use_running_average: bool | None = None,
-                 then: nnx.BatchNorm | None = None) -> Array:
+                 then: Callable[..., Array] | None = None) -> Array:
         """Maps `x [..., *image, C]` to `[..., *image / strides, T]`; arguments and errors are those of Linen's."""
         self._check(x)
         batch, image = x.shape[:-len(self.kernel_size) - 1], x.shape[-len(self.kernel_size) - 1:]
@@ -93,16 +93,17 @@ class BasisConv(nnx.Module):
         if train is None and use_running_average is None:
             use_running_average = self.use_running_average
         train = whether_to_train(train, use_running_average)
-        fused = False
+        norm = None
         if self.form is Form.BASIS:
-            fused = then is not None and self.bias is None and _is_ours(then)
-            y = self._basis_conv(x, window, train, then if fused else None)
+            if isinstance(then, nnx.BatchNorm) and self.bias is None and _is_ours(then):
+                norm, then = then, None
+            y = self._basis_conv(x, window, train, norm)
         else:
             y = convolve(x, self._kernel(), window, self.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
-        if then is not None and not fused:
-            y = then(y, use_running_average=not train)
+        if then is not None:
+            y = then(y, use_running_average=not train) if isinstance(then, nnx.BatchNorm) else then(y)
         return y.reshape(*batch, *y.shape[1:])
 
     def _kernel(self) -> Array:

@@ -69,6 +69,15 @@ def test_the_norm_that_follows_changes_nothing_but_the_passes(shared, unique, gr
             np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4)
 
 
+def test_any_layer_may_follow():
+    x, basis = draw(2, (2, 5, 5, 4), (3, 3, 4, 4))
+    variables = BasisConv(5).init(jax.random.key(0), x, basis, True)
+    y = BasisConv(5).apply(variables, x, basis, False)
+    np.testing.assert_array_equal(BasisConv(5).apply(variables, x, basis, False, then=jnp.tanh), jnp.tanh(y))
+    layer = shared_basis.nnx.BasisConv(4, 5, nnx.Param(basis), rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(layer(x, False, then=jnp.tanh), jnp.tanh(layer(x, False)))
+
+
 @pytest.mark.parametrize("norm", [None, functools.partial(nn.GroupNorm, num_groups=3)], ids=["none", "group"])
 def test_another_norm_or_none_between_basis_and_coefficients(norm):
     x, basis = draw(2, (2, 5, 5, 4), (3, 3, 4, 4))
