@@ -172,17 +172,21 @@ def _gram_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Arr
     return gram(x), half + half.T
 
 
-@jax.custom_jvp
 def relu_of_product(x: Array) -> Array:
     """Returns `max(x, 0)` of a product `x`, which XLA's GPU compiler then takes as it writes the product.
 
     Its gradient goes by the result, which is kept anyway, so that `x` need not be. After batch normalisation, whose
-    gradient reads `x` too, `flax.linen.relu` takes fewer passes.
+    gradient reads `x` too, `flax.linen.relu` takes fewer passes, as it does on CPU.
     """
+    return _relu_by_result(x) if _FORMS.value == "usual" else jax.nn.relu(x)
+
+
+@jax.custom_jvp
+def _relu_by_result(x: Array) -> Array:
     return jax.lax.optimization_barrier(jnp.maximum(x, 0))
 
 
-@relu_of_product.defjvp
-def _relu_of_product_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    y = relu_of_product(*primals)
+@_relu_by_result.defjvp
+def _relu_by_result_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    y = _relu_by_result(*primals)
     return y, jnp.where(y > 0, tangents[0], 0)

@@ -124,3 +124,14 @@ def test_portable_programs_have_each_operation_as_it_is_written_down():
     assert "custom_jvp_call" in usual  # all in one step
     assert primitives(function, x) == usual
     np.testing.assert_allclose(result, function(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("forms", [ops.forms_for("cpu"), ops.forms_for("gpu"), ops.portable()],
+                         ids=["cpu", "gpu", "portable"])
+def test_relu_of_product_is_relu(forms):
+    x = jnp.array([-2.0, -0.0, 0.0, 3.0])
+    with forms:
+        y, pull = jax.vjp(ops.relu_of_product, x)
+        np.testing.assert_array_equal(pull(jnp.ones(4))[0], [0, 0, 0, 1])
+        np.testing.assert_array_equal(jax.jvp(ops.relu_of_product, (x,), (jnp.ones(4),))[1], [0, 0, 0, 1])
+    np.testing.assert_array_equal(y, [0, 0, 0, 3])
