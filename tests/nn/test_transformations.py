@@ -173,9 +173,15 @@ FORWARD = (jvp, jacfwd)
 """What needs forward mode, which the forms for CPU alone refuse."""
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize("face", [linen, in_nnx])
-@pytest.mark.parametrize("transformation", TRANSFORMATIONS, ids=lambda function: function.__name__)
+BY_DEFAULT = {(linen, "gpu"): set(TRANSFORMATIONS), (in_nnx, "gpu"): {gradient, jvp, vmap_with_one_batch, shard_map},
+              (linen, "cpu"): {gradient, jvp, shard_map}, (in_nnx, "cpu"): set()}
+"""The other cases are slow."""
+CASES = [pytest.param(transformation, face, platform, id=f"{transformation.__name__}-{face.__name__}-{platform}",
+                      marks=() if transformation in BY_DEFAULT[face, platform] else pytest.mark.slow)
+         for transformation in TRANSFORMATIONS for face in (linen, in_nnx) for platform in PLATFORMS]
+
+
+@pytest.mark.parametrize(("transformation", "face", "platform"), CASES)
 def test_transformation(transformation, face, platform):
     params, apply = face()
     with forms_for(platform):
@@ -224,7 +230,7 @@ class Step(nn.Module):
         return BasisConv(4, unique_rank=1, name="conv")(x, basis, train), None
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", [pytest.param("cpu", marks=pytest.mark.slow), "gpu"])
 def test_linen_s_scan_is_its_layers_one_after_another(platform):
     with forms_for(platform):
         variables = Stack().init(jax.random.key(0), IMAGES, BASIS, False)
