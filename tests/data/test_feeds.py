@@ -111,6 +111,7 @@ def run(workdir: Path, **fields: Any) -> str:
     return reporter.text.getvalue()
 
 
+@pytest.mark.slow
 def test_a_streamed_run_equals_a_resident_one(tmp_path: Path) -> None:
     for placement in ("device", "stream"):
         run(tmp_path / placement, **{"data.placement": placement})

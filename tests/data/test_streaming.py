@@ -429,6 +429,7 @@ def test_signals_to_all_processes_do_not_end_workers_that_are_about_to_start() -
     assert rest == "16\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are not visible as files")
 def test_workers_end_with_a_main_process_that_is_killed() -> None:
     with start_reader("time.sleep(600)") as process:

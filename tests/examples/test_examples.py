@@ -45,7 +45,7 @@ def test_it_is_short_and_takes_public_names_alone(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] if name == "unet" else []) for name in NAMES])
+    pytest.param(name, marks=[] if name == "nnx_convnet" else [pytest.mark.slow]) for name in NAMES])
 def test_it_runs_and_shows_networks_of_which_one_is_half_as_large(name: str, capsys: pytest.CaptureFixture[str],
                                                                   tmp_path: Path) -> None:
     picture = [f"--picture={tmp_path / 'basis.png'}"] if name == "nnx_convnet" else []

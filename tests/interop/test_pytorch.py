@@ -80,6 +80,7 @@ def test_logits_cross_entropy_and_penalty_are_the_official_ones(network):
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5 * np.max(np.abs(expected)), err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_norm_of_every_gradient_is_the_official_one(network, request):
     """On the exact images or on copies with relative noise of 1e-7, which is what rounding does anyway.
 

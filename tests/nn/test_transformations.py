@@ -173,8 +173,9 @@ FORWARD = (jvp, jacfwd)
 """What needs forward mode, which the forms for CPU alone refuse."""
 
 
-BY_DEFAULT = {(linen, "gpu"): set(TRANSFORMATIONS), (in_nnx, "gpu"): {gradient, jvp, vmap_with_one_batch, shard_map},
-              (linen, "cpu"): {gradient, jvp, shard_map}, (in_nnx, "cpu"): set()}
+BY_DEFAULT = {(linen, "gpu"): set(TRANSFORMATIONS) - {jacfwd, donated, checkpoint},
+              (in_nnx, "gpu"): {gradient, jvp, vmap_with_one_batch, shard_map},
+              (linen, "cpu"): {jvp, shard_map}, (in_nnx, "cpu"): set()}
 """The other cases are slow."""
 CASES = [pytest.param(transformation, face, platform, id=f"{transformation.__name__}-{face.__name__}-{platform}",
                       marks=() if transformation in BY_DEFAULT[face, platform] else pytest.mark.slow)
@@ -201,7 +202,7 @@ def test_the_faces_compute_the_same(face):
           jax.grad(functools.partial(loss, linen()[1]))(params, IMAGES), 1e-5)
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", [pytest.param("cpu", marks=pytest.mark.slow), "gpu"])
 def test_float64_and_float16(platform):
     with jax.enable_x64(True), forms_for(platform):
         wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), (linen()[0], IMAGES))

@@ -221,6 +221,7 @@ def test_the_files_beside_the_page_hold_what_it_shows(written: Any, logits: Any)
     assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.slow
 def test_another_checkpoint_is_scored_and_named(run: Path, tmp_path: Path) -> None:
     result = run_report.report(run, "best", output=str(tmp_path))
     assert result["step"] == 1
@@ -331,6 +332,7 @@ def test_what_cannot_be_written_is_named_and_leaves_nothing(run: Path, tmp_path:
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_after_training_a_failure_is_a_warning(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = Watcher()
     workdir = shutil.copytree(run, tmp_path / "run")

@@ -127,6 +127,7 @@ def test_resident_images_of_all_splits_are_counted(tmp_path: Path) -> None:
     assert program(CONFIG, tmp_path).memory.data == 44 * (64 + 4 + 4) + 30 * (64 + 4) // 4
 
 
+@pytest.mark.slow
 def test_two_batches_of_a_stream_are_counted(tmp_path: Path) -> None:
     """Eight images of a batch are two on each of four devices."""
     config = replace(CONFIG, {"data.placement": "stream", "data.workers": 0})

@@ -99,7 +99,8 @@ def _leaf(tree: Any, path: tuple[str, ...]) -> Any:
     return tree
 
 
-@pytest.mark.parametrize("at", [2, pytest.param(4, marks=pytest.mark.slow)])  # amid the epoch, and as it is evaluated
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [2, 4])  # amid the epoch, and as it is evaluated
 def test_a_run_that_was_stopped_has_the_same_record_bit_for_bit(finished: Path, tmp_path: Path, at: int) -> None:
     with pytest.raises(Interrupted):
         train(CONFIG, tmp_path / "run", Watcher([at], signal.SIGTERM))
