@@ -120,6 +120,7 @@ def test_a_streamed_run_equals_a_resident_one(tmp_path: Path) -> None:
     assert {"validation_loss", "test_loss"} <= read_metrics(tmp_path / "stream")[0].keys()
 
 
+@pytest.mark.slow
 def test_a_skipped_image_of_a_streamed_run_is_shown_and_logged(tmp_path: Path,
                                                                capfd: pytest.CaptureFixture[str]) -> None:
     write_folder(tmp_path / "images", ("cat", "dog"), 4)

@@ -544,6 +544,7 @@ def test_training_ends_with_a_report(main: CommandLine, tmp_path: Path) -> None:
     assert "2 of 2" in Page(tmp_path / "run" / "report.html").text
 
 
+@pytest.mark.slow
 def test_reports_from_the_command_line(main: CommandLine, tmp_path: Path) -> None:
     make_run(tmp_path / "run", (0.5, 0.75))  # without a checkpoint, hence in part
     result = parse_json(main("--mode=report", "--workdir=run", "--output=there", "--json", cwd=tmp_path))

@@ -104,6 +104,7 @@ def program(config: Config, tmp_path: Path, **changes: Any) -> program_module.Pr
     return built
 
 
+@pytest.mark.slow
 def test_a_run_takes_four_bytes_for_each_parameter_statistic_and_momentum(tmp_path: Path) -> None:
     found = program(CONFIG, tmp_path).memory
     variables = abstract_variables(tiny_network(), (8, 8, 1))
