@@ -93,15 +93,15 @@ class Network(nn.Module):
 
     def shared_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Returns by group and name the shape of each shared array; groups that share nothing are absent."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define shared_shapes(): see docs/extending.md")
 
     def sharing_blocks(self) -> dict[str, tuple[str, ...]]:
         """Returns by group the names of the blocks within it that share, or have a basis of their own."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define sharing_blocks(): see docs/extending.md")
 
     def basis_layers(self) -> tuple[str, ...]:
         """Returns the layers of such a block that are factorised when the network is."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define basis_layers(): see docs/extending.md")
 
     def layer_path(self, group: str, block: str, layer: str) -> Path:
         """Returns where the parameters have the layer `layer` of a block of `sharing_blocks`."""
