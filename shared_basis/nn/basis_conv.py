@@ -150,7 +150,8 @@ class BasisConv(nn.Module):
         x, norm = x.reshape(-1, *image), None
         if form is Form.BASIS:
             train = whether_to_train(train, use_running_average, self.use_running_average)
-            if isinstance(then, BatchNorm) and then.train == train and not self.use_bias:
+            if isinstance(then, BatchNorm) and not self.use_bias and (
+                    then.train, then.dtype, then.axis_name) == (train, self.dtype, self.axis_name):
                 norm, then = then, None
             y = self._basis_conv(x, shared, window, train, norm)
         else:

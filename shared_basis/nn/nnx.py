@@ -95,7 +95,7 @@ class BasisConv(nnx.Module):
         train = whether_to_train(train, use_running_average)
         norm = None
         if self.form is Form.BASIS:
-            if isinstance(then, nnx.BatchNorm) and self.bias is None and _is_ours(then):
+            if isinstance(then, nnx.BatchNorm) and self.bias is None and self._is_joined_by(then):
                 norm, then = then, None
             y = self._basis_conv(x, window, train, norm)
         else:
@@ -105,6 +105,11 @@ class BasisConv(nnx.Module):
         if then is not None:
             y = then(y, use_running_average=not train) if isinstance(then, nnx.BatchNorm) else then(y)
         return y.reshape(*batch, *y.shape[1:])
+
+    def _is_joined_by(self, norm: nnx.BatchNorm) -> bool:
+        """Returns whether `norm` after this layer is what `basis_conv` computes, so that both can be one step."""
+        found = norm.momentum, norm.epsilon, norm.axis, norm.axis_name, norm.dtype or jnp.float32
+        return (found == (MOMENTUM, EPSILON, -1, self.axis_name, self.dtype) and norm.use_scale and norm.use_bias)
 
     def _kernel(self) -> Array:
         if self.form is Form.OWN_KERNEL:
@@ -123,11 +128,6 @@ class BasisConv(nnx.Module):
         if train and then is not None and moved_then is not None:
             _move(then, moved_then)
         return y
-
-
-def _is_ours(norm: nnx.BatchNorm) -> bool:
-    """Returns whether `norm` is what `basis_conv` computes, so that it can be one step with the layer."""
-    return (norm.momentum, norm.epsilon, norm.axis) == (MOMENTUM, EPSILON, -1) and norm.use_scale and norm.use_bias
 
 
 def _read(norm: Any) -> Norm:

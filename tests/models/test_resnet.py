@@ -251,7 +251,6 @@ def test_initial_variables_are_those_published():
     assert abs(np.std(kernel) / np.sqrt(2 / (9 * 64)) - 1) < 5 / np.sqrt(2 * kernel.size)
 
 
-@pytest.mark.slow
 def test_blocks_begin_apart_and_their_number_does_not_lengthen_the_program():
     def initialise(depth):
         model = create_model(f"resnet{depth}-s2u1-double")

@@ -100,6 +100,17 @@ def test_unique_elements_may_start_at_norm_1():
         np.testing.assert_allclose(jnp.linalg.norm(unique.reshape(-1, 4), axis=0), norm, rtol=error)
 
 
+def test_a_norm_of_another_type_is_computed_by_itself():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return BasisConv(5, name="conv")(x, BASIS, False, then=BatchNorm(False, jnp.bfloat16, name="norm"))
+    assert Block().init_with_output(jax.random.key(0), X)[0].dtype == jnp.bfloat16
+    layer = shared_basis.nnx.BasisConv(4, 5, nnx.Param(BASIS), rngs=nnx.Rngs(0))
+    norm = nnx.BatchNorm(5, momentum=0.9, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert layer(X, False, then=norm).dtype == jnp.bfloat16
+
+
 def test_parameters_may_be_of_another_type():
     x, basis = draw(2, (2, 5, 5, 4), (3, 3, 4, 4))
     variables = BasisConv(5, unique_rank=1, param_dtype=jnp.bfloat16, use_bias=True).init(
