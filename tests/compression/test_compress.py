@@ -244,7 +244,6 @@ def compress(run: Path, workdir: Path, name: str = "small-s4u1", changes: Any = 
     return compress_run(config_of(name, **changes), workdir, str(run), QUIET, **options)
 
 
-@pytest.mark.slow
 def test_a_compressed_run_is_trained_on(tmp_path: Path) -> None:
     run, config = make_run(tmp_path / "plain", config_of("tiny")), config_of(TINY)
     request = commands.Request(config, {}, str(tmp_path / "run"), False, quiet=True, source=str(run), calibration=40)

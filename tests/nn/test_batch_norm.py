@@ -148,7 +148,7 @@ def test_the_closed_form_is_exact(shape, rank, features, cut, train, joint, plat
 
 @pytest.mark.parametrize(("train", "joint"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("platform", [pytest.param("cpu", marks=pytest.mark.slow), "gpu"])
 def test_the_closed_form_is_as_near_to_float64_as_one_by_one(train, joint, dtype, platform):
     x, dy, matrix = draw(2, (32, 6, 5, 9), (32, 6, 5, 7), (9, 7))
     x = jnp.asarray(3 * x + np.arange(9), dtype)

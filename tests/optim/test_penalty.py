@@ -112,6 +112,7 @@ def test_compiled_values_are_those_without_compilation(function):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), compiled, function(random_tree(), sets))
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_are_handled_in_float32():
     sets = SETS["several groups"]
     tree = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_tree())
