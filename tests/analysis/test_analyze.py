@@ -126,6 +126,7 @@ def test_the_result_is_plain_data_and_its_text_has_a_line_for_each_basis(analyse
         assert part in text, part
 
 
+@pytest.mark.slow
 def test_without_its_images_a_run_is_analysed_but_for_gradients(runs: tuple[Path, Path], tmp_path: Path) -> None:
     found = analyze.analyze(runs[1], overrides={"data.train_examples": 10**6}, output=str(tmp_path / "a" / "b"))
     assert found["gradient_flow"] == {}
@@ -134,6 +135,7 @@ def test_without_its_images_a_run_is_analysed_but_for_gradients(runs: tuple[Path
     assert (tmp_path / "a" / "b" / "products_group1.png").exists()
 
 
+@pytest.mark.slow
 def test_two_checkpoints_of_one_run_have_different_labels(runs: tuple[Path, Path], tmp_path: Path) -> None:
     analyze.analyze(runs[1], against="5", overrides={"data.train_examples": 10**6}, output=str(tmp_path))
     assert {row[0] for row in read(tmp_path / "bases.csv")[1:]} == {"other at 10", "other at 5"}

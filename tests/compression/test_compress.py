@@ -271,6 +271,7 @@ def test_a_budget_names_the_network_and_its_run(run: Path, tmp_path: Path) -> No
     assert config == config_of(result["model"])  # the recipe for this network trains on
 
 
+@pytest.mark.slow
 def test_images_are_scored_before_and_after(run: Path, tmp_path: Path) -> None:
     result = compress(run, tmp_path / "new", "small-s0u4", calibration=0)  # as many elements as channels
     assert result["test_accuracy"]["plain"] == result["test_accuracy"]["compressed"]
@@ -325,6 +326,7 @@ def test_what_a_network_captures_is_what_it_has(run: Path, candidates: ranks.Can
         1 - np.mean([layer["filters"] ** 2 for layer in errors]), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_spectra_are_written_as_a_table_and_a_picture(run: Path, tmp_path: Path) -> None:
     found = spectra.write_spectra(str(run), QUIET, calibration=30, output=str(tmp_path / "here.csv"))
     with (tmp_path / "here.csv").open(newline="") as file:

@@ -207,6 +207,7 @@ def test_reading_may_begin_at_any_batch(examples: FileExamples) -> None:
         assert_batches_equal(list(read(batches, 0, pytest.fail, start)), whole[start:])
 
 
+@pytest.mark.slow
 def test_workers_may_begin_at_any_batch_too(examples: FileExamples) -> None:
     batches = training(examples, RANDOM)
     assert_batches_equal(list(read(batches, 2, pytest.fail, 4)), [batches[n] for n in range(4, len(batches))])
@@ -366,6 +367,7 @@ def test_threads_collect_nothing_either(examples: FileExamples) -> None:
     assert 2 not in collected
 
 
+@pytest.mark.slow
 def test_the_flags_of_a_program_are_as_they_were(examples: FileExamples) -> None:
     import grain  # noqa: F401  # defines flags of its own
     from absl import flags

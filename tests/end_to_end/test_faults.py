@@ -215,6 +215,7 @@ def test_a_full_disk_is_told_and_with_space_the_run_goes_on(
 
 # The lock
 
+@pytest.mark.slow
 def test_a_run_in_use_is_refused_and_can_be_evaluated(copied: Path) -> None:
     with Workdir(copied).locked():
         before = files(copied)

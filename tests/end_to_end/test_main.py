@@ -76,6 +76,7 @@ def test_evaluation_needs_the_workdir_alone(main: CommandLine, trained: Any, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_evaluation_takes_overrides_of_the_data(main: CommandLine, trained: Any) -> None:
     directory, _ = trained
     workdir = "--workdir=runs/digits_resnet-resnet14-s4u1-double"
@@ -117,6 +118,7 @@ def test_summary_needs_no_data(main: CommandLine, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_trains_and_evaluates(main: CommandLine, tmp_path: Path) -> None:
     images = write_folder(tmp_path / "images", classes=("cat", "dog", "owl"), count=4, size=10)
     fields = ("--config.data.name=folder", f"--config.data.directory={images}", "--config.data.image_size=8",

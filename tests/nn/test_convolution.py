@@ -96,7 +96,7 @@ def test_bfloat16_is_accumulated_in_float32(filters, platform):
     np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-8, atol=1e-3)  # one rounding, at the end
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", [pytest.param("cpu", marks=pytest.mark.slow), "tpu"])
 @pytest.mark.parametrize(("size", "options"), [
     ((3,), {"strides": 2, "padding": "SAME"}), ((5, 2), {"padding": "VALID", "strides": (2, 1)}),
     ((3, 3), {"padding": "same", "strides": 3}), ((3, 3), {"padding": ((2, 0), (1, 3))}),

@@ -111,6 +111,7 @@ def test_a_norm_of_another_type_is_computed_by_itself():
     assert layer(X, False, then=norm).dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_parameters_may_be_of_another_type():
     x, basis = draw(2, (2, 5, 5, 4), (3, 3, 4, 4))
     variables = BasisConv(5, unique_rank=1, param_dtype=jnp.bfloat16, use_bias=True).init(

@@ -173,7 +173,7 @@ FORWARD = (jvp, jacfwd)
 """What needs forward mode, which the forms for CPU alone refuse."""
 
 
-BY_DEFAULT = {(linen, "gpu"): set(TRANSFORMATIONS) - {jacfwd, donated, checkpoint},
+BY_DEFAULT = {(linen, "gpu"): set(TRANSFORMATIONS) - {jacfwd, hessian_vector_product, donated, checkpoint},
               (in_nnx, "gpu"): {gradient, jvp, vmap_with_one_batch, shard_map},
               (linen, "cpu"): {jvp, shard_map}, (in_nnx, "cpu"): set()}
 """The other cases are slow."""
@@ -245,6 +245,7 @@ def test_linen_s_scan_is_its_layers_one_after_another(platform):
     close(jax.tree.map(lambda leaf: leaf[2], updated["batch_stats"]["layers"]["conv"]), moved["batch_stats"])
 
 
+@pytest.mark.slow
 def test_linen_s_vmap_makes_an_ensemble_around_one_basis():
     ensemble = nn.vmap(BasisConv, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True},
                        in_axes=(0, None, None))(3, unique_rank=1)

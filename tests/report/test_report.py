@@ -231,6 +231,7 @@ def test_another_checkpoint_is_scored_and_named(run: Path, tmp_path: Path) -> No
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_without_its_images_a_run_is_reported_in_part(run: Path, written: Any, tmp_path: Path) -> None:
     shutil.copytree(written[0], tmp_path / "report")  # of an earlier report, whose confusion matrix is not this one's
     workdir = shutil.copytree(run, tmp_path / "run")
@@ -265,6 +266,7 @@ def test_a_run_without_metrics_is_reported(run: Path, tmp_path: Path) -> None:
     assert (workdir / "report" / "confusion.png").is_file()
 
 
+@pytest.mark.slow
 def test_damaged_lines_are_left_out(run: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     workdir.mkdir()
@@ -363,6 +365,7 @@ def test_pictures_leave_the_settings_of_matplotlib_alone_and_do_not_heed_them() 
     assert dict(matplotlib.rcParams) == before
 
 
+@pytest.mark.slow
 def test_drawing_imports_neither_pyplot_nor_a_window() -> None:
     code = ("import sys; from shared_basis import plotting; "
             "from shared_basis.report import compare, run_report; "
@@ -428,6 +431,7 @@ def several(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_run_of_workdir_is_compared_with_those_of_runs(several: Path, tmp_path: Path) -> None:
     runs = [str(several / "fast")]
     for given, count in ((True, 2), (False, 1)):

@@ -109,6 +109,7 @@ def test_a_run_that_was_stopped_has_the_same_record_bit_for_bit(finished: Path, 
     assert_trees_equal(read_arrays(tmp_path / "run", 10), read_arrays(finished, 10))
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_record_and_checkpoint_writes_the_line_once(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "10")

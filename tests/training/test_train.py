@@ -168,6 +168,7 @@ def test_a_finished_run_does_not_change(finished: Any) -> None:
     assert files(workdir) == before
 
 
+@pytest.mark.slow
 def test_the_seed_changes_the_run(finished: Any, tmp_path: Path) -> None:
     run(tmp_path / "other", replace(CONFIG, {"seed": 1}))
     assert read_metrics(tmp_path / "other")[-1]["train_loss"] != read_metrics(finished[0])[-1]["train_loss"]
@@ -225,6 +226,7 @@ VALIDATED = replace(CONFIG, {"data.validation": 0.1, "train.evaluate_every": 4})
 """144 of 1,442 training images are held out."""
 
 
+@pytest.mark.slow
 def test_validation_figures_are_those_of_the_images_held_out(tmp_path: Path) -> None:
     result, reporter = run(tmp_path, VALIDATED)
     line, = read_metrics(tmp_path)
