@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jax.interpreters.partial_eval import dce_jaxpr
-from jax.tree_util import tree_leaves_with_path
 
 from shared_basis.errors import UserError
 from shared_basis.models.base import Network
 from shared_basis.models.parameters import abstract_variables, trace
 from shared_basis.nn.types import Path, Tree
-from shared_basis.optim.paths import path_of
+from shared_basis.optim.paths import leaves_by_path
 
 CARRIED = ("params", "batch_stats")
 """The collections of variables that training carries from step to step, and checkpoints hold."""
@@ -66,14 +65,14 @@ def check_program(model: Network, variables: Mapping[str, Tree], program: Any) -
     if others := set(variables) - set(CARRIED):
         raise _error(model, f"has variables of {_listed(others)}; training keeps {' and '.join(CARRIED)} alone: keep "
                      "running averages in batch_stats.")
-    params = _by_path(variables["params"])
+    params = leaves_by_path(variables["params"])
     for path, shape in _shared_arrays(model):
         if path not in params or params[path].shape != shape:
             raise _error(model, f"declares {'/'.join(path)} {list(shape)} in shared_shapes() and has no such "
                          "parameter: call self.shared_arrays() once in its compact method, hand them to the layers.")
     # The first inputs of the program are the variables.
     _, used = dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
-    is_used = dict(zip(_by_path(variables), used, strict=False))
+    is_used = dict(zip(leaves_by_path(variables), used, strict=False))
     for path, _ in _shared_arrays(model):
         if not is_used["params", *path]:
             raise _error(model, f"declares {'/'.join(path)} and its logits do not depend on it: hand it to the layers "
@@ -113,10 +112,6 @@ def _check_layers(model: Network, params: Mapping[Path, Any]) -> None:
             if coefficients is not None and coefficients.shape[0] != rank:
                 raise _error(model, f"says that {'/'.join(path)} has a basis of {rank} elements, and it has "
                              f"coefficients for {coefficients.shape[0]}: hand it the shared array of its group.")
-
-
-def _by_path(tree: Tree) -> dict[Path, Any]:
-    return {path_of(entries): leaf for entries, leaf in tree_leaves_with_path(tree)}
 
 
 def _absent(model: Network, path: Path, params: Mapping[Path, Any]) -> UserError:

@@ -48,14 +48,13 @@ def basis_conv(x: Array, basis: Sequence[Array], norm: Norm | Callable[[Array], 
     Returns:
       `[N, *image / strides, T]`, and the arrays of `norm` and `then` with their running statistics after this batch.
     """
-    linear = isinstance(norm, Norm) and activation is None
     one_group = all(filters.shape[-2] == x.shape[-1] for filters in basis)
-    if one := one_group and not (use_cpu_forms() or is_portable()):
+    if joined := one_group and not (use_cpu_forms() or is_portable()):
         basis = [jnp.concatenate(basis, axis=-1)]  # so that x is read once
-    found = [convolve(x, filters, window, dtype, one and linear) for filters in basis]
     if isinstance(norm, Norm) and activation is None:
-        return mix(found, norm, coefficients, train, dtype, then, axis_name, one)
-    y, moved = jnp.concatenate(found, axis=-1), None
+        found = [convolve(x, filters, window, dtype, one=joined) for filters in basis]
+        return mix(found, norm, coefficients, train, dtype, then, axis_name, one=joined)
+    y, moved = jnp.concatenate([convolve(x, filters, window, dtype) for filters in basis], axis=-1), None
     if isinstance(norm, Norm):
         y, moved = normalize(y, norm, train, dtype, axis_name)
     else:
