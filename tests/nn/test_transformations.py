@@ -193,13 +193,12 @@ def test_transformation(transformation, face, platform):
             transformation(apply, params)
 
 
-@pytest.mark.parametrize("face", [linen, in_nnx])
-def test_the_faces_compute_the_same(face):
-    params, apply = face()
+def test_the_faces_compute_the_same():
+    """Results, statistics and gradients; `close` asserts it."""
+    (params, one), (_, other) = linen(), in_nnx()
     for train in (True, False):
-        close(apply(params, IMAGES, train), linen()[1](params, IMAGES, train), 1e-6)
-    close(jax.grad(functools.partial(loss, apply))(params, IMAGES),
-          jax.grad(functools.partial(loss, linen()[1]))(params, IMAGES), 1e-5)
+        close(one(params, IMAGES, train), other(params, IMAGES, train), 1e-6)
+    close(*(jax.grad(functools.partial(loss, apply))(params, IMAGES) for apply in (one, other)), 1e-5)
 
 
 @pytest.mark.parametrize("platform", [pytest.param("cpu", marks=pytest.mark.slow), "gpu"])
