@@ -127,7 +127,7 @@ import flax.linen as nn
 import jax
 
 import shared_basis
-from shared_basis import BasisConv, BasisGroup, Config, Network, Sharing, UserError
+from shared_basis import BasisConv, BasisGroup, BatchNorm, Config, Network, Sharing, UserError
 
 
 class Mine(Network):
@@ -136,7 +136,8 @@ class Mine(Network):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        return BasisConv(8, unique_rank=self.sharing.unique_rank)(images, train=train)
+        layer = BasisConv(8, unique_rank=self.sharing.unique_rank, use_bias=False)
+        return layer(images, train=train, then=BatchNorm(train))
 
 
 shared_basis.register_network("mine", Mine, forms=["s<S>u<U>"])
