@@ -25,7 +25,7 @@ class AcceleratorRow:
     plain: str
     """The network without sharing."""
     modules: str
-    """This package, or 'stock' Flax modules."""
+    """This package, or 'stock' Flax modules; with norm_images=N, if batch statistics are those of N images."""
     batch: int
     """Of all devices."""
     image_size: int
@@ -70,8 +70,9 @@ def _table(rows: Sequence[AcceleratorRow], by_key: dict[tuple[object, ...], Acce
               "GFLOP", "all-reduces", "other collectives", "temporary, MiB", "compiled in s", "commit"]]
     for row in rows:
         plain = by_key.get(row.key(network=row.plain)) if row.network != row.plain else None
-        stock = by_key.get(row.key(modules=STOCK)) if row.modules != STOCK else None
-        name = f"{row.network}{'' if row.modules == OURS else ', ' + row.modules}, {row.dtype}"
+        modules, *groups = row.modules.split(", ")
+        stock = by_key.get(row.key(modules=", ".join([STOCK, *groups]))) if modules != STOCK else None
+        name = ", ".join([row.network, *([] if modules == OURS else [modules]), *groups, row.dtype])
         table.append([
             f"{name}, {row.batch:,} of {row.image_size}²",
             *(_over(row, plain, field) for field in ("bytes", "kernels", "temporary_bytes", "flops")),

@@ -119,7 +119,7 @@ class Program:
     """The optimized program."""
 
 
-def compile_step(case: Case, target: Target, modules: str) -> Program:
+def compile_step(case: Case, target: Target, modules: str, norm_images: int = 0) -> Program:
     """Compiles the train step of `case` as `shared_basis.training.program` defines it.
 
     Images are streamed, so that a step reads its batch and not the whole data set, and neither cropped nor mirrored,
@@ -127,11 +127,12 @@ def compile_step(case: Case, target: Target, modules: str) -> Program:
 
     Args:
       modules: `STOCK`, or anything else for this package's own.
+      norm_images: the images that batch statistics are those of; 0 is the whole batch.
 
     Raises:
-      UserError: the compiler is not installed, or refuses the program.
+      UserError: `norm_images` does not divide the batch, the compiler is not installed, or refuses the program.
     """
-    mesh, config = target.mesh(), case.config(**UNCHANGED)
+    mesh, config = target.mesh(), case.config(**UNCHANGED, model__norm_images=norm_images)
     spec = Spec((case.image_size, case.image_size, 3), tuple(map(str, range(case.classes))))
     unread: Any = _Unread(50_000)
     images = Images(spec, {"train": unread}, config.data)

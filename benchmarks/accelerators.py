@@ -57,6 +57,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--networks", type=names, default=NETWORKS,
                         help="e.g. resnet34,resnet34-s32u1@224, for images of 224×224; default: the usual ones")
     parser.add_argument("--batch", type=positive, help="images a step, of all devices; default: by target and size")
+    parser.add_argument("--norm-images", type=positive, default=0, metavar="N",
+                        help="model.norm_images: batch statistics are those of N images; default: of the whole batch")
     parser.add_argument("--kernels", type=Path, metavar="DIRECTORY",
                         help="write a list of each program's kernels (.tsv) and the program itself (.hlo) there")
     parser.add_argument("--append", action="store_true", help="add the rows to results/accelerators.csv")
@@ -90,11 +92,14 @@ def cases_of(options: argparse.Namespace) -> Iterator[tuple[str, Case, str]]:
                         yield target, case, modules
 
 
-def row_of(target: str, case: Case, modules: str, program: Program) -> AcceleratorRow:
+def row_of(target: str, case: Case, modules: str, norm_images: int, program: Program) -> AcceleratorRow:
     """Returns the row of a compiled step, with the command that compiles it again."""
     compiler, network = TARGETS[target].compiler, f"{case.network}@{case.image_size}"
     words = ["python", "-m", "benchmarks.accelerators", f"--targets={target}", f"--networks={network}",
              f"--dtypes={case.dtype}", f"--modules={modules}", f"--batch={case.batch}"]
+    if norm_images:
+        words.append(f"--norm-images={norm_images}")
+        modules += f", norm_images={norm_images}"
     found = versions(("jax", "flax", compiler))
     return AcceleratorRow(
         datetime.date.today().isoformat(), records.commit(), found["jax"], found["flax"],
@@ -104,7 +109,8 @@ def row_of(target: str, case: Case, modules: str, program: Program) -> Accelerat
 
 def keep_kernels(directory: Path, row: AcceleratorRow, program: Program) -> None:
     """Writes the list of a program's kernels, and its text, into `directory`."""
-    name = "-".join((row.target.replace(":", "_"), row.network, str(row.image_size), row.dtype, row.modules))
+    name = "-".join((row.target.replace(":", "_"), row.network, str(row.image_size), row.dtype,
+                     *row.modules.split(", ")))
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.tsv").write_text(hlo.render(hlo.kernels(program.text)), encoding="utf-8")
     (directory / f"{name}.hlo").write_text(program.text, encoding="utf-8")
@@ -130,8 +136,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
         TARGETS[target].mesh()  # refuses one whose compiler is missing before anything is compiled
     for target, case, modules in cases:
         print(f"{target}: {case.network} at {case.image_size}, {case.dtype}, {modules} …", file=sys.stderr, flush=True)
-        program = compile_step(case, TARGETS[target], modules)
-        rows.append(row_of(target, case, modules, program))
+        program = compile_step(case, TARGETS[target], modules, options.norm_images)
+        rows.append(row_of(target, case, modules, options.norm_images, program))
         if options.kernels:
             keep_kernels(options.kernels, rows[-1], program)
         if options.append:

@@ -43,8 +43,14 @@ class ModelConfig:
     scan_blocks: str = "auto"
     """Whether blocks that are alike are computed in a loop, which compiles sooner, and keeps less for the gradient and
     computes the rest again: 'yes', 'no' or 'auto', which is what is faster (on CPU yes; elsewhere no, not measured)."""
+    norm_images: int = 0
+    """Training only: batch normalisation takes its statistics over groups of so many images of the batch, as PyTorch's
+    DataParallel does with each GPU's share, and its running ones are the groups' mean; 0 takes them over the whole
+    batch. The result does not depend on the number of devices; groups within a device's share need no communication."""
 
     def __post_init__(self) -> None:
+        _require(0 <= self.norm_images < 2**31, "model.norm_images", self.norm_images,
+                 "0 or a positive whole number that divides train.batch_size")
         _require_choice("model.stem", self.stem, ("cifar", "imagenet"))
         _require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         _require_choice("model.scan_blocks", self.scan_blocks, ("auto", "yes", "no"))
@@ -252,6 +258,10 @@ class Config:
         proper = self.name.isprintable() and self.name[:1] not in ("", ".") and not set(self.name) & set("/\\")
         _require(proper, "name", self.name, "a directory name that does not begin with a dot")
         _require(0 <= self.seed < 2**31, "seed", self.seed, "at least 0 and below 2^31")
+        parts, images = self.optimizer.grad_accumulation_steps, self.model.norm_images
+        _require(not images or self.train.batch_size % (parts * images) == 0, "model.norm_images", images,
+                 f"0, or divide train.batch_size={self.train.batch_size}"
+                 + f" over optimizer.grad_accumulation_steps={parts}" * (parts > 1))
         for boundary in self.optimizer.boundaries:
             _require(boundary < self.train.epochs, "optimizer.boundaries", self.optimizer.boundaries,
                      f"below train.epochs={self.train.epochs}; when you shorten a run, scale them with it")

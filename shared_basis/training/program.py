@@ -91,7 +91,7 @@ def define(config: Config, images: feeds.Images, model: Network, mesh: Mesh) -> 
         new, metrics = train_step(
             state, *feed.select(state.step, *inputs), model=model, optimizer=optimizer, data=config.data,
             seed=seed, steps_per_epoch=steps_per_epoch, batch_sharding=batch_sharding(mesh),
-            grad_accumulation_steps=config.optimizer.grad_accumulation_steps)
+            grad_accumulation_steps=config.optimizer.grad_accumulation_steps, norm_images=config.model.norm_images)
         return new, {**metrics, **diagnose(state.params)}
 
     seed = np.int32(config.seed)

@@ -50,7 +50,8 @@ def start_from(variables: Tree, optimizer: optax.GradientTransformation) -> Trai
 
 def train_step(state: TrainState, images: Array, labels: Array, *, model: nn.Module,
                optimizer: optax.GradientTransformation, data: DataConfig, seed: int | Array, steps_per_epoch: int,
-               batch_sharding: NamedSharding, grad_accumulation_steps: int = 1) -> tuple[TrainState, Metrics]:
+               batch_sharding: NamedSharding, grad_accumulation_steps: int = 1,
+               norm_images: int = 0) -> tuple[TrainState, Metrics]:
     """Makes one update; its augmentation is determined by `seed` and `state.step`.
 
     Args:
@@ -60,6 +61,7 @@ def train_step(state: TrainState, images: Array, labels: Array, *, model: nn.Mod
       grad_accumulation_steps: the number of parts that the batch is divided into; their gradients are computed one
         after another and averaged. That equals the gradient of the whole batch but for what sees a part alone: batch
         normalisation, whose running statistics then move once for each part, and dropout's draws.
+      norm_images: the number of images that batch normalisation takes its statistics over; 0 is the batch, or its part.
 
     Returns:
       The new state and, for reading while the state moves on, its `totals` with `gradient_norm`, the global norm of the
@@ -68,7 +70,7 @@ def train_step(state: TrainState, images: Array, labels: Array, *, model: nn.Mod
     inputs = normalize(augment(images, _stream(seed, 1, state.step), data), data)
     inputs = jax.lax.with_sharding_constraint(inputs, batch_sharding)
     dropout = _stream(seed, 2, state.step)
-    differentiate = jax.grad(functools.partial(_loss, model), has_aux=True)
+    differentiate = jax.grad(functools.partial(_loss, model, norm_images), has_aux=True)
     if grad_accumulation_steps == 1:
         gradient, (batch_stats, sums) = differentiate(state.params, state.batch_stats, inputs, labels, dropout)
     else:
@@ -87,15 +89,31 @@ def _stream(seed: int | Array, stream: int, index: int | Array) -> Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), index)
 
 
-def _loss(model: nn.Module, params: Tree, batch_stats: Tree, inputs: Array, labels: Array,
+def _loss(model: nn.Module, norm_images: int, params: Tree, batch_stats: Tree, inputs: Array, labels: Array,
           key: Array) -> tuple[Array, tuple[Tree, Metrics]]:
     """Returns the mean cross entropy, and with it the new running statistics and the sums of `TrainState.totals`."""
-    logits, updated = model.apply({"params": params, "batch_stats": batch_stats}, inputs, train=True,
-                                  mutable=["batch_stats"], rngs={"dropout": key})
+    logits, batch_stats = _apply(model, norm_images or len(inputs), params, batch_stats, inputs, key)
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     sums = {"loss": cross_entropy * len(labels), "count": jnp.asarray(len(labels), jnp.float32),
             "correct": jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)}
-    return cross_entropy, (updated["batch_stats"], sums)
+    return cross_entropy, (batch_stats, sums)
+
+
+def _apply(model: nn.Module, norm_images: int, params: Tree, batch_stats: Tree, inputs: Array,
+           key: Array) -> tuple[Array, Tree]:
+    """Returns the logits in training `[B, classes]` and the new running statistics.
+
+    Each group of `norm_images` images, which follow one another, is a batch of its own to the network.
+    """
+    def apply(images: Array, key: Array) -> tuple[Array, Tree]:
+        logits, updated = model.apply({"params": params, "batch_stats": batch_stats}, images, train=True,
+                                      mutable=["batch_stats"], rngs={"dropout": key})
+        return logits, updated["batch_stats"]
+    if norm_images == len(inputs):
+        return apply(inputs, key)
+    groups = inputs.reshape(-1, norm_images, *inputs.shape[1:])
+    logits, moved = jax.vmap(apply)(groups, jax.random.split(key, len(groups)))
+    return logits.reshape(len(inputs), -1), jax.tree.map(lambda x: jnp.mean(x, 0).astype(x.dtype), moved)
 
 
 def _accumulate(differentiate: Callable[..., tuple[Tree, tuple[Tree, Metrics]]], state: TrainState, inputs: Array,

@@ -206,7 +206,7 @@ def test_a_row_says_what_was_compiled_and_how_to_do_it_again(monkeypatch: pytest
     monkeypatch.setattr(accelerators, "versions", lambda packages: dict.fromkeys(packages, "1.2"))
     figures = Figures(kernels=3, bytes=2.0, main_memory_bytes=1.0, flops=4.0, all_reduces=5, other_collectives=6,
                       temporary_bytes=7.0, compile_seconds=8.0)
-    row = accelerators.row_of("v5e:2x2", Case("resnet34-s32u1", 64, 224, "bfloat16"), OURS, Program(figures, ""))
+    row = accelerators.row_of("v5e:2x2", Case("resnet34-s32u1", 64, 224, "bfloat16"), OURS, 0, Program(figures, ""))
     assert (row.network, row.plain, row.compiler) == ("resnet34-s32u1", "resnet34", "libtpu 1.2")
     assert {name: getattr(row, name) for name in vars(figures)} == vars(figures)
     again = accelerators.parse(row.command.split()[3:])

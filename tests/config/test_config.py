@@ -66,6 +66,9 @@ NAN, INF = float("nan"), float("inf")
     ("seed", -1, "seed=-1: must be at least 0 and below 2^31"),
     ("seed", 2**31, "seed=2147483648: must be at least 0 and below 2^31"),
     ("model.stem", "cifarr", "model.stem='cifarr': must be one of cifar, imagenet. Did you mean 'cifar'?"),
+    ("model.norm_images", -1, "model.norm_images=-1: must be 0 or a positive whole number that divides "
+     "train.batch_size."),
+    ("model.norm_images", 48, "model.norm_images=48: must be 0, or divide train.batch_size=256."),
     ("model.scan_blocks", "maybe", "model.scan_blocks='maybe': must be one of auto, yes, no."),
     ("model.dtype", "float16", "model.dtype='float16': must be one of float32, bfloat16. Did you mean 'bfloat16'?"),
     ("data.name", "cifar", "fashion_mnist, imagenet2012, tfds:<name>. Did you mean 'cifar10'?"),

@@ -71,7 +71,8 @@ def test_cifar_resnet_is_the_published_recipe():
     assert to_dict(from_config_dict(load(CONFIGS / "cifar_resnet.py").get_config("resnet32-s8u1"))) == {
         "name": "cifar_resnet-resnet32-s8u1",
         "seed": 0,
-        "model": {"name": "resnet32-s8u1", "stem": "cifar", "dtype": "float32", "scan_blocks": "auto"},
+        "model": {"name": "resnet32-s8u1", "stem": "cifar", "dtype": "float32", "scan_blocks": "auto",
+                  "norm_images": 0},
         "data": {**ALL_IMAGES, "name": "cifar10", "image_size": 0, "crop": "center", "mean": [0.485, 0.456, 0.406],
                  "std": [0.229, 0.224, 0.225], "pad": 4, "flip": True},
         "orthogonality": {"method": "penalty", "weight": 10.0, "elements": "shared+unique", "reduction": "mean"},

@@ -127,6 +127,7 @@ sys.path[:0] = sys.argv[1:3]
 import runtime.test_distributed as tests
 for placement in ("device", "stream"):
     tests.trained(pathlib.Path(sys.argv[3]) / placement, 8, {"data.placement": placement})
+tests.trained(pathlib.Path(sys.argv[3]) / "groups", 8, {"model.norm_images": 2})
 """
 
 
@@ -137,6 +138,11 @@ def test_a_run_is_the_same_on_eight_devices(one: Path, tmp_path: Path) -> None:
                    timeout=600, check=True)
     assert_runs_close(tmp_path / "device", one)
     assert read_metrics(tmp_path / "device") == read_metrics(tmp_path / "stream")
+    for count in (1, 2, 4):
+        trained(tmp_path / str(count), count, {"model.norm_images": 2})
+        assert_runs_close(tmp_path / str(count), tmp_path / "groups")
+    losses = [read_metrics(workdir)[-1]["train_loss"] for workdir in (tmp_path / "groups", one)]
+    assert abs(losses[0] - losses[1]) > 1e-3, "batch normalisation saw the whole batch"
 
 
 @pytest.mark.parametrize(("first", "then"), [

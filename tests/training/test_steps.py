@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -289,12 +290,13 @@ class Normalized(nn.Module):
 
 
 def updates(model: nn.Module, steps: int, parts: int, devices: int = 1, *, learning_rate: float = 0.1,
-            data: DataConfig = CENTRED) -> tuple[TrainState, list[Metrics]]:
+            data: DataConfig = CENTRED, norm_images: int = 0) -> tuple[TrainState, list[Metrics]]:
     """Returns the state after so many updates with batches of 16 images, each in `parts`, and the metrics of each."""
     mesh, optimizer = mesh_of(devices), optax.sgd(learning_rate)
     step = jax.jit(functools.partial(
         train_step, model=model, optimizer=optimizer, data=data, seed=0, steps_per_epoch=steps,
-        batch_sharding=batch_sharding(mesh), grad_accumulation_steps=parts), out_shardings=replicated(mesh))
+        batch_sharding=batch_sharding(mesh), grad_accumulation_steps=parts, norm_images=norm_images),
+        out_shardings=replicated(mesh))
     state = jax.device_put(create_train_state(model, optimizer, 0, (4, 4, 1)), replicated(mesh))
     images, labels = make_images(16 * steps, size=4)
     metrics = []
@@ -321,7 +323,7 @@ def test_each_part_of_each_step_makes_draws_of_its_own() -> None:
     assert len(set(draws.tolist())) == 16
 
 
-def normalized_by_hand(params: Any, parts: int) -> tuple[Any, Any, dict[str, float]]:
+def normalized_by_hand(params: Any, parts: int, norm_images: int) -> tuple[Any, Any, dict[str, float]]:
     """Returns parameters, running statistics and metrics of `Normalized` after two updates, in NumPy and float64."""
     images, labels = make_images(32, size=4)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jax.device_get(params))
@@ -330,32 +332,70 @@ def normalized_by_hand(params: Any, parts: int) -> tuple[Any, Any, dict[str, flo
         batch = ((images[first:first + 16] / 255 - 0.5) / 0.25).reshape(16, -1)
         gradient = jax.tree.map(np.zeros_like, params)
         for part in range(parts):
-            inputs, targets = batch[part::parts], labels[first:first + 16][part::parts]
-            mean, var = 0.9 * mean + 0.1 * inputs.mean(0), 0.9 * var + 0.1 * inputs.var(0)
-            normal = (inputs - inputs.mean(0)) / np.sqrt(inputs.var(0) + 1e-3)
-            outputs = normal * params["norm"]["scale"] + params["norm"]["bias"]
-            logits = outputs @ params["head"]["kernel"] + params["head"]["bias"]
-            slope = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True) - np.eye(10)[targets]
-            back = slope @ params["head"]["kernel"].T
-            new = {"head": {"kernel": outputs.T @ slope, "bias": slope.sum(0)},
-                   "norm": {"scale": (back * normal).sum(0), "bias": back.sum(0)}}
-            gradient = jax.tree.map(lambda a, b: a + b / 16, gradient, new)
-            sums["loss"] += cross_entropies(logits, targets).sum()
-            sums["correct"] += (logits.argmax(-1) == targets).sum()
-            sums["count"] += len(targets)
+            found = []
+            for begin in range(0, 16 // parts, norm_images or 16):
+                of_the_group = slice(begin, begin + (norm_images or 16))
+                inputs = batch[part::parts][of_the_group]
+                targets = labels[first:first + 16][part::parts][of_the_group]
+                found.append((inputs.mean(0), inputs.var(0)))
+                normal = (inputs - inputs.mean(0)) / np.sqrt(inputs.var(0) + 1e-3)
+                outputs = normal * params["norm"]["scale"] + params["norm"]["bias"]
+                logits = outputs @ params["head"]["kernel"] + params["head"]["bias"]
+                slope = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True) - np.eye(10)[targets]
+                back = slope @ params["head"]["kernel"].T
+                new = {"head": {"kernel": outputs.T @ slope, "bias": slope.sum(0)},
+                       "norm": {"scale": (back * normal).sum(0), "bias": back.sum(0)}}
+                gradient = jax.tree.map(lambda a, b: a + b / 16, gradient, new)
+                sums["loss"] += cross_entropies(logits, targets).sum()
+                sums["correct"] += (logits.argmax(-1) == targets).sum()
+                sums["count"] += len(targets)
+            mean, var = (0.9 * old + 0.1 * np.mean(new, 0)
+                         for old, new in zip((mean, var), zip(*found, strict=True), strict=True))
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
     norms = [np.sqrt(sum((leaf ** 2).sum() for leaf in jax.tree.leaves(tree))) for tree in (gradient, params)]
     return params, {"norm": {"mean": mean, "var": var}}, {**sums, "gradient_norm": norms[0], "parameter_norm": norms[1]}
 
 
-@pytest.mark.parametrize(("parts", "devices"), [(1, 1), (4, 1), (2, 4)])
-def test_batch_normalisation_sees_every_nth_image_of_a_batch_on_any_number_of_devices(parts: int,
-                                                                                      devices: int) -> None:
+@pytest.mark.parametrize(("parts", "norm_images", "devices"), [
+    (1, 0, 1), (4, 0, 1), (2, 0, 4), (1, 4, 1), (1, 4, 2), (1, 4, 4), (1, 8, 4), (1, 16, 2), (2, 2, 4)])
+def test_batch_normalisation_sees_parts_of_a_batch_and_groups_of_images_on_any_number_of_devices(
+        parts: int, norm_images: int, devices: int) -> None:
     first = create_train_state(Normalized(), optax.sgd(0.1), 0, (4, 4, 1)).params
-    params, statistics, sums = normalized_by_hand(first, parts)
-    state, metrics = updates(Normalized(), 2, parts, devices)
+    params, statistics, sums = normalized_by_hand(first, parts, norm_images)
+    state, metrics = updates(Normalized(), 2, parts, devices, norm_images=norm_images)
     for actual, desired in ((state.params, params), (state.batch_stats, statistics), (metrics[-1], sums)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, desired)
+
+
+def test_each_group_of_images_makes_draws_of_its_own_and_integers_stay_integers() -> None:
+    drawn = updates(Plain(), 1, 1, norm_images=4)[0].batch_stats
+    assert (int(drawn["calls"]), drawn["calls"].dtype) == (1, jnp.int32)
+    assert float(drawn["draws"][0]) != float(updates(Plain(), 1, 1)[0].batch_stats["draws"][0])
+
+
+def test_groups_of_images_within_a_device_leave_one_exchange_which_is_that_of_the_gradients() -> None:
+    model, mesh, optimizer = tiny_network(), mesh_of(4), optax.sgd(0.1)
+
+    def exchanges(norm_images: int) -> list[str]:
+        with forms_for("gpu"):
+            step = jax.jit(functools.partial(
+                train_step, model=model, optimizer=optimizer, data=CENTRED, seed=0, steps_per_epoch=1,
+                batch_sharding=batch_sharding(mesh), norm_images=norm_images), out_shardings=replicated(mesh))
+            state = jax.eval_shape(lambda: create_train_state(model, optimizer, 0, (8, 8, 1)))
+            state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), state)
+            batch = (jax.ShapeDtypeStruct((16, *shape), dtype, sharding=batch_sharding(mesh))
+                     for shape, dtype in (((8, 8, 1), jnp.uint8), ((), jnp.int32)))
+            program = step.lower(state, *batch).compile().as_text()
+        return re.findall(r"(all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", program)
+    assert exchanges(4) == ["all-reduce"]
+    assert len(exchanges(0)) > 1
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_groups_of_images_train_a_network_with_bases_the_same_on_any_number_of_devices(platform: str) -> None:
+    with forms_for(platform):
+        one, many = (updates(tiny_network(), 2, 1, devices, norm_images=4)[0] for devices in (1, 4))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), many, one)
 
 
 def test_a_loop_over_the_parts_computes_what_the_unrolled_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
