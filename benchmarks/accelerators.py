@@ -3,7 +3,8 @@
     python -m benchmarks.accelerators --targets=h100x1 --networks=resnet32,resnet32-s16u1-double --append --write
 
 The trainer's own step is compiled, and beside it that of the same network in stock Flax modules, where it is written in
-them. --append adds a row for each to results/accelerators.csv; --write puts tables of the newest rows in that file into
+them. --append adds a row for each to results/accelerators.csv, and on GPUs rows that say what its kernels are for to
+results/accelerator_kernels.csv; --write puts tables of the newest rows in that file into
 benchmarks/README.md. See there for what the figures say.
 """
 
@@ -25,7 +26,8 @@ if __name__ == "__main__":  # before JAX is imported: nothing is computed, and n
 
 import jax
 
-from benchmarks import hlo, records
+from benchmarks import accelerator_kernels, hlo, records
+from benchmarks.accelerator_kernels import KernelsRow
 from benchmarks.accelerator_rows import OURS, AcceleratorRow, newest, tables
 from benchmarks.accelerator_targets import STOCK, TARGETS, Program, Target, compile_step
 from benchmarks.cases import Case, make_case
@@ -36,7 +38,8 @@ from shared_basis.cli.app import run_and_exit
 from shared_basis.errors import UserError
 from shared_basis.models import plain_counterpart
 
-FILE = Path("results") / "accelerators.csv"
+RESULTS = Path("results")
+FILE, KERNELS = RESULTS / "accelerators.csv", RESULTS / "accelerator_kernels.csv"
 """Below the repository's root."""
 NETWORKS = ("resnet32", "resnet32-s16u1-double", "resnet56", "resnet56-s16u1-double", "resnet34", "resnet34-s32u1",
             "resnet34@224", "resnet34-s32u1@224", "resnet50", "resnet50-shared", "mobilenetv2", "mobilenetv2-shared",
@@ -120,6 +123,8 @@ def write_page(root: Path = ROOT) -> None:
     """Replaces the tables of the page by those of the newest rows in the file."""
     kept = newest(records.read(root / FILE, AcceleratorRow))
     replace_section(root / PAGE, "accelerators", tables(kept, kept))
+    kernels = accelerator_kernels.tables(records.read(root / KERNELS, KernelsRow))
+    replace_section(root / PAGE, "accelerator kernels", kernels)
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
@@ -142,6 +147,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
             keep_kernels(options.kernels, rows[-1], program)
         if options.append:
             records.append(root / FILE, rows[-1:])
+            if TARGETS[target].platform == "cuda":
+                records.append(root / KERNELS, accelerator_kernels.rows_of(rows[-1], hlo.kernels(program.text)))
         jax.clear_caches()  # programs of many networks take gigabytes
     every = newest([*earlier, *rows])
     print(tables([row for row in every if row in rows], every))

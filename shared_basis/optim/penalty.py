@@ -105,8 +105,7 @@ def orthogonality_diagnostics(params: Tree, basis_groups: Iterable[BasisGroup]) 
     groups = find_groups(params, basis_groups)
     arrays = arrays_at(params, paths_of(groups))
     blocks = [block for group in groups for block in _blocks(arrays, group)]
-    norms = jnp.concatenate([jnp.linalg.norm(rows, axis=-1).ravel() for group in groups
-                             for parts in group.rows(arrays) for rows in parts])
+    norms = jnp.sqrt(jnp.concatenate([jnp.sum(products * identity, -1).ravel() for products, identity in blocks]))
     return {
         "penalty": _penalty(arrays, groups, "mean"),
         "norm_min": norms.min(), "norm_mean": norms.mean(), "norm_max": norms.max(),

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from helpers import ROOT, tiny_network, user_error
 
-from benchmarks import accelerators, hlo, records
+from benchmarks import accelerator_kernels, accelerators, hlo, records
+from benchmarks.accelerator_kernels import KernelsRow, purpose
 from benchmarks.accelerator_rows import AcceleratorRow, newest, tables
 from benchmarks.accelerator_targets import STOCK, TARGETS, Figures, Program, count_flops
 from benchmarks.cases import Case
@@ -213,6 +214,50 @@ def test_a_row_says_what_was_compiled_and_how_to_do_it_again(monkeypatch: pytest
     assert list(accelerators.cases_of(again)) == [("v5e:2x2", Case("resnet34-s32u1", 64, 224, "bfloat16"), OURS)]
 
 
+def test_statistics_of_groups_of_images_are_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerators, "versions", lambda packages: dict.fromkeys(packages, "1.2"))
+    figures = Figures(1, 1.0, 1.0, 1.0, 1, 0, 1.0, 1.0)
+    row = accelerators.row_of("v5e:2x2", Case("resnet34", 64), OURS, 16, Program(figures, ""))
+    assert row.modules == f"{OURS}, norm_images=16"
+    assert accelerators.parse(row.command.split()[3:]).norm_images == 16
+    stock = dataclasses.replace(row, modules="stock, norm_images=16", bytes=4.0)
+    table = tables([row], [row, stock, dataclasses.replace(row, modules=STOCK, bytes=100.0)])
+    assert "| resnet34, norm_images=16, float32, 64 of 32² | – | – | – | – | 0.25 |" in table
+
+
+def kernel(kind: str, source: str, size: int = 10**6) -> hlo.Kernel:
+    """Returns a kernel that reads so many numbers of four bytes."""
+    return hlo.Kernel("k", kind, (hlo.Array("f32", (size,)),), (), source)
+
+
+@pytest.mark.parametrize(("kind", "source", "size", "what"), [
+    ("__cudnn$convForward", "jit(step)/jvp(Net)/conv", 1, "convolutions"),
+    ("__cudnn$convBiasActivationForward", "jit(step)/jvp(Net)/conv", 10**6, "convolutions"),
+    ("__cudnn$convBackwardFilter", "jit(step)/transpose(jvp(N))/conv", 10**6, "convolutions, gradient of the filters"),
+    ("kCustom", "jit(step)/jvp(Net)/layer/dot_general", 10**6, "products, forward"),
+    ("kInput", "jit(step)/transpose(jvp(Net))/layer/dot_general", 10**6, "products, backward"),
+    ("kInput", "jit(step)/jvp(Net)/norm/reduce_sum", 10**6, "sums over batch and pixels, forward"),
+    ("kLoop", "jit(step)/transpose(jvp(Net))/add_any", 10**6, "arrays, element by element, backward"),
+    ("kLoop", "jit(step)/transpose(jvp(Net))/add_any", 10**5, "small: backward"),
+    ("kLoop", "jit(step)/transpose(jvp())/dot", 10**6, "update, penalty, metrics"),
+    ("kLoop", "jit(step)/add", 1, "small: update, penalty, metrics"), ("copy", "", 1, "small: copies")])
+def test_the_purpose_of_a_kernel(kind: str, source: str, size: int, what: str) -> None:
+    assert purpose(kernel(kind, source, size)) == what
+    assert what in accelerator_kernels.PURPOSES
+
+
+def test_kernels_are_shown_beside_the_plain_network_s_newest() -> None:
+    products, sums = kernel("kCustom", "jvp(Net)/dot_general"), kernel("kInput", "jvp(Net)/reduce_sum", 2 * 10**6)
+    plain, shared = make_row(network="resnet34", plain="resnet34"), make_row(network="resnet34-s32u1", plain="resnet34")
+    old = dataclasses.replace(shared, commit="old")
+    of = accelerator_kernels.rows_of
+    text = accelerator_kernels.tables([*of(plain, [sums, sums]), *of(old, [sums]), *of(shared, [products, products])])
+    assert "resnet34-s32u1 beside resnet34" in text
+    assert "| products, forward | 2 | – | 8 | 0 | +8 |" in text
+    assert "| sums over batch and pixels, forward | – | 2 | 0 | 16 | -16 |" in text
+    assert "| all | 2 | 2 | 8 | 16 | -8 |" in text
+
+
 def test_batches_grow_with_the_devices() -> None:
     found = {(target, size): TARGETS[target].batch(size) for target in TARGETS for size in (32, 224)}
     assert found == {("h100x1", 32): 256, ("h100x1", 224): 64, ("h100x8", 32): 2048, ("h100x8", 224): 512,
@@ -256,9 +301,11 @@ def test_the_page_shows_the_newest_rows_and_names_every_option() -> None:
     rows = newest(records.read(ROOT / accelerators.FILE, AcceleratorRow))
     assert section_of(ROOT / PAGE, "accelerators") == tables(rows, rows)
     assert rows
+    kernels = records.read(ROOT / accelerators.KERNELS, KernelsRow)
+    assert section_of(ROOT / PAGE, "accelerator kernels") == accelerator_kernels.tables(kernels)
     text = (ROOT / PAGE).read_text(encoding="utf-8")
     described = text[text.index("## Accelerators"):text.index("<!-- accelerators -->\n")]
-    for option in ("targets", "networks", "dtypes", "modules", "batch", "kernels", "append", "write"):
+    for option in ("targets", "networks", "dtypes", "modules", "batch", "norm-images", "kernels", "append", "write"):
         assert f"`--{option}" in described
     assert "no clock" in described
 
@@ -271,7 +318,8 @@ def test_a_step_is_compiled_from_the_command_line(target: str, tmp_path: Path) -
         pytest.skip(f"{TARGETS[target].compiler} is not installed; the extra 'accelerators' brings it")
     page = tmp_path / PAGE
     page.parent.mkdir()
-    page.write_text("<!-- accelerators -->\n<!-- end of accelerators -->\n")
+    page.write_text("".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in (
+        "accelerators", "accelerator kernels")))
     code = ("import os, pathlib; os.environ.update(JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1')\n"
             "from helpers import register_tiny\n"
             "from benchmarks import accelerators\n"
