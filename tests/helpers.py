@@ -198,6 +198,7 @@ while line := sys.stdin.readline():
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
         os.chdir(request["cwd"])
         sys.argv = request["argv"]
+        sys.orig_argv = [sys.executable, *sys.argv]  # the process is its own, as one that a shell starts
         runpy.run_path(sys.argv[0], run_name="__main__")
         sys.exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

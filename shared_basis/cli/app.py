@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import io
 import json
@@ -111,15 +112,31 @@ def define_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
 
 
 def main() -> NoReturn:
-    """Is the program: reads `sys.argv`, runs what it asks for, and ends the process."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the process at once and silently while packages are imported
-    # Huge pages save a tenth of a step on CPU; glibc reads this when a process starts (see benchmarks/README.md).
-    if sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    """Is the program: reads `sys.argv`, runs what it asks for, and ends the process.
+
+    Where another program runs it (runpy, `%run` in a notebook), that goes on: it is left with a `SystemExit`.
+    """
+    own_process = sys.argv == sys.orig_argv[-len(sys.argv):]
+    if own_process:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it at once and silently while packages are imported
+        # Huge pages save a tenth of a step on CPU; glibc reads this when a process starts (see benchmarks/README.md).
+        if sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
+            os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        _print_anything()
     logging.set_verbosity(logging.FATAL)  # failures end in one line
     _print_notes()
-    run_and_exit(lambda: run(*parse(sys.argv)))
+    run_and_exit(lambda: run(*parse(sys.argv)), own_process=own_process)
+
+
+def _print_anything() -> None:
+    """Lets the process print where its output is closed, or in an encoding that lacks a letter."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # open as long as the process
+        else:
+            stream.reconfigure(errors="backslashreplace")
 
 
 def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
@@ -223,17 +240,27 @@ def run(values: flags.FlagValues, options: Sequence[str]) -> None:
             **{name: _expand_user(values[name].value) for name in options})
         result, text = commands.run(values.mode, request)
         if distributed.is_main_process():
-            print(json.dumps(result) if request.json else text)
+            _print_result(json.dumps(result) if request.json else text)
 
 
-def run_and_exit(*commands: Callable[[], None]) -> NoReturn:
-    """Runs `commands` and ends the process.
+def _print_result(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # such as a full disk that output is directed to
+        raise UserError(f"the result cannot be written to standard output: {error.strerror}.") from error
+
+
+def run_and_exit(*commands: Callable[[], None], own_process: bool = True) -> NoReturn:
+    """Runs `commands` and ends the process, or where it is another program's raises `SystemExit`.
 
     The exit code is 0; 2 for a `UserError`, which is printed in one line; 1, silently, where nobody reads what is
     printed; or 128 + the number of the signal that stopped it (130 for Ctrl-C, 143 for SIGTERM; training catches them,
     to save). A `SystemExit` goes on as it is.
     """
-    sys.unraisablehook = lambda unraisable: None  # writes and reads that Orbax abandons print tracebacks by it
+    if own_process:
+        sys.unraisablehook = lambda unraisable: None  # writes and reads that Orbax abandons print tracebacks by it
     code = 0
     try:
         for command in commands:
@@ -241,13 +268,19 @@ def run_and_exit(*commands: Callable[[], None]) -> NoReturn:
         sys.stdout.flush()
     except UserError as error:
         # Threads of a restore that failed may still print tracebacks: not between these words, nor at the end.
-        stderr, sys.stderr = sys.stderr, io.StringIO()
+        stderr = sys.stderr
+        if own_process:
+            sys.stderr = io.StringIO()
         stderr.write(f"error: {error}\n")
         stderr.flush()
-        sys.stdout.flush()
-        os._exit(2)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        if own_process:
+            os._exit(2)
+        code = 2
     except BrokenPipeError:  # who reads this, such as head, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        if own_process:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
         code = 1
     except KeyboardInterrupt as interrupt:
         print(*interrupt.args or ["stopped"], file=sys.stderr)

@@ -25,6 +25,7 @@ import numpy as np
 from shared_basis.config import DataConfig
 from shared_basis.data.batches import Batch, Batches, without_images
 from shared_basis.errors import UserError
+from shared_basis.runtime.preemption import STOPPING
 
 AHEAD = 1
 """Finished batches that each worker keeps ready."""
@@ -35,8 +36,6 @@ their memory and their start (benchmarks/README.md); where that ends has not bee
 
 MOST_WORKERS = 16
 """Without being asked for more."""
-
-STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def workers_of(config: DataConfig) -> int:
@@ -79,11 +78,20 @@ def read(batches: Batches, workers: int, warn: Callable[[str], None], start: int
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise
-            raise UserError(f"a process that reads images was killed ({str(error).split('.')[0]}); if memory ran out, "
-                            "set fewer --config.data.workers.") from error
+            raise UserError(_killed(str(error))) from error
         finally:
             batch = None  # before the workers end, so that the memory it shares with them is freed meanwhile
             iterator.close()
+
+
+def _killed(text: str) -> str:
+    """Returns the message for the end of a worker, of which Grain says `text`."""
+    no_page = -getattr(signal, "SIGBUS", 7)  # how a process learns that there is no more shared memory
+    if f"exit code {no_page}" in text:
+        return ("a process that reads images ran out of shared memory (/dev/shm); give the container more (docker run "
+                "--shm-size=8g), or read by threads: --config.data.workers=0.")
+    return (f"a process that reads images was killed ({text.split('.')[0]}); if memory ran out, set fewer "
+            "--config.data.workers.")
 
 
 class _Endless:
@@ -139,8 +147,11 @@ def _first(iterator: Any) -> Batch:
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         return next(iterator)
-    resource_tracker.ensure_running()  # starting it would let the signals through
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # threads and processes that are started inherit it
+    # Threads and processes that are started inherit it, Python's resource tracker too; starting that lets Ctrl-C and
+    # SIGTERM through.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOPPING) - {signal.SIGINT, signal.SIGTERM})
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         return next(iterator)
     finally:

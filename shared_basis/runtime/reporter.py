@@ -19,10 +19,21 @@ PLAIN_INTERVAL = 60.0
 VERBOSITIES = ("quiet", "normal", "verbose")
 
 
+class _Console(Console):
+    """A console that leaves it to its user what a closed pipe means, and does not end the program."""
+
+    def on_broken_pipe(self) -> None:
+        """Is called where a `BrokenPipeError` is caught, and lets it go on."""
+        raise
+
+
 class Reporter:
     """Prints lines, and keeps one progress line below them on a terminal.
 
     A quiet one prints warnings alone; a verbose one details too, each line with its process and step.
+
+    What cannot be printed ends no run: letters that the stream's encoding lacks are escaped, and a stream that is
+    closed, full, or of a terminal that is gone gets nothing any more. The log goes on.
     """
 
     def __init__(self, stream: TextIO | None = None, verbosity: str = "normal", process: int = 0) -> None:
@@ -31,7 +42,9 @@ class Reporter:
             raise ValueError(f"verbosity={verbosity!r}: must be one of {', '.join(VERBOSITIES)}")
         self.step = 0
         """The training step that lines are about."""
-        self._console = Console(file=stream or sys.stdout, highlight=False, markup=False, soft_wrap=True)
+        stream = stream or sys.stdout or io.StringIO()  # Python has no sys.stdout where it is closed
+        self._encoding = getattr(stream, "encoding", None) or "utf-8"
+        self._console = _Console(file=stream, highlight=False, markup=False, soft_wrap=True)
         self._level = VERBOSITIES.index(verbosity)
         self._process = process
         self._log: TextIO = io.StringIO()  # until the log's directory is known
@@ -55,9 +68,21 @@ class Reporter:
     def _show(self, text: str, level: int) -> None:
         self._write(text)
         if level <= self._level:
-            self._console.print(f"[{self._source()}] {text}" if self._level == 2 else text)
-            if not self._console.is_terminal:
-                self._console.file.flush()
+            with self._until_closed():
+                self._console.print(self._printable(f"[{self._source()}] {text}" if self._level == 2 else text))
+                if not self._console.is_terminal:
+                    self._console.file.flush()
+
+    def _printable(self, text: str) -> str:
+        return text.encode(self._encoding, "backslashreplace").decode(self._encoding)
+
+    @contextlib.contextmanager
+    def _until_closed(self) -> Iterator[None]:
+        """Ends all printing, and nothing else, if the stream takes no more."""
+        try:
+            yield
+        except (OSError, ValueError):  # of a file that is closed, ValueError
+            self._level, self._progress = -1, None
 
     def _source(self) -> str:
         return f"process {self._process} step {self.step}"
@@ -87,15 +112,16 @@ class Reporter:
 
     def show_progress(self, done: int, total: int, text: str) -> None:
         """Shows `text` as the progress line: on a terminal at once, elsewhere at most once a minute."""
-        if not self._level:
+        if self._level <= 0:
             return
         if self._console.is_terminal:
-            if self._progress is None:
-                self._progress = Progress(BarColumn(bar_width=12), TextColumn("{task.description}", markup=False),
-                                          console=self._console, transient=True)
-                self._task = self._progress.add_task("", total=total)
-                self._progress.start()
-            self._progress.update(self._task, completed=done, total=total, description=text)
+            with self._until_closed():
+                if self._progress is None:
+                    self._progress = Progress(BarColumn(bar_width=12), TextColumn("{task.description}", markup=False),
+                                              console=self._console, transient=True)
+                    self._task = self._progress.add_task("", total=total)
+                    self._progress.start()
+                self._progress.update(self._task, completed=done, total=total, description=self._printable(text))
         elif time.monotonic() - self._last_plain >= PLAIN_INTERVAL:
             self._last_plain = time.monotonic()
             self.info(text)
@@ -118,8 +144,9 @@ class Reporter:
     def end_progress(self) -> None:
         """Removes the progress line."""
         if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+            progress, self._progress = self._progress, None
+            with self._until_closed():
+                progress.stop()
 
     def __enter__(self) -> Reporter:
         return self

@@ -33,6 +33,7 @@ from shared_basis.data.examples import ArrayExamples, Spec, crop_generator, epoc
 from shared_basis.data.folder import FileExamples
 from shared_basis.data.images import TEST_PART, central, decode, random_resized
 from shared_basis.data.streaming import read
+from shared_basis.runtime.preemption import STOPPING
 
 COUNT, BATCH, PER_EPOCH, EPOCHS, SEED = 11, 3, 3, 3, 7
 """Eleven images are three batches an epoch, with two images left over."""
@@ -385,14 +386,30 @@ def test_the_flags_of_a_program_are_as_they_were(examples: FileExamples) -> None
     assert not flags.FLAGS.is_parsed()
 
 
+class WithoutMemory(ArrayExamples):
+    """Examples whose reader ends as one that gets no page of shared memory."""
+
+    def read(self, indices: Sequence[int]) -> Any:
+        os.kill(os.getpid(), signal.SIGBUS)
+
+
+@pytest.mark.slow
+def test_a_worker_without_shared_memory_is_told_from_one_without_memory() -> None:
+    examples = WithoutMemory(np.zeros((8, 4, 4, 3), np.uint8), np.zeros(8, np.int32))
+    batches = EvalBatches(examples, Spec((4, 4, 3), ("a",)), DataConfig(), batch_size=4)
+    with user_error("ran out of shared memory (/dev/shm)", "--config.data.workers=0"):
+        list(read(batches, 1, print))
+
+
 _READER = """
 import multiprocessing, signal, time, numpy
 from shared_basis.config import DataConfig
 from shared_basis.data.batches import TrainingBatches
 from shared_basis.data.examples import ArrayExamples, Spec
 from shared_basis.data.streaming import read
+from shared_basis.runtime.preemption import STOPPING
 
-for signum in (signal.SIGINT, signal.SIGTERM):
+for signum in STOPPING:
     signal.signal(signum, lambda *_: None)
 examples = ArrayExamples(numpy.zeros((8, 4, 4, 3), numpy.uint8), numpy.zeros(8, numpy.int32))
 batches = TrainingBatches(examples, Spec((4, 4, 3), ("a",)), DataConfig(), seed=0, batch_size=4, epochs=9)
@@ -418,8 +435,8 @@ def test_signals_to_all_processes_do_not_end_workers_that_are_about_to_start() -
         def interrupt() -> None:
             """Does what a terminal does at Ctrl-C, and a cluster at the end of a job."""
             while not done.wait(0.1):
-                os.killpg(process.pid, signal.SIGINT)
-                os.killpg(process.pid, signal.SIGTERM)
+                for signum in STOPPING:
+                    os.killpg(process.pid, signum)
         thread = threading.Thread(target=interrupt)
         thread.start()
         workers, rest = process.stdout.readline(), process.stdout.readline()

@@ -143,7 +143,7 @@ def test_signals_stop_a_run_that_the_same_command_continues(tmp_path: Path, fiel
     command = [sys.executable, str(MAIN), "--noreport", *SMALL[:1], *SMALL[2:], "--config.train.epochs=1000",
                "--config.train.evaluate_every=500", "--workdir=run", *fields]
     saved = None
-    for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)):
         with subprocess.Popen(command, cwd=tmp_path, env=user_environment(), text=True, stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, start_new_session=True) as process:
             lines = []

@@ -39,6 +39,56 @@ def test_lines_come_out_whole_and_unchanged_without_a_terminal() -> None:
     assert written.getvalue() == text + "\n"
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_letters_that_the_encoding_lacks_are_escaped(encoding: str, tmp_path: pathlib.Path) -> None:
+    raw = io.BytesIO()
+    with Reporter(io.TextIOWrapper(raw, encoding)) as shown, shown.logging(tmp_path):
+        shown.info("λ 12 × 日")
+    expected = {"ascii": r"\u03bb 12 \xd7 \u65e5", "latin-1": r"\u03bb 12 × \u65e5", "utf-8": "λ 12 × 日"}[encoding]
+    assert raw.getvalue().decode(encoding) == expected + "\n"
+    assert "λ 12 × 日" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+
+
+class Failing(io.StringIO):
+    """A stream that takes a line, and then fails as one that nobody reads, or whose disk or terminal is gone."""
+
+    def __init__(self, error: Exception, tty: bool) -> None:
+        super().__init__()
+        self.error, self.tty = error, tty
+
+    def isatty(self) -> bool:
+        return self.tty
+
+    def write(self, text: str) -> int:
+        if "\n" in self.getvalue():
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "No space"), ValueError("closed file")], ids=repr)
+@pytest.mark.parametrize("tty", [False, True])
+def test_what_cannot_be_printed_ends_nothing_and_is_logged(
+        error: Exception, tty: bool, clock: list[float], monkeypatch: pytest.MonkeyPatch,
+        tmp_path: pathlib.Path) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Failing(error, tty)
+    with Reporter(stream) as shown, shown.logging(tmp_path):
+        for line in ("one", "two"):
+            shown.info(line)
+        clock[0] += PLAIN_INTERVAL
+        shown.show_progress(1, 2, "half")
+        shown.end_progress()
+        shown.info("three")
+    assert stream.getvalue() == "one\n"
+    assert [line.split(": ")[1] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["one", "two", "three"]
+
+
+def test_where_standard_output_is_closed_nothing_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    with Reporter() as shown:
+        shown.info("line")
+
+
 def test_plain_progress_comes_at_most_once_a_minute(clock: list[float]) -> None:
     written = io.StringIO()
     with Reporter(written) as shown:

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from shared_basis.config import Config, TrainConfig, replace
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.workdir import Workdir, make_record
 from shared_basis.runtime.memory import Memory
-from shared_basis.runtime.preemption import Interrupted, StopSignals
+from shared_basis.runtime.preemption import STOPPING, Interrupted, StopSignals
 from shared_basis.training.loop import Clock, Training
 from shared_basis.training.program import Program
 from shared_basis.training.steps import TrainState
@@ -242,15 +243,34 @@ def test_a_stop_after_a_good_step_saves_it_though_the_next_would_diverge(tmp_pat
     assert saved(tmp_path) == [5, 7]
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [
+    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140),
+    (signal.SIGXCPU, 152)])
 def test_a_signal_stops_the_run_with_the_exit_code_of_the_shell(tmp_path: Path, signum: int, code: int) -> None:
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    handlers = [signal.getsignal(each) for each in STOPPING]
     with pytest.raises(Interrupted) as caught:
         loop(tmp_path, fake_program(), at=[1], signum=signum)
     assert caught.value.exit_code == code
     assert signal.Signals(signum).name in str(caught.value)
     assert "saved at step 2 of 15; the same command goes on" in str(caught.value)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert [signal.getsignal(each) for each in STOPPING] == handlers
+
+
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    """As nohup has it."""
+    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+        assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, usual)
+
+
+def test_a_run_in_a_thread_leaves_signals_to_the_program(tmp_path: Path, whole: Path) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(loop, tmp_path, fake_program()).result()
+    assert read_metrics(tmp_path) == read_metrics(whole)
 
 
 def test_a_second_signal_acts_as_usual() -> None:

@@ -1,0 +1,75 @@
+"""The command line where the surroundings are not a shell's with a terminal in UTF-8."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import MAIN, user_environment
+
+_DRIVER = """
+import runpy, sys, threading
+print("begins", file=open("log", "a"))
+sys.argv = ["main.py", *sys.argv[1:]]
+
+def run():
+    try:
+        runpy.run_path(MAIN, run_name="__main__")
+    except SystemExit as end:
+        print("ended with", end.code, file=open("log", "a"))
+
+RUN
+print("goes on", file=open("log", "a"))
+"""
+
+
+def python(*arguments: str, cwd: Path, shell: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python with nothing set that a shell does not set; `shell` ends the command line."""
+    usual = {name: value for name, value in user_environment().items() if name != "GLIBC_TUNABLES"}
+    command = [sys.executable, *arguments]
+    if shell:
+        command = ["bash", "-c", f'"$@" {shell}', "bash", *command]
+    return subprocess.run(command, cwd=cwd, env={**usual, **environment}, capture_output=True, timeout=300, check=False,
+                          encoding=environment.get("PYTHONIOENCODING", "utf-8"))
+
+
+@pytest.mark.parametrize(("run", "arguments", "code"), [
+    ("run()", ["--mode=summary"], "0"),
+    pytest.param("run()", ["--mode=none"], "2", marks=pytest.mark.slow),
+    ("t = threading.Thread(target=run); t.start(); t.join()", ["--workdir=nowhere", "--mode=evaluate"], "2")])
+def test_a_program_that_runs_it_goes_on(run: str, arguments: list[str], code: str, tmp_path: Path) -> None:
+    (tmp_path / "driver.py").write_text(_DRIVER.replace("MAIN", repr(str(MAIN))).replace("RUN", run))
+    done = python("driver.py", *arguments, cwd=tmp_path)
+    assert (tmp_path / "log").read_text().splitlines() == ["begins", f"ended with {code}", "goes on"], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1", marks=pytest.mark.slow)])
+def test_output_may_have_any_encoding(encoding: str, tmp_path: Path) -> None:
+    done = python(str(MAIN), "--mode=summary", cwd=tmp_path, PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "parameters" in done.stdout
+
+
+@pytest.mark.parametrize(("redirection", "code"), [
+    (">&-", 0), pytest.param(">&- 2>&-", 0, marks=pytest.mark.slow),
+    pytest.param("> /dev/full", 2, marks=[pytest.mark.slow, pytest.mark.skipif(
+        not os.path.exists("/dev/full"), reason="Linux has /dev/full")])])
+def test_output_may_be_closed_or_full(redirection: str, code: int, tmp_path: Path) -> None:
+    done = python(str(MAIN), "--mode=summary", cwd=tmp_path, shell=redirection)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("error: the result cannot be written to standard output: No space left" in done.stderr) == bool(code)
+
+
+@pytest.mark.slow
+def test_training_goes_on_when_nobody_reads_what_it_prints(tmp_path: Path) -> None:
+    arguments = [str(MAIN), "--noreport", "--config.train.epochs=2", "--config.data.train_examples=64",
+                 "--config.data.test_examples=8", "--config.train.batch_size=32", "--workdir=run"]
+    done = python(*arguments, cwd=tmp_path, shell="| head -n 1; exit ${PIPESTATUS[0]}")
+    assert done.stdout.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith('{"step": 4, ')
