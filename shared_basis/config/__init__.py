@@ -23,9 +23,10 @@ from shared_basis.config.fields import (
     ModelConfig,
     OptimizerConfig,
     OrthogonalityConfig,
-    TrainConfig,
+    split_factor,
 )
 from shared_basis.config.renamed import RENAMED
+from shared_basis.config.training import DistillationConfig, TrainConfig
 
 __all__ = [
     "DATA_NAMES",
@@ -35,6 +36,7 @@ __all__ = [
     "TFDS_PREFIX",
     "Config",
     "DataConfig",
+    "DistillationConfig",
     "ModelConfig",
     "OptimizerConfig",
     "OrthogonalityConfig",
@@ -44,6 +46,7 @@ __all__ = [
     "flatten",
     "from_config_dict",
     "replace",
+    "split_factor",
     "to_config_dict",
     "to_dict",
 ]

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
-from collections.abc import Sequence
-from typing import Any
 
+from shared_basis.config.checks import require as _require
+from shared_basis.config.checks import require_choice as _require_choice
 from shared_basis.config.renamed import takes_old_names
-from shared_basis.errors import UserError
+from shared_basis.config.training import DistillationConfig, TrainConfig
 
 PARAMETER_LABELS = ("basis", "coefficients", "kernel", "norm", "bias")
 """Kinds of parameters, which weight decay can be limited to: filter basis elements (shared and unique), coefficients,
 ordinary kernels, scale and bias of batch normalisation, and biases of linear layers; see `optim.labels`."""
-
-
-def _require(condition: bool, field: str, value: Any, allowed: str) -> None:
-    """Raises `UserError` naming `field`, its `value` and what is `allowed`, unless `condition` holds."""
-    if not condition:
-        raise UserError(f"{field}={value!r}: must be {allowed}.")
-
-
-def _require_choice(field: str, value: str, choices: Sequence[str], *others: str) -> None:
-    """Raises `UserError` with the nearest choice unless `value` is one of `choices`; `others` are mentioned too."""
-    if value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"{field}={value!r}: must be one of {', '.join((*choices, *others))}.{hint}")
 
 
 @takes_old_names("model")
@@ -177,13 +162,21 @@ class OrthogonalityConfig:
 @takes_old_names("optimizer")
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Stochastic gradient descent with momentum, weight decay and a learning rate schedule."""
+    """The descent, by default stochastic gradient descent with momentum; weight decay; a learning rate schedule."""
 
+    name: str = "sgd"
+    """'sgd' (published), 'adamw', 'lion' or 'muon', which are optax's. muon orthogonalises the updates of bases,
+    coefficients and convolutions, and leaves the head, norms and biases to adamw."""
     learning_rate: float = 0.1
+    learning_rate_factors: tuple[str, ...] = ()
+    """Multiplies the learning rate of some parameters: WHAT=FACTOR, WHAT a kind (basis, coefficients, kernel, norm,
+    bias) or a glob of paths, such as head/**=10. Of several that match, the last one counts."""
     momentum: float = 0.9
+    """Of sgd; the first decay rate of the others (b1, muon's beta)."""
     nesterov: bool = False
     weight_decay: float = 5e-4
-    """L2 coefficient, added to the gradient before momentum (as in PyTorch)."""
+    """sgd: L2 coefficient, added to the gradient before momentum (as in PyTorch). The others: decoupled, times the
+    learning rate."""
     weight_decay_labels: tuple[str, ...] = PARAMETER_LABELS
     """The kinds of parameters that decay: any of basis, coefficients, kernel, norm, bias. Published: all."""
     schedule: str = "piecewise"
@@ -204,6 +197,11 @@ class OptimizerConfig:
             value = getattr(self, field)
             _require(low <= value <= 1e30, f"optimizer.{field}", value, "0 or a positive number, at most 1e30")
         _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "at least 0 and below 1")
+        _require_choice("optimizer.name", self.name, ("sgd", "adamw", "lion", "muon"))
+        _require(not (self.nesterov and self.name == "lion"), "optimizer.nesterov", self.nesterov,
+                 "False when optimizer.name='lion', which has no such form")
+        for entry in self.learning_rate_factors:
+            split_factor(entry)
         for label in self.weight_decay_labels:
             _require_choice("optimizer.weight_decay_labels", label, PARAMETER_LABELS)
         _require_choice("optimizer.schedule", self.schedule, ("piecewise", "cosine"))
@@ -219,25 +217,20 @@ class OptimizerConfig:
         _require(all(0 < f <= 1e30 for f in self.factors), "optimizer.factors", self.factors, "positive, at most 1e30")
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """The length of training, the batches, and how often a run is evaluated and saved."""
+def split_factor(entry: str) -> tuple[str, float]:
+    """Returns WHAT and FACTOR of an entry WHAT=FACTOR of `optimizer.learning_rate_factors`.
 
-    epochs: int = 300
-    batch_size: int = 256
-    """Images a step, over all devices together. Images left over at the end of an epoch wait for another epoch."""
-    eval_batch_size: int = 1000
-    evaluate_every: int = 1
-    """Epochs between evaluations; each is followed by a checkpoint. The last epoch always counts."""
-    record_gradients: bool = False
-    """Whether each evaluation adds a line to gradients.jsonl: the norm of the cross entropy's gradient with respect to
-    each basis, coefficients and kernel, averaged over the steps of the epoch (--mode=analyze draws them). What is
-    trained does not change; the averages belong to the optimizer's state, so that they survive a stop."""
-
-    def __post_init__(self) -> None:
-        for field in ("epochs", "batch_size", "eval_batch_size", "evaluate_every"):
-            value = getattr(self, field)
-            _require(1 <= value < 2**31, f"train.{field}", value, "a positive whole number below 2^31")
+    Raises:
+      UserError: it has another form.
+    """
+    what, _, text = entry.rpartition("=")
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = -1.0
+    _require(what.strip() != "" and 0 <= factor <= 1e30, "optimizer.learning_rate_factors", entry,
+             "WHAT=FACTOR, a kind of parameters or a glob of paths and 0 or a positive number, such as head/**=10")
+    return what.strip(), factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +245,8 @@ class Config:
     data: DataConfig = DataConfig()
     orthogonality: OrthogonalityConfig = OrthogonalityConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    train: TrainConfig = TrainConfig()
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
         proper = self.name.isprintable() and self.name[:1] not in ("", ".") and not set(self.name) & set("/\\")
@@ -265,8 +259,9 @@ class Config:
         for boundary in self.optimizer.boundaries:
             _require(boundary < self.train.epochs, "optimizer.boundaries", self.optimizer.boundaries,
                      f"below train.epochs={self.train.epochs}; when you shorten a run, scale them with it")
-        _require(self.optimizer.warmup_epochs < self.train.epochs, "optimizer.warmup_epochs",
-                 self.optimizer.warmup_epochs, f"below train.epochs={self.train.epochs}")
+        for field, value in (("optimizer.warmup_epochs", self.optimizer.warmup_epochs),
+                             ("train.freeze_epochs", self.train.freeze_epochs)):
+            _require(value < self.train.epochs, field, value, f"below train.epochs={self.train.epochs}")
 
 
 LOCATION_FIELDS = ("data.directory", "data.manual_directory", "data.placement", "data.workers")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 
 from shared_basis.nn.types import Array, Path, Tree
 from shared_basis.optim.basis_group import BasisGroup, Selector, checked_groups
-from shared_basis.optim.paths import leaves_by_path, nearest, not_found
+from shared_basis.optim.paths import glob_matches, leaves_by_path, nearest, not_found
 
 Shape = tuple[int, ...]
 
@@ -151,8 +150,7 @@ def _matches(selector: Selector, leaves: Mapping[Path, Any], tree: Tree) -> list
             raise not_found(selector, tree)
         return [selector]
     if isinstance(selector, str):
-        pattern = selector.split("/")
-        found = [path for path in leaves if _glob("/".join(path).split("/"), pattern)]
+        found = [path for path in leaves if glob_matches(path, selector)]
         what = f"the glob {selector!r} matches"
     else:
         found = [path for path, leaf in leaves.items() if hasattr(leaf, "shape") and selector(path, leaf)]
@@ -160,14 +158,6 @@ def _matches(selector: Selector, leaves: Mapping[Path, Any], tree: Tree) -> list
     if not found:
         raise KeyError(f"{what} no array of the parameter tree{nearest(str(selector), leaves)}")
     return found
-
-
-def _glob(keys: Sequence[str], pattern: Sequence[str]) -> bool:
-    if not pattern:
-        return not keys
-    if pattern[0] == "**":
-        return any(_glob(keys[start:], pattern[1:]) for start in range(len(keys) + 1))
-    return bool(keys) and fnmatch.fnmatchcase(keys[0], pattern[0]) and _glob(keys[1:], pattern[1:])
 
 
 # What can be a basis

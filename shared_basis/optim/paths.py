@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import optax
@@ -28,6 +29,19 @@ def path_of(entries: tuple[Any, ...]) -> Path:
 def leaves_by_path(tree: Tree) -> dict[Path, Any]:
     """Returns the leaves of `tree` by path, in its order."""
     return {path_of(entries): leaf for entries, leaf in tree_leaves_with_path(tree)}
+
+
+def glob_matches(path: Path, glob: str) -> bool:
+    """Returns whether `glob` matches `path`, key by key; ** stands for any number of keys, none too."""
+    return _matches("/".join(path).split("/"), glob.split("/"))
+
+
+def _matches(keys: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not keys
+    if pattern[0] == "**":
+        return any(_matches(keys[start:], pattern[1:]) for start in range(len(keys) + 1))
+    return bool(keys) and fnmatch.fnmatchcase(keys[0], pattern[0]) and _matches(keys[1:], pattern[1:])
 
 
 def arrays_at(tree: Tree, paths: Iterable[Path]) -> dict[Path, Array]:

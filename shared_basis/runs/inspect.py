@@ -74,8 +74,13 @@ def other_checkpoint(workdir: str | Path, against: str) -> tuple[Path, str]:
     """Returns the workdir and the checkpoint that `against` means, for the run in `workdir`."""
     if against in ("best", "latest") or against.isdecimal():
         return Path(workdir), against
-    path, colon, step = against.rpartition(":")
-    return (Path(path), step) if colon and not os.path.isdir(against) else (Path(against), "latest")
+    return named_checkpoint(against)
+
+
+def named_checkpoint(text: str) -> tuple[Path, str]:
+    """Returns the workdir and the checkpoint that WORKDIR or WORKDIR:CHECKPOINT means; 'latest' where it names none."""
+    path, colon, which = text.rpartition(":")
+    return (Path(path), which) if colon and not os.path.isdir(text) else (Path(text), "latest")
 
 
 def _read(workdir: Path, which: str) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class Trained:
             step = checkpoints.find(which)
             spec = data.Spec(tuple(record["data"]["image_shape"]), tuple(record["data"]["classes"]))
             model = build_model(config, spec)
-            variables = _restore(checkpoints, step, model, spec, mesh)
+            variables = _restore(checkpoints, step, config, model, spec, mesh)
         return cls(run, config, spec, mesh, checkpoints, step, model, variables)
 
     def at(self, step: int) -> Trained:
@@ -107,7 +107,7 @@ class Trained:
         Raises:
           UserError: it is damaged.
         """
-        variables = _restore(self.checkpoints, step, self.model, self.spec, self.mesh)
+        variables = _restore(self.checkpoints, step, self.config, self.model, self.spec, self.mesh)
         return dataclasses.replace(self, step=step, variables=variables)
 
     def open_source(self, reporter: Reporter | None = None) -> data.Source:
@@ -162,7 +162,11 @@ def load_run(workdir: str | os.PathLike[str], checkpoint: str | int = "latest") 
     return LoadedRun(trained.model, trained.variables, trained.spec.classes)
 
 
-def _restore(checkpoints: Checkpoints, step: int, model: Network, spec: data.Spec, mesh: Mesh) -> Variables:
+def _restore(checkpoints: Checkpoints, step: int, config: Config, model: Network, spec: data.Spec,
+             mesh: Mesh) -> Variables:
+    """Returns the variables of `step` that are evaluated: their moving averages where the run has them."""
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
                           dict(abstract_variables(model, spec.image_shape)))
+    if config.train.ema_decay:
+        return checkpoints.restore_variables(step, {"averaged": target})["averaged"]
     return checkpoints.restore_variables(step, target)

@@ -43,9 +43,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def make_record(config: Config, data: Mapping[str, Any], devices: str | None = None) -> dict[str, Any]:
-    """Returns the record of a run: plain data that JSON can hold; `devices` are those that it begins on."""
-    return {"config": to_dict(config), "data": dict(data), "versions": versions(), "devices": devices}
+def make_record(config: Config, data: Mapping[str, Any], devices: str | None = None,
+                own: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Returns the record of a run: plain data that JSON can hold.
+
+    Args:
+      devices: those that it begins on.
+      own: the names of the user's own functions, by what they are for.
+    """
+    return {"config": to_dict(config), "data": dict(data), "versions": versions(), "devices": devices,
+            "own": dict(own or {})}
 
 
 class Workdir(MetricsFiles):
@@ -92,7 +99,7 @@ class Workdir(MetricsFiles):
                 raise TypeError("its versions are no dict")
             devices = record.get("devices")  # runs of earlier versions did not note them
             return {**{key: record[key] for key in ("config", "data", "versions")},
-                    "devices": devices if isinstance(devices, str) else None}
+                    "devices": devices if isinstance(devices, str) else None, "own": dict(record.get("own", {}))}
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -170,6 +177,9 @@ class Workdir(MetricsFiles):
                             "must lie on a file system that all machines share; choose another --workdir.")
         config, saved = self.load()
         self._require_same("configuration", differences(from_config_dict(record["config"]), config))
+        ours, theirs = record.get("own", {}), saved["own"]
+        self._require_same("choice of your own functions", {
+            name: (ours.get(name), theirs.get(name)) for name in ours | theirs if ours.get(name) != theirs.get(name)})
         self._require_same("data", {key: (_short(record["data"][key]), _short(saved["data"][key]))
                                     for key in record["data"].keys() & saved["data"].keys()
                                     if record["data"][key] != saved["data"][key]})

@@ -23,7 +23,7 @@ class Memory:
     """Bytes on each device."""
 
     parameters: int
-    """Parameters and batch statistics."""
+    """Parameters and batch statistics, their averages, and those of a teacher."""
     optimizer: int
     data: int
     """Resident images of all splits, or the batches of a stream."""
@@ -46,9 +46,14 @@ def bytes_on_device(tree: Any) -> int:
     return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
-def measure(state: Any, data: int, compiled: Any) -> Memory:
-    """Returns the memory of a training state (arrays, or abstract ones with shardings), `data` and the step."""
-    parameters = bytes_on_device((state.params, state.batch_stats))
+def measure(state: Any, data: int, compiled: Any, teacher: Any = None) -> Memory:
+    """Returns the memory of a training state (arrays, or abstract ones with shardings), `data` and the step.
+
+    Args:
+      teacher: further variables that the step reads.
+    """
+    variables = state.replace(step=None, opt_state=None, totals=None)
+    parameters = bytes_on_device((variables, teacher))
     analysis = compiled.memory_analysis()  # of the program of one device; None where the backend has none
     step = 0 if analysis is None else int(
         analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)

@@ -160,10 +160,9 @@ class Training:
         """Returns the line of metrics.jsonl at `state`, the end of an epoch."""
         step = int(state.step)
         totals = {name: float(value) for name, value in state.totals.items()}
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
         scores: dict[str, float] = {}
         for split, evaluator in self.program.evaluate.items():
-            result = evaluator(variables, functools.partial(self.on_eval_batch, split, step))
+            result = evaluator(state.scored, functools.partial(self.on_eval_batch, split, step))
             scores |= {f"{split}_{key}": result[key] for key in ("loss", "accuracy", "accuracy_top5")}
         return {
             "step": step, "epoch": step // self.program.steps_per_epoch,

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from shared_basis import data
 from shared_basis.compression.compress import compress
@@ -16,12 +15,11 @@ from shared_basis.errors import UserError
 from shared_basis.interop.pytorch import load_pytorch_weights
 from shared_basis.models import Network
 from shared_basis.models.parameters import count_parameters
-from shared_basis.optim.optimizer import make_optimizer
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.trained import Variables, build_model
 from shared_basis.runs.workdir import Workdir, make_record
 from shared_basis.runtime.reporter import Reporter
-from shared_basis.training.steps import start_from
+from shared_basis.training.program import first_state
 
 
 def import_weights(config: Config, workdir: str | Path, file: str) -> dict[str, Any]:
@@ -83,11 +81,7 @@ def start_run(config: Config, workdir: str | Path, model: Network, spec: data.Sp
     Raises:
       UserError: the workdir holds another run, or cannot be written.
     """
-    # The optimizer's state at step 0 does not depend on the schedule, which needs the number of images.
-    optimizer = make_optimizer(config.optimizer, config.orthogonality,
-                               model.basis_groups(config.orthogonality.elements), optax.constant_schedule(0.0),
-                               recorded_steps=int(config.train.record_gradients))
-    state = start_from(jax.tree.map(jnp.asarray, variables), optimizer)
+    state = first_state(config, model, jax.tree.map(jnp.asarray, variables))
     record = make_record(config, {"classes": list(spec.classes), "image_shape": list(spec.image_shape)})
     run = Workdir(workdir)
     with run.locked():

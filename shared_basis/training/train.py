@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from shared_basis.data import feeds
 from shared_basis.errors import UserError
 from shared_basis.models import Network, create_model
 from shared_basis.models.summary import compare_with_plain, render_saving
+from shared_basis.optim.optimizer import Descent
 from shared_basis.runs import tensorboard as event_files
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.metrics import evaluations, last_and_best, render_outcome
@@ -27,18 +28,32 @@ from shared_basis.runtime import memory
 from shared_basis.runtime.distributed import check_batch_size, is_main_process, make_mesh, raise_on_all_processes
 from shared_basis.runtime.preemption import StopSignals
 from shared_basis.runtime.reporter import Reporter, count, duration
+from shared_basis.training.composition import Own, check_optimizer
 from shared_basis.training.loop import Training
+from shared_basis.training.losses import Loss
 from shared_basis.training.program import Program, build
 from shared_basis.training.steps import TrainState
+from shared_basis.training.teacher import Teacher, open_teacher
 
 
 def train(config: Config, workdir: str | Path, reporter: Reporter | None = None, *,
-          tensorboard: bool = False) -> dict[str, Any]:
+          tensorboard: bool = False, optimizer: Descent | None = None, loss: Loss | None = None,
+          augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None) -> dict[str, Any]:
     """Trains, or goes on training, the run of `config` in `workdir`, as `--mode=train` does.
+
+        train(config, "runs/mine", optimizer=optax.adabelief, loss=optax.poly_loss_cross_entropy, augment=rotate)
+
+    The run's record names the functions of your own, and it resumes with functions of these names alone.
 
     Args:
       reporter: shows lines and progress; None prints them as the command line does.
       tensorboard: whether metrics are also written as event files.
+      optimizer: from the learning rate schedule of `config` to an optax transformation, which takes the place of
+        `optimizer.name`, momentum and weight decay; orthogonality, freezing and `learning_rate_factors` stay.
+      loss: from logits and probabilities, both float32 `[N, classes]`, to the loss of each image, `[N]`, in place of
+        cross entropy.
+      augment: from images uint8 `[N, H, W, C]` and a `jax.random` key to images of that shape and range, in place of
+        `data.pad` and `data.flip`; the key is a function of the seed and the step.
 
     Returns:
       `compare_with_plain`'s counts and, in the first process, the `device`, the last line of metrics.jsonl, and of the
@@ -46,24 +61,29 @@ def train(config: Config, workdir: str | Path, reporter: Reporter | None = None,
 
     Raises:
       UserError: the configuration does not fit the data or the devices, or the workdir holds another run.
+      TypeError, ValueError: a function of your own returns something else.
       Interrupted: a signal came; the run is saved and the same call goes on.
     """
     if reporter is None:
         with Reporter(None if is_main_process() else io.StringIO(), process=jax.process_index()) as printing:
-            return train(config, workdir, printing, tensorboard=tensorboard)
+            return train(config, workdir, printing, tensorboard=tensorboard, optimizer=optimizer, loss=loss,
+                         augment=augment)
     mesh = make_mesh()
     check_batch_size(config.train.batch_size, mesh, config.optimizer.grad_accumulation_steps)
     if tensorboard:
         event_files.require()
-    run = Workdir(workdir, tensorboard)
+    run, own = Workdir(workdir, tensorboard), Own(optimizer, loss, augment)
     with raise_on_all_processes(), memory.oom_as_user_error(config):
         source, model, comparison = _open(config, run, reporter)
+        check_optimizer(config, model, source.spec.image_shape, own)
+        teacher = open_teacher(config, source.spec, reporter.warn)
     with raise_on_all_processes(), memory.oom_as_user_error(config):  # apart, as processes communicate in it
         images = feeds.load(source, config.data, mesh, reporter)
     device = _describe_devices(mesh)
     record = make_record(config, {
         "classes": list(images.spec.classes), "image_shape": list(images.spec.image_shape),
-        **{f"{name}_examples": images.count(name) for name in images.splits}}, device)
+        **{f"{name}_examples": images.count(name) for name in images.splits},
+        **({"teacher": teacher.description} if teacher else {})}, device, own.names())
     with _claimed(run, record), reporter.logging(run.path):
         reporter.info(f"{config.model.name}: {render_saving(comparison)}")
         _log_setup(config, images, device, run, reporter)
@@ -73,7 +93,7 @@ def train(config: Config, workdir: str | Path, reporter: Reporter | None = None,
                 reporter.info("this run is finished")
             else:
                 with memory.oom_as_user_error(config, saved=lambda: f" Saved: {checkpoints.describe()}."):
-                    resume(config, images, model, mesh, run, checkpoints, record, reporter)
+                    resume(config, images, model, mesh, run, checkpoints, record, reporter, teacher, own)
     return {**comparison, "device": device, **read_outcome(run)} if is_main_process() else comparison
 
 
@@ -131,11 +151,11 @@ def _log_setup(config: Config, images: feeds.Images, device: str, run: Workdir, 
 
 
 def resume(config: Config, images: feeds.Images, model: Network, mesh: Mesh, run: Workdir, checkpoints: Checkpoints,
-           record: dict[str, Any], reporter: Reporter) -> None:
+           record: dict[str, Any], reporter: Reporter, teacher: Teacher | None = None, own: Own | None = None) -> None:
     """Compiles, and trains to the end: from the latest checkpoint, or from the beginning if there is none."""
     started = time.monotonic()
     reporter.info("compiling …")
-    state, program = build(config, images, model, mesh, checkpoints)
+    state, program = build(config, images, model, mesh, checkpoints, teacher, own)
     with StopSignals() as signals:
         reporter.info(f"ready in {duration(time.monotonic() - started)}; {program.memory.render()}")
         _rewind(run, state, program, config, reporter)

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from shared_basis.config import (
     Config,
     DataConfig,
+    DistillationConfig,
     ModelConfig,
     OptimizerConfig,
     OrthogonalityConfig,
@@ -19,6 +20,7 @@ from shared_basis.config import (
     flatten,
     from_config_dict,
     replace,
+    split_factor,
     to_config_dict,
     to_dict,
 )
@@ -143,12 +145,32 @@ NAN, INF = float("nan"), float("inf")
     ("train.batch_size", 0, "train.batch_size=0: must be a positive whole number"),
     ("train.eval_batch_size", -1, "train.eval_batch_size=-1: must be a positive whole number"),
     ("train.evaluate_every", 0, "train.evaluate_every=0: must be a positive whole number"),
+    ("optimizer.name", "adam", "optimizer.name='adam': must be one of sgd, adamw, lion, muon. Did you mean 'adamw'?"),
+    ("optimizer", {"name": "lion", "nesterov": True}, "optimizer.nesterov=True: must be False when "
+                                                      "optimizer.name='lion'"),
+    *(("optimizer.learning_rate_factors", entry, f"optimizer.learning_rate_factors={entry!r}: must be WHAT=FACTOR, a "
+       "kind of parameters or a glob of paths and 0 or a positive number, such as head/**=10")
+      for entry in ("head", "head=", "=2", "head=-1", "head=nan", "head=ten")),
+    ("train.freeze", "!", "train.freeze='!': must be a kind of parameters or a glob of paths, such as norm, group1/** "
+                          "or !head/**"),
+    ("train.freeze_epochs", -1.0, f"train.freeze_epochs=-1.0: must be {NUMBER}"),
+    ("train.freeze_epochs", 300.0, "train.freeze_epochs=300.0: must be below train.epochs=300"),
+    ("train.label_smoothing", 1.0, "train.label_smoothing=1.0: must be at least 0 and below 1"),
+    ("train.mixup", -0.2, f"train.mixup=-0.2: must be {NUMBER}"),
+    ("train.cutmix", NAN, f"train.cutmix=nan: must be {NUMBER}"),
+    ("train.ema_decay", 1.0, "train.ema_decay=1.0: must be at least 0 and below 1"),
+    ("train.freeze_statistics", 1, "train.freeze_statistics=1: must be of type bool"),
+    ("distillation.teacher", 3, "distillation.teacher=3: must be of type str"),
+    ("distillation.weight", 0.0, "distillation.weight=0.0: must be above 0 and at most 1"),
+    ("distillation.weight", 1.5, "distillation.weight=1.5: must be above 0 and at most 1"),
+    ("distillation.temperature", 0.0, "distillation.temperature=0.0: must be 0.01 to 1000"),
 ])
 def test_a_value_that_is_not_allowed_is_told_with_what_is(path, value, words):
     assert words in error(nested(path, value))
 
 
-@pytest.mark.parametrize("part", [Config, ModelConfig, DataConfig, OrthogonalityConfig, OptimizerConfig, TrainConfig])
+@pytest.mark.parametrize("part", [
+    Config, ModelConfig, DataConfig, OrthogonalityConfig, OptimizerConfig, TrainConfig, DistillationConfig])
 def test_every_part_is_valid_by_default_and_frozen(part):
     field = dataclasses.fields(part)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -183,8 +205,8 @@ def test_an_unknown_field_is_refused_with_the_nearest(tree, unknown, nearest):
 
 def test_an_unknown_field_like_no_other_is_refused_with_all_fields():
     message = error({"xyzzy": 1})
-    assert message == ("unknown configuration field 'xyzzy'. The fields are: data, model, name, optimizer, "
-                       "orthogonality, seed, train.")
+    fields = sorted(field.name for field in dataclasses.fields(Config))
+    assert message == f"unknown configuration field 'xyzzy'. The fields are: {', '.join(fields)}."
 
 
 def test_the_section_of_an_unknown_field_is_taken_at_its_word():
@@ -228,6 +250,15 @@ def test_absent_fields_take_their_defaults():
 def test_a_tuple_of_strings_may_come_as_one_from_the_command_line(value):
     config = from_config_dict({"optimizer": {"weight_decay_labels": value}})
     assert config.optimizer.weight_decay_labels == ("kernel", "basis")
+
+
+def test_patterns_may_come_as_one_string_from_the_command_line():
+    config = from_config_dict({"train": {"freeze": "**, !head/**"},
+                               "optimizer": {"learning_rate_factors": "basis=0.5,head/**=10"}})
+    assert config.train.freeze == ("**", "!head/**")
+    assert config.optimizer.learning_rate_factors == ("basis=0.5", "head/**=10")
+    assert [split_factor(entry) for entry in config.optimizer.learning_rate_factors] == [
+        ("basis", 0.5), ("head/**", 10.0)]
 
 
 def test_an_empty_string_is_an_empty_tuple():

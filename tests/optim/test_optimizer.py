@@ -10,7 +10,7 @@ import pytest
 from helpers import tiny_network
 
 from shared_basis.config import PARAMETER_LABELS as LABELS
-from shared_basis.config import OptimizerConfig, OrthogonalityConfig
+from shared_basis.config import Config, OptimizerConfig, OrthogonalityConfig, TrainConfig
 from shared_basis.models.parameters import abstract_variables
 from shared_basis.optim.basis_group import BasisGroup
 from shared_basis.optim.optimizer import learning_rate_schedule, make_optimizer
@@ -79,7 +79,7 @@ def at(tree, path):
 def test_two_updates_rebuilt_by_hand(decay, nesterov):
     config = OptimizerConfig(learning_rate=0.1, momentum=0.8, nesterov=nesterov, weight_decay=0.25,
                              weight_decay_labels=decay)
-    optimizer = make_optimizer(config, OrthogonalityConfig(weight=0.0), [], lambda step: 0.1 / (step + 1))
+    optimizer = make_optimizer(Config(optimizer=config), [], lambda step: 0.1 / (step + 1))
     params, state = PARAMS, optimizer.init(PARAMS)
     for _ in range(2):
         updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
@@ -98,8 +98,9 @@ def test_two_updates_rebuilt_by_hand(decay, nesterov):
 @pytest.mark.parametrize(("reduction", "pairs"), [("mean", 6 + 1), ("sum", 1)])
 def test_the_penalty_is_added_before_momentum(reduction, pairs):
     elements = [BasisGroup((("bases", "group1", "shared"),), (("layer", "unique"),))]
-    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.0), OrthogonalityConfig(weight=10.0, reduction=reduction),
-                               elements, lambda step: 1.0)
+    config = Config(optimizer=OptimizerConfig(weight_decay=0.0),
+                    orthogonality=OrthogonalityConfig(weight=10.0, reduction=reduction))
+    optimizer = make_optimizer(config, elements, lambda step: 1.0)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS), PARAMS)
     # Rows f = (2, 0), g = (0, 1) shared and h = (3, 0) unique: (f·f − 1)² + (g·g − 1)² + (f·h)² + (h·h − 1)² and more
     # that is 0 with gradient 0. Gradients: f: 4 · 3 f + 2 · 6 h; h: 2 · 6 f + 4 · 8 h.
@@ -112,7 +113,8 @@ def test_the_penalty_is_added_before_momentum(reduction, pairs):
 @pytest.mark.parametrize("orthogonality", [OrthogonalityConfig(weight=0.0), OrthogonalityConfig(weight=10.0)])
 def test_without_weight_or_elements_no_penalty_is_added(orthogonality):
     elements = [BasisGroup((("bases", "group1", "shared"),))] if not orthogonality.weight else []
-    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.0), orthogonality, elements, lambda step: 1.0)
+    config = Config(optimizer=OptimizerConfig(weight_decay=0.0), orthogonality=orthogonality)
+    optimizer = make_optimizer(config, elements, lambda step: 1.0)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS), PARAMS)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
 
@@ -139,8 +141,9 @@ def test_training_a_network_equals_descent_on_the_summed_loss():
 
     # One program serves both sides; it compiles in half the time without optimization.
     gradient = jax.jit(jax.grad(cross_entropy), compiler_options={"xla_backend_optimization_level": 0})
-    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.05, weight_decay_labels=("basis", "kernel")),
-                               OrthogonalityConfig(weight=10.0), elements, lambda step: rate)
+    config = Config(optimizer=OptimizerConfig(weight_decay=0.05, weight_decay_labels=("basis", "kernel")),
+                    orthogonality=OrthogonalityConfig(weight=10.0))
+    optimizer = make_optimizer(config, elements, lambda step: rate)
 
     @jax.jit
     def update(linked, state, gradient):
@@ -159,3 +162,130 @@ def test_training_a_network_equals_descent_on_the_summed_loss():
         linked, state = update(linked, state, gradient(linked, batch))
         summed, velocity = descend(summed, velocity, gradient(summed, batch))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), linked, summed)
+
+
+# Other optimizers, factors and freezing
+
+GRADIENT = jax.tree.map(
+    lambda leaf: np.random.default_rng(leaf.size).normal(size=leaf.shape).astype(np.float32), PARAMS)
+TURNS = (1.0, -0.9, 0.5, 2.0)
+"""What the gradient of each step is multiplied with."""
+
+
+def descend(steps, params=PARAMS, epoch=1, descent=None, train=None, **fields):
+    """Returns the parameters after each of so many updates, at rate 0.1 / (step + 1)."""
+    config = Config(optimizer=OptimizerConfig(**fields), train=train or TrainConfig())
+    optimizer = make_optimizer(config, [], lambda step: 0.1 / (step + 1), epoch, descent)
+    state, found = optimizer.init(params), []
+    for turn in TURNS[:steps]:
+        updates, state = optimizer.update(jax.tree.map(lambda leaf, turn=turn: turn * leaf, GRADIENT), state, params)
+        params = optax.apply_updates(params, updates)
+        found.append(params)
+    return found
+
+
+def directions(name, gradient, b1):
+    """Returns two directions of Adam (Kingma & Ba 2015) or Lion (Chen et al. 2023)."""
+    first = second = 0
+    for step, turn in enumerate(TURNS[:2], 1):
+        g = turn * gradient
+        if name == "lion":
+            yield np.sign(b1 * first + (1 - b1) * g)
+            first = 0.99 * first + 0.01 * g
+        else:
+            first, second = b1 * first + (1 - b1) * g, 0.999 * second + 0.001 * g ** 2
+            yield first / (1 - b1 ** step) / (np.sqrt(second / (1 - 0.999 ** step)) + 1e-8)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_two_updates_of_adamw_and_lion_with_decoupled_decay(name):
+    found = descend(2, name=name, momentum=0.99, weight_decay=0.25, weight_decay_labels=("kernel", "norm"))[-1]
+    for label, paths in LABELLED.items():
+        for path in paths:
+            p, gradient = np.float64(at(PARAMS, path)), np.float64(at(GRADIENT, path))
+            for step, direction in enumerate(directions(name, gradient, 0.99)):
+                p = p - 0.1 / (step + 1) * (direction + (0.25 * p if label in ("kernel", "norm") else 0))
+            np.testing.assert_allclose(at(found, path), p, rtol=1e-4, atol=1e-5, err_msg=str(path))
+
+
+def test_muon_orthogonalises_what_maps_channels_to_channels_and_leaves_the_rest_to_adam():
+    rng = np.random.default_rng(0)
+    params = {"stem": {"kernel": rng.normal(size=(3, 3, 2, 4))}, "layer": {"coefficients": rng.normal(size=(3, 5))},
+              "head": {"kernel": rng.normal(size=(4, 2)), "bias": rng.normal(size=2)}}
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    config = Config(optimizer=OptimizerConfig(name="muon", momentum=0.9, weight_decay=0.5,
+                                              weight_decay_labels=("coefficients", "bias")))
+    optimizer = make_optimizer(config, [], lambda step: 0.1)
+    gradient = jax.tree.map(lambda leaf: leaf + 1, params)
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    for (layer, name), decay in ((("stem", "kernel"), 0), (("layer", "coefficients"), 0.5)):
+        move = -np.asarray(updates[layer][name]) / 0.1 - decay * np.asarray(params[layer][name])
+        move = move.reshape(-1, move.shape[-1])
+        left, _, right = np.linalg.svd(np.reshape(gradient[layer][name], move.shape), full_matrices=False)
+        scale = np.sqrt(max(1, move.shape[1] / move.shape[0]))
+        # Five steps of Newton and Schulz leave singular values between 0.7 and 1.2.
+        values = np.diag(left.T @ move @ right.T) / scale
+        assert 0.6 < values.min() <= values.max() < 1.3
+        np.testing.assert_allclose(left.T @ move @ right.T / scale, np.diag(values), atol=1e-3)
+    for name, decay in (("kernel", 0), ("bias", 0.5)):
+        expected = np.sign(gradient["head"][name]) + decay * np.asarray(params["head"][name])
+        np.testing.assert_allclose(updates["head"][name], -0.1 * expected, rtol=1e-4)
+
+
+def test_factors_multiply_the_learning_rate_with_its_decay():
+    plain = descend(1, name="adamw", weight_decay=0.25)[0]
+    scaled = descend(1, name="adamw", weight_decay=0.25, learning_rate_factors=("basis=0", "head/**=10"))[0]
+    for label, paths in LABELLED.items():
+        for path in paths:
+            factor = 0 if label == "basis" else 10 if path[0] == "head" else 1
+            np.testing.assert_allclose(at(scaled, path) - at(PARAMS, path),
+                                       factor * (at(plain, path) - at(PARAMS, path)), rtol=1e-3, atol=1e-5)
+
+
+def test_frozen_parameters_stay_to_the_bit_whatever_else_moves_them():
+    groups = [BasisGroup((("bases", "group1", "shared"),))]
+    config = Config(orthogonality=OrthogonalityConfig(method="exact"), optimizer=OptimizerConfig(weight_decay=0.5),
+                    train=TrainConfig(freeze=("**", "!head/**")))
+    optimizer = make_optimizer(config, groups, lambda step: 0.1)
+    updates, _ = optimizer.update(GRADIENT, optimizer.init(PARAMS), PARAMS)
+    moved = optax.apply_updates(PARAMS, updates)
+    for paths in LABELLED.values():
+        for path in paths:
+            assert np.array_equal(at(moved, path), at(PARAMS, path)) == (path[0] != "head")
+
+
+def test_frozen_parameters_train_after_their_epochs():
+    train = TrainConfig(freeze=("**", "!head/**"), freeze_epochs=1.5)
+    free, held = descend(4, epoch=2), descend(4, epoch=2, train=train)
+    for step, params in enumerate(held):
+        previous = held[step - 1] if step else PARAMS
+        assert np.array_equal(params["layer"]["coefficients"], previous["layer"]["coefficients"]) == (step < 3)
+        np.testing.assert_array_equal(params["head"]["kernel"], free[step]["head"]["kernel"])
+
+
+def test_an_optimizer_of_ones_own_takes_the_place_of_descent_and_decay_alone():
+    expected = optax.chain(optax.adabelief(lambda step: 0.1 / (step + 1)))
+    state, params = expected.init(PARAMS), PARAMS
+    for turn in TURNS[:2]:
+        updates, state = expected.update(jax.tree.map(lambda leaf, turn=turn: turn * leaf, GRADIENT), state, params)
+        params = optax.apply_updates(params, updates)
+    found = descend(2, weight_decay=0.5, learning_rate_factors=("head/**=0",), descent=optax.adabelief)[-1]
+    np.testing.assert_array_equal(found["layer"]["coefficients"], params["layer"]["coefficients"])
+    np.testing.assert_array_equal(found["head"]["kernel"], PARAMS["head"]["kernel"])
+
+
+@pytest.mark.parametrize("descent", [optax.adam(1e-3), lambda rate: None], ids=["made", "none"])
+def test_what_makes_no_optimizer_is_refused(descent):
+    with pytest.raises(TypeError, match=r"must be a function from the learning rate schedule.*such as optax\.adam or"):
+        descend(1, descent=descent)
+
+
+@pytest.mark.parametrize(("method", "links"), [("penalty", 3), ("exact", 3)])
+def test_the_state_of_a_published_chain_is_as_in_earlier_versions(method, links):
+    """Its paths are those of saved checkpoints: a link more or less, and none of them opens."""
+    config = Config(orthogonality=OrthogonalityConfig(method=method))
+    state = make_optimizer(config, [BasisGroup((("bases", "group1", "shared"),))], lambda step: 0.1).init(PARAMS)
+    names = {jax.tree_util.keystr(path[:3]) for path, _ in jax.tree_util.tree_leaves_with_path(state)}
+    sgd = {"[1][0].trace", "[1][1].count"}
+    assert len(state) == links
+    assert names == ({"[0].count", *(name.replace("[1]", "[2]", 1) for name in sgd)} if method == "penalty" else sgd)

@@ -16,7 +16,7 @@ from flax.core import freeze
 
 import shared_basis
 from shared_basis import BasisConv
-from shared_basis.config import OptimizerConfig, OrthogonalityConfig
+from shared_basis.config import Config, OptimizerConfig, OrthogonalityConfig
 from shared_basis.errors import RenamedWarning
 from shared_basis.models import create_model
 from shared_basis.optim.basis_group import BasisGroup
@@ -57,8 +57,8 @@ def tree(request: pytest.FixtureRequest) -> Any:
 def test_the_exact_method_works_in_any_tree_as_in_dicts(tree: Any) -> None:
     @jax.jit
     def step(params: Any) -> Any:
-        optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5), OrthogonalityConfig(method="exact"), GROUPS,
-                                   lambda count: 0.1)
+        config = Config(optimizer=OptimizerConfig(weight_decay=0.5), orthogonality=OrthogonalityConfig(method="exact"))
+        optimizer = make_optimizer(config, GROUPS, lambda count: 0.1)
         gradient = jax.tree.map(jnp.ones_like, params)
         updates, _ = optimizer.update(gradient, optimizer.init(params), params)
         return optax.apply_updates(params, updates)

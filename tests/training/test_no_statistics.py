@@ -11,10 +11,11 @@ import numpy as np
 import optax
 from helpers import assert_trees_equal, make_images, mesh_of
 
-from shared_basis.config import DataConfig
+from shared_basis.config import Config
 from shared_basis.models.parameters import abstract_variables
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runtime.distributed import batch_sharding, replicated
+from shared_basis.training.composition import compose
 from shared_basis.training.steps import TrainState, create_train_state, train_step
 
 
@@ -28,7 +29,7 @@ def one_step(parts: int) -> TrainState:
     mesh, optimizer = mesh_of(1), optax.sgd(0.1)
     images, labels = make_images(8)
     step = jax.jit(functools.partial(
-        train_step, model=Plain(), optimizer=optimizer, data=DataConfig(), seed=0, steps_per_epoch=2,
+        train_step, functions=compose(Config(), Plain(), 10, optimizer), seed=0, steps_per_epoch=2,
         batch_sharding=batch_sharding(mesh), grad_accumulation_steps=parts))
     return step(create_train_state(Plain(), optimizer, 0, (8, 8, 1)), images, labels)[0]
 

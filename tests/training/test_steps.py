@@ -16,7 +16,7 @@ import optax
 import pytest
 from helpers import Linear, assert_trees_equal, cross_entropies, make_images, mesh_of, tiny_network
 
-from shared_basis.config import DataConfig, OptimizerConfig, OrthogonalityConfig
+from shared_basis.config import Config, DataConfig, ModelConfig, OptimizerConfig, OrthogonalityConfig
 from shared_basis.data import epoch_order
 from shared_basis.data.augment import augment, normalize
 from shared_basis.data.feeds import select_batch
@@ -25,6 +25,7 @@ from shared_basis.nn.ops import forms_for
 from shared_basis.optim.optimizer import make_optimizer
 from shared_basis.optim.penalty import orthogonality_diagnostics, orthogonality_penalty
 from shared_basis.runtime.distributed import batch_sharding, replicated
+from shared_basis.training.composition import compose
 from shared_basis.training.steps import TrainState, create_train_state, train_step
 
 PIXELS = DataConfig(mean=(0.0,), std=(1 / 255,))
@@ -102,7 +103,7 @@ class Trainer:
         self.images, self.labels = jax.device_put((images, labels), replicated(mesh))
         select = functools.partial(select_batch, batch_size=batch_size, batch_sharding=batch_sharding(mesh))
         update = functools.partial(
-            train_step, model=model, optimizer=optimizer or optax.sgd(0.1), data=data, seed=seed,
+            train_step, functions=compose(Config(data=data), model, 10, optimizer or optax.sgd(0.1)), seed=seed,
             steps_per_epoch=self.per_epoch, batch_sharding=batch_sharding(mesh))
         self._step = jax.jit(lambda state, *inputs: update(state, *select(state.step, *inputs)),
                              out_shardings=replicated(mesh))
@@ -178,7 +179,8 @@ def test_two_updates_equal_ones_built_by_hand() -> None:
     model, sets = tiny_network(), tiny_network().basis_groups("shared+unique")
     config = OptimizerConfig(learning_rate=0.05, momentum=0.9, weight_decay=0.01,
                              weight_decay_labels=("kernel", "basis"))
-    optimizer = make_optimizer(config, OrthogonalityConfig(weight=3.0), sets, optax.constant_schedule(0.05))
+    optimizer = make_optimizer(Config(optimizer=config, orthogonality=OrthogonalityConfig(weight=3.0)), sets,
+                               optax.constant_schedule(0.05))
     trainer = Trainer(model, images, labels, 8, data=DataConfig(), optimizer=optimizer)
     states = trainer.run(2)
 
@@ -293,10 +295,10 @@ def updates(model: nn.Module, steps: int, parts: int, devices: int = 1, *, learn
             data: DataConfig = CENTRED, norm_images: int = 0) -> tuple[TrainState, list[Metrics]]:
     """Returns the state after so many updates with batches of 16 images, each in `parts`, and the metrics of each."""
     mesh, optimizer = mesh_of(devices), optax.sgd(learning_rate)
+    config = Config(data=data, model=ModelConfig(norm_images=norm_images))
     step = jax.jit(functools.partial(
-        train_step, model=model, optimizer=optimizer, data=data, seed=0, steps_per_epoch=steps,
-        batch_sharding=batch_sharding(mesh), grad_accumulation_steps=parts, norm_images=norm_images),
-        out_shardings=replicated(mesh))
+        train_step, functions=compose(config, model, 10, optimizer), seed=0, steps_per_epoch=steps,
+        batch_sharding=batch_sharding(mesh), grad_accumulation_steps=parts), out_shardings=replicated(mesh))
     state = jax.device_put(create_train_state(model, optimizer, 0, (4, 4, 1)), replicated(mesh))
     images, labels = make_images(16 * steps, size=4)
     metrics = []

@@ -1,0 +1,46 @@
+"""Fine-tuning on a directory of images: the head first, then all, at a lower rate than from scratch.
+
+    python main.py --config=configs/finetune.py:resnet34-s32u1 --config.data.directory=DIR
+
+begins with the weights of `--init=RUN`, or with what --mode=import or compress has written (docs/finetune.md). Networks
+for small images (resnet14 to resnet110) get images of 32×32, all others of 224×224. All at once:
+`--config.train.freeze=`; the head alone: `--config.train.freeze_epochs=0.0`, and with few images
+`--config.train.freeze_statistics=True`.
+"""
+
+import re
+
+from ml_collections import ConfigDict
+
+from shared_basis.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OrthogonalityConfig,
+    TrainConfig,
+    to_config_dict,
+)
+
+SMALL = r"resnet(14|20|32|44|56|110)\b"
+"""Networks for images of 32×32."""
+
+
+def get_config(variant: str = "resnet34-s32u1") -> ConfigDict:
+    """Returns the recipe for the network `variant`."""
+    small = re.match(SMALL, variant)
+    images = {"image_size": 32, "pad": 4} if small else {"image_size": 224, "crop": "random_resized"}
+    config = to_config_dict(Config(
+        name=f"finetune-{variant}",
+        model=ModelConfig(name=variant, stem="cifar" if small else "imagenet"),
+        # Of ImageNet, as most weights that are published.
+        data=DataConfig(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), flip=True, **images),
+        orthogonality=OrthogonalityConfig(weight=10.0, elements="shared"),
+        optimizer=OptimizerConfig(learning_rate=0.01, learning_rate_factors=("head/**=10",), weight_decay=1e-4,
+                                  weight_decay_labels=("basis", "coefficients", "kernel"), schedule="cosine",
+                                  warmup_epochs=1.0),
+        train=TrainConfig(epochs=20, batch_size=64, eval_batch_size=256, freeze=("**", "!head/**"), freeze_epochs=2.0,
+                          label_smoothing=0.1, ema_decay=0.999),
+    ))
+    config.data.name = "folder"  # not before, as a folder without a directory is refused
+    return config

@@ -1,0 +1,53 @@
+"""Parameters chosen by patterns, as fields of the configuration hold them: kinds of parameters, and globs of paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from jax.tree_util import tree_map_with_path
+
+from shared_basis.config import PARAMETER_LABELS, split_factor
+from shared_basis.errors import UserError
+from shared_basis.nn.types import Path, Tree
+from shared_basis.optim.labels import parameter_kinds
+from shared_basis.optim.paths import glob_matches, leaves_by_path, path_of
+
+_Value = TypeVar("_Value")
+
+
+def frozen(params: Tree, patterns: Sequence[str]) -> Tree:
+    """Returns a tree like `params` that holds which of them the `patterns` of `train.freeze` keep as they are.
+
+    Raises:
+      UserError: a glob matches nothing.
+    """
+    entries = [(pattern.removeprefix("!"), not pattern.startswith("!")) for pattern in patterns]
+    return _last_match(params, entries, False, "train.freeze")
+
+
+def rate_factors(params: Tree, entries: Sequence[str]) -> Tree:
+    """Returns a tree like `params` that holds the factor of the learning rate of each, by the `entries` WHAT=FACTOR.
+
+    Raises:
+      UserError: a glob matches nothing.
+    """
+    return _last_match(params, map(split_factor, entries), 1.0, "optimizer.learning_rate_factors")
+
+
+def _last_match(params: Tree, entries: Iterable[tuple[str, _Value]], default: _Value, field: str) -> Tree:
+    """Returns a tree like `params` of the value of the last of `entries` whose pattern matches, or else `default`.
+
+    A kind that this network does not have matches nothing, so that plain and shared networks can have one recipe.
+    """
+    kinds = leaves_by_path(parameter_kinds(params))
+    found: dict[Path, _Value] = dict.fromkeys(kinds, default)
+    for pattern, value in entries:
+        matching = [path for path, kind in kinds.items() if kind == pattern or glob_matches(path, pattern)]
+        if not matching and pattern not in PARAMETER_LABELS:
+            shown = [f"{key}/**" if len(path) > 1 else key for path in kinds for key in path[:1]]
+            raise UserError(f"{field}={pattern!r}: matches no parameter of this network; give a kind "
+                            f"({', '.join(PARAMETER_LABELS)}) or a glob of paths, such as "
+                            f"{', '.join(dict.fromkeys(shown))}.")
+        found |= dict.fromkeys(matching, value)
+    return tree_map_with_path(lambda entries, leaf: found[path_of(entries)], params)

@@ -1,0 +1,178 @@
+"""What a compressed network gains by learning from the one that it came from: fine-tuned with and without it, by seed.
+
+    python -m studies.distill --write                                              ResNet-20 on the digits
+    python -m studies.distill --data=fashion_mnist --epochs=6 --tuning=2 --examples=12000 --write
+    python -m studies.distill --data=DIR --network=resnet32 --write                on a directory of images (32×32)
+
+For each seed a plain network is trained and compressed to a part of its parameters. Two copies are fine-tuned from
+there, alike in batches and augmentation: by labels alone, and by the plain network's logits too. Runs are kept below
+--runs: the same command goes on where it was stopped. The rows go to results/distill.csv; --write puts the table of all
+that is there into docs/finetune.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.common import Parser, Table, markdown, positive, replace_section
+from benchmarks.records import ROOT, append, cells, check_file, columns, commit, read
+from shared_basis.cli.app import run_and_exit
+from shared_basis.config import Config, DistillationConfig, replace
+from shared_basis.runtime.files import write_atomic
+from shared_basis.runtime.reporter import Reporter
+from shared_basis.training import start, train
+from studies.compress import recipe, tuning
+from studies.findings import interval, mean_and_deviation
+
+FILE, PAGE = Path("results") / "distill.csv", Path("docs") / "finetune.md"
+"""Below the repository's root."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationRow:
+    """A network that was compressed and fine-tuned twice; its fields are the columns. Accuracies are parts of 1."""
+
+    date: str
+    commit: str
+    command: str
+    data: str
+    plain: str
+    budget: float
+    tuned_epochs: int
+    weight: float
+    temperature: float
+    train_examples: int
+    """0 is all of them."""
+    seed: int
+    network: str
+    plain_accuracy: float
+    compressed_accuracy: float
+    labels_accuracy: float
+    taught_accuracy: float
+    test_examples: int
+
+
+NOTED = ("date", "commit", "command")
+"""Columns that differ from call to call where all else is the same."""
+SUBJECT = ("data", "plain", "budget", "tuned_epochs", "weight", "temperature", "train_examples")
+"""Columns that say what was done; the latest row of each, by seed, counts."""
+
+
+def recipes(options: argparse.Namespace, network: str, teacher: Path) -> dict[str, Config]:
+    """Returns how `network` is fine-tuned, by labels alone and by the teacher's logits too."""
+    labels = replace(tuning(recipe(options, network), options.tuning), {"data.train_examples": options.examples})
+    return {"labels": labels, "taught": replace(labels, {
+        "distillation.teacher": str(teacher), "distillation.weight": options.weight,
+        "distillation.temperature": options.temperature})}
+
+
+def measure(options: argparse.Namespace, command: str, reporter: Reporter) -> DistillationRow:
+    """Returns the row of `options.seed`; runs that are finished already take no time."""
+    runs = Path(options.runs) / f"{Path(options.data).name}-{options.network}-{options.examples}-{options.seed}"
+    plain = runs / "plain"
+    train.train(replace(recipe(options, options.network), {"data.train_examples": options.examples}), plain, reporter)
+    tuned: dict[str, float] = {}
+    for way, config in recipes(options, options.network, plain).items():
+        taught = f"-{options.weight:g}-{options.temperature:g}" * (way == "taught")
+        workdir = runs / f"{way}-{options.budget:g}-{options.tuning}{taught}"
+        kept = workdir.with_suffix(f"{workdir.suffix}.json")
+        if not kept.exists():
+            result = start.compress_run(config, workdir, str(plain), reporter, budget=options.budget)
+            write_atomic(kept, json.dumps(result))
+        found = json.loads(kept.read_text())
+        tuned[way] = train.train(recipes(options, found["model"], plain)[way], workdir, reporter)["test_accuracy"]
+    return DistillationRow(
+        datetime.date.today().isoformat(), commit(), command, Path(options.data).name, options.network, options.budget,
+        options.tuning, options.weight, options.temperature, options.examples, options.seed, found["model"],
+        found["test_accuracy"]["plain"], found["test_accuracy"]["compressed"], tuned["labels"], tuned["taught"],
+        found["test_examples"])
+
+
+def record(path: Path, row: DistillationRow) -> None:
+    """Adds a row to the file, unless one there finds the same; that keeps the commit that it was found at."""
+    found = [name not in NOTED for name in columns(DistillationRow)]
+    if all(list(itertools.compress(cells(each), found)) != list(itertools.compress(cells(row), found))
+           for each in read(path, DistillationRow)):
+        append(path, [row])
+
+
+def table(rows: Sequence[DistillationRow]) -> str:
+    """Returns the table in Markdown: means and deviations over seeds, and the paired difference."""
+    lines: Table = [["data, plain network", "budget", "images", "epochs", "plain", "compressed", "labels alone",
+                     "with the teacher", "gain, points"]]
+    subjects: dict[tuple[object, ...], dict[int, DistillationRow]] = {}
+    for row in rows:
+        subjects.setdefault(tuple(getattr(row, name) for name in SUBJECT), {})[row.seed] = row
+    for seeds in subjects.values():
+        runs = list(seeds.values())
+        accuracies = [mean_and_deviation([100 * getattr(row, f"{name}_accuracy") for row in runs])
+                      for name in ("plain", "compressed", "labels", "taught")]
+        lines.append([f"{runs[0].data}, {runs[0].plain}", f"{runs[0].budget:g}",
+                      f"{runs[0].train_examples:,}" if runs[0].train_examples else "all", str(runs[0].tuned_epochs),
+                      *accuracies, _gain(runs)])
+    return f"\n{markdown(lines)}\n"
+
+
+def _gain(runs: Sequence[DistillationRow]) -> str:
+    """Returns the mean of the paired differences with its 95 % interval, which takes two seeds."""
+    gains = [100 * (row.taught_accuracy - row.labels_accuracy) for row in runs]
+    if len(gains) < 2:
+        return f"{gains[0]:+.2f}"
+    mean, low, high = interval(gains)
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the options."""
+    taught = DistillationConfig()
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="digits", help="digits, cifar10, fashion_mnist, or a directory of images")
+    parser.add_argument("--network", default="resnet20", help="the plain network")
+    parser.add_argument("--budget", type=float, default=0.35, help="the part of its parameters")
+    parser.add_argument("--epochs", type=positive, default=12, help="of the plain network; of digits always 24")
+    parser.add_argument("--tuning", type=positive, default=4, help="epochs of fine-tuning")
+    parser.add_argument("--examples", type=int, default=0, help="training images; 0 is all of them")
+    parser.add_argument("--weight", type=float, default=taught.weight, help="distillation.weight")
+    parser.add_argument("--temperature", type=float, default=taught.temperature, help="distillation.temperature")
+    parser.add_argument("--seeds", type=positive, default=3, help="from 0 on")
+    parser.add_argument("--runs", default="runs/distill", help="where runs are kept")
+    parser.add_argument("--write", action="store_true", help="replace the table in docs/finetune.md")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT,
+         row_of: Callable[[argparse.Namespace, str, Reporter], DistillationRow] = measure) -> None:
+    """Measures, keeps the rows below `root`, prints the table, and writes it to the page if asked to.
+
+    Args:
+      row_of: measures one seed, by the options, and returns its row with the command.
+
+    Raises:
+      UserError: an option does not fit the data, or the rows cannot be read.
+      SystemExit: an option is invalid.
+    """
+    options = parse(arguments)
+    check_file(root / FILE, DistillationRow)  # before what takes hours
+    command = shlex.join(["python", "-m", "studies.distill", *(
+        f"--data={Path(options.data).name}" if word.startswith("--data=") else word
+        for word in (sys.argv[1:] if arguments is None else arguments)
+        if not word.startswith("--runs"))])  # no path of this machine
+    with Reporter(sys.stderr) as reporter:
+        for seed in range(options.seeds):
+            record(root / FILE, row_of(argparse.Namespace(**{**vars(options), "seed": seed}), command, reporter))
+    text = table(read(root / FILE, DistillationRow))
+    print(text)
+    if options.write:
+        replace_section(root / PAGE, "distill", text)
+
+
+if __name__ == "__main__":
+    run_and_exit(main)

@@ -1,0 +1,240 @@
+"""What fine-tuning and distillation add to a step and to a run: against NumPy, and to the bit where it stops."""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import (
+    TINY,
+    Linear,
+    Watcher,
+    assert_trees_equal,
+    cross_entropies,
+    make_images,
+    mesh_of,
+    read_arrays,
+    read_metrics,
+    tiny_network,
+    user_error,
+)
+
+from shared_basis.config import (
+    Config,
+    DataConfig,
+    DistillationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OrthogonalityConfig,
+    TrainConfig,
+    replace,
+)
+from shared_basis.evaluation.evaluate import evaluate
+from shared_basis.runs.trained import load_run
+from shared_basis.runtime.distributed import batch_sharding, replicated
+from shared_basis.runtime.preemption import Interrupted
+from shared_basis.training.composition import Own, compose
+from shared_basis.training.steps import TrainState, create_train_state, train_step
+from shared_basis.training.teacher import Teacher
+from shared_basis.training.train import train
+
+CENTRED = DataConfig(mean=(0.5,), std=(0.25,))
+
+
+# A step
+
+def steps(config: Config, count: int, *, devices: int = 1, teacher: Teacher | None = None,
+          own: Own | None = None) -> list[tuple[TrainState, dict[str, Any]]]:
+    """Returns the states after so many updates of a linear classifier on batches of 8 images, with their metrics."""
+    mesh, optimizer, model = mesh_of(devices), optax.sgd(0.1), Linear(batch=8)
+    step = jax.jit(functools.partial(
+        train_step, functions=compose(config, model, 10, optimizer, teacher, own), seed=0, steps_per_epoch=count,
+        batch_sharding=batch_sharding(mesh), grad_accumulation_steps=config.optimizer.grad_accumulation_steps),
+        out_shardings=replicated(mesh))
+    state = jax.device_put(create_train_state(model, optimizer, 0, (4, 4, 1), averaged=config.train.ema_decay > 0),
+                           replicated(mesh))
+    images, labels = make_images(8 * count, size=4)
+    found = []
+    for first in range(0, len(images), 8):
+        batch = jax.device_put((images[first:first + 8], labels[first:first + 8]), batch_sharding(mesh))
+        state, metrics = step(state, *batch, teacher and teacher.variables)
+        found.append((state, metrics))
+    return found
+
+
+def test_averages_follow_the_variables_as_by_hand() -> None:
+    states = [state for state, _ in steps(Config(data=CENTRED, train=TrainConfig(ema_decay=0.3)), 4)]
+    first = create_train_state(Linear(batch=8), optax.sgd(0.1), 0, (4, 4, 1))
+    kernel, seen = np.float64(first.params["head"]["kernel"]), np.float64(first.batch_stats["seen"])
+    for index, state in enumerate(states, 1):
+        decay = min(0.3, (1 + index) / (10 + index))
+        kernel = decay * kernel + (1 - decay) * np.float64(state.params["head"]["kernel"])
+        seen = decay * seen + (1 - decay) * np.float64(state.batch_stats["seen"])
+        np.testing.assert_allclose(state.averaged["params"]["head"]["kernel"], kernel, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(state.averaged["batch_stats"]["seen"], seen, rtol=1e-5, atol=1e-6)
+    assert_trees_equal(states[-1].scored, states[-1].averaged)
+
+
+def linear_teacher(data: DataConfig) -> Teacher:
+    rng = np.random.default_rng(5)
+    variables = {"params": {"head": {"kernel": rng.normal(size=(16, 10)).astype(np.float32),
+                                     "bias": np.zeros(10, np.float32)}},
+                 "batch_stats": {"seen": np.zeros((8, 4, 4, 1), np.float32)}}
+    return Teacher(Linear(batch=8), data, jax.tree.map(jnp.asarray, variables), "linear")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_network_learns_from_a_teacher_that_normalises_images_in_its_own_way(parts: int) -> None:
+    data, teacher = DataConfig(mean=(0.1,), std=(0.5,)), linear_teacher(DataConfig(mean=(0.1,), std=(0.5,)))
+    config = Config(data=CENTRED, distillation=DistillationConfig(weight=0.6, temperature=2.0),
+                    optimizer=OptimizerConfig(grad_accumulation_steps=parts))
+    (state, metrics), = steps(config, 1, teacher=teacher)
+    images, labels = make_images(8, size=4)
+    head = create_train_state(Linear(batch=8), optax.sgd(0.1), 0, (4, 4, 1)).params["head"]
+    inputs = (images.reshape(8, -1) / 255 - 0.5) / 0.25
+    logits = inputs @ np.float64(head["kernel"])
+    theirs = (images.reshape(8, -1) / 255 - data.mean[0]) / data.std[0] @ np.float64(
+        teacher.variables["params"]["head"]["kernel"])
+    softmax = [np.exp(values) / np.exp(values).sum(-1, keepdims=True) for values in (logits / 2, theirs / 2, logits)]
+    ours, soft, plain = softmax
+    loss = 0.4 * cross_entropies(logits, labels) + 0.6 * 4 * (soft * np.log(soft / ours)).sum(-1)
+    assert float(metrics["loss"]) == pytest.approx(loss.sum(), rel=1e-4)
+    gradient = inputs.T @ (0.4 * (plain - np.eye(10)[labels]) + 0.6 * 2 * (ours - soft)) / 8
+    np.testing.assert_allclose(state.params["head"]["kernel"], head["kernel"] - 0.1 * gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_a_loss_and_an_augmentation_of_ones_own_are_what_is_computed() -> None:
+    def darker(images: jax.Array, key: jax.Array) -> jax.Array:
+        return images // jax.random.randint(key, (), 2, 3).astype(images.dtype)
+
+    def squares(logits: jax.Array, targets: jax.Array) -> jax.Array:
+        return jnp.sum((logits - targets) ** 2, -1)
+
+    (state, metrics), = steps(Config(data=CENTRED), 1, own=Own(loss=squares, augment=darker))
+    images, labels = make_images(8, size=4)
+    head = create_train_state(Linear(batch=8), optax.sgd(0.1), 0, (4, 4, 1)).params["head"]
+    inputs = (images // 2 / 255 - 0.5) / 0.25
+    np.testing.assert_allclose(state.batch_stats["seen"], inputs, rtol=1e-5, atol=1e-5)
+    logits = inputs.reshape(8, -1) @ np.float64(head["kernel"])
+    assert float(metrics["loss"]) == pytest.approx(((logits - np.eye(10)[labels]) ** 2).sum(), rel=1e-4)
+    with pytest.raises(ValueError, match=r"augment must return images of the shape that it is given, \(8, 4, 4, 1\)"):
+        steps(Config(data=CENTRED), 1, own=Own(augment=lambda images, key: images[:, 1:]))
+
+
+def test_all_of_it_together_does_not_depend_on_the_number_of_devices() -> None:
+    config = Config(data=DataConfig(mean=(0.5,), std=(0.25,), pad=1, flip=True),
+                    train=TrainConfig(mixup=0.2, cutmix=1.0, label_smoothing=0.1, ema_decay=0.9))
+    one, four = (steps(config, 3, devices=devices, teacher=linear_teacher(CENTRED))[-1] for devices in (1, 4))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, four)
+
+
+# A run
+
+CONFIG = Config(
+    model=ModelConfig(name=TINY), data=DataConfig(train_examples=44, test_examples=30, pad=1, flip=True),
+    orthogonality=OrthogonalityConfig(elements="shared+unique"),
+    optimizer=OptimizerConfig(name="adamw", learning_rate=0.02, schedule="cosine", warmup_epochs=0.5,
+                              learning_rate_factors=("head/**=10",)),
+    train=TrainConfig(epochs=2, batch_size=8, freeze=("**", "!head/**"), freeze_epochs=1.2, label_smoothing=0.1,
+                      mixup=0.2, cutmix=1.0, ema_decay=0.9))
+"""Five steps an epoch; the head alone trains for six of them."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    train(CONFIG, workdir, Watcher())
+    return workdir
+
+
+def test_a_fine_tuned_run_resumes_to_the_bit_with_its_averages(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="saved at step 4 of 10"):
+        train(CONFIG, tmp_path / "run", Watcher(at=[3], signum=signal.SIGTERM))
+    train(CONFIG, tmp_path / "run", Watcher())
+    assert_trees_equal(read_arrays(tmp_path / "run", 10), read_arrays(finished, 10))
+    assert read_metrics(tmp_path / "run") == read_metrics(finished)
+
+
+def test_the_averages_are_what_is_evaluated_and_opened(finished: Path) -> None:
+    state = read_arrays(finished, 10)
+    variables = load_run(finished).variables
+    assert_trees_equal(jax.device_get(dict(variables)), state["averaged"])
+    assert not np.array_equal(state["params"]["head"]["kernel"], state["averaged"]["params"]["head"]["kernel"])
+    line, scored = read_metrics(finished)[-1], evaluate(finished)
+    assert scored["test_accuracy"] == line["test_accuracy"]
+    assert scored["test_loss"] == pytest.approx(line["test_loss"], rel=1e-5)
+
+
+def test_the_head_trains_first(finished: Path) -> None:
+    first, second = (read_arrays(finished, step)["params"] for step in (5, 10))
+    initial = create_train_state(tiny_network(), optax.sgd(0.1), 0, (8, 8, 1)).params
+    for before, after, same in ((initial, first, True), (first, second, False)):
+        equal = jax.tree.map(np.array_equal, jax.device_get(before), after)
+        assert not equal["head"]["kernel"]
+        assert all(jax.tree.leaves({**equal, "head": {}})) == same
+
+
+def test_frozen_statistics_stay_and_a_frozen_body_has_no_gradient(tmp_path: Path) -> None:
+    config = replace(CONFIG, {"train.epochs": 1, "train.freeze_epochs": 0.0, "train.freeze_statistics": True,
+                              "train.mixup": 0.0, "train.cutmix": 0.0, "train.ema_decay": 0.0,
+                              "train.record_gradients": True})
+    train(config, tmp_path, Watcher())
+    initial, state = create_train_state(tiny_network(), optax.sgd(0.1), 0, (8, 8, 1)), read_arrays(tmp_path, 5)
+    assert_trees_equal(state["batch_stats"], jax.device_get(initial.batch_stats))
+    assert not np.array_equal(state["params"]["head"]["kernel"], initial.params["head"]["kernel"])
+
+    norms = json.loads((tmp_path / "gradients.jsonl").read_text())["norms"]
+    assert {name for name, norm in norms.items() if norm} == {"head/kernel"}
+
+
+def test_a_run_learns_from_another(finished: Path, tmp_path: Path) -> None:
+    plain = replace(CONFIG, {"optimizer.learning_rate_factors": (), "train.freeze": (), "train.mixup": 0.0,
+                             "train.cutmix": 0.0, "train.ema_decay": 0.0, "train.epochs": 1})
+    taught = replace(plain, {"distillation.teacher": f"{finished}:best"})
+    train(taught, tmp_path / "taught", Watcher())
+    assert "teacher" in (tmp_path / "taught" / "run.json").read_text()
+    other = replace(taught, {"distillation.teacher": str(tmp_path / "taught")})
+    with user_error("distillation.teacher: ", "another configuration"):
+        train(other, tmp_path / "taught", Watcher())
+    with user_error(f"distillation.teacher='{tmp_path}/none': workdir", "holds no run"):
+        train(replace(plain, {"distillation.teacher": str(tmp_path / "none")}), tmp_path / "new", Watcher())
+    with user_error(f"distillation.teacher='{finished}': {TINY} there is for 10 classes of 8×8×1 images, and these are "
+                    "10 classes of 16×16×1 images", "--config.data.image_size"):
+        train(replace(plain, {"distillation.teacher": str(finished), "data.image_size": 16}), tmp_path / "new",
+              Watcher())
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_a_pattern_says_of_the_network_is_told_before_the_workdir_is_made(tmp_path: Path) -> None:
+    with user_error("train.freeze='heads/**': matches no parameter"):
+        train(replace(CONFIG, {"train.freeze": ("heads/**",)}), tmp_path / "run", Watcher())
+    with user_error("train.freeze='**': leaves nothing to be trained"):
+        train(replace(CONFIG, {"train.freeze": ("**",), "train.freeze_epochs": 0.0}), tmp_path / "run", Watcher())
+    with pytest.raises(TypeError, match="optimizer must be a function"):
+        train(CONFIG, tmp_path / "run", Watcher(), optimizer=optax.adam(0.1))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def lighter(images: jax.Array, key: jax.Array) -> jax.Array:
+    return jnp.minimum(images, 250) + jax.random.randint(key, (len(images), 1, 1, 1), 0, 5).astype(images.dtype)
+
+
+def test_a_run_with_functions_of_ones_own_resumes_with_them_alone(tmp_path: Path) -> None:
+    config = replace(CONFIG, {"train.epochs": 1, "train.freeze": (), "train.mixup": 0.0, "train.cutmix": 0.0,
+                              "train.ema_decay": 0.0})
+    own = {"optimizer": optax.adabelief, "loss": optax.poly_loss_cross_entropy, "augment": lighter}
+    with pytest.raises(Interrupted, match="saved at step 3 of 5"):
+        train(config, tmp_path / "run", Watcher(at=[2], signum=signal.SIGTERM), **own)
+    with user_error("another choice of your own functions", "loss: None now", "poly_loss_cross_entropy' there"):
+        train(config, tmp_path / "run", Watcher(), optimizer=optax.adabelief, augment=lighter)
+    train(config, tmp_path / "run", Watcher(), **own)
+    train(config, tmp_path / "whole", Watcher(), **own)
+    assert_trees_equal(read_arrays(tmp_path / "run", 5), read_arrays(tmp_path / "whole", 5))
