@@ -3,7 +3,7 @@
     python main.py --config=configs/finetune.py:resnet34-s32u1 --config.data.directory=DIR
 
 begins with the weights of `--init=RUN`, or with what --mode=import or compress has written (docs/finetune.md). Networks
-for small images (resnet14 to resnet110) get images of 32×32, all others of 224×224. All at once:
+that are for small images alone get images of 32×32, all others of 224×224. All at once:
 `--config.train.freeze=`; the head alone: `--config.train.freeze_epochs=0.0`, and with few images
 `--config.train.freeze_statistics=True`.
 """
@@ -22,8 +22,8 @@ from shared_basis.config import (
     to_config_dict,
 )
 
-SMALL = r"resnet(14|20|32|44|56|110)\b"
-"""Networks for images of 32×32."""
+SMALL = r"(resnet(14|20|32|44|56|110)|densenet121|resnext50_32x4d)\b"
+"""Networks that have a form for images of 32×32 alone."""
 
 
 def get_config(variant: str = "resnet34-s32u1") -> ConfigDict:
@@ -36,10 +36,10 @@ def get_config(variant: str = "resnet34-s32u1") -> ConfigDict:
         # Of ImageNet, as most weights that are published.
         data=DataConfig(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), flip=True, **images),
         orthogonality=OrthogonalityConfig(weight=10.0, elements="shared"),
-        optimizer=OptimizerConfig(learning_rate=0.01, learning_rate_factors=("head/**=10",), weight_decay=1e-4,
+        optimizer=OptimizerConfig(learning_rate=0.01, learning_rate_factors="head/**=10", weight_decay=1e-4,
                                   weight_decay_labels=("basis", "coefficients", "kernel"), schedule="cosine",
                                   warmup_epochs=1.0),
-        train=TrainConfig(epochs=20, batch_size=64, eval_batch_size=256, freeze=("**", "!head/**"), freeze_epochs=2.0,
+        train=TrainConfig(epochs=20, batch_size=64, eval_batch_size=256, freeze="**,!head/**", freeze_epochs=2.0,
                           label_smoothing=0.1, ema_decay=0.999),
     ))
     config.data.name = "folder"  # not before, as a folder without a directory is refused

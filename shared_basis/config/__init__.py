@@ -4,6 +4,7 @@ A configuration file (`configs/*.py`) builds a `Config`, hands it to ml_collecti
 `--config.a.b=value` can override any field, and `from_config_dict` turns the result back into a checked `Config`.
 """
 
+from shared_basis.config.checks import split
 from shared_basis.config.convert import (
     check_field,
     differences,
@@ -23,7 +24,7 @@ from shared_basis.config.fields import (
     ModelConfig,
     OptimizerConfig,
     OrthogonalityConfig,
-    split_factor,
+    split_factors,
 )
 from shared_basis.config.renamed import RENAMED
 from shared_basis.config.training import DistillationConfig, TrainConfig
@@ -46,7 +47,8 @@ __all__ = [
     "flatten",
     "from_config_dict",
     "replace",
-    "split_factor",
+    "split",
+    "split_factors",
     "to_config_dict",
     "to_dict",
 ]

@@ -9,6 +9,11 @@ from typing import Any
 from shared_basis.errors import UserError
 
 
+def split(text: str) -> tuple[str, ...]:
+    """Returns what is separated by commas in `text`."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def require(condition: bool, field: str, value: Any, allowed: str) -> None:
     """Raises `UserError` naming `field`, its `value` and what is `allowed`, unless `condition` holds."""
     if not condition:

@@ -86,7 +86,9 @@ def _unknown(path: str, known: Sequence[str]) -> str:
     """Returns what to say of a field that is none of the `known`; its section is taken at its word."""
     section, _, name = path.rpartition(".")
     beside = [field for field in known if section and field.rpartition(".")[0] == section]
-    near = _nearest(name, beside, 0.5) or _nearest(name, known, 0.8 if beside else 0.5)
+    elsewhere = [field for field in known if field.rpartition(".")[2] == name]
+    near = (difflib.get_close_matches(path, elsewhere, n=1, cutoff=0.0) or _nearest(name, beside, 0.5)
+            or _nearest(name, known, 0.8 if beside else 0.5))
     return (f"unknown configuration field {path!r}.{''.join(f' Did you mean {field!r}?' for field in near)} The fields "
             f"{f'of {section} ' if beside else ''}are: {', '.join(beside or known)}.")
 

@@ -7,6 +7,7 @@ import itertools
 
 from shared_basis.config.checks import require as _require
 from shared_basis.config.checks import require_choice as _require_choice
+from shared_basis.config.checks import split
 from shared_basis.config.renamed import takes_old_names
 from shared_basis.config.training import DistillationConfig, TrainConfig
 
@@ -168,9 +169,9 @@ class OptimizerConfig:
     """'sgd' (published), 'adamw', 'lion' or 'muon', which are optax's. muon orthogonalises the updates of bases,
     coefficients and convolutions, and leaves the head, norms and biases to adamw."""
     learning_rate: float = 0.1
-    learning_rate_factors: tuple[str, ...] = ()
+    learning_rate_factors: str = ""
     """Multiplies the learning rate of some parameters: WHAT=FACTOR, WHAT a kind (basis, coefficients, kernel, norm,
-    bias) or a glob of paths, such as head/**=10. Of several that match, the last one counts."""
+    bias) or a glob of paths, such as basis=0.1,head/**=10. Of several that match, the last one counts."""
     momentum: float = 0.9
     """Of sgd; the first decay rate of the others (b1, muon's beta)."""
     nesterov: bool = False
@@ -200,8 +201,7 @@ class OptimizerConfig:
         _require_choice("optimizer.name", self.name, ("sgd", "adamw", "lion", "muon"))
         _require(not (self.nesterov and self.name == "lion"), "optimizer.nesterov", self.nesterov,
                  "False when optimizer.name='lion', which has no such form")
-        for entry in self.learning_rate_factors:
-            split_factor(entry)
+        split_factors(self.learning_rate_factors)
         for label in self.weight_decay_labels:
             _require_choice("optimizer.weight_decay_labels", label, PARAMETER_LABELS)
         _require_choice("optimizer.schedule", self.schedule, ("piecewise", "cosine"))
@@ -217,20 +217,23 @@ class OptimizerConfig:
         _require(all(0 < f <= 1e30 for f in self.factors), "optimizer.factors", self.factors, "positive, at most 1e30")
 
 
-def split_factor(entry: str) -> tuple[str, float]:
-    """Returns WHAT and FACTOR of an entry WHAT=FACTOR of `optimizer.learning_rate_factors`.
+def split_factors(text: str) -> list[tuple[str, float]]:
+    """Returns WHAT and FACTOR of each entry of `optimizer.learning_rate_factors`.
 
     Raises:
-      UserError: it has another form.
+      UserError: one has another form than WHAT=FACTOR.
     """
-    what, _, text = entry.rpartition("=")
-    try:
-        factor = float(text)
-    except ValueError:
-        factor = -1.0
-    _require(what.strip() != "" and 0 <= factor <= 1e30, "optimizer.learning_rate_factors", entry,
-             "WHAT=FACTOR, a kind of parameters or a glob of paths and 0 or a positive number, such as head/**=10")
-    return what.strip(), factor
+    factors = []
+    for entry in split(text):
+        what, _, number = entry.rpartition("=")
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = -1.0
+        _require(what != "" and 0 <= factor <= 1e30, "optimizer.learning_rate_factors", entry,
+                 "WHAT=FACTOR, a kind of parameters or a glob of paths and 0 or a positive number, such as head/**=10")
+        factors.append((what.strip(), factor))
+    return factors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,9 +262,8 @@ class Config:
         for boundary in self.optimizer.boundaries:
             _require(boundary < self.train.epochs, "optimizer.boundaries", self.optimizer.boundaries,
                      f"below train.epochs={self.train.epochs}; when you shorten a run, scale them with it")
-        for field, value in (("optimizer.warmup_epochs", self.optimizer.warmup_epochs),
-                             ("train.freeze_epochs", self.train.freeze_epochs)):
-            _require(value < self.train.epochs, field, value, f"below train.epochs={self.train.epochs}")
+        _require(self.optimizer.warmup_epochs < self.train.epochs, "optimizer.warmup_epochs",
+                 self.optimizer.warmup_epochs, f"below train.epochs={self.train.epochs}")
 
 
 LOCATION_FIELDS = ("data.directory", "data.manual_directory", "data.placement", "data.workers")

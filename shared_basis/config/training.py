@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from shared_basis.config.checks import require
+from shared_basis.config.checks import require, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +21,12 @@ class TrainConfig:
     """Whether each evaluation adds a line to gradients.jsonl: the norm of the cross entropy's gradient with respect to
     each basis, coefficients and kernel, averaged over the steps of the epoch (--mode=analyze draws them). What is
     trained does not change; the averages belong to the optimizer's state, so that they survive a stop."""
-    freeze: tuple[str, ...] = ()
+    freeze: str = ""
     """Parameters that stay as they are: kinds (basis, coefficients, kernel, norm, bias) and globs of paths such as
-    group1/**. Of several that match a parameter the last one counts, and one that begins with ! lets it train, so that
-    **,!head/** leaves the head alone to be trained."""
+    group1/**, with commas between them. Of several that match a parameter the last one counts, and one that begins with
+    ! lets it train: **,!head/** leaves the head alone to be trained."""
     freeze_epochs: float = 0.0
-    """Epochs after which frozen parameters train too, fractions allowed; 0 is never."""
+    """Epochs after which what `freeze` names trains too, fractions allowed; 0 is never."""
     freeze_statistics: bool = False
     """Whether the network computes as in evaluation: batch normalisation by running statistics, which stay as they are,
     and without dropout."""
@@ -52,7 +52,10 @@ class TrainConfig:
         for field in ("label_smoothing", "ema_decay"):
             value = getattr(self, field)
             require(0 <= value < 1, f"train.{field}", value, "at least 0 and below 1")
-        for pattern in self.freeze:
+        if self.freeze:
+            require(self.freeze_epochs < self.epochs, "train.freeze_epochs", self.freeze_epochs,
+                    f"below train.epochs={self.epochs}, or 0, with which train.freeze never ends")
+        for pattern in split(self.freeze):
             require(pattern.strip("!/") != "", "train.freeze", pattern,
                     "a kind of parameters or a glob of paths, such as norm, group1/** or !head/**")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TypeVar
 
 from jax.tree_util import tree_map_with_path
 
-from shared_basis.config import PARAMETER_LABELS, split_factor
+from shared_basis.config import PARAMETER_LABELS, split, split_factors
 from shared_basis.errors import UserError
 from shared_basis.nn.types import Path, Tree
 from shared_basis.optim.labels import parameter_kinds
@@ -16,23 +16,23 @@ from shared_basis.optim.paths import glob_matches, leaves_by_path, path_of
 _Value = TypeVar("_Value")
 
 
-def frozen(params: Tree, patterns: Sequence[str]) -> Tree:
+def frozen(params: Tree, patterns: str) -> Tree:
     """Returns a tree like `params` that holds which of them the `patterns` of `train.freeze` keep as they are.
 
     Raises:
       UserError: a glob matches nothing.
     """
-    entries = [(pattern.removeprefix("!"), not pattern.startswith("!")) for pattern in patterns]
+    entries = [(pattern.removeprefix("!"), not pattern.startswith("!")) for pattern in split(patterns)]
     return _last_match(params, entries, False, "train.freeze")
 
 
-def rate_factors(params: Tree, entries: Sequence[str]) -> Tree:
+def rate_factors(params: Tree, entries: str) -> Tree:
     """Returns a tree like `params` that holds the factor of the learning rate of each, by the `entries` WHAT=FACTOR.
 
     Raises:
       UserError: a glob matches nothing.
     """
-    return _last_match(params, map(split_factor, entries), 1.0, "optimizer.learning_rate_factors")
+    return _last_match(params, split_factors(entries), 1.0, "optimizer.learning_rate_factors")
 
 
 def _last_match(params: Tree, entries: Iterable[tuple[str, _Value]], default: _Value, field: str) -> Tree:

@@ -59,7 +59,7 @@ def check_optimizer(config: Config, model: Network, image_shape: tuple[int, int,
     given = config.train
     params = abstract_variables(model, image_shape)["params"]
     if given.freeze and not given.freeze_epochs and all(jax.tree.leaves(frozen(params, given.freeze))):
-        raise UserError(f"train.freeze={','.join(given.freeze)!r}: leaves nothing to be trained; let the head train, "
+        raise UserError(f"train.freeze={given.freeze!r}: leaves nothing to be trained; let the head train, "
                         "as in **,!head/**, or set --config.train.freeze_epochs.")
     optimizer = make_optimizer(config, model.basis_groups(config.orthogonality.elements),
                                optax.constant_schedule(0.0), descent=own.optimizer)

@@ -41,7 +41,7 @@ def train(config: Config, workdir: str | Path, reporter: Reporter | None = None,
           augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None) -> dict[str, Any]:
     """Trains, or goes on training, the run of `config` in `workdir`, as `--mode=train` does.
 
-        train(config, "runs/mine", optimizer=optax.adabelief, loss=optax.poly_loss_cross_entropy, augment=rotate)
+        train(config, "runs/mine", optimizer=optax.adabelief, loss=optax.losses.poly_loss_cross_entropy, augment=rotate)
 
     The run's record names the functions of your own, and it resumes with functions of these names alone.
 

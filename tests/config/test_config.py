@@ -20,7 +20,8 @@ from shared_basis.config import (
     flatten,
     from_config_dict,
     replace,
-    split_factor,
+    split,
+    split_factors,
     to_config_dict,
     to_dict,
 )
@@ -154,7 +155,7 @@ NAN, INF = float("nan"), float("inf")
     ("train.freeze", "!", "train.freeze='!': must be a kind of parameters or a glob of paths, such as norm, group1/** "
                           "or !head/**"),
     ("train.freeze_epochs", -1.0, f"train.freeze_epochs=-1.0: must be {NUMBER}"),
-    ("train.freeze_epochs", 300.0, "train.freeze_epochs=300.0: must be below train.epochs=300"),
+    ("train", {"freeze": "norm", "freeze_epochs": 300.0}, "train.freeze_epochs=300.0: must be below train.epochs=300"),
     ("train.label_smoothing", 1.0, "train.label_smoothing=1.0: must be at least 0 and below 1"),
     ("train.mixup", -0.2, f"train.mixup=-0.2: must be {NUMBER}"),
     ("train.cutmix", NAN, f"train.cutmix=nan: must be {NUMBER}"),
@@ -222,6 +223,7 @@ def test_the_section_of_an_unknown_field_is_taken_at_its_word():
     assert "Did you mean 'orthogonality.weight'? The fields of" in message("orthogonality.wieght")
     assert "Did you mean 'optimizer.weight_decay'? The fields of train are" in message("train.weight_decay")
     assert "Did you mean 'orthogonality.weight'? The fields are: data." in message("orthogonalty.weight")
+    assert "Did you mean 'distillation.weight'? The fields are: data." in message("distilation.weight")
 
 
 def test_a_value_in_the_place_of_a_part_is_refused():
@@ -252,13 +254,11 @@ def test_a_tuple_of_strings_may_come_as_one_from_the_command_line(value):
     assert config.optimizer.weight_decay_labels == ("kernel", "basis")
 
 
-def test_patterns_may_come_as_one_string_from_the_command_line():
+def test_patterns_are_separated_by_commas():
     config = from_config_dict({"train": {"freeze": "**, !head/**"},
                                "optimizer": {"learning_rate_factors": "basis=0.5,head/**=10"}})
-    assert config.train.freeze == ("**", "!head/**")
-    assert config.optimizer.learning_rate_factors == ("basis=0.5", "head/**=10")
-    assert [split_factor(entry) for entry in config.optimizer.learning_rate_factors] == [
-        ("basis", 0.5), ("head/**", 10.0)]
+    assert split(config.train.freeze) == ("**", "!head/**")
+    assert split_factors(config.optimizer.learning_rate_factors) == [("basis", 0.5), ("head/**", 10.0)]
 
 
 def test_an_empty_string_is_an_empty_tuple():

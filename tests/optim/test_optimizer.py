@@ -234,7 +234,7 @@ def test_muon_orthogonalises_what_maps_channels_to_channels_and_leaves_the_rest_
 
 def test_factors_multiply_the_learning_rate_with_its_decay():
     plain = descend(1, name="adamw", weight_decay=0.25)[0]
-    scaled = descend(1, name="adamw", weight_decay=0.25, learning_rate_factors=("basis=0", "head/**=10"))[0]
+    scaled = descend(1, name="adamw", weight_decay=0.25, learning_rate_factors="basis=0,head/**=10")[0]
     for label, paths in LABELLED.items():
         for path in paths:
             factor = 0 if label == "basis" else 10 if path[0] == "head" else 1
@@ -245,7 +245,7 @@ def test_factors_multiply_the_learning_rate_with_its_decay():
 def test_frozen_parameters_stay_to_the_bit_whatever_else_moves_them():
     groups = [BasisGroup((("bases", "group1", "shared"),))]
     config = Config(orthogonality=OrthogonalityConfig(method="exact"), optimizer=OptimizerConfig(weight_decay=0.5),
-                    train=TrainConfig(freeze=("**", "!head/**")))
+                    train=TrainConfig(freeze="**,!head/**"))
     optimizer = make_optimizer(config, groups, lambda step: 0.1)
     updates, _ = optimizer.update(GRADIENT, optimizer.init(PARAMS), PARAMS)
     moved = optax.apply_updates(PARAMS, updates)
@@ -255,7 +255,7 @@ def test_frozen_parameters_stay_to_the_bit_whatever_else_moves_them():
 
 
 def test_frozen_parameters_train_after_their_epochs():
-    train = TrainConfig(freeze=("**", "!head/**"), freeze_epochs=1.5)
+    train = TrainConfig(freeze="**,!head/**", freeze_epochs=1.5)
     free, held = descend(4, epoch=2), descend(4, epoch=2, train=train)
     for step, params in enumerate(held):
         previous = held[step - 1] if step else PARAMS
@@ -269,7 +269,7 @@ def test_an_optimizer_of_ones_own_takes_the_place_of_descent_and_decay_alone():
     for turn in TURNS[:2]:
         updates, state = expected.update(jax.tree.map(lambda leaf, turn=turn: turn * leaf, GRADIENT), state, params)
         params = optax.apply_updates(params, updates)
-    found = descend(2, weight_decay=0.5, learning_rate_factors=("head/**=0",), descent=optax.adabelief)[-1]
+    found = descend(2, weight_decay=0.5, learning_rate_factors="head/**=0", descent=optax.adabelief)[-1]
     np.testing.assert_array_equal(found["layer"]["coefficients"], params["layer"]["coefficients"])
     np.testing.assert_array_equal(found["head"]["kernel"], PARAMS["head"]["kernel"])
 

@@ -141,8 +141,8 @@ def test_weight_decay_leaves_the_bases_alone() -> None:
     params = jax.tree.map(jnp.asarray, random_tree(np.random.default_rng(2)))
     params = {"bases": params["bases"], "layer": {"unique": params["one"]["unique"], "coefficients": jnp.ones((2, 2))}}
     elements = [BasisGroup((("bases", "first"),), (("layer", "unique"),))]
-    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5), OrthogonalityConfig(method="exact"), elements,
-                               lambda step: 1.0)
+    config = Config(optimizer=OptimizerConfig(weight_decay=0.5), orthogonality=OrthogonalityConfig(method="exact"))
+    optimizer = make_optimizer(config, elements, lambda step: 1.0)
     state = optimizer.init(params)
     _, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
     (momentum,) = [leaf.trace for leaf in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.TraceState))

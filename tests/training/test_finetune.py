@@ -54,7 +54,8 @@ CENTRED = DataConfig(mean=(0.5,), std=(0.25,))
 def steps(config: Config, count: int, *, devices: int = 1, teacher: Teacher | None = None,
           own: Own | None = None) -> list[tuple[TrainState, dict[str, Any]]]:
     """Returns the states after so many updates of a linear classifier on batches of 8 images, with their metrics."""
-    mesh, optimizer, model = mesh_of(devices), optax.sgd(0.1), Linear(batch=8)
+    mesh, optimizer = mesh_of(devices), optax.sgd(0.1)
+    model = Linear(batch=8 // config.optimizer.grad_accumulation_steps)
     step = jax.jit(functools.partial(
         train_step, functions=compose(config, model, 10, optimizer, teacher, own), seed=0, steps_per_epoch=count,
         batch_sharding=batch_sharding(mesh), grad_accumulation_steps=config.optimizer.grad_accumulation_steps),
@@ -142,8 +143,8 @@ CONFIG = Config(
     model=ModelConfig(name=TINY), data=DataConfig(train_examples=44, test_examples=30, pad=1, flip=True),
     orthogonality=OrthogonalityConfig(elements="shared+unique"),
     optimizer=OptimizerConfig(name="adamw", learning_rate=0.02, schedule="cosine", warmup_epochs=0.5,
-                              learning_rate_factors=("head/**=10",)),
-    train=TrainConfig(epochs=2, batch_size=8, freeze=("**", "!head/**"), freeze_epochs=1.2, label_smoothing=0.1,
+                              learning_rate_factors="head/**=10"),
+    train=TrainConfig(epochs=2, batch_size=8, freeze="**,!head/**", freeze_epochs=1.2, label_smoothing=0.1,
                       mixup=0.2, cutmix=1.0, ema_decay=0.9))
 """Five steps an epoch; the head alone trains for six of them."""
 
@@ -177,7 +178,8 @@ def test_the_head_trains_first(finished: Path) -> None:
     first, second = (read_arrays(finished, step)["params"] for step in (5, 10))
     initial = create_train_state(tiny_network(), optax.sgd(0.1), 0, (8, 8, 1)).params
     for before, after, same in ((initial, first, True), (first, second, False)):
-        equal = jax.tree.map(np.array_equal, jax.device_get(before), after)
+        # The initial state is not compiled here, and differs in its last bits.
+        equal = jax.tree.map(functools.partial(np.allclose, rtol=1e-5, atol=1e-7), jax.device_get(before), after)
         assert not equal["head"]["kernel"]
         assert all(jax.tree.leaves({**equal, "head": {}})) == same
 
@@ -196,7 +198,7 @@ def test_frozen_statistics_stay_and_a_frozen_body_has_no_gradient(tmp_path: Path
 
 
 def test_a_run_learns_from_another(finished: Path, tmp_path: Path) -> None:
-    plain = replace(CONFIG, {"optimizer.learning_rate_factors": (), "train.freeze": (), "train.mixup": 0.0,
+    plain = replace(CONFIG, {"optimizer.learning_rate_factors": "", "train.freeze": "", "train.mixup": 0.0,
                              "train.cutmix": 0.0, "train.ema_decay": 0.0, "train.epochs": 1})
     taught = replace(plain, {"distillation.teacher": f"{finished}:best"})
     train(taught, tmp_path / "taught", Watcher())
@@ -215,9 +217,9 @@ def test_a_run_learns_from_another(finished: Path, tmp_path: Path) -> None:
 
 def test_what_a_pattern_says_of_the_network_is_told_before_the_workdir_is_made(tmp_path: Path) -> None:
     with user_error("train.freeze='heads/**': matches no parameter"):
-        train(replace(CONFIG, {"train.freeze": ("heads/**",)}), tmp_path / "run", Watcher())
+        train(replace(CONFIG, {"train.freeze": "heads/**"}), tmp_path / "run", Watcher())
     with user_error("train.freeze='**': leaves nothing to be trained"):
-        train(replace(CONFIG, {"train.freeze": ("**",), "train.freeze_epochs": 0.0}), tmp_path / "run", Watcher())
+        train(replace(CONFIG, {"train.freeze": "**", "train.freeze_epochs": 0.0}), tmp_path / "run", Watcher())
     with pytest.raises(TypeError, match="optimizer must be a function"):
         train(CONFIG, tmp_path / "run", Watcher(), optimizer=optax.adam(0.1))  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
@@ -227,10 +229,11 @@ def lighter(images: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.minimum(images, 250) + jax.random.randint(key, (len(images), 1, 1, 1), 0, 5).astype(images.dtype)
 
 
+@pytest.mark.slow
 def test_a_run_with_functions_of_ones_own_resumes_with_them_alone(tmp_path: Path) -> None:
-    config = replace(CONFIG, {"train.epochs": 1, "train.freeze": (), "train.mixup": 0.0, "train.cutmix": 0.0,
+    config = replace(CONFIG, {"train.epochs": 1, "train.freeze": "", "train.mixup": 0.0, "train.cutmix": 0.0,
                               "train.ema_decay": 0.0})
-    own = {"optimizer": optax.adabelief, "loss": optax.poly_loss_cross_entropy, "augment": lighter}
+    own = {"optimizer": optax.adabelief, "loss": optax.losses.poly_loss_cross_entropy, "augment": lighter}
     with pytest.raises(Interrupted, match="saved at step 3 of 5"):
         train(config, tmp_path / "run", Watcher(at=[2], signum=signal.SIGTERM), **own)
     with user_error("another choice of your own functions", "loss: None now", "poly_loss_cross_entropy' there"):
