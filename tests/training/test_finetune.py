@@ -51,21 +51,27 @@ CENTRED = DataConfig(mean=(0.5,), std=(0.25,))
 
 # A step
 
-def steps(config: Config, count: int, *, devices: int = 1, teacher: Teacher | None = None,
-          own: Own | None = None) -> list[tuple[TrainState, dict[str, Any]]]:
-    """Returns the states after so many updates of a linear classifier on batches of 8 images, with their metrics."""
+def compiled(config: Config, count: int = 1, *, devices: int = 1, teacher: Teacher | None = None,
+             own: Own | None = None) -> tuple[Any, TrainState]:
+    """Returns the step of a linear classifier on batches of 8 images, `count` of them an epoch, and its first state."""
     mesh, optimizer = mesh_of(devices), optax.sgd(0.1)
     model = Linear(batch=8 // config.optimizer.grad_accumulation_steps)
     step = jax.jit(functools.partial(
         train_step, functions=compose(config, model, 10, optimizer, teacher, own), seed=0, steps_per_epoch=count,
         batch_sharding=batch_sharding(mesh), grad_accumulation_steps=config.optimizer.grad_accumulation_steps),
         out_shardings=replicated(mesh))
-    state = jax.device_put(create_train_state(model, optimizer, 0, (4, 4, 1), averaged=config.train.ema_decay > 0),
-                           replicated(mesh))
+    state = create_train_state(model, optimizer, 0, (4, 4, 1), averaged=config.train.ema_decay > 0)
+    return step, jax.device_put(state, replicated(mesh))
+
+
+def steps(config: Config, count: int, *, devices: int = 1, teacher: Teacher | None = None,
+          own: Own | None = None) -> list[tuple[TrainState, dict[str, Any]]]:
+    """Returns the states after so many updates, with their metrics."""
+    step, state = compiled(config, count, devices=devices, teacher=teacher, own=own)
     images, labels = make_images(8 * count, size=4)
     found = []
     for first in range(0, len(images), 8):
-        batch = jax.device_put((images[first:first + 8], labels[first:first + 8]), batch_sharding(mesh))
+        batch = jax.device_put((images[first:first + 8], labels[first:first + 8]), batch_sharding(mesh_of(devices)))
         state, metrics = step(state, *batch, teacher and teacher.variables)
         found.append((state, metrics))
     return found
@@ -128,6 +134,15 @@ def test_a_loss_and_an_augmentation_of_ones_own_are_what_is_computed() -> None:
     assert float(metrics["loss"]) == pytest.approx(((logits - np.eye(10)[labels]) ** 2).sum(), rel=1e-4)
     with pytest.raises(ValueError, match=r"augment must return images of the shape that it is given, \(8, 4, 4, 1\)"):
         steps(Config(data=CENTRED), 1, own=Own(augment=lambda images, key: images[:, 1:]))
+
+
+def test_what_is_mixed_is_a_function_of_the_step_alone() -> None:
+    step, state = compiled(Config(data=CENTRED, train=TrainConfig(mixup=1.0)))
+    images = make_images(8, size=4)
+    seen = [np.asarray(step(state.replace(step=jnp.asarray(at, jnp.int32)), *images)[0].batch_stats["seen"])
+            for at in (3, 4, 3)]
+    np.testing.assert_array_equal(seen[0], seen[2])
+    assert np.abs(seen[0] - seen[1]).max() > 0.1
 
 
 def test_all_of_it_together_does_not_depend_on_the_number_of_devices() -> None:
