@@ -105,7 +105,6 @@ def train_step(state: TrainState, images: Array, labels: Array, teacher: Tree = 
       grad_accumulation_steps: the number of parts that the batch is divided into; their gradients are computed one
         after another and averaged. That equals the gradient of the whole batch but for what sees a part alone: batch
         normalisation, whose running statistics then move once for each part, and dropout's draws.
-      norm_images: the number of images that batch normalisation takes its statistics over; 0 is the batch, or its part.
 
     Returns:
       The new state and, for reading while the state moves on, its `totals` with `gradient_norm`, the global norm of the

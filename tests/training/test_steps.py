@@ -379,10 +379,11 @@ def test_groups_of_images_within_a_device_leave_one_exchange_which_is_that_of_th
     model, mesh, optimizer = tiny_network(), mesh_of(4), optax.sgd(0.1)
 
     def exchanges(norm_images: int) -> list[str]:
+        config = Config(data=CENTRED, model=ModelConfig(norm_images=norm_images))
         with forms_for("gpu"):
             step = jax.jit(functools.partial(
-                train_step, model=model, optimizer=optimizer, data=CENTRED, seed=0, steps_per_epoch=1,
-                batch_sharding=batch_sharding(mesh), norm_images=norm_images), out_shardings=replicated(mesh))
+                train_step, functions=compose(config, model, 10, optimizer), seed=0, steps_per_epoch=1,
+                batch_sharding=batch_sharding(mesh)), out_shardings=replicated(mesh))
             state = jax.eval_shape(lambda: create_train_state(model, optimizer, 0, (8, 8, 1)))
             state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), state)
             batch = (jax.ShapeDtypeStruct((16, *shape), dtype, sharding=batch_sharding(mesh))
