@@ -56,7 +56,9 @@ def check_optimizer(config: Config, model: Network, image_shape: tuple[int, int,
       UserError: a pattern of `config` matches no parameter, or nothing is left to be trained.
       TypeError: the user's own optimizer is none.
     """
-    given = config.train
+    given, exact = config.train, config.orthogonality.method == "exact"
+    if not (given.freeze or config.optimizer.learning_rate_factors or own.optimizer or exact):
+        return  # what a second of tracing would find is nothing
     params = abstract_variables(model, image_shape)["params"]
     if given.freeze and not given.freeze_epochs and all(jax.tree.leaves(frozen(params, given.freeze))):
         raise UserError(f"train.freeze={given.freeze!r}: leaves nothing to be trained; let the head train, "
