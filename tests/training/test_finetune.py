@@ -179,6 +179,21 @@ def test_a_fine_tuned_run_resumes_to_the_bit_with_its_averages(finished: Path, t
     assert read_metrics(tmp_path / "run") == read_metrics(finished)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [
+    {"optimizer.name": "muon"}, {"optimizer.name": "lion", "optimizer.momentum": 0.95},
+    {"distillation.teacher": "finished", "optimizer.grad_accumulation_steps": 2}], ids=str)
+def test_other_optimizers_and_taught_runs_resume_to_the_bit_too(finished: Path, tmp_path: Path,
+                                                                changes: dict[str, Any]) -> None:
+    config = replace(CONFIG, {name: str(finished) if value == "finished" else value for name, value in changes.items()})
+    with pytest.raises(Interrupted, match="saved at step 4 of 10"):
+        train(config, tmp_path / "run", Watcher(at=[3], signum=signal.SIGTERM))
+    for workdir in ("run", "whole"):
+        train(config, tmp_path / workdir, Watcher())
+    assert_trees_equal(read_arrays(tmp_path / "run", 10), read_arrays(tmp_path / "whole", 10))
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "whole")
+
+
 def test_the_averages_are_what_is_evaluated_and_opened(finished: Path) -> None:
     state = read_arrays(finished, 10)
     variables = load_run(finished).variables
