@@ -16,6 +16,7 @@ from shared_basis.models import Network
 from shared_basis.nn.types import Tree
 from shared_basis.runs.inspect import named_checkpoint
 from shared_basis.runs.trained import Trained
+from shared_basis.runs.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +44,20 @@ def open_teacher(config: Config, spec: data.Spec, warn: Callable[[str], None] = 
     """
     if not config.distillation.teacher:
         return None
+    field = f"distillation.teacher={config.distillation.teacher!r}"
     path, which = named_checkpoint(config.distillation.teacher)
+    if Workdir(path).read_record() is None:
+        raise UserError(f"{field}: {path} holds no run (no run.json); give the workdir of a trained one, "
+                        "RUN[:latest|best|STEP].")
     try:
         trained = Trained.open(path, which)
     except UserError as error:
-        raise UserError(f"distillation.teacher={config.distillation.teacher!r}: {error}") from error
+        raise UserError(f"{field}: {error}") from error
     theirs, ours = _describe(trained.spec), _describe(spec)
     if theirs != ours:
-        raise UserError(f"distillation.teacher={config.distillation.teacher!r}: {trained.config.model.name} there is "
-                        f"for {theirs}, and these are {ours}; choose a teacher for images of this shape and number of "
-                        "classes, or set --config.data.image_size to its own.")
+        raise UserError(f"{field}: {trained.config.model.name} there is for {theirs}, and these are {ours}; choose a "
+                        "teacher for images of this shape and number of classes, or set --config.data.image_size to "
+                        "its own.")
     if trained.spec.classes != spec.classes:
         warn(f"the teacher's classes have other names ({', '.join(trained.spec.classes[:3])}, …) than these images' "
              f"({', '.join(spec.classes[:3])}, …); they are taken to be the same in the same order.")

@@ -236,7 +236,7 @@ def test_a_run_learns_from_another(finished: Path, tmp_path: Path) -> None:
     other = replace(taught, {"distillation.teacher": str(tmp_path / "taught")})
     with user_error("distillation.teacher: ", "another configuration"):
         train(other, tmp_path / "taught", Watcher())
-    with user_error(f"distillation.teacher='{tmp_path}/none': workdir", "holds no run"):
+    with user_error(f"distillation.teacher='{tmp_path}/none': {tmp_path}/none holds no run", "RUN[:latest|best|STEP]"):
         train(replace(plain, {"distillation.teacher": str(tmp_path / "none")}), tmp_path / "new", Watcher())
     with user_error(f"distillation.teacher='{finished}': {TINY} there is for 10 classes of 8×8×1 images, and these are "
                     "10 classes of 16×16×1 images", "--config.data.image_size"):
