@@ -232,7 +232,12 @@ def test_a_run_learns_from_another(finished: Path, tmp_path: Path) -> None:
                              "train.cutmix": 0.0, "train.ema_decay": 0.0, "train.epochs": 1})
     taught = replace(plain, {"distillation.teacher": f"{finished}:best"})
     train(taught, tmp_path / "taught", Watcher())
-    assert "teacher" in (tmp_path / "taught" / "run.json").read_text()
+    file = tmp_path / "taught" / "run.json"
+    record = json.loads(file.read_text())
+    assert record["data"]["teacher"].startswith(f"{TINY} at step ")
+    file.write_text(json.dumps({**record, "data": {**record["data"], "teacher": f"{TINY} at step 10, 0123456789ab"}}))
+    with user_error("another data (teacher: ", "0123456789ab"):  # as if the one of this name had been trained on
+        train(taught, tmp_path / "taught", Watcher())
     other = replace(taught, {"distillation.teacher": str(tmp_path / "taught")})
     with user_error("distillation.teacher: ", "another configuration"):
         train(other, tmp_path / "taught", Watcher())
