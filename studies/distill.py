@@ -1,8 +1,8 @@
 """What a compressed network gains by learning from the one that it came from: fine-tuned with and without it, by seed.
 
     python -m studies.distill --write                                              ResNet-20 on the digits
-    python -m studies.distill --data=fashion_mnist --epochs=6 --tuning=2 --examples=12000 --write
-    python -m studies.distill --data=DIR --network=resnet32 --write                on a directory of images (32×32)
+    python -m studies.distill --data=fashion_mnist --examples=6000 --epochs=10 --tuning=3 --write
+    python -m studies.distill --data=DIR --examples=5000 --epochs=15 --tuning=3 --write      a directory of images (32×32)
 
 For each seed a plain network is trained and compressed to a part of its parameters. Two copies are fine-tuned from
 there, alike in batches and augmentation: by labels alone, and by the plain network's logits too. Runs are kept below
@@ -106,6 +106,8 @@ def record(path: Path, row: DistillationRow) -> None:
 
 def table(rows: Sequence[DistillationRow]) -> str:
     """Returns the table in Markdown: means and deviations over seeds, and the paired difference."""
+    if not rows:
+        return "\nNot run yet.\n\n"
     lines: Table = [["data, plain network", "budget", "images", "epochs", "plain", "compressed", "labels alone",
                      "with the teacher", "gain, points"]]
     subjects: dict[tuple[object, ...], dict[int, DistillationRow]] = {}
