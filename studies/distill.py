@@ -2,7 +2,7 @@
 
     python -m studies.distill --write                                              ResNet-20 on the digits
     python -m studies.distill --data=fashion_mnist --examples=6000 --epochs=10 --tuning=3 --write
-    python -m studies.distill --data=DIR --examples=5000 --epochs=15 --tuning=3 --write      a directory of images (32×32)
+    python -m studies.distill --data=DIR --examples=5000 --epochs=15 --tuning=3 --write      a directory (32×32)
 
 For each seed a plain network is trained and compressed to a part of its parameters. Two copies are fine-tuned from
 there, alike in batches and augmentation: by labels alone, and by the plain network's logits too. Runs are kept below
