@@ -17,19 +17,19 @@ KEY = jax.random.key(3)
 mixed_up, cut = (jax.jit(function, static_argnames="alpha") for function in (mixup, cutmix))
 
 
-def batch(count: int = 12, size: int = 8) -> tuple[np.ndarray, np.ndarray]:
+def batch(count: int = 40, size: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """Returns random images float32 and their classes as probabilities."""
     images, labels = make_images(count, size=size, channels=3)
     return images.astype(np.float32), np.eye(10, dtype=np.float32)[labels]
 
 
-@pytest.mark.parametrize("alpha", [0.2, 1.0])
+@pytest.mark.parametrize("alpha", [pytest.param(0.2, marks=pytest.mark.slow), 1.0])
 def test_mixup_blends_each_image_and_its_target_with_the_one_before(alpha: float) -> None:
     images, targets = batch()
     mixed, probabilities = mixed_up(images, targets, KEY, alpha=alpha)
-    shares = np.asarray(jax.random.beta(KEY, alpha, alpha, (12,)), np.float64)
+    shares = np.asarray(jax.random.beta(KEY, alpha, alpha, (40,)), np.float64)
     assert ((shares >= 0) & (shares <= 1)).all()
-    assert len(set(shares)) == 12
+    assert len(set(shares)) == 40
     for index, share in enumerate(shares):
         for actual, arrays in ((mixed, images), (probabilities, targets)):
             expected = share * arrays[index] + (1 - share) * arrays[index - 1]
@@ -37,7 +37,7 @@ def test_mixup_blends_each_image_and_its_target_with_the_one_before(alpha: float
 
 
 def test_cutmix_takes_a_rectangle_from_the_image_before_and_its_area_of_the_target() -> None:
-    images, targets = batch(count=40)
+    images, targets = batch()
     mixed, probabilities = map(np.asarray, cut(images, targets, KEY, alpha=1.0))
     drawn, placed = jax.random.split(KEY)
     sides = np.sqrt(1 - np.asarray(jax.random.beta(drawn, 1.0, 1.0, (40, 1)), np.float64))[:, 0]
@@ -75,11 +75,11 @@ def test_nothing_is_done_unless_asked() -> None:
 
 
 def test_where_both_are_asked_for_each_image_is_drawn_one_of_them() -> None:
-    images, labels = make_images(200, size=4)
+    images, labels = make_images(40, channels=3)  # as above, so that each of the two is compiled once
     mix = jax.jit(make_mix(TrainConfig(mixup=1.0, cutmix=1.0), 10))
     mixed, targets = mix(images, labels, KEY)
-    chosen = np.asarray(jax.random.randint(jax.random.fold_in(KEY, 0), (200,), 0, 2))
-    assert 70 < chosen.sum() < 130
+    chosen = np.asarray(jax.random.randint(jax.random.fold_in(KEY, 0), (40,), 0, 2))
+    assert 10 < chosen.sum() < 30
     probabilities = np.eye(10, dtype=np.float32)[labels]
     both = [function(images.astype(np.float32), probabilities, jax.random.fold_in(KEY, 1 + index), alpha=1.0)
             for index, function in enumerate((mixed_up, cut))]
@@ -89,6 +89,7 @@ def test_where_both_are_asked_for_each_image_is_drawn_one_of_them() -> None:
     np.testing.assert_allclose(np.sum(targets, -1), 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_mixed_follows_its_key_and_not_the_number_of_devices() -> None:
     images, labels = make_images(16, size=4)
     mix = jax.jit(make_mix(TrainConfig(mixup=0.2, cutmix=1.0, label_smoothing=0.1), 10))

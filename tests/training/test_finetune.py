@@ -145,6 +145,7 @@ def test_what_is_mixed_is_a_function_of_the_step_alone() -> None:
     assert np.abs(seen[0] - seen[1]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_all_of_it_together_does_not_depend_on_the_number_of_devices() -> None:
     config = Config(data=DataConfig(mean=(0.5,), std=(0.25,), pad=1, flip=True),
                     train=TrainConfig(mixup=0.2, cutmix=1.0, label_smoothing=0.1, ema_decay=0.9))
@@ -160,7 +161,7 @@ CONFIG = Config(
     optimizer=OptimizerConfig(name="adamw", learning_rate=0.02, schedule="cosine", warmup_epochs=0.5,
                               learning_rate_factors="head/**=10"),
     train=TrainConfig(epochs=2, batch_size=8, freeze="**,!head/**", freeze_epochs=1.2, label_smoothing=0.1,
-                      mixup=0.2, cutmix=1.0, ema_decay=0.9))
+                      mixup=0.2, ema_decay=0.9))
 """Five steps an epoch; the head alone trains for six of them."""
 
 
@@ -171,9 +172,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
-def test_a_fine_tuned_run_resumes_to_the_bit_with_its_averages(finished: Path, tmp_path: Path) -> None:
+def test_a_fine_tuned_run_trains_the_head_first_and_resumes_to_the_bit(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="saved at step 4 of 10"):
         train(CONFIG, tmp_path / "run", Watcher(at=[3], signum=signal.SIGTERM))
+    states = [read_arrays(tmp_path / "run", 4), *(read_arrays(finished, step) for step in (5, 10))]
+    for before, after, same in ((states[0], states[1], True), (states[1], states[2], False)):
+        equal = jax.tree.map(np.array_equal, before["params"], after["params"])
+        assert not equal["head"]["kernel"]
+        assert all(jax.tree.leaves({**equal, "head": {}})) == same
     train(CONFIG, tmp_path / "run", Watcher())
     assert_trees_equal(read_arrays(tmp_path / "run", 10), read_arrays(finished, 10))
     assert read_metrics(tmp_path / "run") == read_metrics(finished)
@@ -204,16 +210,7 @@ def test_the_averages_are_what_is_evaluated_and_opened(finished: Path) -> None:
     assert scored["test_loss"] == pytest.approx(line["test_loss"], rel=1e-5)
 
 
-def test_the_head_trains_first(finished: Path) -> None:
-    first, second = (read_arrays(finished, step)["params"] for step in (5, 10))
-    initial = create_train_state(tiny_network(), optax.sgd(0.1), 0, (8, 8, 1)).params
-    for before, after, same in ((initial, first, True), (first, second, False)):
-        # The initial state is not compiled here, and differs in its last bits.
-        equal = jax.tree.map(functools.partial(np.allclose, rtol=1e-5, atol=1e-7), jax.device_get(before), after)
-        assert not equal["head"]["kernel"]
-        assert all(jax.tree.leaves({**equal, "head": {}})) == same
-
-
+@pytest.mark.slow
 def test_frozen_statistics_stay_and_a_frozen_body_has_no_gradient(tmp_path: Path) -> None:
     config = replace(CONFIG, {"train.epochs": 1, "train.freeze_epochs": 0.0, "train.freeze_statistics": True,
                               "train.mixup": 0.0, "train.cutmix": 0.0, "train.ema_decay": 0.0,
@@ -227,10 +224,23 @@ def test_frozen_statistics_stay_and_a_frozen_body_has_no_gradient(tmp_path: Path
     assert {name for name, norm in norms.items() if norm} == {"head/kernel"}
 
 
-def test_a_run_learns_from_another(finished: Path, tmp_path: Path) -> None:
-    plain = replace(CONFIG, {"optimizer.learning_rate_factors": "", "train.freeze": "", "train.mixup": 0.0,
-                             "train.cutmix": 0.0, "train.ema_decay": 0.0, "train.epochs": 1})
-    taught = replace(plain, {"distillation.teacher": f"{finished}:best"})
+PLAIN = replace(CONFIG, {"optimizer.learning_rate_factors": "", "train.freeze": "", "train.mixup": 0.0,
+                         "train.ema_decay": 0.0, "train.epochs": 1})
+
+
+def test_a_teacher_that_does_not_fit_is_refused_before_the_workdir_is_made(finished: Path, tmp_path: Path) -> None:
+    with user_error(f"distillation.teacher='{tmp_path}/none': {tmp_path}/none holds no run", "RUN[:latest|best|STEP]"):
+        train(replace(PLAIN, {"distillation.teacher": str(tmp_path / "none")}), tmp_path / "new", Watcher())
+    with user_error(f"distillation.teacher='{finished}': {TINY} there is for 10 classes of 8×8×1 images, and these are "
+                    "10 classes of 16×16×1 images", "--config.data.image_size"):
+        train(replace(PLAIN, {"distillation.teacher": str(finished), "data.image_size": 16}), tmp_path / "new",
+              Watcher())
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_a_run_learns_from_another_and_from_no_other(finished: Path, tmp_path: Path) -> None:
+    taught = replace(PLAIN, {"distillation.teacher": f"{finished}:best"})
     train(taught, tmp_path / "taught", Watcher())
     file = tmp_path / "taught" / "run.json"
     record = json.loads(file.read_text())
@@ -241,13 +251,6 @@ def test_a_run_learns_from_another(finished: Path, tmp_path: Path) -> None:
     other = replace(taught, {"distillation.teacher": str(tmp_path / "taught")})
     with user_error("distillation.teacher: ", "another configuration"):
         train(other, tmp_path / "taught", Watcher())
-    with user_error(f"distillation.teacher='{tmp_path}/none': {tmp_path}/none holds no run", "RUN[:latest|best|STEP]"):
-        train(replace(plain, {"distillation.teacher": str(tmp_path / "none")}), tmp_path / "new", Watcher())
-    with user_error(f"distillation.teacher='{finished}': {TINY} there is for 10 classes of 8×8×1 images, and these are "
-                    "10 classes of 16×16×1 images", "--config.data.image_size"):
-        train(replace(plain, {"distillation.teacher": str(finished), "data.image_size": 16}), tmp_path / "new",
-              Watcher())
-    assert not (tmp_path / "new").exists()
 
 
 def test_what_a_pattern_says_of_the_network_is_told_before_the_workdir_is_made(tmp_path: Path) -> None:
