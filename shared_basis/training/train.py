@@ -29,16 +29,19 @@ from shared_basis.runtime.preemption import StopSignals
 from shared_basis.runtime.reporter import Reporter, count, duration
 from shared_basis.training.loop import Training
 from shared_basis.training.program import Program, build
+from shared_basis.training.start import Init, begins, describe, make, save_start, with_chosen_ranks
 from shared_basis.training.steps import TrainState
 
 
 def train(config: Config, workdir: str | Path, reporter: Reporter | None = None, *,
-          tensorboard: bool = False) -> dict[str, Any]:
+          tensorboard: bool = False, init: str | Init | None = None) -> dict[str, Any]:
     """Trains, or goes on training, the run of `config` in `workdir`, as `--mode=train` does.
 
     Args:
       reporter: shows lines and progress; None prints them as the command line does.
       tensorboard: whether metrics are also written as event files.
+      init: what a new run begins with: another run, as its workdir (with :best or :STEP), or a file of PyTorch weights;
+        a run that resumes need not say it again.
 
     Returns:
       `compare_with_plain`'s counts and, in the first process, the `device`, the last line of metrics.jsonl, and of the
@@ -50,24 +53,36 @@ def train(config: Config, workdir: str | Path, reporter: Reporter | None = None,
     """
     if reporter is None:
         with Reporter(None if is_main_process() else io.StringIO(), process=jax.process_index()) as printing:
-            return train(config, workdir, printing, tensorboard=tensorboard)
+            return train(config, workdir, printing, tensorboard=tensorboard, init=init)
     mesh = make_mesh()
     check_batch_size(config.train.batch_size, mesh, config.optimizer.grad_accumulation_steps)
     if tensorboard:
         event_files.require()
     run = Workdir(workdir, tensorboard)
+    init = Init(init) if isinstance(init, str) else init
+    start, fresh = None, begins(run, init)
+    config = config if fresh else with_chosen_ranks(config, run, init)
     with raise_on_all_processes(), memory.oom_as_user_error(config):
         source, model, comparison = _open(config, run, reporter)
+    if init is not None and fresh:
+        with raise_on_all_processes(), memory.oom_as_user_error(config):
+            start = make(config, source.spec, init, reporter)
+            config, model = start.config, start.network
+            comparison = compare_with_plain(config.model, len(source.spec.classes), source.spec.image_shape)
     with raise_on_all_processes(), memory.oom_as_user_error(config):  # apart, as processes communicate in it
         images = feeds.load(source, config.data, mesh, reporter)
     device = _describe_devices(mesh)
     record = make_record(config, {
         "classes": list(images.spec.classes), "image_shape": list(images.spec.image_shape),
-        **{f"{name}_examples": images.count(name) for name in images.splits}}, device)
+        **{f"{name}_examples": images.count(name) for name in images.splits}
+    }, device, None if start is None else start.init)
     with _claimed(run, record), reporter.logging(run.path):
         reporter.info(f"{config.model.name}: {render_saving(comparison)}")
         _log_setup(config, images, device, run, reporter)
         with contextlib.closing(Checkpoints(run.checkpoints, aside=run.damaged, tell=reporter.warn)) as checkpoints:
+            if start is not None:
+                reporter.info(describe(start))
+                save_start(checkpoints, config, model, start.variables, record)
             end = config.train.epochs * (images.count("train") // config.train.batch_size)
             if checkpoints.steps[-1:] == [end] and checkpoints.metrics(end) is not None:
                 reporter.info("this run is finished")
@@ -98,8 +113,10 @@ def _open(config: Config, run: Workdir, reporter: Reporter) -> tuple[data.Source
 
 
 @contextlib.contextmanager
-def _claimed(run: Workdir, record: Mapping[str, Any]) -> Iterator[None]:
+def _claimed(run: Workdir, record: dict[str, Any]) -> Iterator[None]:
     """Keeps the directory of the run `record` locked by the first process, after making sure that all see that run.
+
+    What the run began with is added to the `record` of one that resumes.
 
     Raises:
       UserError: as `Workdir.locked`, `Workdir.claim` and `Workdir.require`.
@@ -110,7 +127,7 @@ def _claimed(run: Workdir, record: Mapping[str, Any]) -> Iterator[None]:
                 stack.enter_context(run.locked())
                 run.claim(record)
         with raise_on_all_processes():
-            run.require(record)
+            record["init"] = run.require(record)["init"]
         yield
 
 
