@@ -372,8 +372,13 @@ MUTATIONS = (
     Mutation("state-dicts-beyond", "sum((size - 1) * stride for size, stride", "sum(size * stride for size, stride",
              ("pytorch", "hostile")),
     Mutation("state-dicts-compressed", "or info.file_size > info.compress_size", "", ("pytorch", "hostile")),
-    Mutation("import-new", "    require_new(workdir)\n    parameters", "    parameters",
-             ("pytorch", "faults", "end_to_end")),
+    Mutation("import-new", "    require_new(workdir)\n    spec = data.describe", "    spec = data.describe",
+             ("training/test_start", "faults", "end_to_end")),
+    Mutation("import-outputs", "np.take(arrays[path], order, axis)", "arrays[path]", ("training/test_start",)),
+    Mutation("import-names", "if len(bare) < len(found):", "if bare:", ("interop/test_wild",)),
+    Mutation("init-other-source", 'or began["source"] != _absolute(init.source)', "", ("training/test_start",)),
+    Mutation("pytorch-shared", "dict.fromkeys((owner, *copies), ", "dict.fromkeys((owner,), ",
+             ("layouts", "export/test_pytorch")),
 
     # Compression in closed form
     Mutation("compression-directions", "np.linalg.eigh(stacked @ stacked.T)[1][:, ::-1]",

@@ -2,9 +2,11 @@
 
     python main.py                                                 trains the embedded default
     python main.py --config=configs/cifar_resnet.py:resnet56       another recipe and network
+    python main.py --init=RUN --config=… --workdir=DIR             begins with the weights of a run, or of a file
     python main.py --mode=evaluate --workdir=DIR                   scores a trained run
     python main.py --mode=predict --workdir=DIR --images=PATH       classifies image files, and those in directories
-    python main.py --mode=export --workdir=DIR --format=onnx       the inference function as a file (or stablehlo)
+    python main.py --mode=export --workdir=DIR --format=onnx       the inference function as a file (or stablehlo, or
+                                                                   pytorch: the weights for PyTorch)
     python main.py --mode=inspect --workdir=DIR                    what a run holds, without loading its arrays
     python main.py --mode=analyze --workdir=DIR                    pictures and numbers of its bases and gradients
     python main.py --mode=report --workdir=DIR                     a page on the run; of several: --runs=DIR --runs=DIR
@@ -92,7 +94,9 @@ def define_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     boolean("tensorboard", False, "train: write metrics as TensorBoard event files too.")
     boolean("report", True, "train: write report.html at the end.")
     string("checkpoint", "latest", "The checkpoint of the run: latest, best or a step.")
-    string("weights", "", "import: the file, .pth or .safetensors.")
+    string("init", "", "train: begin with these weights: RUN, RUN:best, RUN:STEP, or a file of PyTorch weights.")
+    string("weights", "", "import: the file, of torch.save or safetensors.")
+    string("classes", "", "import, train --init=FILE: the names of the file's outputs, one a line.")
     string("against", "", "inspect, analyze: compare with this step, or WORKDIR or WORKDIR:STEP.")
     flags.DEFINE_multi_string("runs", [], "report: runs to compare, or directories of runs; may be repeated.",
                               flag_values=values)
@@ -100,13 +104,13 @@ def define_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
                               flag_values=values)
     string("output", "", "Where the result goes: the file of predict, export and compress --spectra, the directory of "
            "analyze and report.")
-    enum("format", "onnx", ("onnx", "stablehlo"), "export: what to write.")
+    enum("format", "onnx", ("onnx", "stablehlo", "pytorch"), "export: what to write.")
     enum("fold", "auto", ("auto", "basis", "composed", "none"), "export: see docs/export.md.")
-    string("source", "", "compress: the workdir of a trained plain network.")
-    integer("calibration", "compress: training images to measure on; 0 is none.")
-    flags.DEFINE_float("budget", None, "compress: choose the ranks for this part of the plain network.",
-                       flag_values=values)
-    string("budget_of", "parameters", "compress: what the budget is of, parameters or macs.")
+    string("source", "", "compress: the workdir of a trained plain network, or a file of its weights.")
+    integer("calibration", "compress, train --init=PLAIN: training images to measure on; 0 is none.")
+    flags.DEFINE_float("budget", None, "compress, train --init=PLAIN: choose the ranks for this part of the plain "
+                       "network.", flag_values=values)
+    string("budget_of", "parameters", "compress, train --init=PLAIN: what the budget is of, parameters or macs.")
     boolean("spectra", False, "compress: report how much can be shared, and write no run.")
     return values, sorted(set(values) - before)
 

@@ -17,7 +17,7 @@ from shared_basis.compression import compress, spectra
 from shared_basis.config import Config
 from shared_basis.errors import UserError, note_renamed
 from shared_basis.evaluation import evaluate, predict
-from shared_basis.export import export
+from shared_basis.export import export, pytorch
 from shared_basis.models import summary
 from shared_basis.report import compare, run_report
 from shared_basis.runs import inspect
@@ -42,7 +42,9 @@ class Request:
     quiet: bool = False
     verbose: bool = False
     checkpoint: str = "latest"
+    init: str = ""
     weights: str = ""
+    classes: str = ""
     against: str = ""
     images: Sequence[str] = ()
     output: str = ""
@@ -68,9 +70,11 @@ class Request:
 
 MODES_BY_FLAG = {
     "checkpoint": ("evaluate", "predict", "export", "inspect", "analyze", "report", "import", "compress"),
-    "weights": ("import",), "against": ("inspect", "analyze"), "images": ("predict",), "runs": ("report",),
-    "output": ("predict", "compress", "export", "analyze", "report"), "tensorboard": ("train",), "format": ("export",),
-    "fold": ("export",), **dict.fromkeys(("source", "calibration", "budget", "budget_of", "spectra"), ("compress",))}
+    "init": ("train",), "weights": ("import",), "classes": ("train", "import"), "against": ("inspect", "analyze"),
+    "images": ("predict",), "runs": ("report",), "output": ("predict", "compress", "export", "analyze", "report"),
+    "tensorboard": ("train",), "format": ("export",), "fold": ("export",),
+    **dict.fromkeys(("calibration", "budget", "budget_of"), ("train", "compress")),
+    **dict.fromkeys(("source", "spectra"), ("compress",))}
 """The modes that a field of `Request` is for; the others are for all modes."""
 
 Result = tuple[dict[str, Any], str]
@@ -92,8 +96,15 @@ def run(mode: str, request: Request) -> Result:
 
 
 def _train(request: Request) -> Result:
+    for name in ("classes", "calibration", "budget", "budget_of"):
+        if not request.init and getattr(request, name) != getattr(Request, name):
+            also = "import" if name == "classes" else "compress"
+            raise UserError(f"--{name} is for training with --init, and for --mode={also}; give --init too, or leave "
+                            "it out.")
+    init = start.Init(request.init, request.classes, request.calibration, request.budget, request.budget_of)
     with request.reporter:
-        result = train.train(request.config, request.workdir, request.reporter, tensorboard=request.tensorboard)
+        result = train.train(request.config, request.workdir, request.reporter, tensorboard=request.tensorboard,
+                             init=init if request.init else None)
         if request.report and is_main_process():
             result["report"] = run_report.after_training(request.workdir, request.reporter, jax.process_count() == 1)
     return result, train.render(result) if is_main_process() else ""
@@ -113,6 +124,11 @@ def _predict(request: Request) -> Result:
 
 
 def _export(request: Request) -> Result:
+    if request.format == "pytorch":
+        if request.fold != Request.fold:
+            raise UserError(f"--fold={request.fold}: --format=pytorch writes the weights as they are; leave it out.")
+        result = pytorch.export_weights(request.workdir, request.checkpoint, request.overrides, request.output)
+        return result, pytorch.render(result)
     with request.reporter:
         result = export.export(request.workdir, request.format, request.fold, request.checkpoint, request.overrides,
                                request.output, request.reporter.progress("exporting: stage"))
@@ -159,7 +175,8 @@ def _import(request: Request) -> Result:
     if not file and request.checkpoint != "latest":
         note_renamed("--checkpoint=FILE of --mode=import", "--weights=FILE")
         file = request.checkpoint
-    result = start.import_weights(request.config, request.workdir, file)
+    with request.reporter:
+        result = start.import_weights(request.config, request.workdir, file, request.reporter, request.classes)
     return result, start.render(result)
 
 

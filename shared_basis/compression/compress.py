@@ -13,8 +13,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from shared_basis import data
 from shared_basis.compression import ranks
@@ -27,8 +29,10 @@ from shared_basis.compression.layers import (
     following_norm,
     load_images,
     open_plain,
+    require_plain,
 )
 from shared_basis.config import Config, replace
+from shared_basis.data.feeds import Images
 from shared_basis.errors import UserError
 from shared_basis.evaluation.evaluator import make_evaluator
 from shared_basis.models import Network, create_model, plain_counterpart
@@ -36,8 +40,10 @@ from shared_basis.models.parameters import abstract_variables
 from shared_basis.models.summary import compare_with_plain, render_saving
 from shared_basis.nn.types import Path
 from shared_basis.optim.penalty import orthogonality_penalty
-from shared_basis.runs.trained import Trained, Variables, build_model
+from shared_basis.runs.origin import Origin, fit
+from shared_basis.runs.trained import Variables, build_model
 from shared_basis.runtime import memory
+from shared_basis.runtime.distributed import replicated
 from shared_basis.runtime.files import align
 from shared_basis.runtime.reporter import Reporter, count
 
@@ -52,16 +58,21 @@ class Compressed:
     spec: data.Spec
     variables: Variables
     report: dict[str, Any]
-    """`source`, `step`, `calibration` (images), the counts of `compare_with_plain`, `layers` with relative errors of
-    `filters` and, on the calibration images, of `activations` (None without), `penalty` (None without shared bases),
-    `test_examples`, and `test_accuracy` and `test_loss` of the `plain` and the `compressed` network."""
+    """`source`, `step` (None for a file), `calibration` (images), the counts of `compare_with_plain`, `layers` with
+    relative errors of `filters` and, on the calibration images, of `activations` (None without), `penalty` (None
+    without shared bases), `head`: what became of the classifier, and, where it is kept, `test_examples`, and
+    `test_accuracy` and `test_loss` of the `plain` and the `compressed` network; otherwise these are None."""
 
 
-def compress(config: Config, source: str | os.PathLike[str], reporter: Reporter | None = None, *, which: str = "latest",
-             calibration: int | None = None, budget: float | None = None, measure: str = "parameters") -> Compressed:
+def compress(config: Config, source: str | os.PathLike[str] | Origin, reporter: Reporter | None = None, *,
+             which: str = "latest", calibration: int | None = None, budget: float | None = None,
+             measure: str = "parameters") -> Compressed:
     """Computes the network of `config`, in closed form, from that of the run `source`, which is plain.
 
+    The data may be others than those of the source: where their classes are, the classifier is drawn anew.
+
     Args:
+      source: the workdir, or weights that are open already, as those of a file.
       reporter: shows lines and progress; None prints them as the command line does.
       which: the checkpoint of `source`: 'latest', 'best' or the number of a step.
       calibration: training images on which the inputs of layers are measured; 0 is none: filters alone are compared.
@@ -70,36 +81,49 @@ def compress(config: Config, source: str | os.PathLike[str], reporter: Reporter 
         ('parameters' or 'macs') that the compressed one may have.
 
     Raises:
-      UserError: `source` is no run of the plain network of `config` on its data, the network cannot be compressed, or
-        the budget is too small.
+      UserError: `source` is no run of the plain network of `config`, the network cannot be compressed, or the budget is
+        too small.
     """
     if reporter is None:
         with Reporter() as printing:
             return compress(config, source, printing, which=which, calibration=calibration, budget=budget,
                             measure=measure)
     check_target(config, budget, measure)
-    trained = open_plain(source, which)
-    check_alike(config, trained)
-    images = load_images(config, trained, calibration, True, reporter)
-    plain = extract_layers(trained, config, images, reporter)
+    origin = require_plain(source) if isinstance(source, Origin) else open_plain(source, which)
+    spec = data.describe(config.data)
+    check_alike(config, origin, spec)
+    at_size = dataclasses.replace(origin, spec=data.Spec(spec.image_shape, origin.spec.classes))
+    plain_network = build_model(origin.config, spec)
+    plain = fit(origin, origin.variables, plain_network, spec, config.seed)
+    images = load_images(config, origin, calibration, plain.kept, reporter)
+    layers = extract_layers(at_size, config, images, reporter)
     if budget is not None:
-        config = _renamed(config, ranks.choose(ranks.Candidates(plain, trained), budget, measure, reporter.debug))
-    network = build_model(config, trained.spec)
+        config = named(config, ranks.choose(ranks.Candidates(layers, at_size), budget, measure, reporter.debug))
     reporter.info(f"factorising the layers of {config.model.name} …")
-    arrays, layers = factorised(plain, network, trained.spec.image_shape)
-    variables = unflatten_dict(arrays)
-    batches = images.batches("test", config.train.eval_batch_size, trained.mesh)
-    with memory.oom_as_user_error(config, "train.eval_batch_size"):
-        scores = {kind: make_evaluator(model, config.data, batches, trained.mesh)(values) for kind, model, values in (
-            ("plain", trained.model, trained.variables), ("compressed", network, variables))}
+    arrays, errors = factorised(layers, build_model(config, at_size.spec), spec.image_shape)
+    network = build_model(config, spec)
+    variables = fit(origin, unflatten_dict(arrays), network, spec, config.seed).variables
+    kinds = {"plain": (plain_network, plain.variables), "compressed": (network, variables)} if plain.kept else {}
     groups = network.basis_groups(config.orthogonality.elements)
-    return Compressed(config, network, trained.spec, variables, {
-        "source": str(trained.run.path), "step": trained.step,
+    return Compressed(config, network, spec, variables, {
+        "source": origin.path, "step": origin.step, "head": plain.head,
         "calibration": images.count("train") if "train" in images.splits else 0,
-        **compare_with_plain(config.model, len(trained.spec.classes), trained.spec.image_shape),
-        "layers": layers, "penalty": float(orthogonality_penalty(variables["params"], groups)) if groups else None,
-        "test_examples": int(scores["plain"]["count"]),
-        **{f"test_{name}": {kind: each[name] for kind, each in scores.items()} for name in ("accuracy", "loss")}})
+        **compare_with_plain(config.model, len(spec.classes), spec.image_shape),
+        "layers": errors, "penalty": float(orthogonality_penalty(variables["params"], groups)) if groups else None,
+        **_score(kinds, config, images, origin.mesh)})
+
+
+def _score(kinds: Mapping[str, tuple[Network, Variables]], config: Config, images: Images,
+           mesh: Mesh) -> dict[str, Any]:
+    """Returns what `Compressed.report` says of the test images, of networks and variables by kind; None without."""
+    if not kinds:
+        return dict.fromkeys(("test_examples", "test_accuracy", "test_loss"))
+    batches = images.batches("test", config.train.eval_batch_size, mesh)
+    with memory.oom_as_user_error(config, "train.eval_batch_size"):
+        scores = {kind: make_evaluator(network, config.data, batches, mesh)(jax.device_put(variables, replicated(mesh)))
+                  for kind, (network, variables) in kinds.items()}
+    return {"test_examples": int(scores["plain"]["count"]),
+            **{f"test_{name}": {kind: each[name] for kind, each in scores.items()} for name in ("accuracy", "loss")}}
 
 
 def check_target(config: Config, budget: float | None, measure: str) -> None:
@@ -123,25 +147,24 @@ def check_target(config: Config, budget: float | None, measure: str) -> None:
                         "compress to s<S>u<U> or s<S>u<U>-double.")
 
 
-def check_alike(config: Config, trained: Trained) -> None:
-    """Raises `UserError` unless network and images of `config` are those of `trained`, except for the sharing."""
-    mine, its, where = config.model, trained.config.model, f"the run in {trained.run.path}"
+def check_alike(config: Config, origin: Origin, spec: data.Spec) -> None:
+    """Raises `UserError` unless network, normalisation and channels of the images, of `spec`, are those of `origin`."""
+    mine, its, where = config.model, origin.config.model, origin.where
     if plain_counterpart(mine.name) != its.name:
         raise UserError(f"{mine.name} cannot come from {its.name}, the network of {where}: depths and widths must be "
                         f"the same; choose {its.name}-s<S>u<U>.")
     for field, value, other in (("model.stem", mine.stem, its.stem),
-                                *((f"data.{name}", getattr(config.data, name), getattr(trained.config.data, name))
+                                *((f"data.{name}", getattr(config.data, name), getattr(origin.config.data, name))
                                   for name in ("mean", "std"))):
         if value != other:
             raise UserError(f"{field}={value!r}: {where} has {other!r}, and its weights need the same.")
-    spec = data.describe(config.data)
-    for field in ("image_shape", "classes"):
-        if getattr(spec, field) != getattr(trained.spec, field):
-            raise UserError(f"the images of data.name={config.data.name!r} have other {field.replace('_', ' ')} than "
-                            f"those of {where}.")
+    (*_, channels), (*_, others) = spec.image_shape, origin.spec.image_shape
+    if channels != others:
+        raise UserError(f"the images of data.name={config.data.name!r} have {channels} channel{'s' * (channels > 1)}, "
+                        f"and those of {where} {others}; its weights need the same.")
 
 
-def _renamed(config: Config, name: str) -> Config:
+def named(config: Config, name: str) -> Config:
     """Returns `config` for the network `name`, named as recipes name theirs."""
     return replace(config, {"model.name": name,
                             "name": config.name.removesuffix(config.model.name).rstrip("-") + f"-{name}"})
@@ -186,6 +209,15 @@ def corrected_bn_statistics(plain: PlainLayers, path: Path, found: LayerFactors)
             (*norm, "var"): plain.arrays[*norm, "var"] * found.var_ratio}
 
 
+def render_scores(result: Mapping[str, Any]) -> str:
+    """Returns how well the network of a `Compressed.report` does before training, human-readable."""
+    if result["test_accuracy"] is None:
+        return f"not scored before training: the classifier is {result['head']}"
+    accuracy = {kind: f"{100 * value:.2f} %" for kind, value in result["test_accuracy"].items()}
+    return (f"test accuracy {accuracy['plain']} plain, {accuracy['compressed']} compressed, before training, on "
+            f"{count(result['test_examples'])} images")
+
+
 def render(result: Mapping[str, Any]) -> str:
     """Returns a `Compressed.report` with its `workdir` as human-readable lines."""
     images = result["calibration"]
@@ -193,11 +225,9 @@ def render(result: Mapping[str, Any]) -> str:
     kinds = ("filters", "activations") if images else ("filters",)
     table = align([[layer["path"], *(f"{100 * layer[kind]:.2f} %" for kind in kinds)] for layer in result["layers"]],
                   right=True)
-    accuracy = {kind: f"{100 * value:.2f} %" for kind, value in result["test_accuracy"].items()}
     penalty = "" if result["penalty"] is None else f"; the orthogonality penalty is {result['penalty']:.2g}"
     return "\n".join([
         f"{head}:", *(f"  {line}" for line in table), f"{result['model']}: {render_saving(dict(result))}",
-        f"test accuracy {accuracy['plain']} plain, {accuracy['compressed']} compressed, before training, on "
-        f"{count(result['test_examples'])} images{penalty}",
+        f"{render_scores(result)}{penalty}",
         f"now step 0 of {result['workdir']}; train on with --config=FILE:{result['model']} "
         f"--workdir={result['workdir']}, and the same --config.… as here"])

@@ -65,8 +65,11 @@ class Factorised:
 def factor_of(metric: Matrix) -> Matrix:
     """Returns M, upper triangular and invertible, with MᵀM = `metric` and a little of the identity (`RIDGE`)."""
     size = len(metric)
-    ridge = RIDGE * np.trace(metric) / size
-    return np.linalg.cholesky(metric + (ridge or 1.0) * np.eye(size)).T
+    ridge = RIDGE * np.trace(metric) / size or 1.0
+    try:
+        return np.linalg.cholesky(metric + ridge * np.eye(size)).T
+    except np.linalg.LinAlgError:  # rounding, of sums in float32, has made it indefinite
+        return np.linalg.cholesky(metric + (abs(ridge) - 2 * np.linalg.eigvalsh(metric)[0]) * np.eye(size)).T
 
 
 def shared_directions(layers: Sequence[Layer]) -> Matrix:

@@ -22,7 +22,8 @@ from shared_basis.data.feeds import Images
 from shared_basis.errors import UserError
 from shared_basis.models import Network, create_model, family_of, plain_counterpart
 from shared_basis.nn.types import Path
-from shared_basis.runs.trained import Trained, build_model
+from shared_basis.runs.origin import Origin
+from shared_basis.runs.trained import build_model
 from shared_basis.runtime import memory
 from shared_basis.runtime.reporter import Reporter
 
@@ -69,26 +70,35 @@ def following_norm(path: Path) -> Path:
 
 
 def open_plain(source: str | os.PathLike[str], which: str = "latest",
-               overrides: Mapping[str, Any] | None = None) -> Trained:
-    """Opens the run in `source`, which must be of a plain network that can be factorised, with its blocks unrolled.
+               overrides: Mapping[str, Any] | None = None) -> Origin:
+    """Opens the run in `source` as `require_plain` returns it.
 
     Raises:
-      UserError: as `Trained.open`, there is no `source`, it is another network, or its weights are not finite.
+      UserError: as `Trained.open` and `require_plain`, or there is no `source`.
     """
     if not source:
         raise UserError("--mode=compress needs --source=RUN, the workdir of a trained plain network.")
-    trained = Trained.open(os.fspath(source), which, overrides)
-    name = trained.config.model.name
+    return require_plain(Origin.of_run(source, which, overrides))
+
+
+def require_plain(origin: Origin) -> Origin:
+    """Returns `origin`, a plain network that can be factorised, with its blocks unrolled.
+
+    Raises:
+      UserError: it is another network, or its weights are not finite.
+    """
+    name = origin.config.model.name
     if name != plain_counterpart(name):
-        raise UserError(f"--source={source}: holds {name}, which shares already; name a run of plain "
+        raise UserError(f"{origin.where} holds {name}, which shares already; name a run of plain "
                         f"{plain_counterpart(name)}.")
     check_family(name)
-    for path, leaf in flatten_dict(dict(trained.variables)).items():
+    for path, leaf in flatten_dict(dict(origin.variables)).items():
         if not np.isfinite(np.asarray(leaf)).all():
-            raise UserError(f"--source={source}: {'/'.join(path)} of checkpoint {trained.step} is not finite; choose "
-                            "another with --checkpoint.")
-    model = build_model(replace(trained.config, {"model.scan_blocks": "no"}), trained.spec)
-    return dataclasses.replace(trained, model=model)
+            step = "" if origin.step is None else f" of checkpoint {origin.step}"
+            raise UserError(f"{origin.where}: {'/'.join(path)}{step} is not finite; choose other weights, of a run "
+                            "those of another checkpoint.")
+    model = build_model(replace(origin.config, {"model.scan_blocks": "no"}), origin.spec)
+    return dataclasses.replace(origin, model=model)
 
 
 def check_family(name: str) -> None:
@@ -102,20 +112,22 @@ def check_family(name: str) -> None:
                         "train it from scratch.")
 
 
-def load_images(config: Config, trained: Trained, calibration: int | None, tests: bool, reporter: Reporter) -> Images:
+def load_images(config: Config, origin: Origin, calibration: int | None, tests: bool, reporter: Reporter,
+                known: data.Spec | None = None) -> Images:
     """Loads the calibration images: the first ones of a fixed random order of the training images.
 
     Args:
       calibration: how many; 0 is none, and None is `CALIBRATION_IMAGES`.
       tests: whether to load the test images too.
+      known: the classes and the shape that the images must have; None for any.
 
     Raises:
-      UserError: there are fewer images, or they are not those of the run `trained`.
+      UserError: there are fewer images, or others than are `known`.
     """
     if calibration is not None and calibration < 0:
         raise UserError(f"--calibration={calibration}: must be a number of training images, or 0 for none.")
     names = (*(("train",) if calibration != 0 else ()), *(("test",) if tests else ()))
-    source = data.open_source(config.data, names, trained.spec, reporter)
+    source = data.open_source(config.data, names, known, reporter)
     splits = {name: source.splits[name] for name in names}
     if "train" in splits:
         total = len(splits["train"])
@@ -124,20 +136,24 @@ def load_images(config: Config, trained: Trained, calibration: int | None, tests
             raise UserError(f"--calibration={wanted}: there are only {total} training images; give at most {total}.")
         splits["train"] = splits["train"].take(np.sort(np.random.default_rng(0).permutation(total)[:wanted]))
     with memory.oom_as_user_error(config, "train.eval_batch_size"):
-        return feeds.load(data.Source(source.spec, splits), config.data, trained.mesh, reporter)
+        return feeds.load(data.Source(source.spec, splits), config.data, origin.mesh, reporter)
 
 
-def extract_layers(trained: Trained, config: Config, images: Images | None, reporter: Reporter) -> PlainLayers:
-    """Returns the layers of `trained`, with moments on the training images among `images`, if there are any."""
+def extract_layers(origin: Origin, config: Config, images: Images | None, reporter: Reporter) -> PlainLayers:
+    """Returns the layers of `origin`, with moments on the training images among `images`, if there are any."""
     moments: Mapping[Path, Moments] = {}
     if images is not None and "train" in images.splits:
         total = images.count("train")
         show = reporter.progress("measuring the inputs of layers on training images")
         with memory.oom_as_user_error(config, "train.eval_batch_size"):
             moments = input_moments(
-                trained.model, trained.variables, config.data,
-                [path for paths in trained.model.basis_layer_paths().values() for path in paths],
-                images.batches("train", config.train.eval_batch_size, trained.mesh)(),
+                origin.model, origin.variables, config.data,
+                [path for paths in origin.model.basis_layer_paths().values() for path in paths],
+                images.batches("train", config.train.eval_batch_size, origin.mesh)(),
                 lambda seen: show(seen, total))
         reporter.end_progress()
-    return PlainLayers(flatten_dict(jax.device_get(dict(trained.variables))), moments)
+    for path, each in moments.items():
+        if not np.isfinite(each.products).all():
+            raise UserError(f"{origin.where}: on the calibration images the inputs of {'/'.join(path)} are not finite, "
+                            "or their squares are too large; --calibration=0 compares filters alone.")
+    return PlainLayers(flatten_dict(jax.device_get(dict(origin.variables))), moments)

@@ -13,7 +13,7 @@ from shared_basis.config import ModelConfig
 from shared_basis.errors import UserError
 from shared_basis.models import create_model, family_of
 from shared_basis.models.summary import count_network
-from shared_basis.runs.trained import Trained
+from shared_basis.runs.origin import Origin
 from shared_basis.runtime.reporter import Reporter
 
 SHARINGS = {"single": "", "double": "-double"}
@@ -25,9 +25,9 @@ MEASURES = ("parameters", "macs")
 class Candidates:
     """The networks `<base>-s<S>u<U>[-double]` that a plain network can be compressed to."""
 
-    def __init__(self, plain: PlainLayers, trained: Trained) -> None:
-        """Takes the layers of a plain network, and its run."""
-        self._spec, self._model = trained.spec, trained.config.model
+    def __init__(self, plain: PlainLayers, origin: Origin) -> None:
+        """Takes the layers of a plain network, and where they come from."""
+        self._spec, self._model = origin.spec, origin.config.model
         forms = family_of(self._model.name).forms
         self.sharings = [sharing for sharing, ending in SHARINGS.items() if f"s<S>u<U>{ending}" in forms]
         networks = {sharing: create_model(self.name(sharing, 1, 1), stem=self._model.stem)

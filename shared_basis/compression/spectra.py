@@ -47,20 +47,22 @@ def write_spectra(source: str, reporter: Reporter, *, which: str = "latest",
         raise UserError(f"--output={output}: must end in .csv; the picture is put beside it.")
     if output and not path.parent.is_dir():
         raise UserError(f"--output={output}: there is no directory {path.parent}.")
-    trained = open_plain(source, which, overrides)
-    images = load_images(trained.config, trained, calibration, False, reporter) if calibration != 0 else None
-    plain = extract_layers(trained, trained.config, images, reporter)
-    rows = spectrum(Candidates(plain, trained), UNIQUE, reporter)
+    origin = open_plain(source, which, overrides)
+    images = None
+    if calibration != 0:
+        images = load_images(origin.config, origin, calibration, False, reporter, origin.spec)
+    plain = extract_layers(origin, origin.config, images, reporter)
+    rows = spectrum(Candidates(plain, origin), UNIQUE, reporter)
     measured = images.count("train") if images else 0
     metric = f"activations on {measured:,} training images" if measured else "filters"
 
     def paint(figure: Figure) -> None:
-        draw(figure, rows, f"{trained.config.model.name}: what shared bases capture of its {metric}")
+        draw(figure, rows, f"{origin.config.model.name}: what shared bases capture of its {metric}")
 
     groups = len({row["group"] for row in rows})
     picture = png(paint, size=(PANEL[0] * 0.8 * groups, PANEL[1]))
     _write(path, rows, picture)
-    return {"source": str(trained.run.path), "step": trained.step, "model": trained.config.model.name,
+    return {"source": origin.path, "step": origin.step, "model": origin.config.model.name,
             "calibration": measured, "csv": str(path), "png": str(path.with_suffix(".png")), "rows": rows}
 
 

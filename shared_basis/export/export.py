@@ -85,8 +85,7 @@ def export(workdir: str | Path, kind: str, choice: str = "auto", which: str = "l
     progress(3, STAGES)
     verified = _verify(writer.run, files[""], trained)
     progress(STAGES, STAGES)
-    path = Path(os.path.expanduser(output)) if output else trained.run.path / "export" / f"model.{kind}"
-    _write(path, files, make_directory=not output)
+    path = write_files(output, trained.run.path / "export" / f"model.{kind}", files)
     return {"workdir": str(trained.run.path), **about, "format": kind, "file": str(path), "bytes": len(files[""]),
             "fold": choice, "layers": outcome.layers, "norms_left": outcome.norms_left, **counts, "verified": verified}
 
@@ -110,18 +109,23 @@ def _verify(run: Run, file: bytes, trained: Trained) -> dict[str, Any] | None:
     return {"by": by, "images": CHECKED, "difference": difference, "largest": largest}
 
 
-def _write(path: Path, files: Mapping[str, bytes], make_directory: bool) -> None:
-    """Writes the contents of `files`, each beside `path` with its suffix; they get their names when all are complete.
+def write_files(output: str, default: Path, files: Mapping[str, bytes]) -> Path:
+    """Writes the contents of `files`, each beside the path that it returns with its suffix, when all are complete.
+
+    Args:
+      output: the path; empty is `default`, whose directory is made.
 
     Raises:
       UserError: one cannot be written.
     """
+    path = Path(os.path.expanduser(output)) if output else default
     try:
-        if make_directory:
+        if not output:
             path.parent.mkdir(exist_ok=True)
         write_all_atomic({path.with_name(path.name + suffix): content for suffix, content in files.items()})
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another with --output=FILE.") from error
+    return path
 
 
 def render(result: Mapping[str, Any]) -> str:

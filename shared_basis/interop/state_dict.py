@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import math
 import os
 import pickle
@@ -14,47 +16,102 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import ml_dtypes
 import numpy as np
-import safetensors.numpy
+import safetensors
 
 from shared_basis.errors import UserError, printable
 from shared_basis.runtime.files import first_line
 
 _STORAGE_TYPES: dict[str, Any] = {
     "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
-    "LongStorage": np.int64, "IntStorage": np.int32, "ByteStorage": np.uint8}
+    "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16,
+    "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_}
+_SAFETENSORS_TYPES: dict[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
+    "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+_KEYS = ("net_state_dict", "state_dict", "model_state_dict", "model", "net", "network", "state_dict_ema", "model_ema",
+         "ema_state_dict", "ema")
+"""Where trainers keep the state dict in what they save; of several the first one counts, averages last."""
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Returns the tensors of a `.safetensors` or `.pth` file by name; nothing in the file is executed.
+    """Returns the tensors of a state dict by name; nothing in the file is executed.
 
-    A `.pth` file may hold the state dict itself or a dict with it under `net_state_dict`, `state_dict` or `model`.
+    The file is one of safetensors or of `torch.save`, whatever its suffix: `.safetensors`, `.pth`, `.pt`, `.th`,
+    `.ckpt`, `.bin`, `.pth.tar`. What `torch.save` wrote may be the state dict itself or a dict with it under one of
+    the usual keys, such as `state_dict`, `model` or `ema`.
 
     Raises:
-      UserError: the file is absent, unreadable, damaged, or of another kind.
+      UserError: the file is absent, unreadable, damaged, of another kind, or holds other objects than tensors, which
+        would have to be executed.
     """
     path = Path(path)
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise UserError(f"{path}: a state dict is read from .safetensors or .pth files.")
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.numpy.load(path.read_bytes())
+        if path.suffix == ".safetensors" or _begins_as_safetensors(path):
+            return _read_safetensors(path)
         return _state_dict(_read_torch(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    except _NotTensorsError as error:
+        raise UserError(
+            f"{path}: not a readable state dict: {first_line(error)}. Where you trust the file, save its tensors "
+            f"alone: import torch; c = torch.load({str(path)!r}, weights_only=False, map_location='cpu'); "
+            "torch.save(c['model'], 'tensors.pth'), with the key that it has in place of 'model', or c.state_dict() "
+            "where c is a whole network.") from error
     except Exception as error:  # a damaged file can fail anywhere in its decoding
         raise UserError(f"{path}: not a readable state dict: {first_line(error)}.") from error
 
 
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns what a file of safetensors says beside its tensors, of this package's exports `classes` and others.
+
+    Values are read as JSON; what is none is left out. Files of other kinds, and damaged ones, say nothing.
+    """
+    try:
+        with safetensors.safe_open(os.fspath(path), "numpy") as file:
+            metadata = file.metadata() or {}
+    except Exception:  # `read_state_dict` says what is wrong with it
+        return {}
+    found = {}
+    for name, value in metadata.items():
+        with contextlib.suppress(ValueError, RecursionError):
+            found[name] = json.loads(value)
+    return found
+
+
+class _NotTensorsError(ValueError):
+    """The file holds something else than a dict of tensors."""
+
+
+def _begins_as_safetensors(path: Path) -> bool:
+    """Returns whether the header of JSON is there, after its length in 8 bytes."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{" and not zipfile.is_zipfile(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Returns the tensors; `safetensors.numpy` knows no bfloat16."""
+    tensors = {}
+    for name, view in safetensors.deserialize(path.read_bytes()):
+        if view["dtype"] not in _SAFETENSORS_TYPES:
+            raise ValueError(f"tensor {printable(name)} is of type {printable(str(view['dtype']))}, and must be of "
+                             f"{', '.join(_SAFETENSORS_TYPES)}")
+        array = np.frombuffer(view["data"], _SAFETENSORS_TYPES[view["dtype"]])
+        tensors[name] = array.reshape(view["shape"])
+    return tensors
+
+
 def _state_dict(content: Any) -> dict[str, np.ndarray]:
-    """Returns the state dict in what a `.pth` file held."""
-    for key in ("net_state_dict", "state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    """Returns the state dict in what `torch.save` wrote."""
+    for _ in range(3):  # {'model': {'state_dict': …}} and the like
+        inner = [content[key] for key in _KEYS if isinstance(content, Mapping) and
+                 isinstance(content.get(key), Mapping)]
+        content = inner[0] if inner else content
     if not isinstance(content, Mapping) or not all(isinstance(value, np.ndarray) for value in content.values()):
-        raise ValueError("it holds no dict of tensors, nor one under net_state_dict, state_dict or model")
+        raise _NotTensorsError(f"it holds no dict of tensors, nor one under {', '.join(_KEYS[:-1])} or {_KEYS[-1]}")
     return dict(content)
 
 
@@ -98,7 +155,7 @@ class _Unpickler(pickle.Unpickler):
             return lambda tensor, *_: tensor
         if module == "torch" and name in _STORAGE_TYPES:
             return _STORAGE_TYPES[name]
-        raise ValueError(f"it asks for {printable(f'{module}.{name}')}, which a state dict does not need")
+        raise _NotTensorsError(f"it asks for {printable(f'{module}.{name}')}, which a state dict does not need")
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, size, *view = pid

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -146,6 +146,14 @@ class Network(nn.Module):
           UserError: it holds a tensor that the network has no place for.
         """
         return dict(tensors), {}
+
+    def choose_published(self, names: Sequence[str]) -> str:
+        """Returns the one of the `names` of a tensor, of different versions, that its state dict has when written."""
+        return names[0]
+
+    def restore_published(self, tensors: Tensors) -> dict[str, np.ndarray]:
+        """Returns a state dict by `published_names` in the layout that `adapt_published` took it from, where it can."""
+        return dict(tensors)
 
     def shared_arrays(self) -> Mapping[str, Mapping[str, Array]]:
         """Returns the shared arrays by group and name; call it once, within the compact method."""

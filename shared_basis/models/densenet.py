@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +98,11 @@ class DenseNet(Network):
         index, layer = int(group.removeprefix("group")) - 1, int(block.removeprefix("block")) - 1
         return (f"features.dense_block_layer_{index}.bottle_neck_layer_{layer}",
                 f"features.dense_block{index}.bottle_neck_layer_{layer}")
+
+    def choose_published(self, names: Sequence[str]) -> str:
+        """See `Network`: the last block of the plain network has a name of its own."""
+        last = not self.sharing.factorised and f".dense_block{len(self.blocks) - 1}." in names[-1]
+        return names[-1] if last else names[0]
 
     def adapt_published(self, tensors: Tensors) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         """See `Network`: gives the fourth block a basis of its own, where it uses the third block's.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -104,26 +104,52 @@ class MobileNetV2(Network):
         stage, index = int(group.removeprefix("stage")), int(block.removeprefix("block")) - 1
         return (f"stage{stage}" if STAGES[stage - 1][0] == 1 else f"stage{stage}.{index}",)
 
-    def adapt_published(self, tensors: Tensors) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """See `Network`: torchvision's layout becomes the official one.
+    def choose_published(self, names: Sequence[str]) -> str:
+        """See `Network`: shared arrays, and the classifier for large images, are called otherwise than elsewhere."""
+        other = ".shared_basis" in names[-1] or (self.stem == "imagenet" and names[-1].startswith("classifier."))
+        return names[-1] if other else names[0]
 
-        torchvision has no 1×1 layer in the first stage and no biases before batch normalisation: identities and zeros.
+    def adapt_published(self, tensors: Tensors) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """See `Network`: the layouts of torchvision and of timm become the official one.
+
+        They have no 1×1 layer in the first stage and no biases before batch normalisation: identities and zeros.
         """
-        if not any(name.startswith("features.") for name in tensors):
-            return dict(tensors), {}
-        modules = self._torchvision_modules()
-        renamed = {}
-        for name, tensor in tensors.items():
-            module, _, leaf = name.rpartition(".")
-            if module not in modules or name in ("features.0.0.bias", "features.18.0.bias"):
-                raise unexpected_tensors([name])
-            renamed[f"{modules[module]}.{leaf}"] = tensor
+        for mark, modules in (("features.", self._torchvision_modules()), ("blocks.", self._timm_modules())):
+            if not any(name.startswith(mark) for name in tensors):
+                continue
+            stem, neck = (theirs for theirs, official in modules.items() if official in ("pre.0", "conv1.0"))
+            renamed = {}
+            for name, tensor in tensors.items():
+                module, _, leaf = name.rpartition(".")
+                if module not in modules or name in (f"{stem}.bias", f"{neck}.bias"):
+                    raise unexpected_tensors([name])
+                renamed[f"{modules[module]}.{leaf}"] = tensor
+            return {**renamed, **self._identity()}, {official: theirs for theirs, official in modules.items()}
+        return dict(tensors), {}
+
+    def restore_published(self, tensors: Tensors) -> dict[str, np.ndarray]:
+        """See `Network`: torchvision's layout, as long as nothing has trained what it does not have."""
+        added = self._identity()
+        if self.stem != "imagenet" or self.sharing != Sharing() or not all(
+                np.array_equal(tensors[name], tensor) for name, tensor in added.items()):
+            return dict(tensors)
+        theirs = {official: name for name, official in self._torchvision_modules().items()}
+        parts = ((name.rpartition("."), tensor) for name, tensor in tensors.items() if name not in added)
+        return {f"{theirs[module]}.{leaf}": tensor for (module, _, leaf), tensor in parts if module in theirs}
+
+    @staticmethod
+    def _identity() -> dict[str, np.ndarray]:
+        """Returns the tensors that the official layout has beyond torchvision's, such that they change nothing."""
         ones, zeros = np.ones(STEM, np.float32), np.zeros(STEM, np.float32)
-        added = {"pre.0.bias": zeros, "conv1.0.bias": np.zeros(NECK, np.float32),
-                 "stage1.conv1.weight": np.eye(STEM, dtype=np.float32)[:, :, None, None],
-                 "stage1.bn1.weight": ones, "stage1.bn1.bias": zeros, "stage1.bn1.running_mean": zeros,
-                 "stage1.bn1.running_var": ones * (1 - EPSILON)}  # the variance is 1 with ε added
-        return {**renamed, **added}, {official: theirs for theirs, official in modules.items()}
+        return {"pre.0.bias": zeros, "conv1.0.bias": np.zeros(NECK, np.float32),
+                "stage1.conv1.weight": np.eye(STEM, dtype=np.float32)[:, :, None, None],
+                "stage1.bn1.weight": ones, "stage1.bn1.bias": zeros, "stage1.bn1.running_mean": zeros,
+                "stage1.bn1.running_var": ones * (1 - EPSILON)}  # the variance is 1 with ε added
+
+    def _foreign_blocks(self) -> list[str]:
+        """Returns the official names of the blocks after the first stage, in order."""
+        return [self.published_blocks(f"stage{stage}", f"block{block}")[0]
+                for stage, (count, *_) in enumerate(STAGES[1:], 2) for block in range(1, count + 1)]
 
     def _torchvision_modules(self) -> dict[str, str]:
         """Returns the official name of each module of torchvision's MobileNetV2."""
@@ -131,13 +157,22 @@ class MobileNetV2(Network):
                    "features.18.1": "conv1.1", "classifier.1": "classifier.1",
                    "features.1.conv.0.0": "stage1.conv2", "features.1.conv.0.1": "stage1.bn2",
                    "features.1.conv.1": "stage1.conv3", "features.1.conv.2": "stage1.bn3"}
-        blocks = [(f"stage{stage}", f"block{block}") for stage, (count, *_) in enumerate(STAGES[1:], 2)
-                  for block in range(1, count + 1)]
-        for index, (stage, block) in enumerate(blocks, 2):
-            (prefix,) = self.published_blocks(stage, block)
+        for index, prefix in enumerate(self._foreign_blocks(), 2):
             for theirs, official in (("0.0", "conv1"), ("0.1", "bn1"), ("1.0", "conv2"), ("1.1", "bn2"),
                                      ("2", "conv3"), ("3", "bn3")):
                 modules[f"features.{index}.conv.{theirs}"] = f"{prefix}.{official}"
+        return modules
+
+    def _timm_modules(self) -> dict[str, str]:
+        """Returns the official name of each module of timm's mobilenetv2_100."""
+        modules = {"conv_stem": "pre.0", "bn1": "pre.1", "conv_head": "conv1.0", "bn2": "conv1.1",
+                   "classifier": "classifier.1", "blocks.0.0.conv_dw": "stage1.conv2", "blocks.0.0.bn1": "stage1.bn2",
+                   "blocks.0.0.conv_pw": "stage1.conv3", "blocks.0.0.bn2": "stage1.bn3"}
+        for official in self._foreign_blocks():
+            stage, _, index = official.removeprefix("stage").partition(".")
+            for theirs, ours in (("conv_pw", "conv1"), ("bn1", "bn1"), ("conv_dw", "conv2"), ("bn2", "bn2"),
+                                 ("conv_pwl", "conv3"), ("bn3", "bn3")):
+                modules[f"blocks.{int(stage) - 1}.{index or 0}.{theirs}"] = f"{official}.{ours}"
         return modules
 
     @nn.nowrap  # so that the block belongs to the group that asks for it

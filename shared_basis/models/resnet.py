@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -172,6 +172,11 @@ class ResNet(Network):
     def published_blocks(self, group: str, block: str) -> tuple[str, ...]:
         """See `Network`."""
         return (f"layer{group.removeprefix('group')}.{int(block.removeprefix('block')) - 1}",)
+
+    def choose_published(self, names: Sequence[str]) -> str:
+        """See `Network`: torchvision's names where it has this network, plain and for large images."""
+        torchvision = self.stem == "imagenet" and self.sharing == Sharing()
+        return names[-1] if torchvision and ".downsample." in names[-1] else names[0]
 
     @property
     def stem_width(self) -> int:

@@ -5,6 +5,8 @@ With a basis, the coefficients of the 3×3 layer take the place of the last 1×1
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 
 from shared_basis.errors import UserError
@@ -73,6 +75,10 @@ class ResNeXt(ResNet):
     def published_names(self) -> PublishedNames:
         """See `Network`."""
         return PublishedNames(PUBLISHED_TOP, _PUBLISHED_PLAIN, _PUBLISHED_BASIS)
+
+    def choose_published(self, names: Sequence[str]) -> str:
+        """See `Network`: the classifier is called otherwise than that of other ResNets."""
+        return names[-1] if names[-1].startswith("linear.") else names[0]
 
     @property
     def shared_groups(self) -> int:

@@ -29,10 +29,10 @@ def inspect(workdir: str | Path, which: str = "latest", against: str = "") -> di
       against: another one to compare it with: a step of this run, or a workdir, or WORKDIR:STEP; empty for none.
 
     Returns:
-      `workdir`, `model`, `config` (all fields), `changed` (those that are not the defaults), `data` and `versions` of
-      the run; `checkpoints`: `step`, `bytes` on disk and `metrics` of each; `step`, the one described, and `arrays`:
-      `path`, `shape`, `dtype` and `bytes` of each of its arrays, with the totals `bytes` by top-level name; with
-      `against` the `differences` from it: see `compare`.
+      `workdir`, `model`, `config` (all fields), `changed` (those that are not the defaults), `data`, `versions` and
+      `init` (where the weights come from that it began with, or None) of the run; `checkpoints`: `step`, `bytes` on
+      disk and `metrics` of each; `step`, the one described, and `arrays`: `path`, `shape`, `dtype` and `bytes` of each
+      of its arrays, with the totals `bytes` by top-level name; with `against` the `differences` from it: see `compare`.
 
     Raises:
       UserError: there is no such run or checkpoint, or it is damaged.
@@ -98,7 +98,7 @@ def _read(workdir: Path, which: str) -> dict[str, Any]:
     return {
         "workdir": str(workdir), "model": config.model.name, "config": to_dict(config),
         "changed": {path: now for path, (now, _) in differences(config, Config()).items()},
-        "data": record["data"], "versions": record["versions"],
+        "data": record["data"], "versions": record["versions"], "init": record["init"],
         "checkpoints": [{"step": each, "bytes": _size(run.checkpoints / str(each)),
                          "metrics": checkpoints.metrics(each)} for each in checkpoints.steps],
         "step": step, "arrays": arrays, "bytes": totals}
@@ -116,7 +116,11 @@ def render(found: Mapping[str, Any]) -> str:
     data, total = found["data"], sum(found["bytes"].values())
     lines = [f"{found['workdir']}: {found['model']}, {'×'.join(map(str, data['image_shape']))} images of "
              f"{len(data['classes'])} classes",
-             f"with {', '.join(f'{name} {version}' for name, version in found['versions'].items())}", ""]
+             f"with {', '.join(f'{name} {version}' for name, version in found['versions'].items())}"]
+    if init := found["init"]:
+        step = "" if init["step"] is None else f"step {init['step']:,} of "
+        lines.append(f"began with {step}{init['source']}; the classifier was {init['head']}")
+    lines.append("")
     lines += _table([(f"  {path}", repr(value)) for path, value in found["changed"].items()],
                       "configuration, where it is not the default:")
     lines += _table([(f"  {entry['step']:,}", size_text(entry["bytes"]), _scores(entry["metrics"]))

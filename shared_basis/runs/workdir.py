@@ -44,15 +44,16 @@ def versions() -> dict[str, str]:
 
 
 def make_record(config: Config, data: Mapping[str, Any], devices: str | None = None,
-                own: Mapping[str, str] | None = None) -> dict[str, Any]:
+                own: Mapping[str, str] | None = None, init: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Returns the record of a run: plain data that JSON can hold.
 
     Args:
       devices: those that it begins on.
       own: the names of the user's own functions, by what they are for.
+      init: where the weights come from that it begins with, if it does not begin anew; see `training.start.Start`.
     """
     return {"config": to_dict(config), "data": dict(data), "versions": versions(), "devices": devices,
-            "own": dict(own or {})}
+            "own": dict(own or {}), "init": None if init is None else dict(init)}
 
 
 class Workdir(MetricsFiles):
@@ -97,9 +98,12 @@ class Workdir(MetricsFiles):
                 raise TypeError("its image shape is none")
             if not isinstance(record["versions"], dict):
                 raise TypeError("its versions are no dict")
-            devices = record.get("devices")  # runs of earlier versions did not note them
+            devices, init = record.get("devices"), record.get("init")  # runs of earlier versions did not note them
+            if init is not None and not isinstance(init["source"], str):
+                raise TypeError("what it began with has no source")
             return {**{key: record[key] for key in ("config", "data", "versions")},
-                    "devices": devices if isinstance(devices, str) else None, "own": dict(record.get("own", {}))}
+                    "devices": devices if isinstance(devices, str) else None, "own": dict(record.get("own", {})),
+                    "init": init}
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -165,8 +169,8 @@ class Workdir(MetricsFiles):
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def require(self, record: Mapping[str, Any]) -> None:
-        """Makes sure that the directory holds the run `record`.
+    def require(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the record in the directory, after making sure that it is that of the run `record`.
 
         Raises:
           UserError: it holds a run of another configuration or on other data, or none, as where processes of several
@@ -183,6 +187,7 @@ class Workdir(MetricsFiles):
         self._require_same("data", {key: (_short(record["data"][key]), _short(saved["data"][key]))
                                     for key in record["data"].keys() & saved["data"].keys()
                                     if record["data"][key] != saved["data"][key]})
+        return saved
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"workdir {self.path} cannot be written: {error.strerror}; choose another with --workdir.")

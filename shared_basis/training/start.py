@@ -1,7 +1,14 @@
-"""How a run begins from given weights: those of a published file, or of a trained plain network, compressed."""
+"""How a run begins with given weights: those of another run, or of a file of PyTorch's, as they are or compressed.
+
+`--init` on training, `--mode=import` and `--mode=compress` are one mechanism: `make` computes the variables, and step 0
+of a run is written with them. Training goes on from there as any run that resumes does.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,39 +16,199 @@ import jax
 import jax.numpy as jnp
 
 from shared_basis import data
+from shared_basis.compression import compress as compressing
 from shared_basis.compression.compress import compress
+from shared_basis.compression.layers import open_plain
 from shared_basis.config import Config
 from shared_basis.errors import UserError
-from shared_basis.interop.pytorch import load_pytorch_weights
-from shared_basis.models import Network
+from shared_basis.interop.weights import find_weights, open_file, open_weights
+from shared_basis.models import Network, plain_counterpart
 from shared_basis.models.parameters import count_parameters
 from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runs.origin import Origin, fit
 from shared_basis.runs.trained import Variables, build_model
 from shared_basis.runs.workdir import Workdir, make_record
+from shared_basis.runtime.distributed import (
+    is_main_process,
+    make_mesh,
+    process_allgather,
+    raise_on_all_processes,
+    replicated,
+)
 from shared_basis.runtime.reporter import Reporter
 from shared_basis.training.program import first_state
 
 
-def import_weights(config: Config, workdir: str | Path, file: str) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """What a new run begins with, as the command line says it."""
+
+    source: str
+    """A run, as its workdir with :best or :STEP where that is not the latest checkpoint, or a file of weights."""
+    classes: str = ""
+    """A file that names the outputs of a file of weights: see `shared_basis.interop.classes.read_classes`."""
+    calibration: int | None = None
+    budget: float | None = None
+    measure: str = "parameters"
+    """As in `shared_basis.compression.compress.compress`, from a plain network to a shared one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run begins with."""
+
+    config: Config
+    """Names `network`, whose ranks a budget may have chosen."""
+    network: Network
+    spec: data.Spec
+    variables: Variables
+    init: dict[str, Any]
+    """What the run's record says of it: `source`, `step` (None for a file), the `network` there, `head`: what became of
+    the classifier, and `budget`."""
+    report: dict[str, Any] | None
+    """Of the compression, if there was one; see `Compressed`."""
+
+
+def make(config: Config, spec: data.Spec, init: Init, reporter: Reporter) -> Start:
+    """Computes what a run of `config` on data of `spec` begins with; writes nothing.
+
+    Raises:
+      UserError: as `open_weights`, `fit` and, from a plain network to a shared one, `compress`.
+    """
+    return _make(config, spec, open_weights(init.source, config, spec, init.classes, reporter), init, reporter)
+
+
+def _make(config: Config, spec: data.Spec, origin: Origin, init: Init, reporter: Reporter) -> Start:
+    its, mine = origin.config.model.name, config.model.name
+    if init.budget is None and (its == mine or its != plain_counterpart(its)):
+        return _copy(config, spec, origin, init, reporter)
+    if jax.process_count() > 1:
+        raise UserError(f"--init={init.source}: {mine} is computed from plain {its} by one process; do that first with "
+                        f"--mode=compress --source={init.source}, and give its workdir to --init.")
+    return _compress(config, origin, init, reporter)
+
+
+def _copy(config: Config, spec: data.Spec, origin: Origin, init: Init, reporter: Reporter) -> Start:
+    """Returns the weights of `origin` as they are, but for the classifier."""
+    for flag, value, default in (("calibration", init.calibration, None), ("budget_of", init.measure, "parameters")):
+        if value != default:
+            raise UserError(f"--{flag}={value}: is for the weights of a plain network in a shared one, and "
+                            f"{origin.where} holds {origin.config.model.name}, which is taken as it is; leave it out.")
+    network = build_model(config, spec)
+    variables, _, head = fit(origin, origin.variables, network, spec, config.seed)
+    there = origin.config.data
+    if (there.mean, there.std) != (config.data.mean, config.data.std):
+        fields = " ".join(f'--config.data.{field}="{getattr(there, field)}"' for field in ("mean", "std"))
+        reporter.warn(f"the weights of {origin.where} were trained on images normalised otherwise; they fit better "
+                      f"with {fields.replace(', ', ',')}.")
+    return Start(config, network, spec, variables, _record(init, origin, head), None)
+
+
+def _compress(config: Config, origin: Origin, init: Init, reporter: Reporter) -> Start:
+    """Returns the closed form of the plain network `origin`."""
+    found = compress(config, origin, reporter, calibration=init.calibration, budget=init.budget, measure=init.measure)
+    return Start(found.config, found.network, found.spec, found.variables,
+                 _record(init, origin, found.report["head"]), found.report)
+
+
+def _record(init: Init, origin: Origin, head: str) -> dict[str, Any]:
+    return {"source": _absolute(init.source), "step": origin.step, "network": origin.config.model.name, "head": head,
+            "budget": init.budget}
+
+
+def _absolute(source: str) -> str:
+    return os.path.abspath(os.path.expanduser(source))
+
+
+# Runs
+
+
+def begins(run: Workdir, init: Init | None) -> bool:
+    """Returns whether a run in `run`, called with `init`, has yet to begin with these weights, on all processes alike.
+
+    Raises:
+      UserError: it holds a run that began otherwise, or with weights that must be named again, or there are no weights.
+    """
+    answer = False
+    with raise_on_all_processes():
+        if is_main_process():
+            answer = _begins(run, init)
+    return bool(process_allgather(answer)[0]) if jax.process_count() > 1 else answer
+
+
+def _begins(run: Workdir, init: Init | None) -> bool:
+    record = run.read_record()
+    if record is None:
+        if init is not None:
+            find_weights(init.source)
+        return init is not None
+    began = record["init"]
+    # Not by Orbax, to whose managers all processes must come.
+    saved = run.checkpoints.is_dir() and any(path.name.isdecimal() for path in run.checkpoints.iterdir())
+    if init is None:
+        if began and not saved:
+            raise UserError(f"workdir {run.path} was to begin with --init={began['source']} and holds no checkpoint "
+                            "yet; give that --init again.")
+        return False
+    if not began or began["source"] != _absolute(init.source):
+        how = f"began with --init={began['source']}" if began else "began without --init"
+        raise UserError(f"workdir {run.path} holds a run that {how}; leave --init out to go on with it, or choose "
+                        "another --workdir.")
+    return not saved
+
+
+def with_chosen_ranks(config: Config, run: Workdir, init: Init | None) -> Config:
+    """Returns `config` for the network that the budget of `init` chose when the run began."""
+    record = run.read_record() if init is not None and init.budget is not None else None
+    return config if record is None else compressing.named(config, record["config"]["model"]["name"])
+
+
+def describe(start: Start) -> str:
+    """Returns what a run begins with as human-readable lines."""
+    init = start.init
+    step = "" if init["step"] is None else f"step {init['step']:,} of "
+    said = f"begins with {step}{init['source']} ({init['network']}); the classifier is {init['head']}"
+    if start.report is None:
+        return said
+    return f"{said}\n{_compressed(start.config.model.name, start.report)}"
+
+
+def _compressed(name: str, report: Mapping[str, Any]) -> str:
+    errors = [layer["filters"] for layer in report["layers"]]
+    return (f"compressed in closed form to {name}: mean relative error of filters "
+            f"{100 * sum(errors) / len(errors):.2f} %; {compressing.render_scores(report)}")
+
+
+def import_weights(config: Config, workdir: str | Path, file: str, reporter: Reporter | None = None,
+                   classes: str = "") -> dict[str, Any]:
     """Writes the published weights in `file` as step 0 of a run of `config` in `workdir`.
 
     The run is like any other: it can be evaluated, and trained on.
 
+    Args:
+      reporter: shows in which order the outputs are taken; None prints it as the command line does.
+      classes: as in `Init`.
+
     Returns:
-      `workdir`, `model`, `file` and the number of `parameters`.
+      `workdir`, `model`, `file`, the number of `parameters`, `head`: what became of the classifier, and `compressed`:
+      the report of `Compressed`, where the file is of the plain network; None otherwise.
 
     Raises:
       UserError: the file does not hold this network (see `load_pytorch_weights`), or the workdir holds checkpoints
         already.
     """
+    if reporter is None:
+        with Reporter() as printing:
+            return import_weights(config, workdir, file, printing, classes)
     if not file:
-        raise UserError("--mode=import needs --weights=FILE, a .pth or .safetensors file.")
-    spec = data.describe(config.data)
-    model = build_model(config, spec)
-    variables = load_pytorch_weights(file, model)
+        raise UserError("--mode=import needs --weights=FILE, a file of PyTorch weights.")
     require_new(workdir)
-    parameters = start_run(config, workdir, model, spec, variables)
-    return {"workdir": str(workdir), "model": config.model.name, "file": str(file), "parameters": parameters}
+    spec = data.describe(config.data)
+    origin = open_file(file, config, spec, classes, reporter)
+    start = _make(config, spec, origin, Init(file, classes), reporter)
+    parameters = _write(start, workdir)
+    return {"workdir": str(workdir), "model": config.model.name, "file": str(file), "parameters": parameters,
+            "head": start.init["head"], "compressed": start.report}
 
 
 def compress_run(config: Config, workdir: str | Path, source: str, reporter: Reporter, *, which: str = "latest",
@@ -50,6 +217,7 @@ def compress_run(config: Config, workdir: str | Path, source: str, reporter: Rep
     """Writes the network of `config`, in closed form from the plain one in `source`, as step 0 of a run in `workdir`.
 
     Args:
+      source: the workdir of a run, or a file of PyTorch weights.
       which, calibration, budget, measure: as in `shared_basis.compression.compress.compress`.
 
     Returns:
@@ -59,10 +227,14 @@ def compress_run(config: Config, workdir: str | Path, source: str, reporter: Rep
       UserError: as `shared_basis.compression.compress.compress`, or `workdir` holds checkpoints already.
     """
     require_new(workdir)
-    compressed = compress(config, source, reporter, which=which, calibration=calibration, budget=budget,
-                          measure=measure)
-    start_run(compressed.config, workdir, compressed.network, compressed.spec, compressed.variables)
-    return {"workdir": str(workdir), **compressed.report}
+    compressing.check_target(config, budget, measure)
+    if os.path.isfile(source):
+        origin = open_file(source, config, data.describe(config.data), "", reporter)
+    else:
+        origin = open_plain(source, which)
+    start = _compress(config, origin, Init(source, "", calibration, budget, measure), reporter)
+    _write(start, workdir)
+    return {"workdir": str(workdir), **(start.report or {})}
 
 
 def require_new(workdir: str | Path) -> None:
@@ -72,8 +244,16 @@ def require_new(workdir: str | Path) -> None:
         raise UserError(f"workdir {run.path} holds checkpoints already; choose a new --workdir.")
 
 
-def start_run(config: Config, workdir: str | Path, model: Network, spec: data.Spec, variables: Variables) -> int:
+def _write(start: Start, workdir: str | Path) -> int:
+    return start_run(start.config, workdir, start.network, start.spec, start.variables, start.init)
+
+
+def start_run(config: Config, workdir: str | Path, model: Network, spec: data.Spec, variables: Variables,
+              init: Mapping[str, Any] | None = None) -> int:
     """Writes `variables` (`params`, `batch_stats`) of `model` as step 0 of a run of `config`.
+
+    Args:
+      init: what the record says of where they come from; see `Start`.
 
     Returns:
       The number of parameters.
@@ -81,18 +261,27 @@ def start_run(config: Config, workdir: str | Path, model: Network, spec: data.Sp
     Raises:
       UserError: the workdir holds another run, or cannot be written.
     """
-    state = first_state(config, model, jax.tree.map(jnp.asarray, variables))
-    record = make_record(config, {"classes": list(spec.classes), "image_shape": list(spec.image_shape)})
+    record = make_record(config, {"classes": list(spec.classes), "image_shape": list(spec.image_shape)}, init=init)
     run = Workdir(workdir)
     with run.locked():
         run.claim(record)
         checkpoints = Checkpoints(run.checkpoints)
-        checkpoints.save(0, state, record, None)
+        save_start(checkpoints, config, model, variables, record)
         checkpoints.close()
-    return sum(count_parameters(state.params).values())
+    return sum(count_parameters(variables["params"]).values())
+
+
+def save_start(checkpoints: Checkpoints, config: Config, model: Network, variables: Variables,
+               record: Mapping[str, Any]) -> None:
+    """Saves `variables` of `model` as step 0 of the run `record`, on all processes together; waits until it is done."""
+    state = first_state(config, model, jax.tree.map(jnp.asarray, variables))
+    checkpoints.save(0, jax.device_put(jax.device_get(state), replicated(make_mesh())), record, None)
+    checkpoints.wait()
 
 
 def render(result: dict[str, Any]) -> str:
-    """Returns `import_weights`' result as a human-readable line."""
-    return (f"{result['file']}: {result['model']}, {result['parameters']:,} parameters, now step 0 of "
-            f"{result['workdir']}; evaluate it with --mode=evaluate --workdir={result['workdir']}")
+    """Returns `import_weights`' result as human-readable lines."""
+    said = (f"{result['file']}: {result['model']}, {result['parameters']:,} parameters, its classifier "
+            f"{result['head']}; now step 0 of {result['workdir']}; evaluate it with --mode=evaluate "
+            f"--workdir={result['workdir']}")
+    return said if result["compressed"] is None else f"{said}\n{_compressed(result['model'], result['compressed'])}"

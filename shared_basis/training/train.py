@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,12 +33,14 @@ from shared_basis.training.composition import Own, check_optimizer
 from shared_basis.training.loop import Training
 from shared_basis.training.losses import Loss
 from shared_basis.training.program import Program, build
+from shared_basis.training.start import Init, Start, begins, describe, make, save_start, with_chosen_ranks
 from shared_basis.training.steps import TrainState
 from shared_basis.training.teacher import Teacher, open_teacher
 
 
 def train(config: Config, workdir: str | Path, reporter: Reporter | None = None, *,
-          tensorboard: bool = False, optimizer: Descent | None = None, loss: Loss | None = None,
+          tensorboard: bool = False, init: str | Init | None = None, optimizer: Descent | None = None,
+          loss: Loss | None = None,
           augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None) -> dict[str, Any]:
     """Trains, or goes on training, the run of `config` in `workdir`, as `--mode=train` does.
 
@@ -48,6 +51,8 @@ def train(config: Config, workdir: str | Path, reporter: Reporter | None = None,
     Args:
       reporter: shows lines and progress; None prints them as the command line does.
       tensorboard: whether metrics are also written as event files.
+      init: what a new run begins with: another run, as its workdir (with :best or :STEP), or a file of PyTorch weights;
+        a run that resumes need not say it again.
       optimizer: from the learning rate schedule of `config` to an optax transformation, which takes the place of
         `optimizer.name`, momentum and weight decay; orthogonality, freezing and `learning_rate_factors` stay.
       loss: from logits and probabilities, both float32 `[N, classes]`, to the loss of each image, `[N]`, in place of
@@ -66,35 +71,72 @@ def train(config: Config, workdir: str | Path, reporter: Reporter | None = None,
     """
     if reporter is None:
         with Reporter(None if is_main_process() else io.StringIO(), process=jax.process_index()) as printing:
-            return train(config, workdir, printing, tensorboard=tensorboard, optimizer=optimizer, loss=loss,
+            return train(config, workdir, printing, tensorboard=tensorboard, init=init, optimizer=optimizer, loss=loss,
                          augment=augment)
     mesh = make_mesh()
     check_batch_size(config.train.batch_size, mesh, config.optimizer.grad_accumulation_steps)
     if tensorboard:
         event_files.require()
     run, own = Workdir(workdir, tensorboard), Own(optimizer, loss, augment)
-    with raise_on_all_processes(), memory.oom_as_user_error(config):
-        source, model, comparison = _open(config, run, reporter)
-        check_optimizer(config, model, source.spec.image_shape, own)
-        teacher = open_teacher(config, source.spec, reporter.warn)
+    what = _set_up(config, run, Init(init) if isinstance(init, str) else init, own, reporter)
+    config, model, start, teacher = what.config, what.model, what.start, what.teacher
     with raise_on_all_processes(), memory.oom_as_user_error(config):  # apart, as processes communicate in it
-        images = feeds.load(source, config.data, mesh, reporter)
+        images = feeds.load(what.source, config.data, mesh, reporter)
     device = _describe_devices(mesh)
     record = make_record(config, {
         "classes": list(images.spec.classes), "image_shape": list(images.spec.image_shape),
         **{f"{name}_examples": images.count(name) for name in images.splits},
-        **({"teacher": teacher.description} if teacher else {})}, device, own.names())
+        **({"teacher": teacher.description} if teacher else {})}, device, own.names(), start.init if start else None)
     with _claimed(run, record), reporter.logging(run.path):
-        reporter.info(f"{config.model.name}: {render_saving(comparison)}")
+        reporter.info(f"{config.model.name}: {render_saving(what.comparison)}")
         _log_setup(config, images, device, run, reporter)
         with contextlib.closing(Checkpoints(run.checkpoints, aside=run.damaged, tell=reporter.warn)) as checkpoints:
+            if start is not None:
+                reporter.info(describe(start))
+                save_start(checkpoints, config, model, start.variables, record)
             end = config.train.epochs * (images.count("train") // config.train.batch_size)
             if checkpoints.steps[-1:] == [end] and checkpoints.metrics(end) is not None:
                 reporter.info("this run is finished")
             else:
                 with memory.oom_as_user_error(config, saved=lambda: f" Saved: {checkpoints.describe()}."):
                     resume(config, images, model, mesh, run, checkpoints, record, reporter, teacher, own)
-    return {**comparison, "device": device, **read_outcome(run)} if is_main_process() else comparison
+    if not is_main_process():
+        return what.comparison
+    return {**what.comparison, "device": device, **read_outcome(run)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+    """What a run is made of, before its images are decoded."""
+
+    config: Config
+    source: data.Source
+    model: Network
+    comparison: dict[str, Any]
+    """The network's counts beside its plain counterpart's."""
+    start: Start | None
+    """The weights that a new run begins with, if it does not begin anew."""
+    teacher: Teacher | None
+
+
+def _set_up(config: Config, run: Workdir, init: Init | None, own: Own, reporter: Reporter) -> _Setup:
+    """Opens what the configuration names, and refuses what does not fit.
+
+    Raises:
+      UserError: as `train`.
+    """
+    start, fresh = None, begins(run, init)
+    config = config if fresh else with_chosen_ranks(config, run, init)
+    with raise_on_all_processes(), memory.oom_as_user_error(config):
+        source, model, comparison = _open(config, run, reporter)
+    with raise_on_all_processes(), memory.oom_as_user_error(config):
+        if init is not None and fresh:
+            start = make(config, source.spec, init, reporter)
+            config, model = start.config, start.network
+            comparison = compare_with_plain(config.model, len(source.spec.classes), source.spec.image_shape)
+        check_optimizer(config, model, source.spec.image_shape, own)
+        teacher = open_teacher(config, source.spec, reporter.warn)
+    return _Setup(config, source, model, comparison, start, teacher)
 
 
 def _open(config: Config, run: Workdir, reporter: Reporter) -> tuple[data.Source, Network, dict[str, Any]]:
@@ -118,8 +160,10 @@ def _open(config: Config, run: Workdir, reporter: Reporter) -> tuple[data.Source
 
 
 @contextlib.contextmanager
-def _claimed(run: Workdir, record: Mapping[str, Any]) -> Iterator[None]:
+def _claimed(run: Workdir, record: dict[str, Any]) -> Iterator[None]:
     """Keeps the directory of the run `record` locked by the first process, after making sure that all see that run.
+
+    What the run began with is added to the `record` of one that resumes.
 
     Raises:
       UserError: as `Workdir.locked`, `Workdir.claim` and `Workdir.require`.
@@ -130,7 +174,7 @@ def _claimed(run: Workdir, record: Mapping[str, Any]) -> Iterator[None]:
                 stack.enter_context(run.locked())
                 run.claim(record)
         with raise_on_all_processes():
-            run.require(record)
+            record["init"] = run.require(record)["init"]
         yield
 
 

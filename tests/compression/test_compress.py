@@ -401,11 +401,32 @@ def test_a_source_that_is_not_plain_not_there_or_not_finite_is_told(run: Path, t
     assert not (tmp_path / "new").exists()
 
 
-def test_other_images_are_told(run: Path, tmp_path: Path) -> None:
+def test_images_of_other_channels_are_told(run: Path, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "images", [f"{i}" for i in range(3)], 4)
-    with user_error("the images of data.name='folder' have other image shape than those of the run"):
+    with user_error("the images of data.name='folder' have 3 channels, and those of the run in", " 1; "):
         compress(run, tmp_path / "new", changes={"data.name": "folder", "data.directory": str(folder)})
     assert not (tmp_path / "new").exists()
+
+
+def test_other_classes_have_a_new_classifier_and_no_scores(run: Path, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared_basis.data.digits.CLASSES", tuple("abcdefghijkl"))
+    result = compress(run, tmp_path / "new", calibration=0)
+    assert result["head"] == "drawn anew, as 'a' is none of the 10 classes there"
+    assert result["test_accuracy"] is result["test_examples"] is None
+    assert "not scored before training: the classifier is drawn anew" in compress_module.render(result)
+    new = Trained.open(tmp_path / "new")
+    assert new.variables["params"]["head"]["kernel"].shape == (8, 12)
+
+
+@pytest.mark.slow
+def test_activations_that_overflow_are_told(tmp_path: Path) -> None:
+    def enlarge(arrays: Any) -> Any:
+        arrays["params", "group1", "block1", "second_norm", "scale"][:] = 1e30
+        return arrays
+    source = make_run(tmp_path / "large", config_of("small"), enlarge)
+    with user_error("the inputs of group1/block2/", "--calibration=0"):
+        compress(source, tmp_path / "new", calibration=20)
 
 
 def test_a_run_is_not_overwritten(run: Path, tmp_path: Path) -> None:

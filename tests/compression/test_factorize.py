@@ -52,6 +52,16 @@ def by_basis(layers: list[Layer], basis: np.ndarray) -> float:
     return sum(error(layer, basis, fit(layer, basis)) for layer in layers)
 
 
+def test_a_metric_that_rounding_made_indefinite_has_a_factor() -> None:
+    rng = np.random.default_rng(0)
+    axes = np.linalg.qr(rng.normal(size=(SIZE, SIZE)))[0]
+    values = np.array([-0.01, *np.linspace(0, 1, SIZE - 1)])  # the ridge is 5e-5
+    factor = factor_of(axes @ np.diag(values) @ axes.T)
+    found = np.linalg.eigvalsh(factor.T @ factor)
+    np.testing.assert_allclose(found, values + 0.02, atol=1e-3)
+    assert found[0] > 0.009
+
+
 @pytest.mark.parametrize("metric", ["filters", "common"])
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_the_shared_basis_reaches_the_bound_of_eckart_and_young(metric: str, rank: int) -> None:

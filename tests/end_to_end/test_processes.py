@@ -23,6 +23,7 @@ from helpers import (
     assert_trees_equal,
     read_arrays_anywhere,
     read_metrics,
+    save_run,
     user_environment,
     user_error,
     write_folder,
@@ -181,6 +182,23 @@ def test_only_the_first_process_prints_and_writes(undisturbed: tuple[Path, Job])
 def test_two_processes_train_as_one(undisturbed: tuple[Path, Job], tmp_path: Path) -> None:
     train_module.train(CONFIG, tmp_path / "one", Watcher())
     assert_close(read_metrics(undisturbed[0]), read_metrics(tmp_path / "one"))
+
+
+@pytest.mark.slow
+def test_two_processes_begin_with_the_weights_of_a_run(tmp_path: Path) -> None:
+    source = save_run(tmp_path / "source", replace(CONFIG, {"data.train_examples": 0}), {7: 0.5})
+    job = pair(tmp_path / "run", f"--init={source}", "--config.train.epochs=2")
+    finish(job)
+    assert f"begins with step 7 of {source} ({TINY}); the classifier is kept" in job.out(0)
+    assert job.out(1) == ""
+    there, here = read_arrays_anywhere(source, 7), read_arrays_anywhere(tmp_path / "run", 0)
+    for kind in ("params", "batch_stats"):
+        assert_trees_equal(here[kind], there[kind])
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [8]
+    again = pair(tmp_path / "run", f"--init={tmp_path / 'absent'}", "--config.train.epochs=2")
+    with again:
+        assert again.wait() == [2, 2], again.text()
+    assert f"began with --init={source}" in again.err(0)
 
 
 @pytest.mark.slow

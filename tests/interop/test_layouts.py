@@ -17,7 +17,7 @@ import pytest
 
 from shared_basis import create_model
 from shared_basis.errors import UserError
-from shared_basis.interop.pytorch import convert_official
+from shared_basis.interop.pytorch import convert_official, to_published
 from shared_basis.models.parameters import abstract_variables, count_parameters
 
 # The modules of the networks: each generator yields the name and shape of every tensor, or an alias and what it equals.
@@ -234,6 +234,26 @@ def torchvision_mobilenet(classes):
     yield from linear("classifier.1", classes, 1280)
 
 
+def timm_mobilenet(classes):
+    """mobilenetv2_100 of timm."""
+    yield from conv("conv_stem", 32, 3, 3)
+    yield from norm("bn1", 32)
+    inputs = 32
+    for stage, (count, outputs, expansion) in enumerate(MOBILE_STAGES):
+        for b in range(count):
+            block, inner = f"blocks.{stage}.{b}", expansion * inputs
+            layers = (("conv_pw", inner, inputs, 1), ("conv_dw", inner, 1, 3), ("conv_pwl", outputs, inner, 1))
+            if expansion == 1:
+                layers = (("conv_dw", inner, 1, 3), ("conv_pw", outputs, inner, 1))
+            for i, (name, channels, fan, size) in enumerate(layers, 1):
+                yield from conv(f"{block}.{name}", channels, fan, size)
+                yield from norm(f"{block}.bn{i}", channels)
+            inputs = outputs
+    yield from conv("conv_head", 1280, 320)
+    yield from norm("bn2", 1280)
+    yield from linear("classifier", classes, 1280)
+
+
 # The networks, and where tensors of each kind go
 
 
@@ -262,6 +282,9 @@ class Case(NamedTuple):
     added: int = 0
     """Parameters that the network has here and not there."""
 
+
+ADDED = 32 * 32 + 2 * 32 + 32 + 1280
+"""Parameters that torchvision's and timm's MobileNetV2 have not: the first 1×1 layer with its norm, and two biases."""
 
 D18, D34, D50, D101 = (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 6, 3), (3, 4, 23, 3)
 """Blocks by depth."""
@@ -422,7 +445,23 @@ CASES = {
             "features.18.0.weight": ("params/neck/kernel", oihw),
             "features.18.1.running_mean": ("batch_stats/neck_norm/mean", same),
             "classifier.1.weight": ("params/head/kernel", matrix), "classifier.1.bias": ("params/head/bias", same),
-        }, added=32 * 32 + 2 * 32 + 32 + 1280),  # the first 1×1 layer with its norm, and two biases
+        }, added=ADDED),
+    "timm-mobilenetv2": Case(
+        "mobilenetv2", "imagenet", functools.partial(timm_mobilenet, 1000), 3_504_872, {
+            "conv_stem.weight": ("params/stem/kernel", oihw), "bn1.running_var": ("batch_stats/stem_norm/var", same),
+            "blocks.0.0.conv_dw.weight": ("params/stage1/block1/second/kernel", oihw),
+            "blocks.0.0.bn1.bias": ("params/stage1/block1/second_norm/bias", same),
+            "blocks.0.0.conv_pw.weight": ("params/stage1/block1/third/kernel", oihw),
+            "blocks.0.0.bn2.running_mean": ("batch_stats/stage1/block1/third_norm/mean", same),
+            "blocks.1.0.conv_pw.weight": ("params/stage2/block1/first/kernel", oihw),
+            "blocks.3.2.conv_dw.weight": ("params/stage4/block3/second/kernel", oihw),
+            "blocks.4.2.bn2.weight": ("params/stage5/block3/second_norm/scale", same),
+            "blocks.5.0.conv_pwl.weight": ("params/stage6/block1/third/kernel", oihw),
+            "blocks.6.0.bn3.weight": ("params/stage7/block1/third_norm/scale", same),
+            "conv_head.weight": ("params/neck/kernel", oihw), "bn2.running_mean": (
+                "batch_stats/neck_norm/mean", same),
+            "classifier.weight": ("params/head/kernel", matrix), "classifier.bias": ("params/head/bias", same),
+        }, added=ADDED),
 }
 
 
@@ -481,7 +520,7 @@ def refusal(tensors, model):
 ONE_OF_EACH_LAYOUT = (
     "resnet34-single", "resnet34-double", "resnet50-shared++", "densenet121", "densenet121-shared", "resnext50",
     "resnext50-s16u4", "mobilenetv2-shared", "mobilenetv2-shared++-imagenet", "torchvision-resnet18",
-    "torchvision-mobilenetv2")
+    "torchvision-mobilenetv2", "timm-mobilenetv2")
 """The others differ from one of them in depth, classes or stem."""
 
 
@@ -526,6 +565,37 @@ def test_every_tensor_goes_to_its_place_and_every_variable_is_filled(published):
     counted = sum(tensor.size for name, tensor in owned.items() if "running" not in name)
     assert counted == case.parameters
     assert sum(count_parameters(variables["params"]).values()) == case.parameters + case.added
+
+
+WRITTEN_AS = {"resnet34": "torchvision-resnet34", "resnet50": "torchvision-resnet50",
+              "timm-mobilenetv2": "torchvision-mobilenetv2"}
+"""Files of networks that torchvision has too: they are written in its layout."""
+
+
+def test_what_is_written_is_the_file_again(published):
+    case = next(name for name, case in CASES.items() if case is published.case)
+    written = to_published(published.convert(), published.model, 1000)
+    expected = dict(published.tensors)
+    if case in WRITTEN_AS:
+        theirs = [name for name, _ in CASES[WRITTEN_AS[case]].modules()]
+        assert sorted(written) == sorted(theirs)
+        jax.tree.map(np.testing.assert_array_equal, convert(written, published.model), published.convert())
+        return
+    for name in filter(published.unused, expected):
+        expected[name] = expected["shared_basis_3.weight"]
+    assert written.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert written[name].shape == tensor.shape, name
+        np.testing.assert_array_equal(written[name], tensor, err_msg=name)
+
+
+def test_a_trained_mobilenetv2_is_written_in_the_official_layout():
+    file = Published(CASES["torchvision-mobilenetv2"])
+    variables = file.convert()
+    variables["params"]["stage1"]["block1"]["first"]["kernel"] *= 1.5  # which torchvision has no place for
+    written = to_published(variables, file.model)
+    assert sorted(written) == sorted(name for name, _ in CASES["mobilenetv2-imagenet"].modules())
+    jax.tree.map(np.testing.assert_array_equal, convert(written, file.model), variables)
 
 
 # A tensor too few, too many, or of another shape

@@ -1,0 +1,71 @@
+"""The weights of a trained network as a state dict, for PyTorch's users."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from shared_basis.errors import UserError
+from shared_basis.export.export import write_files
+from shared_basis.interop.pytorch import convert_official, to_published
+from shared_basis.models.parameters import count_parameters
+from shared_basis.nn.types import Tree
+from shared_basis.runs.trained import Trained
+from shared_basis.runtime.reporter import size_text
+
+
+def export_weights(workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None,
+                   output: str = "") -> dict[str, Any]:
+    """Writes a checkpoint of `workdir` as the state dict of the same network in PyTorch, a file of safetensors.
+
+    Plain networks that torchvision has are in its layout, all others in the official implementation's. Before the
+    file gets its name it is read again: every array must be the run's own.
+
+    Args:
+      which, overrides: as in `Trained.open`.
+      output: the file; by default WORKDIR/export/model.safetensors.
+
+    Returns:
+      `workdir`, `step`, `model`, `classes`, `image_shape`, `format`, `file`, its `bytes`, the number of its `tensors`
+      and of the network's `parameters`.
+
+    Raises:
+      UserError: as `Trained.open`, there is no such network in PyTorch, or the file cannot be written.
+    """
+    trained = Trained.open(workdir, which, overrides)
+    variables = jax.device_get(dict(trained.variables))
+    tensors = to_published(variables, trained.model, trained.step)
+    content = safetensors.numpy.save(tensors, metadata={"format": "pt", **{
+        name: json.dumps(value) for name, value in (
+            ("model", trained.config.model.name), ("stem", trained.config.model.stem), ("step", trained.step),
+            ("classes", trained.spec.classes), ("image_shape", trained.spec.image_shape),
+            ("mean", trained.config.data.mean), ("std", trained.config.data.std))}})
+    _verify(safetensors.numpy.load(content), trained, variables)
+    path = write_files(output, trained.run.path / "export" / "model.safetensors", {"": content})
+    return {"workdir": str(trained.run.path), "step": trained.step, "model": trained.config.model.name,
+            "classes": list(trained.spec.classes), "image_shape": list(trained.spec.image_shape), "format": "pytorch",
+            "file": str(path), "bytes": len(content), "tensors": len(tensors),
+            "parameters": sum(count_parameters(variables["params"]).values())}
+
+
+def _verify(tensors: Mapping[str, np.ndarray], trained: Trained, variables: Tree) -> None:
+    """Raises `UserError` unless the importer reads from `tensors` what was exported, bit for bit."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
+    again = convert_official(tensors, trained.model, shapes)
+    if not all(jax.tree.leaves(jax.tree.map(lambda one, other: np.array_equal(one, other, equal_nan=True), again,
+                                            variables))):
+        raise UserError("nothing is written: read again, the weights are not those of the network. This is a fault of "
+                        "the export; please report it.")
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """Returns `export_weights`' result as human-readable lines."""
+    return (f"{result['model']} at step {result['step']:,} of {result['workdir']}: {result['file']} "
+            f"({size_text(result['bytes'])}), {result['tensors']} tensors, {result['parameters']:,} parameters; read "
+            "again, they are identical")

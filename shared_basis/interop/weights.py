@@ -1,0 +1,104 @@
+"""Weights by the name that the user gives them: a run, or a file of PyTorch's."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from shared_basis import data
+from shared_basis.config import Config, replace
+from shared_basis.errors import UserError
+from shared_basis.interop.classes import describe_order, name_outputs, read_classes
+from shared_basis.interop.pytorch import load_network
+from shared_basis.interop.state_dict import read_metadata
+from shared_basis.models import create_model, plain_counterpart
+from shared_basis.runs.origin import Origin
+from shared_basis.runs.trained import build_model
+from shared_basis.runs.workdir import Workdir
+from shared_basis.runtime.distributed import make_mesh
+from shared_basis.runtime.reporter import Reporter
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""What torchvision, timm and the official implementation train with."""
+
+
+def find_weights(source: str) -> tuple[str, str | None]:
+    """Returns the path in `source`, RUN[:best|STEP] or FILE, and of a run the checkpoint: 'latest', 'best' or a step.
+
+    Raises:
+      UserError: there is no such run or file.
+    """
+    path, colon, which = source.rpartition(":")
+    if os.path.isdir(source):
+        return source, "latest"
+    if colon and os.path.isdir(path):
+        return path, which
+    if os.path.isfile(source):
+        return source, None
+    raise UserError(f"--init={source}: there is no such run or file; give RUN, RUN:best or RUN:STEP, where RUN is a "
+                    "workdir, or a file of PyTorch weights.")
+
+
+def normalization_of(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns the mean and the standard deviation with which the weights in `source` were trained.
+
+    Most files do not say; the published ones have ImageNet's.
+
+    Raises:
+      UserError: as `find_weights`, or the directory holds no run.
+    """
+    path, which = find_weights(source)
+    if which is None:
+        said = _said(path)
+        return said.get("mean", IMAGENET_MEAN), said.get("std", IMAGENET_STD)
+    config, _ = Workdir(path).load()
+    return config.data.mean, config.data.std
+
+
+def _said(path: str) -> dict[str, Any]:
+    """Returns what a file says of itself, as those of --mode=export --format=pytorch do: `classes`, `mean`, `std`."""
+    found = read_metadata(path)
+    kinds = {"classes": str, "mean": float, "std": float}
+    return {name: tuple(found[name]) for name, kind in kinds.items() if isinstance(found.get(name), list)
+            and found[name] and all(isinstance(item, kind) for item in found[name])}
+
+
+def open_weights(source: str, config: Config, spec: data.Spec, classes: str, reporter: Reporter) -> Origin:
+    """Opens the weights in `source`, as of `find_weights`, for a run of `config` on data of `spec`.
+
+    Args:
+      classes: a file that names the outputs of a file of weights, see `read_classes`; empty for none.
+
+    Raises:
+      UserError: there are none, a file holds neither the network of `config` nor its plain counterpart, or `classes`
+        are given for a run.
+    """
+    path, which = find_weights(source)
+    if which is None:
+        return open_file(path, config, spec, classes, reporter)
+    if classes:
+        raise UserError(f"--classes={classes}: names the outputs of a file; the run in {path} knows its own.")
+    return Origin.of_run(path, which)
+
+
+def open_file(path: str, config: Config, spec: data.Spec, classes: str, reporter: Reporter) -> Origin:
+    """Opens the file of weights `path`, as `open_weights` does; says in which order the outputs are taken."""
+    names = read_classes(classes) if classes else None
+    target, plain, said = build_model(config, spec), plain_counterpart(config.model.name), _said(path)
+    network, variables = load_network(path, target, create_model(plain, stem=config.model.stem))
+    changes = {f"data.{name}": said[name] for name in ("mean", "std") if name in said}
+    config = replace(config, changes if network.sharing == target.sharing else {"model.name": plain, **changes})
+    channels, count = np.shape(variables["params"]["stem"]["kernel"])[-2], network.num_classes
+    outputs = said.get("classes", ())
+    if names is not None:
+        outputs = name_outputs(names, count, spec.classes, classes, path)
+    elif len(outputs) != count:
+        outputs = ()
+        if count == len(spec.classes) and config.data.name == "folder":
+            note = describe_order(spec.classes, path)  # data sets have an order, that of published weights for them
+            (reporter.warn if note.surprising else reporter.info)(note.text)
+    return Origin(path, None, config, data.Spec((*spec.image_shape[:2], channels),
+                                                outputs or tuple(map(str, range(count)))), bool(outputs),
+                  make_mesh(), network, variables)
