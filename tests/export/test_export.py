@@ -114,7 +114,8 @@ NORMS_LEFT = {
     "bottleneck": 8,  # second and third of two blocks in each of two groups
     "resnext": 3,  # between basis and ReLU
     "densenet": 6,  # each of five layers and the head normalise what was joined, before ReLU
-    "mobilenet": 9, "mobilenet, large images": 18}  # of nine blocks that share one or two 1×1 layers
+    "mobilenet": 9, "mobilenet, large images": 18,  # of nine blocks that share one or two 1×1 layers
+    "shufflenetv1": 4}  # of two units that share two
 
 
 def test_tells_which_batch_normalisations_could_not_be_folded(network: Traced) -> None:
