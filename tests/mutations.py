@@ -431,7 +431,7 @@ MUTATIONS = (
     Mutation("graph-alone", "uses[source] == 1", "uses[source] >= 1", ("test_export",)),
     Mutation("onnx-kernels", "{4: (3, 2, 0, 1)}", "{4: (3, 2, 1, 0)}", ("test_export",)),
     Mutation("onnx-relu6", '(given["low"], given["high"]) == (0, math.inf)', 'given["low"] == 0', ("test_export",)),
-    Mutation("onnx-height-width", "return channels, height, width", "return channels, width, height", ("test_export",)),
+    Mutation("onnx-height-width", "return *channels, height, width", "return *channels, width, height", ("test_export",)),
     Mutation("stablehlo-paths", "jax.config.update(name, 0)", "jax.config.update(name, limit)", ("test_export",)),
     Mutation("export-verify-nan", "if not difference <= TOLERANCE * max(1.0, largest):",
              "if difference > TOLERANCE * max(1.0, largest):", ("test_export",)),

@@ -133,7 +133,7 @@ class Network(nn.Module):
     def one_basis(self) -> bool:
         """Returns whether the filters of `basis_layers` are of one size within a group, so that one basis serves all.
 
-        Otherwise each of the layers has a basis of its own, which the blocks share.
+        Otherwise each of the layers has a basis of its own, which the blocks share (and templates of its own).
         """
         return True
 

@@ -223,9 +223,10 @@ def _parse_sharing(name: str, forms: tuple[str, ...], plain: Network) -> Sharing
     if kind not in forms:
         raise UserError(f"network {name!r}: no sharing {form!r}; {plain_counterpart(name)} admits "
                         f"{', '.join(forms)}.")
+    one = plain.one_basis()
     if template:
-        return Sharing(tuple((layer, "templates") for layer in plain.basis_layers()), templates=int(template[1]),
-                       orthonormal=False)
+        return Sharing(tuple((layer, "templates" if one else layer) for layer in plain.basis_layers()),
+                       templates=int(template[1]), orthonormal=False)
     if kind == "tied":
         return Sharing(tuple((layer, layer) for layer in plain.basis_layers()), orthonormal=False)
     if kind in _WHOLE:
@@ -237,6 +238,5 @@ def _parse_sharing(name: str, forms: tuple[str, ...], plain: Network) -> Sharing
         raise UserError(f"network {name!r}: -double shares two bases a group, and s0 shares none; drop -double.")
     if not shared:
         return Sharing(unique_rank=unique)
-    one = plain.one_basis()
     return Sharing(tuple((layer, "shared" if one and not double else layer) for layer in plain.basis_layers()), shared,
                    unique, separate_means=not one)
