@@ -154,7 +154,7 @@ STUDIES = {
              Variant("MobileNet S64U4", "mobilenetv1-s64u4"), Variant("MobileNet plain, narrow", "mobilenetv1w26")),
             (Variant("ShuffleNet V2 plain", "shufflenetv2_x1_0"),
              Variant("ShuffleNet V2 shared++", "shufflenetv2_x1_0-shared++"),
-             Variant("ShuffleNet V2 plain, narrow", "shufflenetv2_x1_0w82"))),
+             Variant("ShuffleNet V2 plain, narrow", "shufflenetv2_x1_0w92"))),
         ("--config.train.epochs=12", "--config.train.evaluate_every=3"),
         (("MobileNet plain, narrow", "MobileNet shared"), ("MobileNet plain, narrow", "MobileNet S64U4"),
          ("MobileNet shared", "MobileNet S64U4"), ("ShuffleNet V2 plain, narrow", "ShuffleNet V2 shared++")),
