@@ -4,7 +4,16 @@ By default the networks of PyTorch are written here, in those layouts. By hand, 
 
     SHARED_BASIS_TORCHVISION=PYTHON python -m pytest -m slow -s tests/models/test_compact_pytorch.py
 
-where PYTHON is a Python that has torch, torchvision and timm. It printed on RESULTS
+where PYTHON is a Python that has torch, torchvision and timm. On 2026-11-26, with torch 2.14.1, torchvision 0.29.1 and
+timm 1.0.31, on networks with random weights, it printed:
+
+    torchvision shufflenet_v2_x0_5: 1,366,792 parameters, logits differ by 4.5e-08, the largest is 0.11
+    torchvision shufflenet_v2_x1_0: 2,278,604 parameters, logits differ by 4.5e-08, the largest is 0.123
+    torchvision shufflenet_v2_x1_5: 3,503,624 parameters, logits differ by 6.0e-08, the largest is 0.119
+    torchvision shufflenet_v2_x2_0: 7,393,996 parameters, logits differ by 4.8e-08, the largest is 0.0831
+    torchvision efficientnet_b0: 5,288,548 parameters, logits differ by 2.8e-08, the largest is 0.055
+    timm efficientnet_b0: 5,288,548 parameters, logits differ by 4.7e-08, the largest is 0.0821
+TIMM
 """
 
 from __future__ import annotations
@@ -339,4 +348,4 @@ def test_the_real_networks_are_imported_and_give_their_logits(library: str, thei
     difference, largest = np.abs(logits_of(model, variables, images) - expected).max(), np.abs(expected).max()
     print(f"{library} {theirs}: {tree_size(variables['params']):,} parameters, logits differ by {difference:.1e}, the "
           f"largest is {largest:.3g}", file=sys.__stdout__)
-    assert difference < 1e-4 * max(1, largest)
+    assert difference < 1e-4 * largest
