@@ -13,7 +13,7 @@ timm 1.0.31, on networks with random weights, it printed:
     torchvision shufflenet_v2_x2_0: 7,393,996 parameters, logits differ by 4.8e-08, the largest is 0.0831
     torchvision efficientnet_b0: 5,288,548 parameters, logits differ by 2.8e-08, the largest is 0.055
     timm efficientnet_b0: 5,288,548 parameters, logits differ by 4.7e-08, the largest is 0.0821
-TIMM
+    timm mobilenetv1_100: 4,231,976 parameters, logits differ by 1.1e-07, the largest is 0.167
 """
 
 from __future__ import annotations
