@@ -149,8 +149,8 @@ STUDIES = {
         "Do MobileNet and ShuffleNet, which the paper names and does not train, stand sharing of their 1×1 layers? The "
         "narrow plain networks have as many parameters as the shared ones. Hypotheses, seeds and test were written "
         "before the first run. In a pilot on the digits as they are, of 8×8 pixels, MobileNet hardly trained, be it "
-        "plain (31 % error after 12 epochs) or shared (37 %), as its four strides leave one pixel: hence the scale, and "
-        "24 epochs.",
+        "plain (31 % error after 12 epochs) or shared (37 %), as its four strides leave one pixel: hence the scale, "
+        "and 24 epochs.",
         "configs/digits_resnet.py", 3, (
             (Variant("MobileNet plain", "mobilenetv1"), Variant("MobileNet shared", "mobilenetv1-shared"),
              Variant("MobileNet S64U4", "mobilenetv1-s64u4"), Variant("MobileNet plain, narrow", "mobilenetv1w26")),
