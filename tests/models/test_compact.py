@@ -20,6 +20,7 @@ from shared_basis.models.parameters import abstract_variables, count_macs, tree_
 from shared_basis.models.registry import FAMILIES
 from shared_basis.models.shufflenetv1 import channel_shuffle
 from shared_basis.nn.ops import quick_compiler_options
+from shared_basis.optim.basis_group import BasisGroup
 from shared_basis.optim.orthonormal import keep_orthonormal
 from shared_basis.optim.penalty import orthogonality_diagnostics, orthogonality_penalty
 
@@ -201,6 +202,25 @@ SIZE = 16
 
 def small(name: str) -> Network:
     return create_model(name, num_classes=5, scan_blocks=False).clone(**SMALL[name.partition("-")[0]])
+
+
+def test_ranks_double_with_each_stage() -> None:
+    params = abstract_variables(small("shufflenetv2_x1_0-s3u1-double"), (SIZE, SIZE, 3))["params"]
+    for stage, width, times in (("stage2", 8, 1), ("stage3", 16, 2)):
+        assert {name: array.shape for name, array in params["bases"][stage].items()} == dict.fromkeys(
+            ("first", "third"), (1, 1, width, 3 * times))
+        assert params[stage]["block3"]["third"]["unique"].shape == (1, 1, width, times)
+        assert params[stage]["block2"]["first"]["coefficients"].shape == (4 * times, width)
+
+
+def test_layers_with_filters_of_other_sizes_are_penalised_apart_with_their_own_unique_elements() -> None:
+    groups = small("efficientnet_b0-s4u1").basis_groups("shared+unique")
+    assert groups == tuple(BasisGroup(
+        [f"bases/stage2/{layer}"], [f"stage2/{block}/{layer}/unique" for block in ("block2", "block3")],
+        reduction_group=layer) for layer in ("first", "third"))
+    assert [len(group.unique) for group in small("efficientnet_b0-s4u1").basis_groups("shared")] == [0, 0]
+    group, = small("shufflenetv2_x1_0-s3u1").clone(units=(3, 1)).basis_groups("shared+unique")  # of one size, together
+    assert (len(group.shared), len(group.unique)) == (1, 4)
 
 
 CHECKED = {"mobilenetv1-s4u1 cifar", "shufflenetv1_g2-shared imagenet", "shufflenetv2_x1_0-s3u1-double cifar",
