@@ -20,6 +20,7 @@ from shared_basis.models.base import (
 from shared_basis.models.stages import Kernels, StagedNetwork
 from shared_basis.nn.basis_conv import BasisConv
 from shared_basis.nn.batch_norm import batch_norm
+from shared_basis.nn.initializers import orthonormal
 from shared_basis.nn.types import Array, Dtype
 
 STAGES = ((1, 16, 1, 3, 1), (2, 24, 2, 3, 6), (2, 40, 2, 5, 6), (3, 80, 2, 3, 6), (3, 112, 1, 5, 6), (4, 192, 2, 5, 6),
@@ -77,7 +78,7 @@ class MobileBlock(nn.Module):
     def _pointwise(self, layer: str, x: Array, features: int, shared: Mapping[str, Array], train: bool) -> Array:
         """Returns a 1×1 layer of `x` that may share, with its batch normalisation."""
         conv = BasisConv(features, 1, unique_rank=self.unique_rank, whole_filters=self.sharing.whole_filters,
-                         dtype=self.dtype, name=layer)
+                         unique_init=orthonormal, dtype=self.dtype, name=layer)
         return conv(x, shared.get(layer), train, then=batch_norm(train, self.dtype, f"{layer}_norm"))
 
     def _excited(self, x: Array, channels: int, train: bool) -> Array:

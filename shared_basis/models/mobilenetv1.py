@@ -12,6 +12,7 @@ from shared_basis.models.base import PublishedNames, Sharing, global_average, li
 from shared_basis.models.stages import Kernels, StagedNetwork
 from shared_basis.nn.basis_conv import BasisConv
 from shared_basis.nn.batch_norm import batch_norm
+from shared_basis.nn.initializers import orthonormal
 from shared_basis.nn.ops import relu_of_product
 from shared_basis.nn.types import Array, Dtype
 
@@ -43,7 +44,7 @@ class SeparableBlock(nn.Module):
         depthwise = BasisConv(x.shape[-1], 3, self.strides, feature_group_count=x.shape[-1], dtype=self.dtype,
                               name="first")
         x = nn.relu(depthwise(x, train=train, then=batch_norm(train, self.dtype, "first_norm")))
-        pointwise = BasisConv(self.features, 1, unique_rank=self.unique_rank, dtype=self.dtype,
+        pointwise = BasisConv(self.features, 1, unique_rank=self.unique_rank, dtype=self.dtype, unique_init=orthonormal,
                               whole_filters=self.sharing.whole_filters, name="second")
         x = pointwise(x, shared.get("second"), train, then=batch_norm(train, self.dtype, "second_norm"))
         return relu_of_product(x) if self.sharing.factorised else nn.relu(x)

@@ -21,6 +21,7 @@ from shared_basis.models.resnet import PUBLISHED_BLOCK, shortcut
 from shared_basis.models.stages import Kernels, StagedNetwork
 from shared_basis.nn.basis_conv import BasisConv
 from shared_basis.nn.batch_norm import EPSILON, batch_norm
+from shared_basis.nn.initializers import orthonormal
 from shared_basis.nn.types import Array, Dtype
 
 STAGES = ((1, 16, 1, 1), (2, 24, 2, 6), (3, 32, 2, 6), (4, 64, 2, 6), (3, 96, 1, 6), (3, 160, 2, 6), (1, 320, 1, 6))
@@ -55,7 +56,7 @@ class InvertedResidual(nn.Module):
         for layer, features, size in (("first", inner, 1), ("second", inner, 3), ("third", self.features, 1)):
             depthwise = layer == "second"
             y = BasisConv(features, size, self.strides if depthwise else 1, dtype=self.dtype,
-                          unique_rank=0 if depthwise else self.unique_rank,
+                          unique_rank=0 if depthwise else self.unique_rank, unique_init=orthonormal,
                           feature_group_count=inner if depthwise else 1,
                           whole_filters=self.sharing.whole_filters, name=layer)(
                               y, shared.get(layer), train, then=batch_norm(train, self.dtype, f"{layer}_norm"))

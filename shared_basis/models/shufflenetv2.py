@@ -14,6 +14,7 @@ from shared_basis.models.shufflenetv1 import UNITS, channel_shuffle, named_stage
 from shared_basis.models.stages import Kernels, StagedNetwork
 from shared_basis.nn.basis_conv import BasisConv
 from shared_basis.nn.batch_norm import batch_norm
+from shared_basis.nn.initializers import orthonormal
 from shared_basis.nn.ops import relu_of_product
 from shared_basis.nn.types import Array, Dtype
 
@@ -58,7 +59,7 @@ class ShuffleUnitV2(nn.Module):
         size, strides, groups = (3, self.strides, features) if depthwise else (1, 1, 1)
         conv = BasisConv(features, size, strides, feature_group_count=groups, dtype=self.dtype, name=name,
                          unique_rank=self.unique_rank if name in ("first", "third") else 0,
-                         whole_filters=self.sharing.whole_filters)
+                         unique_init=orthonormal, whole_filters=self.sharing.whole_filters)
         return conv(x, shared, train, then=batch_norm(train, self.dtype, f"{name}_norm"))
 
 

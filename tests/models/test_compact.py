@@ -213,6 +213,15 @@ def test_ranks_double_with_each_stage() -> None:
         assert params[stage]["block2"]["first"]["coefficients"].shape == (4 * times, width)
 
 
+def test_all_elements_start_with_norm_1() -> None:
+    model = small("efficientnet_b0-s4u1")
+    params = jax.jit(lambda key: model.init(key, jnp.zeros((1, SIZE, SIZE, 3)), train=False)["params"],
+                     compiler_options=quick_compiler_options())(jax.random.key(0))
+    found = orthogonality_diagnostics(params, model.basis_groups("shared+unique"))
+    assert float(found["norm_min"]) == pytest.approx(1, abs=1e-5)
+    assert float(found["norm_max"]) == pytest.approx(1, abs=1e-5)
+
+
 def test_layers_with_filters_of_other_sizes_are_penalised_apart_with_their_own_unique_elements() -> None:
     groups = small("efficientnet_b0-s4u1").basis_groups("shared+unique")
     assert groups == tuple(BasisGroup(
