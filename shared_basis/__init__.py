@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shared_basis.models.check import check_network
     from shared_basis.models.parameters import count_by_kind
     from shared_basis.models.registry import create_model, register_network
+    from shared_basis.models.stages import StagedNetwork
     from shared_basis.nn.basis_conv import BasisConv
     from shared_basis.nn.batch_norm import BatchNorm
     from shared_basis.nn.initializers import init_shared_bases
@@ -45,6 +46,7 @@ __all__ = [
     "Network",
     "Reporter",
     "Sharing",
+    "StagedNetwork",
     "UserError",
     "__version__",
     "add_orthogonality_penalty",
@@ -81,6 +83,7 @@ _MODULES = {
     "models.check": ("check_network",),
     "models.parameters": ("count_by_kind",),
     "models.registry": ("create_model", "register_network"),
+    "models.stages": ("StagedNetwork",),
     "nn.basis_conv": ("BasisConv",),
     "nn.batch_norm": ("BatchNorm",),
     "nn.initializers": ("init_shared_bases",),

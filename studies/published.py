@@ -1,5 +1,7 @@
 """The networks that the paper reports, with their published errors, as a table: `python -m studies.published`.
 
+Compact networks follow that the paper does not have, without errors: nobody has trained them so.
+
 Parameters and multiply-accumulates are counted here and now; only the errors are quoted (Kang & Kim; top-1 error at the
 best test epoch, single runs as far as can be seen; for ImageNet top-1 / top-5).
 """
@@ -18,7 +20,7 @@ class Published(NamedTuple):
     dataset: str
     name: str
     error: str = ""
-    """In percent; empty where the paper gives none."""
+    """In percent; empty where the paper gives none, and in words where it does not have the network."""
 
 
 PUBLISHED = (
@@ -54,6 +56,13 @@ PUBLISHED = (
 )
 """In the paper's order."""
 
+OTHERS = tuple(Published("ImageNet", name, "not of the paper") for name in (
+    "mobilenetv1", "mobilenetv1-shared", "mobilenetv1-s64u4", "mobilenetv2-s8u1",
+    "shufflenetv1_g3", "shufflenetv1_g3-shared", "shufflenetv1_g3-shared++",
+    "shufflenetv2_x1_0", "shufflenetv2_x1_0-shared", "shufflenetv2_x1_0-shared++", "shufflenetv2_x1_0-s16u1-double",
+    "efficientnet_b0", "efficientnet_b0-shared", "efficientnet_b0-shared++", "efficientnet_b0-s16u1"))
+"""Compact networks that are not of the paper."""
+
 _DATASETS = {"CIFAR-10": (10, 32, "cifar"), "CIFAR-100": (100, 32, "cifar"), "ImageNet": (1000, 224, "imagenet")}
 """Classes, image size and stem."""
 
@@ -62,7 +71,7 @@ def table() -> str:
     """Returns the table in Markdown."""
     lines = ["| data | network | parameters | fewer than plain | MACs | fewer than plain | published error % |",
              "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
-    for row in PUBLISHED:
+    for row in (*PUBLISHED, *OTHERS):
         classes, size, stem = _DATASETS[row.dataset]
         counts = compare_with_plain(ModelConfig(name=row.name, stem=stem), classes, (size, size, 3))
         saving = {key: f"{100 * value:.1f} %" for key, value in counts["saving"].items()}

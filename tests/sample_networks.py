@@ -12,10 +12,14 @@ from helpers import tiny_network
 
 from shared_basis.models.base import Network, Sharing
 from shared_basis.models.densenet import DenseNet
+from shared_basis.models.efficientnet import EfficientNet
+from shared_basis.models.mobilenetv1 import MobileNetV1
 from shared_basis.models.mobilenetv2 import MobileNetV2
 from shared_basis.models.parameters import abstract_variables
 from shared_basis.models.resnet import ResNet
 from shared_basis.models.resnext import ResNeXt
+from shared_basis.models.shufflenetv1 import ShuffleNetV1
+from shared_basis.models.shufflenetv2 import ShuffleNetV2
 
 
 def whole(*layers: str, templates: int = 0) -> Sharing:
@@ -39,6 +43,13 @@ NETWORKS: dict[str, Network] = {
     "plain resnext": ResNeXt(10, blocks=(2,), widths=(32,)),
     "mobilenet": MobileNetV2(10, whole("first")),
     "mobilenet, large images": MobileNetV2(10, whole("first", "third"), stem="imagenet"),
+    "mobilenetv1": MobileNetV1(10, Sharing((("second", "shared"),), 3, 1), width=4, stages=((1, 2, 1), (3, 2, 2))),
+    "shufflenetv1": ShuffleNetV1(10, whole("first", "third"), groups=2, widths=(32,), units=(3,)),
+    "shufflenetv2": ShuffleNetV2(10, Sharing((("first", "shared"), ("third", "shared")), 3, 1), widths=(16,),
+                                 units=(3,), neck=16),
+    "efficientnet": EfficientNet(10, Sharing((("first", "first"), ("third", "third")), 3, 1, separate_means=True),
+                                 stages=((1, 8, 1, 3, 1), (3, 8, 2, 5, 3))),
+    "efficientnet, unique only": EfficientNet(10, Sharing(unique_rank=3), stages=((3, 8, 2, 5, 3),)),
 }
 SHAPE = (8, 8, 3)
 """Of their images."""

@@ -22,7 +22,7 @@ class BasisSet(NamedTuple):
     """The bases of one group whose elements have one shape, and the layers that use them."""
 
     name: str
-    """The group's, or '<group>/<array>' where its shared arrays hold elements of different shapes."""
+    """The group's, or '<group>/<array>' (or layer) where elements are of different shapes."""
     shared: dict[str, np.ndarray]
     """By name, the shared arrays `[k, k, C, s]` (templates: `[k, k, C, T, s]`)."""
     uses: dict[str, str]
@@ -62,11 +62,9 @@ def basis_sets(network: Network, variables: Mapping[str, Tree]) -> list[BasisSet
     sets = []
     for group, blocks in network.sharing_blocks().items():
         shared = {name: np.asarray(array) for name, array in sorted(params.get("bases", {}).get(group, {}).items())}
-        alike = len({array.shape[:-1] for array in shared.values()}) <= 1
-        for name, arrays in [(group, shared)] if alike else [(f"{group}/{each}", {each: shared[each]})
-                                                             for each in shared]:
-            uses = {"/".join(network.layer_path(group, block, layer)): array for block in blocks
-                    for layer, array in array_of.items() if not arrays or array in arrays}
+        for name, arrays, layers in _parts(network, group, shared, array_of):
+            uses = {"/".join(network.layer_path(group, block, layer)): array_of[layer] for block in blocks
+                    for layer in layers}
             if not uses:
                 continue
             own = {layer: (_at(params, layer), _at(stats, layer)) for layer in uses}
@@ -75,6 +73,17 @@ def basis_sets(network: Network, variables: Mapping[str, Tree]) -> list[BasisSet
                 {layer: np.asarray(tree["unique"]) for layer, (tree, _) in own.items() if "unique" in tree},
                 {layer: effective_coefficients(*trees) for layer, trees in own.items() if "coefficients" in trees[0]}))
     return sets
+
+
+def _parts(network: Network, group: str, shared: dict[str, np.ndarray],
+           array_of: Mapping[str, str]) -> list[tuple[str, dict[str, np.ndarray], list[str]]]:
+    """Returns for each size of elements in `group` a name, the shared arrays, and the layers with such elements."""
+    if not shared and not network.one_basis():
+        return [(f"{group}/{layer}", {}, [layer]) for layer in array_of]
+    if len({array.shape[:-1] for array in shared.values()}) <= 1:
+        return [(group, shared, list(array_of))]
+    return [(f"{group}/{name}", {name: array}, [layer for layer, used in array_of.items() if used == name])
+            for name, array in shared.items()]
 
 
 def _at(tree: Tree, path: str) -> Tree:

@@ -92,10 +92,12 @@ def shared_directions(layers: Sequence[Layer]) -> Matrix:
 def orthonormal_together(bases: Sequence[Matrix]) -> list[Matrix]:
     """Returns the nearest bases to these, `[D, s]` of one space and each orthonormal, that are orthonormal together.
 
-    A single basis is returned as it is, and so are more than the space can hold together.
+    A single basis is returned as it is, and so are more than the space can hold together, or those of several spaces.
     """
+    if len(bases) == 1 or len({len(basis) for basis in bases}) > 1:
+        return list(bases)
     stacked = np.concatenate(bases, axis=1)
-    if len(bases) == 1 or stacked.shape[1] > len(stacked):
+    if stacked.shape[1] > len(stacked):
         return list(bases)
     left, _, right = np.linalg.svd(stacked, full_matrices=False)  # the polar factor is the nearest orthonormal set
     return np.split(left @ right, len(bases), axis=1)
@@ -168,4 +170,6 @@ class Group:
     def remaining(self, rank: int) -> Matrix:
         """Returns the mean over the layers of `remaining_energy` by shared bases of `rank`."""
         bases = self.bases(rank)
-        return np.mean([remaining_energy(layer, self.basis_of(name, bases)) for name, layer in self.layers.items()], 0)
+        parts = [remaining_energy(layer, self.basis_of(name, bases)) for name, layer in self.layers.items()]
+        longest = max(map(len, parts))  # with as many elements as filters nothing remains
+        return np.mean([np.pad(part, (0, longest - len(part))) for part in parts], 0)

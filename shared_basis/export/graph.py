@@ -8,12 +8,16 @@ Shapes are those of one image, `[H, W, C]` and in the end `[C]`: no operation mi
              in two arrays, kernel and kernel_more, one after the other on the last axis
     linear   x [C] by kernel [C, T], likewise
     add      of two inputs
+    multiply of two inputs; the second may be [1, 1, C], a factor for each channel
     clip     to [low, high]; ReLU is low 0, high ∞
+    sigmoid
     concat   of channels
     slice    starts, limits and strides of [H, W, C]
     pad      with zeros, (before, after) of [H, W, C]
     max_pool, average_pool    window, strides, padding; zeros of the padding count in averages
     mean     over height and width
+    reshape  of the axes behind height and width, [H, W, C] to [H, W, a, b] or back; or of [C] to [1, 1, C]
+    transpose    of the axes behind height and width: order, of all axes
 
 Strides and windows are (height, width), padding is ((above, below), (left, right)).
 """
@@ -133,8 +137,16 @@ def _apply(node: Node, inputs: list[jax.Array], constant: Mapping[str, jax.Array
             return x + inputs[1]
         case "clip":
             return jnp.clip(x, given["low"], None if math.isinf(given["high"]) else given["high"])
+        case "multiply":
+            return x * inputs[1]
+        case "sigmoid":
+            return jax.nn.sigmoid(x)
         case "concat":
             return jnp.concatenate(inputs, axis=-1)
+        case "reshape":
+            return x.reshape(x.shape[0], *node.shape)
+        case "transpose":
+            return x.transpose(0, *(axis + 1 for axis in given["order"]))
         case "slice":
             for axis, bounds in enumerate(zip(given["starts"], given["limits"], given["strides"], strict=True), 1):
                 x = jax.lax.slice_in_dim(x, *bounds, axis=axis)

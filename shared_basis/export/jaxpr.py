@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -138,9 +139,11 @@ def _dot(eqn: Any, inputs: Sequence[Value], shape: tuple[int, ...], scope: str) 
 
 
 def _arithmetic(eqn: Any, inputs: Sequence[Value], shape: tuple[int, ...], scope: str) -> Node:
-    """Reads +, −, · and /: of two results only their sum, of a result and a constant for each channel any."""
+    """Reads +, −, · and /: of two results only sum and product, of a result and a constant for each channel any."""
     (x, y), name = inputs, eqn.primitive.name
     if isinstance(x, Node) and isinstance(y, Node):
+        if name == "mul":
+            return _product(x, y, shape, scope)
         _require(name == "add" and x.shape == y.shape)
         return Node("add", shape, (x, y), scope=scope)
     constant, behind = _by_channel(y if isinstance(x, Node) else x, shape), isinstance(x, Node)
@@ -154,6 +157,14 @@ def _arithmetic(eqn: Any, inputs: Sequence[Value], shape: tuple[int, ...], scope
             return _affine(x, constant, 0.0, scope)
     _require(behind)
     return _affine(x, 1 / constant, 0.0, scope)
+
+
+def _product(x: Node, y: Node, shape: tuple[int, ...], scope: str) -> Node:
+    """Reads the product of two results, one of which may be a factor for each channel."""
+    if x.shape != shape:
+        x, y = y, x
+    _require(x.shape == shape and y.shape in (shape, (1, 1, *shape[2:])))
+    return Node("multiply", shape, (x, y), scope=scope)
 
 
 def _by_channel(constant: Value, shape: tuple[int, ...]) -> np.ndarray:
@@ -225,7 +236,29 @@ def _sum(eqn: Any, inputs: Sequence[Value], shape: tuple[int, ...], scope: str) 
     return _affine(Node("mean", shape, (x,), scope=scope), float(x.shape[0] * x.shape[1]), 0.0, scope)
 
 
+def _sigmoid(eqn: Any, inputs: Sequence[Value], shape: tuple[int, ...], scope: str) -> Node:
+    return Node("sigmoid", shape, (_node(inputs[0]),), scope=scope)
+
+
+def _reshape(eqn: Any, inputs: Sequence[Value], shape: tuple[int, ...], scope: str) -> Node:
+    """Reads a reshape of the axes behind height and width, or of `[C]` to `[1, 1, C]`."""
+    x = _node(inputs[0])
+    behind = min(len(x.shape), len(shape)) >= 3 and x.shape[:2] == shape[:2]
+    _require(math.prod(x.shape) == math.prod(shape) and (behind or shape == (1, 1, *x.shape)))
+    if x.op == "affine" and x.shape[-1] == shape[-1]:  # channels stay, and what follows may join with it
+        return dataclasses.replace(x, shape=shape, inputs=(Node("reshape", shape, x.inputs, scope=scope),))
+    return Node("reshape", shape, (x,), scope=scope)
+
+
+def _transpose(eqn: Any, inputs: Sequence[Value], shape: tuple[int, ...], scope: str) -> Node:
+    order = eqn.params["permutation"]
+    _require(tuple(order[:3]) == (0, 1, 2))
+    return Node("transpose", shape, (_node(inputs[0]),), attributes={"order": tuple(axis - 1 for axis in order[1:])},
+                scope=scope)
+
+
 _READ: dict[str, Callable[[Any, Sequence[Value], tuple[int, ...], str], Node]] = {
     "conv_general_dilated": _conv, "dot_general": _dot, "add": _arithmetic, "sub": _arithmetic, "mul": _arithmetic,
-    "div": _arithmetic, "max": _clip, "min": _clip, "concatenate": _concatenate, "slice": _slice, "pad": _pad,
+    "div": _arithmetic, "max": _clip, "min": _clip, "logistic": _sigmoid, "concatenate": _concatenate, "slice": _slice,
+    "pad": _pad, "reshape": _reshape, "broadcast_in_dim": _reshape, "transpose": _transpose,
     "reduce_window_max": _pool, "reduce_window_sum": _pool, "reduce_sum": _sum}

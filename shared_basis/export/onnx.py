@@ -93,8 +93,8 @@ class _Writer:
                                  pads=_pads(given["padding"]), group=given["groups"])
             case "linear":
                 name = self._add("Gemm", [*inputs, *self._weights(node)], scope)
-            case "add":
-                name = self._add("Add", inputs, scope)
+            case "add" | "multiply" | "sigmoid":
+                name = self._add({"add": "Add", "multiply": "Mul", "sigmoid": "Sigmoid"}[node.op], inputs, scope)
             case "clip" if (given["low"], given["high"]) == (0, math.inf):
                 name = self._add("Relu", inputs, scope)
             case "clip":
@@ -102,6 +102,12 @@ class _Writer:
                 name = self._add("Clip", [*inputs, *(self._constant(bound, f"{bound:g}") for bound in bounds)], scope)
             case "concat":
                 name = self._add("Concat", inputs, scope, axis=1)
+            case "reshape":  # where 0 is N
+                name = self._add("Reshape", [*inputs, self._integers((0, *_channels_first(node.shape)))], scope)
+            case "transpose":
+                axes = _channels_first(tuple(range(len(given["order"]))))
+                order = [1 + axes.index(axis) for axis in _channels_first(given["order"])]
+                name = self._add("Transpose", inputs, scope, perm=(0, *order))
             case "slice":
                 starts, limits, strides = (self._integers(_channels_first(given[key]))
                                            for key in ("starts", "limits", "strides"))
@@ -162,9 +168,9 @@ class _Writer:
 
 
 def _channels_first(values: Sequence[int]) -> tuple[int, ...]:
-    """Returns values for [H, W, C] in the order [C, H, W]."""
-    height, width, channels = values
-    return channels, height, width
+    """Returns values for [H, W, C] in the order [C, H, W], likewise where several axes take the place of C."""
+    height, width, *channels = values
+    return *channels, height, width
 
 
 def _pads(padding: Sequence[tuple[int, int]]) -> tuple[int, ...]:

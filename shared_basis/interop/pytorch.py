@@ -214,6 +214,8 @@ def aliases_of(path: Path, model: Network) -> list[TensorAliases]:
     block, *inner = rest
     module = "/".join(inner if inner[-1] in ("unique", "coefficients") else inner[:-1])
     has_basis = model.sharing.factorised and block in model.sharing_blocks().get(top, ())
+    if has_basis and not names.factorised:
+        raise UserError("there are no published weights with bases of it; import the plain network and compress it.")
     in_block = names.factorised if has_basis else names.plain
     return [tuple(f"{prefix}.{name}.{leaf}" for prefix in model.published_blocks(top, block)
                   for name in in_block[module].split("|"))]

@@ -48,6 +48,15 @@ class Sharing:
         """Whether layers have a basis, shared or of their own."""
         return bool(self.shared_rank or self.unique_rank)
 
+    def shape(self, kernel: tuple[int, ...], g: int = 0) -> tuple[int, ...]:
+        """Returns the shape of the array that layers with kernels `[*k, C / groups, T]` share in group `g`, from 0.
+
+        Bases have s · 2^g elements; whole filters and templates are as many as the layer has.
+        """
+        if self.templates:
+            return (*kernel, self.templates)
+        return (*kernel[:-1], self.shared_rank << g or kernel[-1])
+
 
 Tensors = Mapping[str, np.ndarray]
 """A PyTorch state dict."""
@@ -74,8 +83,9 @@ class Network(nn.Module):
     """Base of all networks: owns the shared arrays as the top-level parameter `bases/<group>/<name>`.
 
     What is specific to an architecture is answered by its methods: `shared_shapes`, `sharing_blocks` and `basis_layers`
-    by every one; `layer_path`, `whole_layers`, `basis_is_linear` and the names in published files where the defaults
-    are not right. `models.check.check_network` holds the answers to what the network computes.
+    by every one; `layer_path`, `whole_layers`, `one_basis`, `basis_is_linear` and the names in published files where
+    the defaults are not right. `models.stages.StagedNetwork` answers most of them for networks of stages;
+    `models.check.check_network` holds the answers to what the network computes.
     """
 
     num_classes: int
@@ -119,6 +129,13 @@ class Network(nn.Module):
         Empty where the network admits neither.
         """
         return ()
+
+    def one_basis(self) -> bool:
+        """Returns whether the filters of `basis_layers` are of one size within a group, so that one basis serves all.
+
+        Otherwise each of the layers has a basis of its own, which the blocks share (and templates of its own).
+        """
+        return True
 
     def basis_is_linear(self) -> bool:
         """Returns whether factorised layers are linear in the elements of their basis, so that they can be fitted."""
@@ -191,15 +208,17 @@ class Network(nn.Module):
         if not self.sharing.orthonormal:
             return ()
         groups: list[BasisGroup] = []
+        uses = dict(self.sharing.layers)
         for group, named in self.shared_shapes().items():
             shared: tuple[Path, ...] = tuple(("bases", group, name) for name in sorted(named))
-            unique: tuple[Path, ...] = ()
+            unique: dict[Path, str | None] = {}
             if self.sharing.unique_rank and elements == "shared+unique":
-                unique = tuple((*path, "unique") for path in self.basis_layer_paths()[group])
+                unique = {(*path, "unique"): uses.get(layer) for path, layer in self.basis_layer_paths()[group].items()}
             if self.sharing.separate_means:
-                groups += [BasisGroup((path,), reduction_group=path[-1]) for path in shared]
+                groups += [BasisGroup((path,), tuple(own for own, name in unique.items() if name == path[-1]),
+                                      reduction_group=path[-1]) for path in shared]
             elif shared or unique:
-                groups.append(BasisGroup(shared, unique))
+                groups.append(BasisGroup(shared, tuple(unique)))
         return tuple(groups)
 
     def element_sets(self, elements: str = "shared") -> tuple[BasisGroup, ...]:

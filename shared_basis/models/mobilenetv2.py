@@ -1,4 +1,4 @@
-"""MobileNetV2 whose 1×1 expansions, and projections, may be shared within a stage."""
+"""MobileNetV2 whose 1×1 expansions, and projections, may be shared within a stage, or bases of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from shared_basis.models.base import (
-    Group,
-    Network,
     PublishedNames,
     Sharing,
     Tensors,
@@ -20,8 +18,10 @@ from shared_basis.models.base import (
     unexpected_tensors,
 )
 from shared_basis.models.resnet import PUBLISHED_BLOCK, shortcut
+from shared_basis.models.stages import Kernels, StagedNetwork
 from shared_basis.nn.basis_conv import BasisConv
 from shared_basis.nn.batch_norm import EPSILON, batch_norm
+from shared_basis.nn.initializers import orthonormal
 from shared_basis.nn.types import Array, Dtype
 
 STAGES = ((1, 16, 1, 1), (2, 24, 2, 6), (3, 32, 2, 6), (4, 64, 2, 6), (3, 96, 1, 6), (3, 160, 2, 6), (1, 320, 1, 6))
@@ -44,6 +44,8 @@ class InvertedResidual(nn.Module):
     project: bool
     """A 1×1 shortcut where a block of stride 1 changes the width; without it such a block has no shortcut."""
     sharing: Sharing = Sharing()
+    unique_rank: int = 0
+    """Of the two 1×1 layers."""
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -54,10 +56,10 @@ class InvertedResidual(nn.Module):
         for layer, features, size in (("first", inner, 1), ("second", inner, 3), ("third", self.features, 1)):
             depthwise = layer == "second"
             y = BasisConv(features, size, self.strides if depthwise else 1, dtype=self.dtype,
+                          unique_rank=0 if depthwise else self.unique_rank, unique_init=orthonormal,
                           feature_group_count=inner if depthwise else 1,
                           whole_filters=self.sharing.whole_filters, name=layer)(
-                              y, shared.get(layer), train=train)
-            y = batch_norm(train, self.dtype, f"{layer}_norm")(y)
+                              y, shared.get(layer), train, then=batch_norm(train, self.dtype, f"{layer}_norm"))
             if layer != "third":
                 y = nn.relu(y)
         if self.strides == 1 and (self.project or x.shape[-1] == self.features):
@@ -65,35 +67,23 @@ class InvertedResidual(nn.Module):
         return y
 
 
-class MobileNetV2(Network):
+class MobileNetV2(StagedNetwork):
     """MobileNetV2; the shared basis is the 1×1 expansion, with `-shared++` the 1×1 projection too.
+
+    With `s<S>u<U>`, which the paper does not have, each of the two is made of a basis that the blocks share.
 
     For small images the stem is 1×1 with padding 1, stage 6 has stride 1, and projections are shortcuts. For large ones
     the stem is 3×3 of stride 2, and dropout precedes the classifier.
     """
 
-    stem: str = "cifar"
     dropout: float = 0.2
     """Rate before the classifier, with the 'imagenet' stem."""
 
-    def shared_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """See `Network`."""
-        def shape(layer: str, width: int, expansion: int) -> tuple[int, ...]:
-            return (1, 1, width, expansion * width) if layer == "first" else (1, 1, expansion * width, width)
-        return {f"stage{s}": {name: shape(layer, STAGES[s - 1][1], STAGES[s - 1][3])
-                              for layer, name in self.sharing.layers} for s in SHARING_STAGES}
-
-    def sharing_blocks(self) -> dict[str, tuple[str, ...]]:
-        """See `Network`."""
-        return {f"stage{s}": tuple(f"block{b}" for b in range(2, STAGES[s - 1][0] + 1)) for s in SHARING_STAGES}
-
-    def basis_layers(self) -> tuple[str, ...]:
-        """See `Network`."""
-        return ()
-
-    def whole_layers(self) -> tuple[str, ...]:
-        """See `Network`: the expansion, and the projection."""
-        return ("first", "third")
+    def shareable(self) -> dict[str, tuple[int, Kernels]]:
+        """See `StagedNetwork`: the expansion, and the projection."""
+        return {f"stage{s}": (blocks, {"first": (1, 1, width, expansion * width),
+                                       "third": (1, 1, expansion * width, width)})
+                for s, (blocks, width, _, expansion) in enumerate(STAGES, 1) if s in SHARING_STAGES}
 
     def published_names(self) -> PublishedNames:
         """See `Network`."""
@@ -181,8 +171,9 @@ class MobileNetV2(Network):
         _, features, strides, expansion = STAGES[s - 1]
         if self.stem == "cifar" and s == 6:
             strides = 1
-        return InvertedResidual(features, strides if first else 1, expansion, self.stem == "cifar",
-                                Sharing() if first else self.sharing, self.dtype, name=name)
+        sharing, rank = (Sharing(), 0) if first else (self.sharing, self.unique_rank(f"stage{s}"))
+        return InvertedResidual(features, strides if first else 1, expansion, self.stem == "cifar", sharing, rank,
+                                self.dtype, name=name)
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:
@@ -190,14 +181,11 @@ class MobileNetV2(Network):
 
         With the 'imagenet' stem, training draws from the random stream 'dropout'.
         """
-        bases = self.shared_arrays()
         size, strides = (1, 1) if self.stem == "cifar" else (3, 2)
         x = BasisConv(STEM, size, strides, padding=1, use_bias=True, dtype=self.dtype, name="stem")(images, train=train)
         x = nn.relu6(batch_norm(train, self.dtype, "stem_norm")(x))
-        for s, (blocks, *_) in enumerate(STAGES, 1):
-            stage = f"stage{s}"
-            make = functools.partial(self.block, s)
-            x = Group(make, blocks, self.loops(blocks), name=stage)(x, self.shared_by_layer(bases, stage), train=train)
+        x = self.apply_stages(x, {f"stage{s}": (blocks, functools.partial(self.block, s))
+                                  for s, (blocks, *_) in enumerate(STAGES, 1)}, train)
         x = BasisConv(NECK, 1, use_bias=True, dtype=self.dtype, name="neck")(x, train=train)
         x = global_average(nn.relu6(batch_norm(train, self.dtype, "neck_norm")(x)))
         if self.stem == "imagenet":

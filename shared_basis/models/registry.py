@@ -13,23 +13,31 @@ import jax.numpy as jnp
 from shared_basis.errors import UserError
 from shared_basis.models.base import Network, Sharing
 from shared_basis.models.densenet import DenseNet
+from shared_basis.models.efficientnet import EfficientNet
+from shared_basis.models.mobilenetv1 import STEM as MOBILENET_WIDTH
+from shared_basis.models.mobilenetv1 import MobileNetV1
 from shared_basis.models.mobilenetv2 import MobileNetV2
 from shared_basis.models.resnet import ResNet
 from shared_basis.models.resnext import ResNeXt
+from shared_basis.models.shufflenetv1 import WIDTHS, ShuffleNetV1
+from shared_basis.models.shufflenetv2 import ShuffleNetV2
 from shared_basis.nn.types import Dtype
 
 GRAMMAR = "<network>[-<sharing>], e.g. resnet56, resnet56-s16u1-double, resnet34-s32u1, resnet50-shared++, resnet32w12"
-"""How a network is named; the sharing is one of `SHARING_FORMS`. ResNet-14 to 110 take a width, w<channels>, too."""
+"""How a network is named; the sharing is one of `SHARING_FORMS`. Some networks take a width, w<channels>, too."""
 
 SHARING_FORMS = {
     "s<S>u<U>": "S shared and U unique basis elements in the first group, doubling with each further one",
     "s<S>u<U>-double": "the same with one basis for the first layers of the blocks and another for the second ones",
     "shared": "one whole layer of the blocks is shared",
     "shared++": "two whole layers are",
-    "tied": "baseline: the blocks share whole 3×3 filters (naive recursion)",
-    "template<k>": "baseline: each 3×3 kernel is its own combination of k shared templates",
+    "tied": "baseline: the blocks share the whole filters of these layers, without penalty (naive recursion)",
+    "template<k>": "baseline: the kernel of each of these layers is its own combination of k shared templates",
 }
 """The forms of sharing, and what they mean."""
+
+STEMS = ("cifar", "imagenet")
+"""What networks begin with: for small images, and for large ones."""
 
 BASIS, DOUBLE = "s<S>u<U>", "s<S>u<U>-double"
 _BASIS = (BASIS, DOUBLE)
@@ -48,22 +56,27 @@ class Family:
     forms: tuple[str, ...]
     """The `SHARING_FORMS` that it admits."""
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    width: int = 0
+    """Channels of the first layer or group that decide the others; a name may ask for other ones by w<channels>."""
+    at_width: Callable[[int], dict[str, Any]] | None = None
+    """The `arguments` that change with the width; None where it is fixed."""
 
 
 CIFAR_DEPTHS = (14, 20, 32, 44, 56, 110)
 CIFAR_WIDTH = 16
-"""Channels of the first group of these ResNets; a name may ask for others: `resnet32w12` has 12, 24 and 48."""
+"""Channels of the first group of these ResNets: `resnet32w12` has 12, 24 and 48."""
 
 
-def _cifar_resnet(depth: int, width: int = CIFAR_WIDTH) -> Family:
-    return Family(ResNet, ("cifar",), _BASIS + _BASELINES, {
-        "blocks": ((depth - 2) // 6,) * 3, "widths": (width, 2 * width, 4 * width), "project": False})
+def _doubling(width: int) -> dict[str, Any]:
+    return {"widths": (width, 2 * width, 4 * width)}
 
 
 def _families() -> dict[str, Family]:
-    small = {f"resnet{depth}": _cifar_resnet(depth) for depth in CIFAR_DEPTHS}
+    small = {f"resnet{depth}": Family(ResNet, ("cifar",), _BASIS + _BASELINES, {
+        "blocks": ((depth - 2) // 6,) * 3, **_doubling(CIFAR_WIDTH), "project": False}, CIFAR_WIDTH, _doubling)
+        for depth in CIFAR_DEPTHS}
     wide = {"widths": (64, 128, 256, 512)}
-    basic = {f"resnet{depth}": Family(ResNet, ("cifar", "imagenet"), _BASIS + _BASELINES, {"blocks": blocks, **wide})
+    basic = {f"resnet{depth}": Family(ResNet, STEMS, _BASIS + _BASELINES, {"blocks": blocks, **wide})
              for depth, blocks in ((18, (2, 2, 2, 2)), (34, (3, 4, 6, 3)))}
     bottleneck = {f"resnet{depth}": Family(ResNet, ("imagenet", "cifar"), _WHOLE, {
         "blocks": blocks, "bottleneck": True, **wide}) for depth, blocks in ((50, (3, 4, 6, 3)), (101, (3, 4, 23, 3)))}
@@ -72,15 +85,28 @@ def _families() -> dict[str, Family]:
         "densenet121": Family(DenseNet, ("cifar",), _BASIS[:1]),
         "resnext50_32x4d": Family(ResNeXt, ("cifar",), _BASIS[:1], {
             "blocks": (3, 4, 6, 3), "widths": (128, 256, 512, 1024)}),
-        "mobilenetv2": Family(MobileNetV2, ("cifar", "imagenet"), _WHOLE),
+        "mobilenetv2": Family(MobileNetV2, STEMS, (*_WHOLE, BASIS, *_BASELINES)), **_compact_families(),
     }
+
+
+def _compact_families() -> dict[str, Family]:
+    """Returns the compact networks that the paper names, or that are deployed today, and does not have."""
+    one = Family(MobileNetV1, STEMS, ("shared", BASIS, *_BASELINES), width=MOBILENET_WIDTH,
+                 at_width=lambda width: {"width": width})
+    first = {f"shufflenetv1_g{groups}": Family(ShuffleNetV1, STEMS, _WHOLE, {"groups": groups}) for groups in WIDTHS}
+    second = {f"shufflenetv2_{name}": Family(ShuffleNetV2, STEMS, (*_WHOLE, *_BASIS, *_BASELINES), {
+        **_doubling(width), "neck": neck}, width, _doubling) for name, width, neck in (
+            ("x0_5", 48, 1024), ("x1_0", 116, 1024), ("x1_5", 176, 1024), ("x2_0", 244, 2048))}
+    return {"mobilenetv1": one, **first, **second,
+            "efficientnet_b0": Family(EfficientNet, STEMS, (*_WHOLE, BASIS, *_BASELINES))}
 
 
 FAMILIES = _families()
 """Every network by the first part of its name. ResNet-14 is the least in which layers share; the paper has none."""
 
 
-def register_network(name: str, build: Callable[..., Network], forms: Sequence[str] = (BASIS,)) -> None:
+def register_network(name: str, build: Callable[..., Network], forms: Sequence[str] = (BASIS,),
+                     stems: Sequence[str] = STEMS[:1]) -> None:
     """Makes a network of your own known by `name`, to `create_model`, to configurations and to the command line.
 
     A recipe may do so when it is loaded: `python main.py --config=FILE.py:<name>-s16u1`. Doing it again, as when a cell
@@ -90,14 +116,18 @@ def register_network(name: str, build: Callable[..., Network], forms: Sequence[s
       name: letters, digits and underscores; the part of the network's name before the dash.
       build: a subclass of `Network`, or a function that takes its fields by name, and Flax's `parent`, and returns one.
       forms: the `SHARING_FORMS` that it admits, as the network's `shared_shapes` follow from `self.sharing`.
+      stems: of 'cifar', for small images, and 'imagenet' those that it has, the usual one first; a network that has
+        both takes a field `stem`.
 
     Raises:
-      ValueError: `name` is taken or no such name, a form is unknown, or a basis is admitted and the network's
+      ValueError: `name` is taken or no such name, a form or stem is unknown, or a basis is admitted and the network's
         `basis_layers` names no layer for it.
       TypeError: `build` does not return a `Network`.
     """
     if unknown := sorted(set(forms) - set(SHARING_FORMS)):
         raise ValueError(f"forms={list(forms)!r}: {unknown[0]!r} must be one of {', '.join(SHARING_FORMS)}")
+    if not stems or set(stems) - set(STEMS):
+        raise ValueError(f"stems={list(stems)!r}: must be some of {', '.join(map(repr, STEMS))}")
     plain = build(num_classes=2, parent=None)
     if not isinstance(plain, Network):
         raise TypeError(f"build={build!r}: returns a {type(plain).__name__}, and must return a shared_basis.Network")
@@ -108,7 +138,7 @@ def register_network(name: str, build: Callable[..., Network], forms: Sequence[s
                              f"{kind}_layers() names none")
     if name in FAMILIES and _origin(FAMILIES[name].build) == _origin(build):
         del FAMILIES[name]
-    register(name, Family(build, ("cifar",), tuple(forms)))
+    register(name, Family(build, tuple(stems), tuple(forms)))
 
 
 def _origin(build: Callable[..., Network]) -> tuple[str, str]:
@@ -128,17 +158,17 @@ def register(name: str, family: Family) -> None:
 
 
 def family_of(name: str) -> Family:
-    """Returns the family of the network `name`, whose ResNet may have a width of its own.
+    """Returns the family of the network `name`, which may ask for another width.
 
     Raises:
       UserError: there is no such network (the nearest known ones are named).
     """
     base, dash, form = name.partition("-")
     family = FAMILIES.get(base)
-    if match := re.fullmatch(r"resnet(\d+)w([1-9]\d{0,3})", base):
-        depth, width = map(int, match.groups())
-        if depth in CIFAR_DEPTHS and width != CIFAR_WIDTH:  # of two names for one network, one is enough
-            family = _cifar_resnet(depth, width)
+    if family is None and (match := re.fullmatch(r"(\w+)w([1-9][0-9]{0,3})", base)):
+        known, width = FAMILIES.get(match[1]), int(match[2])
+        if known and known.at_width and width != known.width:  # of two names for one network, one is enough
+            family = dataclasses.replace(known, arguments={**known.arguments, **known.at_width(width)})
     if family is None or (dash and not form):
         near = difflib.get_close_matches(base, FAMILIES, n=3, cutoff=0.5)
         hint = f" The nearest: {', '.join(near)}." if near else ""
@@ -193,9 +223,10 @@ def _parse_sharing(name: str, forms: tuple[str, ...], plain: Network) -> Sharing
     if kind not in forms:
         raise UserError(f"network {name!r}: no sharing {form!r}; {plain_counterpart(name)} admits "
                         f"{', '.join(forms)}.")
+    one = plain.one_basis()
     if template:
-        return Sharing(tuple((layer, "templates") for layer in plain.basis_layers()), templates=int(template[1]),
-                       orthonormal=False)
+        return Sharing(tuple((layer, "templates" if one else layer) for layer in plain.basis_layers()),
+                       templates=int(template[1]), orthonormal=False)
     if kind == "tied":
         return Sharing(tuple((layer, layer) for layer in plain.basis_layers()), orthonormal=False)
     if kind in _WHOLE:
@@ -207,4 +238,5 @@ def _parse_sharing(name: str, forms: tuple[str, ...], plain: Network) -> Sharing
         raise UserError(f"network {name!r}: -double shares two bases a group, and s0 shares none; drop -double.")
     if not shared:
         return Sharing(unique_rank=unique)
-    return Sharing(tuple((layer, layer if double else "shared") for layer in plain.basis_layers()), shared, unique)
+    return Sharing(tuple((layer, "shared" if one and not double else layer) for layer in plain.basis_layers()), shared,
+                   unique, separate_means=not one)

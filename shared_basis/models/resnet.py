@@ -142,15 +142,11 @@ class ResNet(Network):
             check_rank(f"group {g + 1}", (self.sharing.shared_rank + self.sharing.unique_rank) << g, 3, width)
 
     def shared_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """See `Network`: bases have s · 2^g elements in group g, whole filters and templates as many as the layer."""
-        def shape(layer: str, g: int, width: int) -> tuple[int, ...]:
-            if layer == "third":
-                return (1, 1, width, EXPANSION * width)
-            if self.sharing.templates:
-                return (3, 3, width, width, self.sharing.templates)
-            return (3, 3, width, self.sharing.shared_rank << g or width)
-        return {f"group{g + 1}": {name: shape(layer, g, width) for layer, name in self.sharing.layers}
-                for g, width in enumerate(self.widths)}
+        """See `Network`."""
+        def kernel(layer: str, width: int) -> tuple[int, ...]:
+            return (1, 1, width, EXPANSION * width) if layer == "third" else (3, 3, width, width)
+        return {f"group{g + 1}": {name: self.sharing.shape(kernel(layer, width), g)
+                                  for layer, name in self.sharing.layers} for g, width in enumerate(self.widths)}
 
     def sharing_blocks(self) -> dict[str, tuple[str, ...]]:
         """See `Network`."""

@@ -123,8 +123,9 @@ def test_channels_are_chosen_by_their_norm() -> None:
 
 SETS = {"plain": 0, "double": 2, "single": 1, "shared only": 1, "unique only": 1, "tied": 1, "templates": 1,
         "bottleneck": 4, "densenet": 2, "resnext": 2, "plain resnext": 0, "mobilenet": 4,
-        "mobilenet, large images": 8}
-"""Sets of bases of each: one a group, two where the shared arrays of a group differ in shape."""
+        "mobilenet, large images": 8, "mobilenetv1": 1, "shufflenetv1": 2, "shufflenetv2": 1, "efficientnet": 2,
+        "efficientnet, unique only": 2}
+"""Sets of bases of each: one a group, two where elements of a group differ in shape."""
 
 
 @pytest.mark.parametrize("name", SETS)

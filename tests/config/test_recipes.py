@@ -27,6 +27,8 @@ VARIANTS = {
     "cifar100": ("resnet18", "resnet34-s16u0", "densenet121-s64u4", "resnext50_32x4d-s64u4", "mobilenetv2-shared++"),
     "finetune": ("resnet20-s16u1-double", "resnet34", "densenet121-s64u4", "mobilenetv2-shared"),
     "imagenet": ("resnet34-s48u1-double", "resnet50-shared", "resnet101-shared++", "mobilenetv2"),
+    "compact": ("mobilenetv1-s64u4", "shufflenetv1_g3-shared++", "shufflenetv2_x1_0-s16u1-double", "mobilenetv2-s8u1",
+                "efficientnet_b0-shared++"),
 }
 
 

@@ -86,8 +86,9 @@ def traced_network(name: str) -> Traced:
 
 
 def named(*names: str) -> list[Any]:
-    """Returns `names` as parameters; one of the two MobileNets, which take longest, is enough by default."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name.startswith("mobilenet") else name for name in names]
+    """Returns `names` as parameters; the MobileNets, which take longest, are slow tests."""
+    slow = ("mobilenet", "efficientnet, unique")
+    return [pytest.param(name, marks=pytest.mark.slow) if name.startswith(slow) else name for name in names]
 
 
 @pytest.fixture(scope="module", params=named(*NETWORKS))  # of the module, so that tests of a network follow one another
@@ -114,7 +115,8 @@ NORMS_LEFT = {
     "bottleneck": 8,  # second and third of two blocks in each of two groups
     "resnext": 3,  # between basis and ReLU
     "densenet": 6,  # each of five layers and the head normalise what was joined, before ReLU
-    "mobilenet": 9, "mobilenet, large images": 18}  # of nine blocks that share one or two 1×1 layers
+    "mobilenet": 9, "mobilenet, large images": 18,  # of nine blocks that share one or two 1×1 layers
+    "shufflenetv1": 4}  # of two units that share two
 
 
 def test_tells_which_batch_normalisations_could_not_be_folded(network: Traced) -> None:
@@ -451,7 +453,18 @@ def test_every_registered_network_is_exported(name: str) -> None:
             assert_close(onnx_logits(fold(found.graph, choice)[0], found.images), found.logits)
 
 
-def test_stablehlo_computes_what_pooling_networks_do() -> None:
-    found = traced_network("densenet")
+def test_a_channel_shuffle_is_a_reshape_a_transpose_and_a_reshape() -> None:
+    output, _ = fold(traced_network("shufflenetv1").graph, "auto")
+    nodes = [node for node in graph.ordered(output) if node.op in ("reshape", "transpose")]
+    assert [node.op for node in nodes] == ["reshape", "transpose", "reshape"] * 3  # one in each unit
+    assert [node.shape for node in nodes[3:6]] == [(4, 4, 2, 4), (4, 4, 4, 2), (4, 4, 8)]
+    model = onnx.load_model_from_string(onnx_writer.serialise(output, {})[""])
+    perms = [list(node.attribute[0].ints) for node in model.graph.node if node.op_type == "Transpose"]
+    assert perms == [[0, 3, 1, 2], *[[0, 2, 1, 3, 4]] * 3]  # of the pixels, and of N, groups, channels, height, width
+
+
+@pytest.mark.parametrize("name", ["densenet", "shufflenetv2", "efficientnet"])
+def test_stablehlo_computes_what_pooling_shuffling_and_exciting_networks_do(name: str) -> None:
+    found = traced_network(name)
     files = stablehlo.serialise(fold(found.graph, "auto")[0], {})
     assert_close(stablehlo.run(files[""], found.images)[0], found.logits)

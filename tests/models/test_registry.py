@@ -124,7 +124,11 @@ STRUCTURES = [("resnet20-s4u1", "cifar", SMALL), ("resnet20-s4u1-double", "cifar
               ("resnet34-s4u1", "imagenet", SMALL), ("resnet50-shared++", "imagenet", SMALL),
               ("densenet121-s16u4", "cifar", {"blocks": (2, 2, 2, 3), "growth": 4}),
               ("resnext50_32x4d-s16u4", "cifar", {"blocks": (2, 3), "widths": (32, 64)}),
-              ("mobilenetv2-shared", "cifar", {})]
+              ("mobilenetv2-shared", "cifar", {}), ("mobilenetv2-s4u1", "cifar", {}),
+              ("mobilenetv1-s4u1", "cifar", {"width": 4, "stages": ((1, 2, 1), (4, 2, 2))}),
+              ("shufflenetv1_g2-shared++", "cifar", {"widths": (32,), "units": (4,)}),
+              ("shufflenetv2_x1_0-s3u1", "cifar", {"widths": (16,), "units": (4,), "neck": 16}),
+              ("efficientnet_b0-s4u1", "cifar", {"stages": ((1, 8, 1, 3, 1), (4, 8, 2, 5, 3))})]
 MOBILENET_WITH_BOTH_SHARED = ("mobilenetv2-shared++", "imagenet", {})
 
 
