@@ -36,6 +36,7 @@ from shared_basis.models.parameters import abstract_variables
 from shared_basis.models.summary import compare_with_plain, render_saving
 from shared_basis.nn.types import Path
 from shared_basis.optim.penalty import orthogonality_penalty
+from shared_basis.runs.continuation import settled_from
 from shared_basis.runs.trained import Trained, Variables, build_model
 from shared_basis.runtime import memory
 from shared_basis.runtime.files import align
@@ -79,6 +80,7 @@ def compress(config: Config, source: str | os.PathLike[str], reporter: Reporter 
                             measure=measure)
     check_target(config, budget, measure)
     trained = open_plain(source, which)
+    config = replace(config, settled_from(config, trained.config))
     check_alike(config, trained)
     images = load_images(config, trained, calibration, True, reporter)
     plain = extract_layers(trained, config, images, reporter)
@@ -116,8 +118,8 @@ def check_target(config: Config, budget: float | None, measure: str) -> None:
     elif measure != "parameters":
         raise UserError(f"--budget_of={measure} says what a budget is of; give one too, e.g. --budget=0.5.")
     elif is_plain:
-        raise UserError(f"{name} is plain: name the network to compress to, e.g. --config=FILE:{name}-s16u1-double, or "
-                        "give --budget=0.5 to have its ranks chosen.")
+        raise UserError(f"{name} is plain: name the network to compress to, e.g. "
+                        f"--config.model.name={name}-s16u1-double, or give --budget=0.5 to have its ranks chosen.")
     elif not network.sharing.factorised:
         raise UserError(f"{name}: its layers share whole filters or templates, which are no low-rank form of others; "
                         "compress to s<S>u<U> or s<S>u<U>-double.")
@@ -143,8 +145,12 @@ def check_alike(config: Config, trained: Trained) -> None:
 
 def _renamed(config: Config, name: str) -> Config:
     """Returns `config` for the network `name`, named as recipes name theirs."""
-    return replace(config, {"model.name": name,
-                            "name": config.name.removesuffix(config.model.name).rstrip("-") + f"-{name}"})
+    return replace(config, {"model.name": name, "name": named_for(config, name)})
+
+
+def named_for(config: Config, network: str) -> str:
+    """Returns the name of the run `config` with `network` in place of its own network."""
+    return f"{config.name.removesuffix(config.model.name).rstrip('-')}-{network}".lstrip("-")
 
 
 def factorised(plain: PlainLayers, network: Network,
@@ -199,5 +205,4 @@ def render(result: Mapping[str, Any]) -> str:
         f"{head}:", *(f"  {line}" for line in table), f"{result['model']}: {render_saving(dict(result))}",
         f"test accuracy {accuracy['plain']} plain, {accuracy['compressed']} compressed, before training, on "
         f"{count(result['test_examples'])} images{penalty}",
-        f"now step 0 of {result['workdir']}; train on with --config=FILE:{result['model']} "
-        f"--workdir={result['workdir']}, and the same --config.… as here"])
+        f"now step 0 of {result['workdir']}; train on with --workdir={result['workdir']}"])

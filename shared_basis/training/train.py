@@ -22,13 +22,14 @@ from shared_basis.runs import tensorboard as event_files
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.metrics import evaluations, last_and_best, render_outcome
 from shared_basis.runs.trained import build_model
-from shared_basis.runs.workdir import Workdir, make_record, versions
+from shared_basis.runs.workdir import Workdir, make_record, stored_config, versions
 from shared_basis.runtime import memory
 from shared_basis.runtime.distributed import check_batch_size, is_main_process, make_mesh, raise_on_all_processes
 from shared_basis.runtime.preemption import StopSignals
 from shared_basis.runtime.reporter import Reporter, count, duration
 from shared_basis.training.loop import Training
 from shared_basis.training.program import Program, build
+from shared_basis.training.settle import settle
 from shared_basis.training.steps import TrainState
 
 
@@ -56,8 +57,9 @@ def train(config: Config, workdir: str | Path, reporter: Reporter | None = None,
     if tensorboard:
         event_files.require()
     run = Workdir(workdir, tensorboard)
+    saved = stored_config(run.path)
     with raise_on_all_processes(), memory.oom_as_user_error(config):
-        source, model, comparison = _open(config, run, reporter)
+        config, source, model, comparison = _open(config, saved, mesh, reporter)
     with raise_on_all_processes(), memory.oom_as_user_error(config):  # apart, as processes communicate in it
         images = feeds.load(source, config.data, mesh, reporter)
     device = _describe_devices(mesh)
@@ -67,6 +69,8 @@ def train(config: Config, workdir: str | Path, reporter: Reporter | None = None,
     with _claimed(run, record), reporter.logging(run.path):
         reporter.info(f"{config.model.name}: {render_saving(comparison)}")
         _log_setup(config, images, device, run, reporter)
+        for field, (now, then) in differences(config, saved or config).items():
+            reporter.info(f"goes on with {field}={now!r}; it was {then!r}")
         with contextlib.closing(Checkpoints(run.checkpoints, aside=run.damaged, tell=reporter.warn)) as checkpoints:
             end = config.train.epochs * (images.count("train") // config.train.batch_size)
             if checkpoints.steps[-1:] == [end] and checkpoints.metrics(end) is not None:
@@ -77,24 +81,23 @@ def train(config: Config, workdir: str | Path, reporter: Reporter | None = None,
     return {**comparison, "device": device, **read_outcome(run)} if is_main_process() else comparison
 
 
-def _open(config: Config, run: Workdir, reporter: Reporter) -> tuple[data.Source, Network, dict[str, Any]]:
-    """Returns the images, not decoded yet, the network for them, and its counts beside its plain counterpart's.
+def _open(config: Config, saved: Config | None, mesh: Mesh,
+          reporter: Reporter) -> tuple[Config, data.Source, Network, dict[str, Any]]:
+    """Returns the settled configuration, the images, not decoded yet, the network for them, and its counts beside its
+    plain counterpart's.
+
+    Args:
+      saved: the configuration of the run in the workdir, if there is one.
 
     Raises:
-      UserError: the workdir cannot be read, the network or the data is unknown, or there are too few images.
+      UserError: the network or the data is unknown, or there are too few images.
     """
-    # What is cheap to check comes first. The workdir is read by the first process alone: a network's file system may
-    # hide a file from those that have looked for it in vain.
-    if is_main_process():
-        run.read_record()
-    create_model(config.model.name, stem=config.model.stem)
+    create_model(config.model.name, stem=config.model.stem)  # what is cheap to check comes first
     source = data.open_source(config.data, reporter=reporter)
+    config = settle(config, source, mesh, reporter, saved=saved)
     model = build_model(config, source.spec)
     comparison = compare_with_plain(config.model, len(source.spec.classes), source.spec.image_shape)
-    examples = len(source.splits["train"])
-    if examples < config.train.batch_size:
-        raise UserError(f"train.batch_size={config.train.batch_size}: there are only {examples} training images.")
-    return source, model, comparison
+    return config, source, model, comparison
 
 
 @contextlib.contextmanager
