@@ -18,7 +18,7 @@ Changes = dict[str, tuple[Any, Any]]
 
 def settled_from(config: Config, then: Config) -> dict[str, Any]:
     """Returns by dotted path the fields that `config` leaves open and the run `then` has settled."""
-    fields = {}
+    fields: dict[str, Any] = {}
     if not config.data.is_measured and then.data.is_measured:
         fields |= {"data.mean": then.data.mean, "data.std": then.data.std}
     if not config.train.batch_size and then.train.batch_size:

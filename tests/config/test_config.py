@@ -77,8 +77,8 @@ NAN, INF = float("nan"), float("inf")
     ("data.name", "folder", "data.directory='': must be the directory of images when data.name='folder'"),
     ("data.train_split", "train[:90%]", "data.train_split='train[:90%]': data.name='digits' does not read it, which is "
                                         "for splits of TFDS; leave it out."),
-    ("data.directory", "/images", "data.directory='/images': data.name='digits' does not read it; leave it out. To train "
-                                  "on a folder of images give --images=DIR"),
+    ("data.directory", "/images", "data.directory='/images': data.name='digits' does not read it; leave it out. To "
+                                  "train on a folder of images give --images=DIR"),
     ("data.test", 0.5, "data.test=0.5: data.name='digits' does not read it; leave it out."),
     ("data", {"name": "tfds:mnist", "test": 0.5}, "data.test=0.5: data.name='tfds:mnist' does not read it"),
     ("data", {"name": "folder", "directory": "/images", "manual_directory": "/x"},
@@ -167,7 +167,8 @@ def test_every_part_is_valid_by_default_and_frozen(part):
 @pytest.mark.parametrize("fields", [
     {"name": "tfds:mnist"}, {"name": "tfds:emnist/letters", "train_split": "train[:90%]", "test_split": "train[90%:]"},
     {"image_size": 32}, {"image_size": 32, "crop": "random_resized", "placement": "stream"},
-    {"validation": 0.999}, {"name": "folder", "directory": "x", "test": 1.0}, {"workers": 0}, {"workers": 512}, {"split_seed": 2**31 - 1}], ids=str)
+    {"validation": 0.999}, {"name": "folder", "directory": "x", "test": 1.0}, {"workers": 0}, {"workers": 512},
+    {"split_seed": 2**31 - 1}], ids=str)
 def test_values_at_the_limits_are_taken(fields):
     data = from_config_dict({"data": fields}).data
     assert {name: getattr(data, name) for name in fields} == fields
