@@ -64,8 +64,9 @@ def fitting_batch(images: int, divisor: int) -> int:
       UserError: there are fewer images than `divisor`, of which a batch must be a multiple.
     """
     if images < divisor:
-        raise UserError(f"train.batch_size: there are only {images} training images, and a batch must have a multiple of "
-                        f"{divisor} by the number of devices, optimizer.grad_accumulation_steps and model.norm_images.")
+        raise UserError(f"train.batch_size: there are only {images} training images, and a batch must be a multiple of "
+                        f"{divisor}, by the number of devices, optimizer.grad_accumulation_steps and "
+                        "model.norm_images.")
     wanted = min(max(images // STEPS_AN_EPOCH, SMALLEST_BATCH), LARGEST_BATCH)
     power = 1 << (wanted.bit_length() - 1)
     return min(-(-power // divisor) * divisor, images // divisor * divisor)
