@@ -20,6 +20,7 @@ from shared_basis.models import Network, create_model
 from shared_basis.models.summary import compare_with_plain, render_saving
 from shared_basis.runs import tensorboard as event_files
 from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runs.continuation import require_continuation
 from shared_basis.runs.metrics import evaluations, last_and_best, render_outcome
 from shared_basis.runs.trained import build_model
 from shared_basis.runs.workdir import Workdir, make_record, stored_config, versions
@@ -60,6 +61,8 @@ def train(config: Config, workdir: str | Path, reporter: Reporter | None = None,
     saved = stored_config(run.path)
     with raise_on_all_processes(), memory.oom_as_user_error(config):
         config, source, model, comparison = _open(config, saved, mesh, reporter)
+        if saved is not None and is_main_process():  # before images are decoded, which may take long
+            require_continuation(run.path, config, saved, len(source.splits["train"]), run.latest_step)
     with raise_on_all_processes(), memory.oom_as_user_error(config):  # apart, as processes communicate in it
         images = feeds.load(source, config.data, mesh, reporter)
     device = _describe_devices(mesh)
