@@ -11,7 +11,9 @@ class of an image is its file name up to the number at its end: cat.0.jpg, cat.1
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +24,7 @@ import numpy as np
 from shared_basis.config import AUTO_VALIDATION, DataConfig
 from shared_basis.data import streaming
 from shared_basis.data.batches import EvalBatches
-from shared_basis.data.examples import Encoded, Source, Spec
+from shared_basis.data.examples import Encoded, Examples, Source, Spec
 from shared_basis.data.images import BrokenImage, size_of
 from shared_basis.data.listing import SUFFIXES, images_of, is_directory, scan, walk
 from shared_basis.errors import UserError
@@ -32,6 +34,9 @@ VALIDATION_NAMES = ("val", "valid", "validation")
 
 VALIDATION_PART = 0.1
 """Of each class, what is held out of the training images where `data.validation` lets a folder decide."""
+
+SIZED = 200
+"""Files of each split whose sizes tell a folder from others."""
 
 CHECKED_AT_ONCE = 64
 """Images of a batch when a folder is checked."""
@@ -77,6 +82,23 @@ class FileExamples:
         file = self.files[index]
         begin = self.ends[file - 1] if file else 0
         return os.path.join(self.root, os.fsdecode(self.names[begin:self.ends[file]]))
+
+
+def fingerprint(splits: Mapping[str, Examples]) -> str | None:
+    """Returns what tells the images of `splits` from others of equal number: a digest of the paths of their files, and
+    of the sizes of some; None unless they are files.
+
+    It is the same wherever the folder lies.
+    """
+    digest = hashlib.sha256()
+    for name, part in sorted(splits.items()):
+        if not isinstance(part, FileExamples):
+            return None
+        digest.update(name.encode() + part.names + part.files.astype("<i4").tobytes())
+        for index in np.unique(np.linspace(0, len(part) - 1, SIZED).astype(int)) if len(part) else ():
+            with contextlib.suppress(OSError):  # a dangling link, which reading it reports
+                digest.update(os.path.getsize(part.name(index)).to_bytes(8, "little"))
+    return digest.hexdigest()[:16]
 
 
 def describe(config: DataConfig) -> Spec:

@@ -66,9 +66,11 @@ def train(config: Config, workdir: str | Path, reporter: Reporter | None = None,
     with raise_on_all_processes(), memory.oom_as_user_error(config):  # apart, as processes communicate in it
         images = feeds.load(source, config.data, mesh, reporter)
     device = _describe_devices(mesh)
+    files = data.fingerprint(source.splits)
     record = make_record(config, {
         "classes": list(images.spec.classes), "image_shape": list(images.spec.image_shape),
-        **{f"{name}_examples": images.count(name) for name in images.splits}}, device)
+        **{f"{name}_examples": images.count(name) for name in images.splits},
+        **({"names_and_sizes_of_files": files} if files else {})}, device)
     with _claimed(run, record), reporter.logging(run.path):
         reporter.info(f"{config.model.name}: {render_saving(comparison)}")
         _log_setup(config, images, device, run, reporter)

@@ -788,6 +788,24 @@ def test_real_jpeg_images(tmp_path):
         assert across < 25  # neighbouring pixels of photographs are alike; wrong strides would make noise of them
 
 
+# What tells a folder from another
+
+def test_a_folder_is_known_wherever_it_lies_by_the_names_and_sizes_of_its_files(tree: Path, folder: Path) -> None:
+    def known(directory: Path, **fields: Any) -> str | None:
+        return data.fingerprint(data.open_source(config(directory, **fields)).splits)
+    before = known(tree)
+    assert before != known(tree, split_seed=1)
+    moved = tree.rename(tree.with_name("moved"))
+    assert known(moved) == before
+    (moved / "dog" / "02.png").write_bytes(b"another")
+    assert known(moved) != before
+    (moved / "dog" / "02.png").rename(moved / "dog" / "05.png")
+    assert known(moved) != before
+    assert data.fingerprint(data.open_source(DataConfig()).splits) is None
+    os.symlink("nowhere", folder / "train" / "cat" / "9.png")
+    assert known(folder) is not None
+
+
 # Validation images that a folder holds out by itself
 
 def parts(directory: Path, **fields: Any) -> dict[str, list[str]]:
