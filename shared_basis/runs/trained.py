@@ -23,7 +23,7 @@ from shared_basis.models import Network, create_model
 from shared_basis.models.parameters import abstract_variables
 from shared_basis.nn import ops
 from shared_basis.runs.checkpoints import Checkpoints
-from shared_basis.runs.workdir import Workdir
+from shared_basis.runs.workdir import FILES, Workdir
 from shared_basis.runtime import memory
 from shared_basis.runtime.distributed import make_mesh, platform_of, replicated
 from shared_basis.runtime.reporter import Reporter
@@ -107,7 +107,8 @@ class Trained:
             spec = data.Spec(tuple(record["data"]["image_shape"]), tuple(record["data"]["classes"]))
             model = build_model(config, spec)
             variables = _restore(checkpoints, step, model, spec, mesh)
-        images = _all_of_it(config.data, spec, overrides or {}) if _is_another_folder(config.data, own) else config.data
+        other = _is_another_folder(config.data, own, record["data"].get(FILES))
+        images = _all_of_it(config.data, spec, overrides or {}) if other else config.data
         return cls(run, config, spec, mesh, checkpoints, step, model, variables, own, images)
 
     def at(self, step: int) -> Trained:
@@ -129,7 +130,7 @@ class Trained:
           UserError: as `data.open_source`; the images must have the run's classes.
         """
         source = data.open_source(self.images, ("test",), self.spec, reporter)
-        if reporter is not None and _is_another_folder(self.images, self.own_images):
+        if reporter is not None and self.images is not self.config.data:
             own = self.own_images
             gone = own.name == "folder" and not os.path.isdir(os.path.expanduser(own.directory))
             moved = (f"; if it is that one, moved, --config.data.test={own.test:g} scores its test part alone"
@@ -186,12 +187,21 @@ def load_run(workdir: str | os.PathLike[str], checkpoint: str | int = "latest") 
     return LoadedRun(trained.model, trained.variables, trained.spec.classes)
 
 
-def _is_another_folder(config: DataConfig, own: DataConfig) -> bool:
-    """Returns whether the images of `config` are a folder, and not where those of the run, `own`, lie."""
+def _is_another_folder(config: DataConfig, own: DataConfig, files: str | None) -> bool:
+    """Returns whether the images of `config` are a folder other than the run's `own` images, moved or not.
+
+    Args:
+      files: what tells the run's folder from others; runs of earlier versions did not note it.
+    """
     def place(images: DataConfig) -> str:
         return os.path.realpath(os.path.expanduser(images.directory)) if images.name == "folder" else ""
 
-    return config.name == "folder" and place(config) != place(own)
+    if config.name != "folder" or place(config) == place(own):
+        return False
+    try:
+        return not files or data.fingerprint(data.open_source(config).splits) != files
+    except UserError:  # it cannot be trained on, and may well be scored
+        return True
 
 
 def _all_of_it(config: DataConfig, spec: data.Spec, overrides: Mapping[str, Any]) -> DataConfig:

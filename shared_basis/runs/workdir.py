@@ -31,6 +31,9 @@ from shared_basis.runtime.files import write_atomic
 LOCK_INTERVAL = 0.2
 """Seconds between attempts to take a lock."""
 
+FILES = "names_and_sizes_of_files"
+"""The data fact of a run on a folder that tells it from others: see `shared_basis.data.fingerprint`."""
+
 PACKAGES = ("shared-basis", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 

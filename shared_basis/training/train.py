@@ -23,7 +23,7 @@ from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.continuation import require_continuation
 from shared_basis.runs.metrics import evaluations, last_and_best, render_outcome
 from shared_basis.runs.trained import build_model
-from shared_basis.runs.workdir import Workdir, make_record, stored_config, versions
+from shared_basis.runs.workdir import FILES, Workdir, make_record, stored_config, versions
 from shared_basis.runtime import memory
 from shared_basis.runtime.distributed import check_batch_size, is_main_process, make_mesh, raise_on_all_processes
 from shared_basis.runtime.preemption import StopSignals
@@ -70,7 +70,7 @@ def train(config: Config, workdir: str | Path, reporter: Reporter | None = None,
     record = make_record(config, {
         "classes": list(images.spec.classes), "image_shape": list(images.spec.image_shape),
         **{f"{name}_examples": images.count(name) for name in images.splits},
-        **({"names_and_sizes_of_files": files} if files else {})}, device)
+        **({FILES: files} if files else {})}, device)
     with _claimed(run, record), reporter.logging(run.path):
         reporter.info(f"{config.model.name}: {render_saving(comparison)}")
         _log_setup(config, images, device, run, reporter)

@@ -53,6 +53,7 @@ def test_a_folder_of_photographs_is_trained_and_used_with_few_words(main: Comman
     assert "--init=" in said(f"--workdir={RUN}", "--config.train.epochs=9", code=2)
     assert "this run is finished" in said(f"--workdir={RUN}", "--config.train.evaluate_every=2")
     (tmp_path / "photos").rename(tmp_path / "moved")
+    assert "on 12 images" in said("--mode=evaluate", f"--workdir={RUN}", "--images=moved")
     assert "this run is finished" in said(f"--workdir={RUN}", "--images=moved")
     assert "on 12 images" in said("--mode=evaluate", f"--workdir={RUN}")
     exported = json.loads(said("--mode=export", f"--workdir={RUN}", "--format=stablehlo", "--json"))

@@ -11,8 +11,10 @@ import pytest
 from helpers import TINY, save_run, user_error, write_folder
 from PIL import Image
 
+from shared_basis import data
 from shared_basis.config import Config, DataConfig, ModelConfig, folder_fields
 from shared_basis.evaluation import evaluate, predict
+from shared_basis.runs.workdir import FILES
 from shared_basis.runtime.reporter import Reporter
 
 
@@ -118,6 +120,22 @@ def test_a_folder_that_was_moved_can_be_scored_as_before(run: Path, tree: Path, 
     text = io.StringIO()
     evaluate.evaluate(gone, "10", {"data.directory": str(tree)}, Reporter(text))
     assert "if it is that one, moved, --config.data.test=0.2 scores its test part alone" in text.getvalue()
+
+
+def test_a_folder_that_was_moved_is_known_by_its_files(run: Path, tree: Path, tmp_path: Path) -> None:
+    config = Config(model=ModelConfig(name=TINY), data=DataConfig(name="folder", directory=str(tree), image_size=8))
+    moved = save_run(tmp_path / "run", config, {10: 0.9})
+    record = json.loads((moved / "run.json").read_text())
+    record["data"][FILES] = data.fingerprint(data.open_source(config.data).splits)
+    (moved / "run.json").write_text(json.dumps(record))
+    before = evaluate.evaluate(moved, "10")
+    here = {"data.directory": str(tree.rename(tmp_path / "elsewhere"))}
+    text = io.StringIO()
+    assert evaluate.evaluate(moved, "10", here, Reporter(text)) == before
+    assert before["test_examples"] == 2
+    assert "another folder" not in text.getvalue()
+    (tmp_path / "elsewhere" / "cat" / "0.png").rename(tmp_path / "elsewhere" / "cat" / "9.png")
+    assert evaluate.evaluate(moved, "10", here)["test_examples"] == 10
 
 
 def test_a_run_on_other_data_is_scored_on_a_folder(tmp_path: Path, tree: Path) -> None:
