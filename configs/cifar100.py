@@ -31,6 +31,6 @@ def get_config(variant: str = "resnet34-s32u1") -> ConfigDict:
         data=DataConfig(name="cifar100", mean=(0.507, 0.487, 0.441), std=(0.267, 0.256, 0.276), pad=4, flip=True),
         orthogonality=OrthogonalityConfig(weight=10.0, elements="shared", reduction="mean"),
         optimizer=OptimizerConfig(learning_rate=0.1, momentum=0.9, weight_decay=5e-4, schedule="piecewise",
-                                  boundaries=(150.0, 225.0), factors=(0.1, 0.1)),
+                                  boundaries=(0.5, 0.75), factors=(0.1, 0.1)),
         train=TrainConfig(epochs=300, batch_size=256),
     ))

@@ -1,9 +1,9 @@
 """Fine-tuning on a directory of images: the head first, then all, at a lower rate than from scratch.
 
-    python main.py --config=configs/finetune.py:resnet34-s32u1 --config.data.directory=DIR
+    python main.py --config=configs/finetune.py:resnet34-s32u1 --images=DIR --init=RUN
 
-begins with the weights of `--init=RUN`, or with what --mode=import or compress has written (docs/finetune.md). Networks
-that are for small images alone get images of 32×32, all others of 224×224. All at once:
+begins with the weights of a run, or of a file: `--init=FILE` (docs/finetune.md). Images are normalised as they were for
+those weights. Networks that are for small images alone get images of 32×32, all others of 224×224. All at once:
 `--config.train.freeze=`; the head alone: `--config.train.freeze_epochs=0.0`, and with few images
 `--config.train.freeze_statistics=True`.
 """
@@ -13,6 +13,8 @@ import re
 from ml_collections import ConfigDict
 
 from shared_basis.config import (
+    AUTO_VALIDATION,
+    FOLDER,
     Config,
     DataConfig,
     ModelConfig,
@@ -31,10 +33,9 @@ def get_config(variant: str = "resnet34-s32u1") -> ConfigDict:
     small = re.match(SMALL, variant)
     images = {"image_size": 32, "pad": 4} if small else {"image_size": 224, "crop": "random_resized"}
     config = to_config_dict(Config(
-        name=f"finetune-{variant}",
         model=ModelConfig(name=variant, stem="cifar" if small else "imagenet"),
-        # Of ImageNet, as most weights that are published.
-        data=DataConfig(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), flip=True, **images),
+        data=DataConfig(name="folder", directory=FOLDER, mean=(), std=(), flip=True, validation=AUTO_VALIDATION,
+                        **images),
         orthogonality=OrthogonalityConfig(weight=10.0, elements="shared"),
         optimizer=OptimizerConfig(learning_rate=0.01, learning_rate_factors="head/**=10", weight_decay=1e-4,
                                   weight_decay_labels=("basis", "coefficients", "kernel"), schedule="cosine",
@@ -42,5 +43,5 @@ def get_config(variant: str = "resnet34-s32u1") -> ConfigDict:
         train=TrainConfig(epochs=20, batch_size=64, eval_batch_size=256, freeze="**,!head/**", freeze_epochs=2.0,
                           label_smoothing=0.1, ema_decay=0.999),
     ))
-    config.data.name = "folder"  # not before, as a folder without a directory is refused
+    config.name, config.data.directory = f"{FOLDER}-finetuned-{variant}", ""  # --images gives the folder
     return config

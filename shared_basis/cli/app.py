@@ -1,9 +1,11 @@
 """The command line: flags, error handling and exit codes.
 
     python main.py                                                 trains the embedded default
+    python main.py --images=DIR                                    trains on a folder of photographs
+    python main.py --workdir=DIR                                   goes on with the run there
     python main.py --config=configs/cifar_resnet.py:resnet56       another recipe and network
     python main.py --init=RUN --config=… --workdir=DIR             begins with the weights of a run, or of a file
-    python main.py --mode=evaluate --workdir=DIR                   scores a trained run
+    python main.py --mode=evaluate --workdir=DIR                   scores a trained run; on other images: --images=PATH
     python main.py --mode=predict --workdir=DIR --images=PATH       classifies image files, and those in directories
     python main.py --mode=export --workdir=DIR --format=onnx       the inference function as a file (or stablehlo, or
                                                                    pytorch: the weights for PyTorch)
@@ -13,7 +15,7 @@
     python main.py --mode=summary --config=…                       parameters and multiply-accumulates
     python main.py --mode=prepare --config=…                       downloads and prepares a data set
     python main.py --mode=import --weights=FILE.pth --config=…     published weights into a workdir
-    python main.py --mode=compress --source=DIR --config=…         a trained plain network into one with shared bases
+    python main.py --mode=compress --source=DIR --budget=0.5       a trained plain network into one with shared bases
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from typing import Any, NoReturn
 from absl import flags, logging
 from ml_collections import config_flags
 
-from shared_basis.config import RENAMED, Config, check_field, from_config_dict
+from shared_basis.config import RENAMED, check_field
 from shared_basis.errors import RenamedWarning, UserError, note_renamed
 
 
@@ -77,11 +79,12 @@ def define_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     def integer(name: str, text: str) -> None:
         flags.DEFINE_integer(name, None, text, flag_values=values)
 
-    config_flags.DEFINE_config_file("config", None, "Recipe, as FILE.py[:network]; default: digits_resnet.py.",
+    config_flags.DEFINE_config_file("config", None, "Recipe, as FILE.py[:network]; default: that of the run in "
+                                    "--workdir, folder.py with --images, or digits_resnet.py.",
                                     flag_values=values, sys_argv=list(argv))
     boolean("help", False, "Show this help.")
     enum("mode", "train", MODES, "What to do.")
-    string("workdir", None, "Directory of the run; default: runs/<config>-<network>.")
+    string("workdir", None, "Directory of the run; default: runs/<name of the recipe>.")
     boolean("debug_nans", False, "Stop at the operation that gives the first NaN; slow.")
     boolean("distributed", False, "Join the other processes, which TPU pods and SLURM announce.")
     string("coordinator", None, "HOST:PORT of process 0, when it cannot be auto-detected.")
@@ -100,8 +103,8 @@ def define_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     string("against", "", "inspect, analyze: compare with this step, or WORKDIR or WORKDIR:STEP.")
     flags.DEFINE_multi_string("runs", [], "report: runs to compare, or directories of runs; may be repeated.",
                               flag_values=values)
-    flags.DEFINE_multi_string("images", [], "predict: an image file, or a directory of them; may be repeated.",
-                              flag_values=values)
+    flags.DEFINE_multi_string("images", [], "The folder of images to train on, or to evaluate on. predict: an image "
+                              "file, or a directory of them; may be repeated.", flag_values=values)
     string("output", "", "Where the result goes: the file of predict, export and compress --spectra, the directory of "
            "analyze and report.")
     enum("format", "onnx", ("onnx", "stablehlo", "pytorch"), "export: what to write.")
@@ -155,7 +158,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     """
     program, *arguments = map(_renamed, _joined(argv))
     files = [argument for argument in arguments if argument.startswith(("--config=", "-config="))]
-    recipes = files or [f"--config={CONFIGS / 'digits_resnet.py'}"]
+    recipes = files or [f"--config={CONFIGS / _default_recipe(arguments)}"]
     ordered = [program, *recipes,  # whose fields the others set
                *(argument for argument in arguments if argument not in files)]
     values, options = define_flags(ordered)
@@ -180,6 +183,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
         text = str(error).replace("\\n", "\n") or type(error).__name__
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         raise UserError(" ".join(dict.fromkeys((lines[0], lines[-1], *files[-1:])))) from error
+    values["config"].present = len(files)  # whether the user has named a recipe
     if values.quiet and values.verbose:
         raise UserError("--quiet --verbose: choose one of the two.")
     if rest[1:]:
@@ -188,14 +192,21 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
-    """Returns the command line with `--config FILE` as one argument, `--config=FILE`."""
+    """Returns the command line with `--config FILE` as one argument, `--config=FILE`; likewise `--mode`, `--images`."""
     joined: list[str] = []
     for argument in argv:
-        if joined and joined[-1] in ("--config", "-config"):
-            joined[-1] = f"--config={argument}"
+        if joined and joined[-1].lstrip("-") in ("config", "mode", "images") and joined[-1].startswith("-"):
+            joined[-1] = f"--{joined[-1].lstrip('-')}={argument}"
         else:
             joined.append(argument)
     return joined
+
+
+def _default_recipe(arguments: Sequence[str]) -> str:
+    """Returns the recipe of a command line that names none: that of folders where images are given to train on."""
+    given = dict(argument.lstrip("-").partition("=")[::2] for argument in arguments if argument.startswith("-"))
+    about_folder = "images" in given and given.get("mode", "train") in ("train", "summary", "prepare", "import")
+    return "folder.py" if about_folder else "digits_resnet.py"
 
 
 def _renamed(argument: str) -> str:
@@ -231,17 +242,14 @@ def _expand_user(value: Any) -> Any:
 
 def run(values: flags.FlagValues, options: Sequence[str]) -> None:
     """Does what the flags `values` say, and prints the result; `options` are those that are fields of `Request`."""
-    from shared_basis.cli import commands  # here, so that errors in flags do not wait for these imports
+    from shared_basis.cli import commands, configuration  # here, so that errors in flags do not wait for these imports
     from shared_basis.runtime import distributed
 
     with distributed.jax_runtime(values.distributed, values.coordinator, values.processes, values.process,
                                  values.debug_nans):
-        # What is set here of a trained run's configuration need suit that one alone.
-        config = Config() if values.mode in TRAINED_MODES else from_config_dict(values.config)
-        request = commands.Request(
-            config, config_flags.get_override_values(values["config"]),
-            _expand_user(values.workdir or os.path.join("runs", values.config.name)), bool(values.workdir),
-            **{name: _expand_user(values[name].value) for name in options})
+        config, overrides, workdir = configuration.read(values, values.mode in TRAINED_MODES)
+        request = commands.Request(config, overrides, workdir, bool(values.workdir),
+                                   **{name: _expand_user(values[name].value) for name in options})
         result, text = commands.run(values.mode, request)
         if distributed.is_main_process():
             _print_result(json.dumps(result) if request.json else text)

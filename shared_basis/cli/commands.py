@@ -13,6 +13,7 @@ import jax
 
 from shared_basis import data
 from shared_basis.analysis import analyze, tables
+from shared_basis.cli.configuration import FOLDER_MODES
 from shared_basis.compression import compress, spectra
 from shared_basis.config import Config
 from shared_basis.errors import UserError, note_renamed
@@ -71,9 +72,9 @@ class Request:
 MODES_BY_FLAG = {
     "checkpoint": ("evaluate", "predict", "export", "inspect", "analyze", "report", "import", "compress"),
     "init": ("train",), "weights": ("import",), "classes": ("train", "import"), "against": ("inspect", "analyze"),
-    "images": ("predict",), "runs": ("report",), "output": ("predict", "compress", "export", "analyze", "report"),
-    "tensorboard": ("train",), "format": ("export",), "fold": ("export",),
-    **dict.fromkeys(("calibration", "budget", "budget_of"), ("train", "compress")),
+    "images": ("predict", *FOLDER_MODES), "runs": ("report",),
+    "output": ("predict", "compress", "export", "analyze", "report"), "tensorboard": ("train",), "format": ("export",),
+    "fold": ("export",), **dict.fromkeys(("calibration", "budget", "budget_of"), ("train", "compress")),
     **dict.fromkeys(("source", "spectra"), ("compress",))}
 """The modes that a field of `Request` is for; the others are for all modes."""
 
@@ -158,7 +159,9 @@ def _analyze(request: Request) -> Result:
 
 
 def _summary(request: Request) -> Result:
-    config = Workdir(request.workdir).load()[0] if request.workdir_given else request.config
+    config = request.config
+    if request.workdir_given:
+        Workdir(request.workdir).load()  # it must hold a run
     spec = data.describe(config.data)
     result = summary.compare_with_plain(config.model, len(spec.classes), spec.image_shape)
     return result, summary.render(result)

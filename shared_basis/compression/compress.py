@@ -40,6 +40,7 @@ from shared_basis.models.parameters import abstract_variables
 from shared_basis.models.summary import compare_with_plain, render_saving
 from shared_basis.nn.types import Path
 from shared_basis.optim.penalty import orthogonality_penalty
+from shared_basis.runs.continuation import settled_from
 from shared_basis.runs.origin import Origin, fit
 from shared_basis.runs.trained import Variables, build_model
 from shared_basis.runtime import memory
@@ -90,6 +91,7 @@ def compress(config: Config, source: str | os.PathLike[str] | Origin, reporter: 
                             measure=measure)
     check_target(config, budget, measure)
     origin = require_plain(source) if isinstance(source, Origin) else open_plain(source, which)
+    config = replace(config, settled_from(config, origin.config))
     spec = data.describe(config.data)
     check_alike(config, origin, spec)
     at_size = dataclasses.replace(origin, spec=data.Spec(spec.image_shape, origin.spec.classes))
@@ -140,8 +142,8 @@ def check_target(config: Config, budget: float | None, measure: str) -> None:
     elif measure != "parameters":
         raise UserError(f"--budget_of={measure} says what a budget is of; give one too, e.g. --budget=0.5.")
     elif is_plain:
-        raise UserError(f"{name} is plain: name the network to compress to, e.g. --config=FILE:{name}-s16u1-double, or "
-                        "give --budget=0.5 to have its ranks chosen.")
+        raise UserError(f"{name} is plain: name the network to compress to, e.g. "
+                        f"--config.model.name={name}-s16u1-double, or give --budget=0.5 to have its ranks chosen.")
     elif not network.sharing.factorised:
         raise UserError(f"{name}: its layers share whole filters or templates, which are no low-rank form of others; "
                         "compress to s<S>u<U> or s<S>u<U>-double.")
@@ -166,8 +168,12 @@ def check_alike(config: Config, origin: Origin, spec: data.Spec) -> None:
 
 def named(config: Config, name: str) -> Config:
     """Returns `config` for the network `name`, named as recipes name theirs."""
-    return replace(config, {"model.name": name,
-                            "name": config.name.removesuffix(config.model.name).rstrip("-") + f"-{name}"})
+    return replace(config, {"model.name": name, "name": named_for(config, name)})
+
+
+def named_for(config: Config, network: str) -> str:
+    """Returns the name of the run `config` with `network` in place of its own network."""
+    return f"{config.name.removesuffix(config.model.name).rstrip('-')}-{network}".lstrip("-")
 
 
 def factorised(plain: PlainLayers, network: Network,
@@ -229,5 +235,4 @@ def render(result: Mapping[str, Any]) -> str:
     return "\n".join([
         f"{head}:", *(f"  {line}" for line in table), f"{result['model']}: {render_saving(dict(result))}",
         f"{render_scores(result)}{penalty}",
-        f"now step 0 of {result['workdir']}; train on with --config=FILE:{result['model']} "
-        f"--workdir={result['workdir']}, and the same --config.… as here"])
+        f"now step 0 of {result['workdir']}; train on with --workdir={result['workdir']}"])

@@ -14,13 +14,22 @@ from shared_basis.config.convert import (
     to_config_dict,
     to_dict,
 )
-from shared_basis.config.fields import (
+from shared_basis.config.data import (
+    AUTO_VALIDATION,
     DATA_NAMES,
+    FOLDER,
+    TFDS_PREFIX,
+    DataConfig,
+    folder_fields,
+    named_after,
+)
+from shared_basis.config.earlier import FORMAT, in_present_terms
+from shared_basis.config.fields import (
+    ADJUSTABLE_FIELDS,
     LOCATION_FIELDS,
     PARAMETER_LABELS,
-    TFDS_PREFIX,
+    SCHEDULE_FIELDS,
     Config,
-    DataConfig,
     ModelConfig,
     OptimizerConfig,
     OrthogonalityConfig,
@@ -30,10 +39,15 @@ from shared_basis.config.renamed import RENAMED
 from shared_basis.config.training import DistillationConfig, TrainConfig
 
 __all__ = [
+    "ADJUSTABLE_FIELDS",
+    "AUTO_VALIDATION",
     "DATA_NAMES",
+    "FOLDER",
+    "FORMAT",
     "LOCATION_FIELDS",
     "PARAMETER_LABELS",
     "RENAMED",
+    "SCHEDULE_FIELDS",
     "TFDS_PREFIX",
     "Config",
     "DataConfig",
@@ -45,7 +59,10 @@ __all__ = [
     "check_field",
     "differences",
     "flatten",
+    "folder_fields",
     "from_config_dict",
+    "in_present_terms",
+    "named_after",
     "replace",
     "split",
     "split_factors",

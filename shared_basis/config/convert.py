@@ -68,8 +68,13 @@ def check_field(path: str) -> None:
 
 
 def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns `{dotted path: (value, other value)}` for the fields that differ, `LOCATION_FIELDS` apart."""
+    """Returns `{dotted path: (value, other value)}` for the fields that differ, `LOCATION_FIELDS` apart.
+
+    Boundaries of the schedule that are the same epochs do not differ, whether given as such or as parts of the run.
+    """
     mine, theirs = flatten(dataclasses.asdict(config)), flatten(dataclasses.asdict(other))
+    if config.optimizer.boundary_epochs(config.train.epochs) == other.optimizer.boundary_epochs(other.train.epochs):
+        mine["optimizer.boundaries"] = theirs["optimizer.boundaries"]
     return {path: (mine[path], theirs[path]) for path in mine
             if mine[path] != theirs[path] and path not in LOCATION_FIELDS}
 

@@ -8,6 +8,7 @@ import itertools
 from shared_basis.config.checks import require as _require
 from shared_basis.config.checks import require_choice as _require_choice
 from shared_basis.config.checks import split
+from shared_basis.config.data import DataConfig, named_after
 from shared_basis.config.renamed import takes_old_names
 from shared_basis.config.training import DistillationConfig, TrainConfig
 
@@ -40,100 +41,6 @@ class ModelConfig:
         _require_choice("model.stem", self.stem, ("cifar", "imagenet"))
         _require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         _require_choice("model.scan_blocks", self.scan_blocks, ("auto", "yes", "no"))
-
-
-DATA_NAMES = ("digits", "folder", "cifar10", "cifar100", "fashion_mnist", "imagenet2012")
-"""The data sets that `data.name` accepts, beside those that begin with `TFDS_PREFIX`."""
-
-TFDS_PREFIX = "tfds:"
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """The images, and what is done to them before the network sees them."""
-
-    name: str = "digits"
-    """'digits' (embedded), 'folder' (a directory of images), 'cifar10', 'cifar100', 'fashion_mnist' or 'imagenet2012'
-    (by TFDS), or 'tfds:<name>[/<config>]', anything that TFDS finds prepared as ArrayRecord."""
-    directory: str = ""
-    """folder: holds train/<class>/* and test/<class>/* (or val/), or <class>/* alone. TFDS names: its data directory;
-    empty is TFDS's default."""
-    manual_directory: str = ""
-    """TFDS names: holds source files downloaded by hand, for preparing the data set without a network."""
-    train_split: str = ""
-    """TFDS names: the split to train on, e.g. 'train[:90%]'; empty is 'train'."""
-    test_split: str = ""
-    """TFDS names: the split to test on; empty is 'test', or 'validation' where there is no labelled 'test'."""
-    validation_split: str = ""
-    """TFDS names: a split to choose the best checkpoint on; empty is none."""
-    validation: float = 0.0
-    """The part of the training images that is held out, to choose the best checkpoint on. At 0, and where the data set
-    has no validation images of its own, it is chosen on the test images, as published."""
-    test: float = 0.2
-    """folder, without train/ and test/: the part of each class that is held out to test on."""
-    split_seed: int = 0
-    """Seeds what `validation` and `test` draw; apart from `seed`, so that runs of several seeds can be compared."""
-    image_size: int = 0
-    """Height and width in pixels that images are brought to, by `crop`; 0 keeps their size."""
-    crop: str = "center"
-    """'center': the shorter side is scaled to image_size and the centre cut out. 'random_resized' (ImageNet): training
-    images are random parts, of 8 to 100 % of the area, scaled to image_size; test images are scaled to 8/7 of it, and
-    the centre is cut out."""
-    on_broken: str = "fail"
-    """'fail' at an image that cannot be decoded, or 'skip' it, with a warning."""
-    placement: str = "auto"
-    """Where images wait for their turn: on the 'device', decoded; or on disk, from which they 'stream'. 'auto' decides
-    by their size."""
-    workers: int = -1
-    """Processes that read and decode streamed images; 0 uses threads of the main process; −1 decides by the cores."""
-    train_examples: int = 0
-    """Train on this many images, a fixed random subset that does not depend on the seed; 0 is all of them."""
-    test_examples: int = 0
-    """Test on this many images, a fixed random subset that does not depend on the seed; 0 is all of them."""
-    mean: tuple[float, ...] = (0.5,)
-    """Subtracted from each channel of an image in [0, 1]; one value per channel, or one for all."""
-    std: tuple[float, ...] = (0.5,)
-    """Divides each channel after that; one value per channel, or one for all."""
-    pad: int = 0
-    """Training only: zero pixels added on each side before a random crop to the original size."""
-    flip: bool = False
-    """Training only: mirror left and right with probability one half."""
-
-    def __post_init__(self) -> None:
-        if not self.name.startswith(TFDS_PREFIX):
-            _require_choice("data.name", self.name, DATA_NAMES, f"{TFDS_PREFIX}<name>")
-        _require(self.name != TFDS_PREFIX, "data.name", self.name, "followed by a name, as in 'tfds:cifar10'")
-        for field in ("image_size", "train_examples", "test_examples", "pad", "split_seed"):
-            value = getattr(self, field)
-            _require(0 <= value < 2**31, f"data.{field}", value, "0 or a positive whole number below 2^31")
-        _require(self.image_size <= 1024, "data.image_size", self.image_size, "at most 1024 pixels")
-        if self.name == "folder":
-            _require(bool(self.directory), "data.directory", self.directory,
-                     "the directory of images when data.name='folder'")
-        if self.name in ("folder", "digits"):
-            for field in ("train_split", "test_split", "validation_split"):
-                _require(not getattr(self, field), f"data.{field}", getattr(self, field),
-                         f"empty when data.name={self.name!r}; it names splits of TFDS")
-        _require(0 <= self.validation < 1, "data.validation", self.validation, "at least 0 and below 1")
-        _require(not (self.validation and self.validation_split), "data.validation", self.validation,
-                 f"0 when data.validation_split={self.validation_split!r}")
-        _require(0 < self.test <= 1, "data.test", self.test, "above 0 and at most 1")
-        _require_choice("data.crop", self.crop, ("center", "random_resized"))
-        _require_choice("data.on_broken", self.on_broken, ("fail", "skip"))
-        _require_choice("data.placement", self.placement, ("auto", "device", "stream"))
-        _require(-1 <= self.workers <= 512, "data.workers", self.workers, "-1, or 0 to 512")
-        if self.crop == "random_resized":
-            _require(self.image_size > 0, "data.image_size", self.image_size,
-                     "positive when data.crop='random_resized'; usual is 224")
-            _require(self.placement != "device", "data.placement", self.placement,
-                     "auto or stream when data.crop='random_resized', which cuts a new part out of the original image "
-                     "each time")
-        for field in ("mean", "std"):
-            value = getattr(self, field)
-            _require(len(value) in (1, 3), f"data.{field}", value, "one value, or one for each of three channels")
-            _require(all(abs(v) <= 1e30 for v in value), f"data.{field}", value, "numbers up to 1e30")
-        _require(all(v >= 1e-6 for v in self.std), "data.std", self.std, "positive, at least 1e-6")
-        _require(self.pad <= 1024, "data.pad", self.pad, "at most 1024 pixels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +90,8 @@ class OptimizerConfig:
     schedule: str = "piecewise"
     """'piecewise' (constant, multiplied by `factors` after the epochs `boundaries`) or 'cosine' (to 0)."""
     boundaries: tuple[float, ...] = ()
+    """Below 1 they are parts of the run: (0.5, 0.75) after half and after three quarters of its epochs, however many
+    those are. If any is 1 or more, all are epochs (fractions allowed)."""
     factors: tuple[float, ...] = ()
     warmup_epochs: float = 0.0
     """Linear rise of the learning rate from 0, counted in epochs (fractions allowed)."""
@@ -211,10 +120,15 @@ class OptimizerConfig:
                 _require(not value, f"optimizer.{field}", value, "empty when optimizer.schedule='cosine'")
         _require(len(self.boundaries) == len(self.factors), "optimizer.factors", self.factors,
                  f"as many as optimizer.boundaries={self.boundaries}")
-        rising = (self.warmup_epochs, *self.boundaries)
-        _require(all(a < b for a, b in itertools.pairwise(rising)), "optimizer.boundaries", self.boundaries,
-                 f"rising epochs after the warm-up of {self.warmup_epochs:g}")
+        _require(all(a < b for a, b in itertools.pairwise((0.0, *self.boundaries))), "optimizer.boundaries",
+                 self.boundaries, "rising, above 0: parts of the run, or epochs")
         _require(all(0 < f <= 1e30 for f in self.factors), "optimizer.factors", self.factors, "positive, at most 1e30")
+
+    def boundary_epochs(self, epochs: int) -> tuple[float, ...]:
+        """Returns `boundaries` as epochs of a run of `epochs`."""
+        if any(boundary >= 1 for boundary in self.boundaries):
+            return self.boundaries
+        return tuple(round(boundary * epochs, 9) for boundary in self.boundaries)  # 100 / 150 of 150 is 100
 
 
 def split_factors(text: str) -> list[tuple[str, float]]:
@@ -241,17 +155,18 @@ class Config:
     """A whole run. Two equal configurations on the same data compute the same parameters."""
 
     name: str = "digits_resnet"
-    """Names the run: the default workdir is runs/<name>."""
+    """Names the run: the default workdir is runs/<name>. {folder} in it is the last part of data.directory."""
     seed: int = 0
     """Seeds initialisation, the order of the images and their augmentation."""
     model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
     orthogonality: OrthogonalityConfig = OrthogonalityConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", named_after(self.name, self.data.directory))
         proper = self.name.isprintable() and self.name[:1] not in ("", ".") and not set(self.name) & set("/\\")
         _require(proper, "name", self.name, "a directory name that does not begin with a dot")
         _require(0 <= self.seed < 2**31, "seed", self.seed, "at least 0 and below 2^31")
@@ -259,12 +174,24 @@ class Config:
         _require(not images or self.train.batch_size % (parts * images) == 0, "model.norm_images", images,
                  f"0, or divide train.batch_size={self.train.batch_size}"
                  + f" over optimizer.grad_accumulation_steps={parts}" * (parts > 1))
-        for boundary in self.optimizer.boundaries:
-            _require(boundary < self.train.epochs, "optimizer.boundaries", self.optimizer.boundaries,
-                     f"below train.epochs={self.train.epochs}; when you shorten a run, scale them with it")
-        _require(self.optimizer.warmup_epochs < self.train.epochs, "optimizer.warmup_epochs",
-                 self.optimizer.warmup_epochs, f"below train.epochs={self.train.epochs}")
+        given, warmup = self.optimizer.boundaries, self.optimizer.warmup_epochs
+        for boundary in self.optimizer.boundary_epochs(self.train.epochs):
+            _require(boundary < self.train.epochs, "optimizer.boundaries", given,
+                     f"below train.epochs={self.train.epochs}, or parts of the run, all below 1, such as (0.5,0.75), "
+                     "which suit any number of epochs")
+            _require(boundary > warmup, "optimizer.boundaries", given,
+                     f"after the warm-up of {warmup:g} epochs; of train.epochs={self.train.epochs} the first is at "
+                     f"{boundary:g}")
+        _require(warmup < self.train.epochs, "optimizer.warmup_epochs", warmup,
+                 f"below train.epochs={self.train.epochs}, e.g. {self.train.epochs / 2:g}")
 
 
 LOCATION_FIELDS = ("data.directory", "data.manual_directory", "data.placement", "data.workers")
 """Fields that say where images lie and not what is computed: a run may resume with other values of them."""
+
+ADJUSTABLE_FIELDS = ("name", "train.eval_batch_size", "train.evaluate_every", *LOCATION_FIELDS)
+"""Fields that do not change what is trained: a run goes on with other values of them, which its record then holds."""
+
+SCHEDULE_FIELDS = ("optimizer.boundaries", "optimizer.factors", "optimizer.learning_rate", "optimizer.schedule",
+                   "optimizer.warmup_epochs", "train.epochs")
+"""Fields of the learning rate: a run goes on with other values that leave the rate of its past steps as it was."""

@@ -13,7 +13,8 @@ class TrainConfig:
 
     epochs: int = 300
     batch_size: int = 256
-    """Images a step, over all devices together. Images left over at the end of an epoch wait for another epoch."""
+    """Images a step, over all devices together. Images left over at the end of an epoch wait for another epoch. 0
+    chooses a batch that fits the number of training images when training begins, and records it."""
     eval_batch_size: int = 1000
     evaluate_every: int = 1
     """Epochs between evaluations; each is followed by a checkpoint. The last epoch always counts."""
@@ -43,9 +44,11 @@ class TrainConfig:
     (1 + t) / (10 + t), so that short runs are not held back by what they began with."""
 
     def __post_init__(self) -> None:
-        for field in ("epochs", "batch_size", "eval_batch_size", "evaluate_every"):
+        for field in ("epochs", "eval_batch_size", "evaluate_every"):
             value = getattr(self, field)
             require(1 <= value < 2**31, f"train.{field}", value, "a positive whole number below 2^31")
+        require(0 <= self.batch_size < 2**31, "train.batch_size", self.batch_size,
+                "a positive whole number below 2^31, or 0 for a batch that fits the images")
         for field in ("freeze_epochs", "mixup", "cutmix"):
             value = getattr(self, field)
             require(0 <= value <= 1e6, f"train.{field}", value, "0 or a positive number, at most 1e6")

@@ -1,6 +1,7 @@
 """Data sets by name, and how their images reach the devices."""
 
 from shared_basis.data.examples import SPLITS, Progress, Source, Spec, Split, epoch_order, no_progress
+from shared_basis.data.folder import fingerprint
 from shared_basis.data.registry import describe, open_source, prepare
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Split",
     "describe",
     "epoch_order",
+    "fingerprint",
     "no_progress",
     "open_source",
     "prepare",

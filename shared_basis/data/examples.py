@@ -123,7 +123,7 @@ def select(config: DataConfig, splits: Mapping[str, Examples]) -> dict[str, Exam
         `config.validation` asks for others, or one part would be empty.
     """
     parts = dict(splits)
-    if config.validation and "train" in parts:
+    if config.validation > 0 and "train" in parts:
         parts |= _hold_out(config, parts)
     for name in parts.keys() & set(SPLITS):
         wanted, count = getattr(config, f"{name}_examples"), len(parts[name])

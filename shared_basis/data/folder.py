@@ -11,7 +11,9 @@ class of an image is its file name up to the number at its end: cat.0.jpg, cat.1
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,18 +21,22 @@ from pathlib import Path
 
 import numpy as np
 
-from shared_basis.config import DataConfig
+from shared_basis.config import AUTO_VALIDATION, DataConfig
 from shared_basis.data import streaming
 from shared_basis.data.batches import EvalBatches
-from shared_basis.data.examples import Encoded, Source, Spec
+from shared_basis.data.examples import Encoded, Examples, Source, Spec
 from shared_basis.data.images import BrokenImage, size_of
+from shared_basis.data.listing import SUFFIXES, images_of, is_directory, scan, walk
 from shared_basis.errors import UserError
 from shared_basis.runtime.reporter import Reporter
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-"""Files with other suffixes, and hidden files, are passed over."""
-
 VALIDATION_NAMES = ("val", "valid", "validation")
+
+VALIDATION_PART = 0.1
+"""Of each class, what is held out of the training images where `data.validation` lets a folder decide."""
+
+SIZED = 200
+"""Files of each split whose sizes tell a folder from others."""
 
 CHECKED_AT_ONCE = 64
 """Images of a batch when a folder is checked."""
@@ -78,6 +84,23 @@ class FileExamples:
         return os.path.join(self.root, os.fsdecode(self.names[begin:self.ends[file]]))
 
 
+def fingerprint(splits: Mapping[str, Examples]) -> str | None:
+    """Returns what tells the images of `splits` from others of equal number: a digest of the paths of their files, and
+    of the sizes of some; None unless they are files.
+
+    It is the same wherever the folder lies.
+    """
+    digest = hashlib.sha256()
+    for name, part in sorted(splits.items()):
+        if not isinstance(part, FileExamples):
+            return None
+        digest.update(name.encode() + part.names + part.files.astype("<i4").tobytes())
+        for index in np.unique(np.linspace(0, len(part) - 1, SIZED).astype(int)) if len(part) else ():
+            with contextlib.suppress(OSError):  # a dangling link, which reading it reports
+                digest.update(os.path.getsize(part.name(index)).to_bytes(8, "little"))
+    return digest.hexdigest()[:16]
+
+
 def describe(config: DataConfig) -> Spec:
     """Returns the names of the classes, and the shape that the first training image comes to.
 
@@ -111,8 +134,11 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
     first = parts["train" if "train" in parts else next(iter(parts))]
     if not directories:
         parts = _divide(config, parts[""], classes)
+    if config.validation == AUTO_VALIDATION and "train" in parts and "validation" not in parts:
+        parts |= _hold_out(parts["train"], config.split_seed)
     wanted = {*names, "validation"} if "train" in names else set(names)
-    shape = known.image_shape if known and not config.image_size else (*_first_size(config, first), 3)
+    own_size = known is not None and config.image_size in (0, known.image_shape[0])
+    shape = known.image_shape if known and own_size else (*_first_size(config, first), 3)
     return Source(Spec(shape, classes), {split: part for split, part in parts.items() if split in wanted})
 
 
@@ -145,13 +171,14 @@ def _root(config: DataConfig) -> Path:
     root = Path(os.path.expanduser(config.directory))
     if not os.path.isdir(root):  # unlike Path.is_dir, False where permissions are missing
         problem = "is not a directory" if os.path.exists(root) else "cannot be found"
-        raise UserError(f"data.directory={config.directory!r}: {root} {problem}; {_LAYOUT}.")
+        raise UserError(f"data.directory={config.directory!r}: {root} {problem}; {_LAYOUT}. Where it has moved, give "
+                        "--images=DIR.")
     return root
 
 
 def _split_directories(root: Path, needed: Sequence[str]) -> dict[str, Path]:
     """Returns the directories of the splits, or nothing where one tree holds all images."""
-    entries = {entry.name.lower(): Path(entry.path) for entry in _scan(root) if _is_directory(entry)}
+    entries = {entry.name.lower(): Path(entry.path) for entry in scan(root) if is_directory(entry)}
 
     def found(*names: str) -> Path | None:
         return next((entries[name] for name in names if name in entries), None)
@@ -161,7 +188,7 @@ def _split_directories(root: Path, needed: Sequence[str]) -> dict[str, Path]:
                    "validation": validation if own_test else None}
     if any(directories[split] is None for split in needed):
         for path in directories.values():
-            if path is not None and any(map(_is_directory, _scan(path))):  # one that holds images is a class
+            if path is not None and any(map(is_directory, scan(path))):  # one that holds images is a class
                 lacking = "test/ or val/" if path == directories["train"] else "train/"
                 raise UserError(f"{root} holds {path.name}/ and no {lacking}; add it, or name {path} itself to have it "
                                 "divided into a train and a test part.")
@@ -172,17 +199,17 @@ def _split_directories(root: Path, needed: Sequence[str]) -> dict[str, Path]:
 
 def _list_tree(root: Path, directory: Path, least: int) -> dict[str, list[str]]:
     """Returns the paths below `root` of the images in `directory`, sorted, by class, sorted; `least` classes."""
-    entries = _scan(directory)
-    folders = [entry for entry in entries if _is_directory(entry)]
+    entries = scan(directory)
+    folders = [entry for entry in entries if is_directory(entry)]
     if folders:
-        tree = {folder.name: sorted(_walk(Path(folder.path))) for folder in folders}
+        tree = {folder.name: sorted(walk(Path(folder.path))) for folder in folders}
         for name, paths in tree.items():
             if not paths:
                 raise UserError(f"class directory {directory / name} holds no image ({', '.join(SUFFIXES)}); put "
                                 "images there, or remove the class from all splits.")
     else:
         tree = {}
-        for path in _images(entries):
+        for path in images_of(entries):
             name = _NUMBER.sub("", Path(path).stem)
             if not name or name == Path(path).stem:
                 raise UserError(f"{directory} holds no class directories, and the file name {Path(path).name!r} is not "
@@ -195,46 +222,6 @@ def _list_tree(root: Path, directory: Path, least: int) -> dict[str, list[str]]:
                         f"{_LAYOUT[0].upper()}{_LAYOUT[1:]}.")
     start = len(os.path.join(root, ""))
     return {name: [path[start:] for path in tree[name]] for name in sorted(tree)}
-
-
-def _scan(directory: Path) -> list[os.DirEntry[str]]:
-    """Returns what `directory` holds, hidden entries apart, sorted by name."""
-    try:
-        with os.scandir(directory) as entries:
-            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"cannot read the directory {directory}: {error.strerror}; mend its permissions.") from error
-
-
-def _images(entries: Sequence[os.DirEntry[str]]) -> Iterator[str]:
-    """Yields the paths of the image files among `entries`."""
-    for entry in entries:
-        if entry.name.lower().endswith(SUFFIXES) and (_is_file(entry) or (
-                entry.is_symlink() and not os.path.exists(entry.path))):
-            yield entry.path  # not a pipe, which would wait; a dangling link is reported when it is read
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file()
-    except OSError:  # a link to itself
-        return False
-
-
-def _is_directory(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
-def _walk(directory: Path) -> Iterator[str]:
-    """Yields the paths of the images in `directory` and below it; links to directories are not followed."""
-    entries = _scan(directory)
-    yield from _images(entries)
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path))
 
 
 def _common_classes(trees: Mapping[str, Mapping[str, object]], directories: Mapping[str, Path]) -> tuple[str, ...]:
@@ -263,17 +250,31 @@ def _examples(root: Path, tree: Mapping[str, Sequence[str]], classes: Sequence[s
 def _divide(config: DataConfig, tree: FileExamples, classes: Sequence[str]) -> dict[str, FileExamples]:
     """Returns one tree's train and test part: of each class `config.test`, drawn with `config.split_seed`."""
     test = np.zeros(len(tree), bool)
-    for label in np.unique(tree.labels):
-        members = np.flatnonzero(tree.labels == label)
-        order = np.random.default_rng((config.split_seed, int(label))).permutation(members)
-        held = max(1, round(len(members) * config.test))
+    for label, order in _drawn(tree, config.split_seed):
+        held = max(1, round(len(order) * config.test))
         if config.test < 1:
-            held = min(held, len(members) - 1)
+            held = min(held, len(order) - 1)
         if not held:
             raise UserError(f"data.directory={config.directory!r}: class {classes[label]!r} has one image, and one "
                             "must be held out to test on; add images, or evaluate on all with --config.data.test=1.0.")
         test[order[:held]] = True
     return {"train": tree.take(np.flatnonzero(~test)), "test": tree.take(np.flatnonzero(test))}
+
+
+def _hold_out(train: FileExamples, split_seed: int) -> dict[str, FileExamples]:
+    """Returns the training images without `VALIDATION_PART` of each class, and these; none where a class has one."""
+    held = np.zeros(len(train), bool)
+    for _, order in _drawn(train, split_seed, 1):
+        held[order[:max(1, round(len(order) * VALIDATION_PART)) if len(order) > 1 else 0]] = True
+    parts = {"train": train.take(np.flatnonzero(~held)), "validation": train.take(np.flatnonzero(held))}
+    return parts if held.any() else {"train": train}
+
+
+def _drawn(tree: FileExamples, split_seed: int, *stream: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields each label of `tree` with the indices of its images in random order."""
+    for label in np.unique(tree.labels):
+        members = np.flatnonzero(tree.labels == label)
+        yield int(label), np.random.default_rng((split_seed, int(label), *stream)).permutation(members)
 
 
 def _first_size(config: DataConfig, examples: FileExamples) -> tuple[int, int]:

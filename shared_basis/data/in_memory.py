@@ -20,9 +20,12 @@ Region = Callable[[int, int], Box]
 
 def eval_crop(config: DataConfig, shape: tuple[int, int, int]) -> Region:
     """Returns what is kept of an image where no chance is involved: all of it, or its centre."""
-    if not config.image_size:
-        return whole
-    return central(TEST_PART if config.crop == "random_resized" else 1, shape[1] / shape[0])
+    return central(kept_part(config), shape[1] / shape[0]) if config.image_size else whole
+
+
+def kept_part(config: DataConfig) -> float:
+    """Returns the part of the shorter side that an image keeps where no chance is involved."""
+    return TEST_PART if config.crop == "random_resized" else 1.0
 
 
 def read_images(examples: Examples, indices: Sequence[int], spec: Spec, config: DataConfig,

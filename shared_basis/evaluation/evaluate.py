@@ -38,7 +38,7 @@ def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str,
         with raise_on_all_processes():
             source = trained.open_source(reporter)
         with raise_on_all_processes():  # apart, as processes settle something in it
-            images = feeds.load(source, config.data, mesh, reporter)
+            images = feeds.load(source, trained.images, mesh, reporter)
         evaluator = make_evaluator(trained.model, config.data,
                                    images.batches("test", config.train.eval_batch_size, mesh), mesh)
         show = reporter.progress("scoring test images")

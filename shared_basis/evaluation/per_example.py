@@ -88,7 +88,7 @@ def score(trained: Trained, reporter: Reporter, worst: int = WORST) -> Scores:
     confusion, kept, total, first = np.zeros((classes, classes), np.int64), list[Image](), 0.0, 0
     with memory.oom_as_user_error(config, "train.eval_batch_size"):
         source = trained.open_source(reporter)
-        images = feeds.load(source, config.data, trained.mesh, reporter)
+        images = feeds.load(source, trained.images, trained.mesh, reporter)
         classify, judge = trained.classifier(), jax.jit(_judge)
         show = reporter.progress("scoring test images one by one")
         for pixels, labels in images.batches("test", config.train.eval_batch_size, trained.mesh)():

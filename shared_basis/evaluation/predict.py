@@ -14,7 +14,8 @@ import numpy as np
 from shared_basis import data
 from shared_basis.data.examples import warn_on_stderr
 from shared_basis.data.feeds import Images
-from shared_basis.data.folder import SUFFIXES, FileExamples
+from shared_basis.data.folder import FileExamples
+from shared_basis.data.listing import SUFFIXES
 from shared_basis.errors import UserError, printable
 from shared_basis.runs.trained import Trained
 from shared_basis.runtime import memory

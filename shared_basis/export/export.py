@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from shared_basis.config import DataConfig
 from shared_basis.data import Progress, no_progress
 from shared_basis.data.augment import normalize
+from shared_basis.data.in_memory import kept_part
 from shared_basis.errors import UserError
 from shared_basis.export import onnx, stablehlo
 from shared_basis.export.folding import CHOICES, fold
@@ -80,6 +82,7 @@ def export(workdir: str | Path, kind: str, choice: str = "auto", which: str = "l
              "image_shape": list(shape)}
     files = writer.serialise(graph, {
         **about, "input": "images: uint8 [N, H, W, C], normalised inside: (images / 255 - mean) / std",
+        "resize": resizing(data, shape),
         "output": "logits: float32 [N, classes]", "mean": list(data.mean), "std": list(data.std), "fold": choice,
         **counts, "versions": versions()})
     progress(3, STAGES)
@@ -88,6 +91,17 @@ def export(workdir: str | Path, kind: str, choice: str = "auto", which: str = "l
     path = write_files(output, trained.run.path / "export" / f"model.{kind}", files)
     return {"workdir": str(trained.run.path), **about, "format": kind, "file": str(path), "bytes": len(files[""]),
             "fold": choice, "layers": outcome.layers, "norms_left": outcome.norms_left, **counts, "verified": verified}
+
+
+def resizing(config: DataConfig, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Returns how images of other sizes become the network's input, as plain data; docs/export.md has it as code.
+
+    It is what `shared_basis.evaluation.predict.predict` does: the largest central box of the input's aspect, scaled by
+    `part`, is scaled to `height` and `width`, in the image's own pixels, by `filter`.
+    """
+    part = kept_part(config)
+    return {"height": shape[0], "width": shape[1], "color": "RGB" if shape[2] == 3 else "L", "crop": "center",
+            "part": part, "filter": "bilinear, antialiased", "shorter_side": round(min(shape[:2]) / part)}
 
 
 def _verify(run: Run, file: bytes, trained: Trained) -> dict[str, Any] | None:

@@ -58,7 +58,7 @@ def learning_rate_schedule(config: OptimizerConfig, epochs: int, steps_per_epoch
     if config.schedule == "cosine":
         main = optax.cosine_decay_schedule(config.learning_rate, epochs * steps_per_epoch - warmup)
     else:
-        boundaries = [round(boundary * steps_per_epoch) - warmup for boundary in config.boundaries]
+        boundaries = [round(boundary * steps_per_epoch) - warmup for boundary in config.boundary_epochs(epochs)]
         main = optax.piecewise_constant_schedule(
             config.learning_rate, dict(zip(boundaries, config.factors, strict=True)))
     if not warmup:

@@ -122,7 +122,7 @@ def boundaries(config: Config) -> list[tuple[float, str]]:
     """Returns the epochs at which the schedule of the learning rate changes, and the change."""
     warmup = [(config.optimizer.warmup_epochs, "warm-up ends")] if config.optimizer.warmup_epochs else []
     return warmup + [(epoch, f"× {factor:g}") for epoch, factor in zip(
-        config.optimizer.boundaries, config.optimizer.factors, strict=True)]
+        config.optimizer.boundary_epochs(config.train.epochs), config.optimizer.factors, strict=True)]
 
 
 def _mark_boundaries(axes: Axes, run: RunSummary, named: bool) -> None:

@@ -23,7 +23,7 @@ from shared_basis.models import Network, create_model
 from shared_basis.models.parameters import abstract_variables
 from shared_basis.nn import ops
 from shared_basis.runs.checkpoints import Checkpoints
-from shared_basis.runs.workdir import Workdir
+from shared_basis.runs.workdir import FILES, Workdir
 from shared_basis.runtime import memory
 from shared_basis.runtime.distributed import make_mesh, platform_of, replicated
 from shared_basis.runtime.reporter import Reporter
@@ -40,6 +40,10 @@ def build_model(config: Config, spec: data.Spec) -> Network:
     channels = spec.image_shape[2]
     for field in ("mean", "std"):
         values = getattr(config.data, field)
+        if not values:
+            raise UserError(f"data.{field} is measured when training begins; where that is not what you do, give it: "
+                            "published weights want ImageNet's, --config.data.mean='(0.485,0.456,0.406)' "
+                            "--config.data.std='(0.229,0.224,0.225)'.")
         if len(values) not in (1, channels):
             raise UserError(f"data.{field}={values}: the images have {channels} channel{'s' * (channels > 1)}; give "
                             "one value, or one for each channel.")
@@ -73,6 +77,10 @@ class Trained:
     model: Network
     variables: Variables
     """`params` and `batch_stats`."""
+    own_images: DataConfig
+    """Where the run's own images lie, and how they were divided."""
+    images: DataConfig
+    """The images to be scored: those of `config`; see `open_source`."""
 
     @classmethod
     def open(cls, workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None) -> Trained:
@@ -80,7 +88,7 @@ class Trained:
 
         Args:
           overrides: fields of the run's configuration to replace by dotted path: those of `data`, where the images lie
-            elsewhere now, and `train.eval_batch_size`.
+            elsewhere now, and `train.eval_batch_size`. See `open_source` for what another folder means.
 
         Raises:
           UserError: no such run or checkpoint, or it is damaged or of another network, or other overrides.
@@ -91,7 +99,7 @@ class Trained:
             if not path.startswith("data.") and path != "train.eval_batch_size":
                 raise UserError(f"--config.{path} cannot be changed for the trained run in {run.path}; only fields of "
                                 "data, and train.eval_batch_size, can.")
-        config = replace(config, overrides or {})
+        own, config = config.data, replace(config, overrides or {})
         mesh = make_mesh()
         with memory.oom_as_user_error(config, "train.eval_batch_size"):
             checkpoints = Checkpoints(run.checkpoints, read_only=True)
@@ -99,7 +107,9 @@ class Trained:
             spec = data.Spec(tuple(record["data"]["image_shape"]), tuple(record["data"]["classes"]))
             model = build_model(config, spec)
             variables = _restore(checkpoints, step, config, model, spec, mesh)
-        return cls(run, config, spec, mesh, checkpoints, step, model, variables)
+        other = _is_another_folder(config.data, own, record["data"].get(FILES))
+        images = _all_of_it(config.data, spec, overrides or {}) if other else config.data
+        return cls(run, config, spec, mesh, checkpoints, step, model, variables, own, images)
 
     def at(self, step: int) -> Trained:
         """Restores another checkpoint of the same run.
@@ -111,8 +121,23 @@ class Trained:
         return dataclasses.replace(self, step=step, variables=variables)
 
     def open_source(self, reporter: Reporter | None = None) -> data.Source:
-        """Opens the run's test images, which must have its classes and shape."""
-        return data.open_source(self.config.data, ("test",), self.spec, reporter)
+        """Opens the run's test images, or those of another folder that its configuration was overridden with.
+
+        All images of such a folder are test images, unless it has directories for the splits or `data.test` is
+        overridden too. They come to the run's size and channels.
+
+        Raises:
+          UserError: as `data.open_source`; the images must have the run's classes.
+        """
+        source = data.open_source(self.images, ("test",), self.spec, reporter)
+        if reporter is not None and self.images is not self.config.data:
+            own = self.own_images
+            gone = own.name == "folder" and not os.path.isdir(os.path.expanduser(own.directory))
+            moved = (f"; if it is that one, moved, --config.data.test={own.test:g} scores its test part alone"
+                     if gone else "")
+            reporter.info(f"{self.images.directory} is another folder than the run's own ({own.directory or own.name}):"
+                          f" all its images are scored, or those in test/ or val/ where it has them{moved}")
+        return source
 
     def on_cpu(self) -> Trained:
         """Returns the same network on one CPU device, in float32 whatever the run computed in, its blocks unrolled.
@@ -160,6 +185,30 @@ def load_run(workdir: str | os.PathLike[str], checkpoint: str | int = "latest") 
     """
     trained = Trained.open(os.fspath(workdir), str(checkpoint))
     return LoadedRun(trained.model, trained.variables, trained.spec.classes)
+
+
+def _is_another_folder(config: DataConfig, own: DataConfig, files: str | None) -> bool:
+    """Returns whether the images of `config` are a folder other than the run's `own` images, moved or not.
+
+    Args:
+      files: what tells the run's folder from others; runs of earlier versions did not note it.
+    """
+    def place(images: DataConfig) -> str:
+        return os.path.realpath(os.path.expanduser(images.directory)) if images.name == "folder" else ""
+
+    if config.name != "folder" or place(config) == place(own):
+        return False
+    try:
+        return not files or data.fingerprint(data.open_source(config).splits) != files
+    except UserError:  # it cannot be trained on, and may well be scored
+        return True
+
+
+def _all_of_it(config: DataConfig, spec: data.Spec, overrides: Mapping[str, Any]) -> DataConfig:
+    """Returns `config` for all images of its folder, brought to the size of `spec`, but for what is overridden."""
+    fields: dict[str, Any] = {"test": 1.0, "test_examples": 0, "image_size": config.image_size or spec.image_shape[0]}
+    return dataclasses.replace(config, **{field: value for field, value in fields.items()
+                                          if f"data.{field}" not in overrides})
 
 
 def _restore(checkpoints: Checkpoints, step: int, config: Config, model: Network, spec: data.Spec,

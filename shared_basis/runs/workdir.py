@@ -21,13 +21,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from shared_basis.config import Config, differences, from_config_dict, to_dict
+from shared_basis.config import FORMAT, Config, from_config_dict, in_present_terms, to_dict
 from shared_basis.errors import UserError
+from shared_basis.runs.continuation import render, require_continuation
 from shared_basis.runs.metrics import MetricsFiles
+from shared_basis.runtime.distributed import from_main_process, is_main_process, raise_on_all_processes
 from shared_basis.runtime.files import write_atomic
 
 LOCK_INTERVAL = 0.2
 """Seconds between attempts to take a lock."""
+
+FILES = "names_and_sizes_of_files"
+"""The data fact of a run on a folder that tells it from others: see `shared_basis.data.fingerprint`."""
 
 PACKAGES = ("shared-basis", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -47,13 +52,20 @@ def make_record(config: Config, data: Mapping[str, Any], devices: str | None = N
                 own: Mapping[str, str] | None = None, init: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Returns the record of a run: plain data that JSON can hold.
 
+    Directories are absolute in it: later commands may come from another one.
+
     Args:
       devices: those that it begins on.
       own: the names of the user's own functions, by what they are for.
       init: where the weights come from that it begins with, if it does not begin anew; see `training.start.Start`.
     """
-    return {"config": to_dict(config), "data": dict(data), "versions": versions(), "devices": devices,
-            "own": dict(own or {}), "init": None if init is None else dict(init)}
+    tree = to_dict(config)
+    for field in ("directory", "manual_directory"):
+        path = tree["data"][field]
+        if path and "://" not in path:
+            tree["data"][field] = os.path.abspath(os.path.expanduser(path))
+    return {"config": tree, "data": dict(data), "versions": versions(), "devices": devices, "own": dict(own or {}),
+            "init": None if init is None else dict(init), "format": FORMAT}
 
 
 class Workdir(MetricsFiles):
@@ -98,12 +110,16 @@ class Workdir(MetricsFiles):
                 raise TypeError("its image shape is none")
             if not isinstance(record["versions"], dict):
                 raise TypeError("its versions are no dict")
-            devices, init = record.get("devices"), record.get("init")  # runs of earlier versions did not note them
+            devices, init = record.get("devices"), record.get("init")  # runs of earlier versions did not note them,
+            written = record.get("format", 1)  # nor their format
+            if not isinstance(written, int):
+                raise TypeError("its format is no number")
             if init is not None and not isinstance(init["source"], str):
                 raise TypeError("what it began with has no source")
-            return {**{key: record[key] for key in ("config", "data", "versions")},
+            return {"config": in_present_terms(record["config"], written),
+                    **{key: record[key] for key in ("data", "versions")},
                     "devices": devices if isinstance(devices, str) else None, "own": dict(record.get("own", {})),
-                    "init": init}
+                    "init": init, "format": FORMAT}
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -125,6 +141,13 @@ class Workdir(MetricsFiles):
             return from_config_dict(record["config"]), record
         except UserError as error:
             raise UserError(f"{self.path / 'run.json'}: {error}") from error
+
+    @property
+    def latest_step(self) -> int:
+        """The step of the latest checkpoint, complete or damaged; 0 where there is none."""
+        if not self.checkpoints.is_dir():
+            return 0
+        return max((int(path.name) for path in self.checkpoints.iterdir() if path.name.isdecimal()), default=0)
 
     @contextlib.contextmanager
     def locked(self, patience: float = 2.0) -> Iterator[None]:
@@ -153,14 +176,19 @@ class Workdir(MetricsFiles):
     def claim(self, record: Mapping[str, Any]) -> None:
         """Makes the directory that of the run `record`, whether it is new or resumes.
 
+        A run that resumes keeps its record, but for the configuration, where that may change.
+
         Raises:
           UserError: as `require`, or it holds checkpoints without their run, or cannot be written.
         """
-        if self.read_record() is not None:
+        saved = self.read_record()
+        if saved is not None:
             self.require(record)
-            return
+            record = {**saved, "config": record["config"], "data": {**record["data"], **saved["data"]}}
+            if record == saved:
+                return
         try:
-            if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+            if saved is None and self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
                 raise UserError(f"workdir {self.path} holds checkpoints and no run.json; copy "
                                 f"{self.checkpoints}/<step>/run/metadata to {self.path / 'run.json'}, or choose "
                                 "another --workdir.")
@@ -173,14 +201,15 @@ class Workdir(MetricsFiles):
         """Returns the record in the directory, after making sure that it is that of the run `record`.
 
         Raises:
-          UserError: it holds a run of another configuration or on other data, or none, as where processes of several
-            machines do not see one directory.
+          UserError: it holds a run that cannot go on so (see `require_continuation`) or one on other data, or none, as
+            where processes of several machines do not see one directory.
         """
         if self.read_record() is None:
             raise UserError(f"workdir {self.path} holds no run.json here, though the first process has written it: it "
                             "must lie on a file system that all machines share; choose another --workdir.")
         config, saved = self.load()
-        self._require_same("configuration", differences(from_config_dict(record["config"]), config))
+        require_continuation(self.path, from_config_dict(record["config"]), config,
+                             record["data"].get("train_examples", 0), self.latest_step)
         ours, theirs = record.get("own", {}), saved["own"]
         self._require_same("choice of your own functions", {
             name: (ours.get(name), theirs.get(name)) for name in ours | theirs if ours.get(name) != theirs.get(name)})
@@ -189,14 +218,31 @@ class Workdir(MetricsFiles):
                                     if record["data"][key] != saved["data"][key]})
         return saved
 
+    def _require_same(self, what: str, differing: Mapping[str, tuple[Any, Any]]) -> None:
+        if differing:
+            raise UserError(f"workdir {self.path} holds a run of another {what} ({render(differing)}); choose another "
+                            "--workdir, or the same values.")
+
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"workdir {self.path} cannot be written: {error.strerror}; choose another with --workdir.")
 
-    def _require_same(self, what: str, differing: Mapping[str, tuple[Any, Any]]) -> None:
-        if differing:
-            fields = "; ".join(f"{path}: {now!r} now, {then!r} there" for path, (now, then) in differing.items())
-            raise UserError(f"workdir {self.path} holds a run of another {what} ({fields}); "
-                            "choose another --workdir, or the same values.")
+
+def stored_config(workdir: str | Path) -> Config | None:
+    """Returns the configuration of the run in `workdir`, or None where there is none; the same in all processes.
+
+    The first process alone looks for it: a network's file system may hide a file from those that have looked for it
+    in vain.
+
+    Raises:
+      UserError: as `Workdir.load`.
+    """
+    text = ""
+    with raise_on_all_processes():
+        run = Workdir(workdir)
+        if is_main_process() and run.read_record() is not None:
+            text = json.dumps(to_dict(run.load()[0]))
+    text = from_main_process(text)
+    return from_config_dict(json.loads(text)) if text else None
 
 
 def _short(value: Any) -> Any:

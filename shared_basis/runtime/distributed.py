@@ -187,6 +187,15 @@ def process_allgather(value: Any) -> np.ndarray:
     return np.atleast_1d(multihost_utils.process_allgather(np.asarray(value)))
 
 
+def from_main_process(text: str) -> str:
+    """Returns in all processes the text that the first one gives."""
+    if jax.process_count() == 1:
+        return text
+    size = int(process_allgather(len(text.encode()))[0])
+    mine = np.frombuffer(text.encode(), np.uint8) if is_main_process() else np.zeros(size, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(mine), np.uint8)).decode() if size else ""
+
+
 def make_mesh() -> Mesh:
     """Returns a mesh of one axis, 'data', over all devices of all processes.
 

@@ -17,14 +17,16 @@ from shared_basis import data
 from shared_basis.config import Config, differences
 from shared_basis.data import feeds
 from shared_basis.errors import UserError
+from shared_basis.interop.weights import normalization_of
 from shared_basis.models import Network, create_model
 from shared_basis.models.summary import compare_with_plain, render_saving
 from shared_basis.optim.optimizer import Descent
 from shared_basis.runs import tensorboard as event_files
 from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runs.continuation import require_continuation
 from shared_basis.runs.metrics import evaluations, last_and_best, render_outcome
 from shared_basis.runs.trained import build_model
-from shared_basis.runs.workdir import Workdir, make_record, versions
+from shared_basis.runs.workdir import FILES, Workdir, make_record, stored_config, versions
 from shared_basis.runtime import memory
 from shared_basis.runtime.distributed import check_batch_size, is_main_process, make_mesh, raise_on_all_processes
 from shared_basis.runtime.preemption import StopSignals
@@ -33,6 +35,7 @@ from shared_basis.training.composition import Own, check_optimizer
 from shared_basis.training.loop import Training
 from shared_basis.training.losses import Loss
 from shared_basis.training.program import Program, build
+from shared_basis.training.settle import Normalization, settle
 from shared_basis.training.start import Init, Start, begins, describe, make, save_start, with_chosen_ranks
 from shared_basis.training.steps import TrainState
 from shared_basis.training.teacher import Teacher, open_teacher
@@ -78,18 +81,22 @@ def train(config: Config, workdir: str | Path, reporter: Reporter | None = None,
     if tensorboard:
         event_files.require()
     run, own = Workdir(workdir, tensorboard), Own(optimizer, loss, augment)
-    what = _set_up(config, run, Init(init) if isinstance(init, str) else init, own, reporter)
+    what = _set_up(config, run, Init(init) if isinstance(init, str) else init, own, mesh, reporter)
     config, model, start, teacher = what.config, what.model, what.start, what.teacher
     with raise_on_all_processes(), memory.oom_as_user_error(config):  # apart, as processes communicate in it
         images = feeds.load(what.source, config.data, mesh, reporter)
     device = _describe_devices(mesh)
+    files = data.fingerprint(what.source.splits)
     record = make_record(config, {
         "classes": list(images.spec.classes), "image_shape": list(images.spec.image_shape),
         **{f"{name}_examples": images.count(name) for name in images.splits},
-        **({"teacher": teacher.description} if teacher else {})}, device, own.names(), start.init if start else None)
+        **({"teacher": teacher.description} if teacher else {}), **({FILES: files} if files else {})
+    }, device, own.names(), start.init if start else None)
     with _claimed(run, record), reporter.logging(run.path):
         reporter.info(f"{config.model.name}: {render_saving(what.comparison)}")
         _log_setup(config, images, device, run, reporter)
+        for field, (now, then) in differences(config, what.saved or config).items():
+            reporter.info(f"goes on with {field}={now!r}; it was {then!r}")
         with contextlib.closing(Checkpoints(run.checkpoints, aside=run.damaged, tell=reporter.warn)) as checkpoints:
             if start is not None:
                 reporter.info(describe(start))
@@ -110,6 +117,8 @@ class _Setup:
     """What a run is made of, before its images are decoded."""
 
     config: Config
+    saved: Config | None
+    """That of the run in the workdir, if there is one."""
     source: data.Source
     model: Network
     comparison: dict[str, Any]
@@ -119,16 +128,20 @@ class _Setup:
     teacher: Teacher | None
 
 
-def _set_up(config: Config, run: Workdir, init: Init | None, own: Own, reporter: Reporter) -> _Setup:
+def _set_up(config: Config, run: Workdir, init: Init | None, own: Own, mesh: Mesh, reporter: Reporter) -> _Setup:
     """Opens what the configuration names, and refuses what does not fit.
 
     Raises:
       UserError: as `train`.
     """
+    saved = stored_config(run.path)
     start, fresh = None, begins(run, init)
     config = config if fresh else with_chosen_ranks(config, run, init)
     with raise_on_all_processes(), memory.oom_as_user_error(config):
-        source, model, comparison = _open(config, run, reporter)
+        weights = normalization_of(init.source) if init is not None and fresh else None
+        config, source, model, comparison = _open(config, saved, weights, mesh, reporter)
+        if saved is not None and is_main_process():  # before images are decoded, which may take long
+            require_continuation(run.path, config, saved, len(source.splits["train"]), run.latest_step)
     with raise_on_all_processes(), memory.oom_as_user_error(config):
         if init is not None and fresh:
             start = make(config, source.spec, init, reporter)
@@ -136,27 +149,27 @@ def _set_up(config: Config, run: Workdir, init: Init | None, own: Own, reporter:
             comparison = compare_with_plain(config.model, len(source.spec.classes), source.spec.image_shape)
         check_optimizer(config, model, source.spec.image_shape, own)
         teacher = open_teacher(config, source.spec, reporter.warn)
-    return _Setup(config, source, model, comparison, start, teacher)
+    return _Setup(config, saved, source, model, comparison, start, teacher)
 
 
-def _open(config: Config, run: Workdir, reporter: Reporter) -> tuple[data.Source, Network, dict[str, Any]]:
-    """Returns the images, not decoded yet, the network for them, and its counts beside its plain counterpart's.
+def _open(config: Config, saved: Config | None, weights: Normalization | None, mesh: Mesh,
+          reporter: Reporter) -> tuple[Config, data.Source, Network, dict[str, Any]]:
+    """Returns the settled configuration, the images, not decoded yet, the network for them, and its counts beside its
+    plain counterpart's.
+
+    Args:
+      saved: the configuration of the run in the workdir, if there is one.
+      weights: mean and deviation of the weights that it begins with, if it does not begin anew.
 
     Raises:
-      UserError: the workdir cannot be read, the network or the data is unknown, or there are too few images.
+      UserError: the network or the data is unknown, or there are too few images.
     """
-    # What is cheap to check comes first. The workdir is read by the first process alone: a network's file system may
-    # hide a file from those that have looked for it in vain.
-    if is_main_process():
-        run.read_record()
-    create_model(config.model.name, stem=config.model.stem)
+    create_model(config.model.name, stem=config.model.stem)  # what is cheap to check comes first
     source = data.open_source(config.data, reporter=reporter)
+    config = settle(config, source, mesh, reporter, saved=saved, weights=weights)
     model = build_model(config, source.spec)
     comparison = compare_with_plain(config.model, len(source.spec.classes), source.spec.image_shape)
-    examples = len(source.splits["train"])
-    if examples < config.train.batch_size:
-        raise UserError(f"train.batch_size={config.train.batch_size}: there are only {examples} training images.")
-    return source, model, comparison
+    return config, source, model, comparison
 
 
 @contextlib.contextmanager

@@ -200,6 +200,7 @@ def test_main_starts_anew_with_huge_pages_and_keeps_its_arguments(monkeypatch: p
     monkeypatch.setattr(os, "execv", replace)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "main.py", "a b"])
+    monkeypatch.setattr(sys, "argv", ["main.py", "a b"])
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     with pytest.raises(Replaced):
         main()

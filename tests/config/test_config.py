@@ -78,11 +78,16 @@ NAN, INF = float("nan"), float("inf")
     ("data.name", "zzz", "data.name='zzz': must be one of digits, folder, cifar10, cifar100, fashion_mnist,"),
     ("data.name", "tfds:", "data.name='tfds:': must be followed by a name, as in 'tfds:cifar10'"),
     ("data.name", "folder", "data.directory='': must be the directory of images when data.name='folder'"),
-    ("data.train_split", "train[:90%]", "data.train_split='train[:90%]': must be empty when data.name='digits'"),
-    ("data.test_split", "test", "data.test_split='test': must be empty when data.name='digits'; it names splits of "
-                                "TFDS"),
+    ("data.train_split", "train[:90%]", "data.train_split='train[:90%]': data.name='digits' does not read it, which is "
+                                        "for splits of TFDS; leave it out."),
+    ("data.directory", "/images", "data.directory='/images': data.name='digits' does not read it; leave it out. To "
+                                  "train on a folder of images give --images=DIR"),
+    ("data.test", 0.5, "data.test=0.5: data.name='digits' does not read it; leave it out."),
+    ("data", {"name": "tfds:mnist", "test": 0.5}, "data.test=0.5: data.name='tfds:mnist' does not read it"),
+    ("data", {"name": "folder", "directory": "/images", "manual_directory": "/x"},
+     "data.manual_directory='/x': data.name='folder' does not read it"),
     ("data", {"name": "folder", "directory": "/images", "validation_split": "validation"},
-     "data.validation_split='validation': must be empty when data.name='folder'"),
+     "data.validation_split='validation': data.name='folder' does not read it"),
     ("data.validation", -0.1, "data.validation=-0.1: must be at least 0 and below 1"),
     ("data.validation", 1.0, "data.validation=1.0: must be at least 0 and below 1"),
     ("data.validation", NAN, "data.validation=nan: must be at least 0 and below 1"),
@@ -107,7 +112,8 @@ NAN, INF = float("nan"), float("inf")
     ("data.train_examples", -2, f"data.train_examples=-2: must be {WHOLE}"),
     ("data.test_examples", -3, f"data.test_examples=-3: must be {WHOLE}"),
     ("data.pad", -4, f"data.pad=-4: must be {WHOLE}"),
-    ("data.mean", (), "data.mean=(): must be one value, or one for each of three channels"),
+    ("data.mean", (), "data.std=(0.5,): must be empty when data.mean=() is"),
+    ("data.std", (), "data.std=(): must be given when data.mean=(0.5,) is"),
     ("data.mean", (0.1, 0.2), "data.mean=(0.1, 0.2): must be one value, or one for each of three channels"),
     ("data.mean", (NAN,), "data.mean=(nan,): must be numbers up to 1e30"),
     ("data.std", (0.1, 0.2), "data.std=(0.1, 0.2): must be one value, or one for each of three channels"),
@@ -131,19 +137,22 @@ NAN, INF = float("nan"), float("inf")
     ("optimizer.schedule", "cosin", "must be one of piecewise, cosine. Did you mean 'cosine'?"),
     ("optimizer.boundaries", (5.0,), "optimizer.factors=(): must be as many as optimizer.boundaries=(5.0,)"),
     ("optimizer.factors", (0.1,), "optimizer.factors=(0.1,): must be as many as optimizer.boundaries=()"),
-    ("optimizer", {"boundaries": (5, 5), "factors": (1, 1)}, "(5.0, 5.0): must be rising epochs after the warm-up"),
-    ("optimizer", {"boundaries": (NAN,), "factors": (0.1,)}, "optimizer.boundaries=(nan,): must be rising epochs"),
+    ("optimizer", {"boundaries": (5, 5), "factors": (1, 1)}, "(5.0, 5.0): must be rising, above 0"),
+    ("optimizer", {"boundaries": (NAN,), "factors": (0.1,)}, "optimizer.boundaries=(nan,): must be rising"),
     ("optimizer", {"boundaries": (2,), "factors": (0.1,), "warmup_epochs": 2.5}, "after the warm-up of 2.5"),
     ("optimizer", {"boundaries": (2,), "factors": (0,)}, "optimizer.factors=(0.0,): must be positive"),
     ("optimizer", {"boundaries": (2,), "factors": (INF,)}, "optimizer.factors=(inf,): must be positive"),
     ("optimizer", {"boundaries": (300,), "factors": (0.1,)},
-     "below train.epochs=300; when you shorten a run, scale them with it"),
+     "below train.epochs=300, or parts of the run, all below 1, such as (0.5,0.75), which suit any number of epochs"),
+    ("optimizer", {"boundaries": (0, 0.5), "factors": (1, 1)}, "(0.0, 0.5): must be rising, above 0"),
+    ("optimizer", {"boundaries": (0.01,), "factors": (0.1,), "warmup_epochs": 3.0},
+     "optimizer.boundaries=(0.01,): must be after the warm-up of 3 epochs; of train.epochs=300 the first is at 3"),
     ("optimizer", {"schedule": "cosine", "boundaries": (5,), "factors": (0.1,)},
      "optimizer.boundaries=(5.0,): must be empty when optimizer.schedule='cosine'"),
     ("optimizer", {"schedule": "cosine", "factors": (0.1,)},
      "optimizer.factors=(0.1,): must be empty when optimizer.schedule='cosine'"),
     ("train.epochs", 0, "train.epochs=0: must be a positive whole number"),
-    ("train.batch_size", 0, "train.batch_size=0: must be a positive whole number"),
+    ("train.batch_size", -1, "train.batch_size=-1: must be a positive whole number below 2^31, or 0"),
     ("train.eval_batch_size", -1, "train.eval_batch_size=-1: must be a positive whole number"),
     ("train.evaluate_every", 0, "train.evaluate_every=0: must be a positive whole number"),
     ("optimizer.name", "adam", "optimizer.name='adam': must be one of sgd, adamw, lion, muon. Did you mean 'adamw'?"),
@@ -181,7 +190,8 @@ def test_every_part_is_valid_by_default_and_frozen(part):
 @pytest.mark.parametrize("fields", [
     {"name": "tfds:mnist"}, {"name": "tfds:emnist/letters", "train_split": "train[:90%]", "test_split": "train[90%:]"},
     {"image_size": 32}, {"image_size": 32, "crop": "random_resized", "placement": "stream"},
-    {"validation": 0.999}, {"test": 1.0}, {"workers": 0}, {"workers": 512}, {"split_seed": 2**31 - 1}], ids=str)
+    {"validation": 0.999}, {"name": "folder", "directory": "x", "test": 1.0}, {"workers": 0}, {"workers": 512},
+    {"split_seed": 2**31 - 1}], ids=str)
 def test_values_at_the_limits_are_taken(fields):
     data = from_config_dict({"data": fields}).data
     assert {name: getattr(data, name) for name in fields} == fields
@@ -320,3 +330,20 @@ def test_differences_name_the_fields_and_leave_out_locations():
      "optimizer.grad_accumulation_steps", 4)])
 def test_the_fields_of_version_0_1_are_known_by_their_old_names(old, new, value):
     assert flatten(to_dict(from_config_dict(old)))[new] == value
+
+
+@pytest.mark.parametrize(("boundaries", "epochs", "expected"), [
+    ((0.5, 0.75), 300, (150.0, 225.0)), ((0.5, 0.75), 30, (15.0, 22.5)), ((100 / 150,), 150, (100.0,)),
+    ((150.0, 225.0), 400, (150.0, 225.0)), ((0.5, 2.0), 4, (0.5, 2.0)), ((0.999,), 1, (0.999,)), ((), 10, ())])
+def test_boundaries_below_1_are_parts_of_the_run(boundaries, epochs, expected):
+    optimizer = OptimizerConfig(boundaries=boundaries, factors=(0.1,) * len(boundaries))
+    assert optimizer.boundary_epochs(epochs) == expected
+
+
+def test_boundaries_that_are_the_same_epochs_do_not_differ():
+    parts = Config(optimizer=OptimizerConfig(boundaries=(0.5, 0.75), factors=(0.1, 0.1)))
+    assert differences(parts, replace(parts, {"optimizer.boundaries": (150.0, 225.0)})) == {}
+    assert differences(parts, replace(parts, {"train.epochs": 30})) == {"train.epochs": (300, 30)}
+    assert set(differences(parts, replace(parts, {"train.epochs": 600, "optimizer.boundaries": (150.0, 225.0)}))) == {
+        "train.epochs"}
+    assert "optimizer.boundaries" in differences(parts, replace(parts, {"optimizer.boundaries": (0.4, 0.75)}))

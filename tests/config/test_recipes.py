@@ -3,10 +3,13 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from shared_basis.config import Config, flatten, from_config_dict, to_dict
+from shared_basis.config import Config, flatten, from_config_dict, replace, to_dict
+from shared_basis.errors import UserError
 from shared_basis.models import create_model
+from shared_basis.optim.optimizer import learning_rate_schedule
 from studies.published import PUBLISHED
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -29,7 +32,18 @@ VARIANTS = {
     "imagenet": ("resnet34-s48u1-double", "resnet50-shared", "resnet101-shared++", "mobilenetv2"),
     "compact": ("mobilenetv1-s64u4", "shufflenetv1_g3-shared++", "shufflenetv2_x1_0-s16u1-double", "mobilenetv2-s8u1",
                 "efficientnet_b0-shared++"),
+    "folder": ("resnet14", "resnet32w12-s8u1", "resnet18", "resnet34-s32u1", "densenet121-s64u4", "mobilenetv2-shared",
+               "resnext50_32x4d"),
 }
+
+
+def get(name, variant=None, **fields):
+    """Returns the recipe's configuration as the command line makes it; a folder's, of one that is named."""
+    tree = load(CONFIGS / f"{name}.py").get_config(*([variant] if variant else []))
+    if tree.data.name == "folder":
+        tree.data.directory = "/path/folder"
+    tree.update_from_flattened_dict(fields)
+    return from_config_dict(tree)
 
 
 def test_every_recipe_is_tested():
@@ -39,15 +53,25 @@ def test_every_recipe_is_tested():
 @pytest.mark.parametrize(("name", "variant"), [
     (name, variant) for name, variants in VARIANTS.items() for variant in (None, *variants)])
 def test_a_recipe_takes_its_networks_and_names_the_run_after_them(name, variant):
-    get_config = load(CONFIGS / f"{name}.py").get_config
-    recipe = get_config(variant) if variant else get_config()
-    if recipe.data.name == "folder":
-        recipe.data.directory = "images"
-    config = from_config_dict(recipe)
+    config = get(name, variant)
     if variant:
         assert config.model.name == variant
-    assert config.name == f"{name}-{config.model.name}"
+    assert config.name == f"{'folder-finetuned' if name == 'finetune' else name}-{config.model.name}"
     create_model(config.model.name, stem=config.model.stem)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 30, 1000])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_number_of_epochs_alone_makes_a_run_of_another_length(name, epochs):
+    whole = get(name)
+    if whole.optimizer.warmup_epochs >= epochs:
+        with pytest.raises(UserError, match=rf"optimizer\.warmup_epochs=.*: must be below .* e\.g\. {epochs / 2:g}"):
+            get(name, **{"train.epochs": epochs})
+        return
+    other = get(name, **{"train.epochs": epochs})
+    for one, another in zip(whole.optimizer.boundary_epochs(whole.train.epochs),
+                            other.optimizer.boundary_epochs(epochs), strict=True):
+        assert another / epochs == pytest.approx(one / whole.train.epochs)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -55,10 +79,10 @@ def test_the_docstring_holds_the_command_for_the_default_network_first(path):
     module = load(path)
     default = module.get_config().model.name
     indented = [line.strip() for line in module.__doc__.splitlines() if line.startswith("    ")]
-    embedded = "python main.py" if path.stem == "digits_resnet" else None
-    command, *images = indented[0].split(" --config.data.directory=")
-    assert command == (embedded or f"python main.py --config=configs/{path.name}:{default}")
-    assert bool(images) == (module.get_config().data.name == "folder")
+    command = f"python main.py --config=configs/{path.name}:{default}"
+    others = {"digits_resnet": "python main.py", "folder": f"{command} --images=DIR",
+              "finetune": f"{command} --images=DIR --init=RUN"}
+    assert indented[0] == others.get(path.stem, command)
 
 
 @pytest.mark.parametrize("row", PUBLISHED, ids=str)
@@ -94,7 +118,7 @@ def test_cifar_resnet_is_the_published_recipe():
                       "grad_accumulation_steps": 1,
                       "weight_decay": 5e-4, "schedule": "piecewise",
                       "weight_decay_labels": ["basis", "coefficients", "kernel", "norm", "bias"],
-                      "boundaries": [150.0, 225.0], "factors": [0.1, 0.1], "warmup_epochs": 0.0},
+                      "boundaries": [0.5, 0.75], "factors": [0.1, 0.1], "warmup_epochs": 0.0},
         "train": {"epochs": 300, "batch_size": 256, "eval_batch_size": 1000, "evaluate_every": 1,
                   "record_gradients": False},
     })
@@ -117,7 +141,9 @@ MOBILE = {"epochs": 300, "batch_size": 256, "boundaries": [150.0, 225.0, 285.0],
     *(("imagenet", f"mobilenetv2{sharing}", MOBILE) for sharing in ("", "-shared", "-shared++")),
 ])
 def test_the_recipes_are_the_published_ones(recipe, variant, published):
-    config = to_dict(from_config_dict(load(CONFIGS / f"{recipe}.py").get_config(variant)))
+    found = from_config_dict(load(CONFIGS / f"{recipe}.py").get_config(variant))
+    config = to_dict(found)
+    config["optimizer"]["boundaries"] = list(found.optimizer.boundary_epochs(found.train.epochs))  # as published
     train = {key: published[key] for key in ("epochs", "batch_size")}
     optimizer = {**STEPS, **{key: value for key, value in published.items() if key not in train}}
     orthogonality = {"method": "penalty", "weight": 10.0, "elements": "shared", "reduction": "mean"}
@@ -130,3 +156,25 @@ def test_the_recipes_are_the_published_ones(recipe, variant, published):
         "train": train, "data": {**ALL_IMAGES, **(cifar if recipe == "cifar100" else imagenet), "flip": True},
         "model": {"name": variant, "stem": "cifar" if recipe == "cifar100" else "imagenet", "dtype": "float32",
                   "scan_blocks": "auto"}})
+
+
+@pytest.mark.parametrize(("recipe", "variant", "published"), [
+    ("cifar_resnet", "resnet20", CIFAR), ("cifar100", "resnet34-s32u1", CIFAR), ("imagenet", "resnet18", RESNETS),
+    ("imagenet", "mobilenetv2", MOBILE)])
+def test_the_schedule_in_parts_is_the_published_one_to_the_bit(recipe, variant, published):
+    config = get(recipe, variant)
+    epochs = replace(config, {"optimizer.boundaries": published["boundaries"]})
+    for steps in (7, 195, 5004):
+        rates = [np.asarray(learning_rate_schedule(one.optimizer, one.train.epochs, steps)(
+            np.arange(one.train.epochs * steps, dtype=np.int32))) for one in (config, epochs)]
+        np.testing.assert_array_equal(*rates)
+        assert len(np.unique(rates[0])) == len(published["boundaries"]) + 1
+
+
+def test_the_folder_recipe_sees_photographs_as_its_networks_want_them():
+    for variant, stem, size, crop in (("resnet20-s8u1", "cifar", 32, "center"), ("resnet34", "imagenet", 224,
+                                                                                 "random_resized")):
+        config = get("folder", variant)
+        assert (config.model.stem, config.data.image_size, config.data.crop) == (stem, size, crop)
+        assert config.data.flip
+        assert (config.data.mean, config.data.std, config.train.batch_size, config.data.validation) == ((), (), 0, -1)

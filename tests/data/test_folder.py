@@ -786,3 +786,66 @@ def test_real_jpeg_images(tmp_path):
         assert (split.images.std(axis=(1, 2, 3)) > 10).all()
         across = np.abs(np.diff(split.images.astype(float), axis=1)).mean()
         assert across < 25  # neighbouring pixels of photographs are alike; wrong strides would make noise of them
+
+
+# What tells a folder from another
+
+def test_a_folder_is_known_wherever_it_lies_by_the_names_and_sizes_of_its_files(tree: Path, folder: Path) -> None:
+    def known(directory: Path, **fields: Any) -> str | None:
+        return data.fingerprint(data.open_source(config(directory, **fields)).splits)
+    before = known(tree)
+    assert before != known(tree, split_seed=1)
+    moved = tree.rename(tree.with_name("moved"))
+    assert known(moved) == before
+    (moved / "dog" / "02.png").write_bytes(b"another")
+    assert known(moved) != before
+    (moved / "dog" / "02.png").rename(moved / "dog" / "05.png")
+    assert known(moved) != before
+    assert data.fingerprint(data.open_source(DataConfig()).splits) is None
+    os.symlink("nowhere", folder / "train" / "cat" / "9.png")
+    assert known(folder) is not None
+
+
+# Validation images that a folder holds out by itself
+
+def parts(directory: Path, **fields: Any) -> dict[str, list[str]]:
+    """Returns by split the paths of its images."""
+    source = data.open_source(config(directory, validation=-1.0, **fields))
+    return {name: [os.path.relpath(examples.name(index), directory) for index in range(len(examples))]
+            for name, examples in source.splits.items()}
+
+
+def test_a_folder_holds_out_a_tenth_of_each_class_and_at_least_one_image(tree: Path) -> None:
+    found = parts(tree)
+    held = [Path(path).parts[0] for path in found["validation"]]
+    assert held == ["ant", "cat", "cat", "dog"]  # of 8, 16 and 4 training images
+    assert len(found["test"]) == 7
+    everything = sorted(path for paths in found.values() for path in paths)
+    assert everything == sorted(str(path.relative_to(tree)) for path in tree.rglob("*.png"))
+    assert parts(tree) == found
+    assert parts(tree, split_seed=1)["validation"] != found["validation"]
+    assert "validation" not in data.open_source(config(tree)).splits
+
+
+def test_a_folder_with_validation_images_of_its_own_holds_out_none(tmp_path: Path) -> None:
+    own = write(tmp_path / "own", *(f"{split}/{name}/{index}.png" for split in ("train", "val", "test")
+                                    for name in ("a", "b") for index in range(3)))
+    found = parts(own)
+    assert {name: len(paths) for name, paths in found.items()} == {"train": 6, "validation": 6, "test": 6}
+    assert all(path.startswith("val/") for path in found["validation"])
+
+
+def test_a_class_of_one_image_keeps_it(tmp_path: Path) -> None:
+    found = parts(write(tmp_path / "few", "train/a/0.png", "train/b/0.png", "train/b/1.png", "test/a/0.png",
+                        "test/b/0.png"))
+    assert [len(found[name]) for name in ("train", "validation")] == [2, 1]
+    assert Path(found["validation"][0]).parts[1] == "b"
+    single = parts(write(tmp_path / "single", "train/a/0.png", "train/b/0.png", "test/a/0.png", "test/b/0.png"))
+    assert set(single) == {"train", "test"}
+
+
+def test_only_folders_decide_on_their_validation_images() -> None:
+    with pytest.raises(UserError, match=r"data\.validation=-1\.0: must be .* -1 when data\.name='folder'"):
+        DataConfig(validation=-1.0)
+    with pytest.raises(UserError, match=r"data\.validation=-0\.5"):
+        config(Path("x"), validation=-0.5)

@@ -71,6 +71,8 @@ def test_a_command_that_is_not_run_is_understood(page: str, arguments: list[str]
     values, options = parse(["main.py", *arguments])
     for name in options:
         assert not values[name].present or values.mode in MODES_BY_FLAG.get(name, MODES), f"--{name}: {values.mode}"
+    if values.config.data.name == "folder":
+        values.config.data.directory = "DIR"  # of --images, or of the run
     assert create_model(from_config_dict(values.config).model.name)
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import TINY, save_run, user_error, write_folder
+from PIL import Image
 
-from shared_basis.config import Config, DataConfig, ModelConfig
-from shared_basis.evaluation import evaluate
+from shared_basis import data
+from shared_basis.config import Config, DataConfig, ModelConfig, folder_fields
+from shared_basis.evaluation import evaluate, predict
+from shared_basis.runs.workdir import FILES
+from shared_basis.runtime.reporter import Reporter
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +73,77 @@ def test_other_data_is_refused(run: Path, tmp_path: Path) -> None:
     with user_error("other image shape", "the run was trained on"):
         evaluate.evaluate(run, overrides={"data.image_size": 16})
     with user_error("other classes", "digits"):
-        evaluate.evaluate(run, overrides={"data.name": "digits"})
+        evaluate.evaluate(run, overrides={"data.name": "digits", "data.directory": ""})
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """One tree of other photographs, of several sizes: five cats and five dogs."""
+    for name in ("cat", "dog"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        for index in range(5):
+            pixels = np.random.default_rng(index).integers(0, 256, (9 + index, 12, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "tree" / name / f"{index}.png")
+    return tmp_path / "tree"
+
+
+def test_all_of_another_folder_is_scored_and_told(run: Path, tree: Path) -> None:
+    text = io.StringIO()
+    here = {"data.directory": str(tree)}
+    found = evaluate.evaluate(run, "10", here, Reporter(text))
+    assert found["test_examples"] == 10
+    assert f"{tree} is another folder than the run's own ({run.parent / 'images'})" in text.getvalue()
+    assert "moved" not in text.getvalue()
+    assert evaluate.evaluate(run, "10", {**here, "data.test": 0.4})["test_examples"] == 4
+    assert evaluate.evaluate(run, "10", {**here, "data.test_examples": 3})["test_examples"] == 3
+
+
+def test_its_images_are_treated_as_predictions_are(run: Path, tree: Path) -> None:
+    found = evaluate.evaluate(run, "10", {"data.directory": str(tree)})
+    probabilities = [image["probabilities"][Path(image["file"]).parent.name]
+                     for image in predict.predict(run, [str(tree)], "10")["images"]]
+    assert found["test_loss"] == pytest.approx(-np.log(probabilities).mean(), rel=1e-5)
+
+
+def test_its_own_folder_by_another_name_is_no_other(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(run.parent / "images")
+    text = io.StringIO()
+    evaluate.evaluate(run, "10", {"data.directory": str(tmp_path / "link")}, Reporter(text))
+    assert "another folder" not in text.getvalue()
+
+
+def test_a_folder_that_was_moved_can_be_scored_as_before(run: Path, tree: Path, tmp_path: Path) -> None:
+    gone = save_run(tmp_path / "run", Config(model=ModelConfig(name=TINY), data=DataConfig(
+        name="folder", directory=str(run.parent / "images"))), {10: 0.9})
+    record = (gone / "run.json").read_text()
+    (gone / "run.json").write_text(record.replace(str(run.parent / "images"), "/gone"))
+    text = io.StringIO()
+    evaluate.evaluate(gone, "10", {"data.directory": str(tree)}, Reporter(text))
+    assert "if it is that one, moved, --config.data.test=0.2 scores its test part alone" in text.getvalue()
+
+
+def test_a_folder_that_was_moved_is_known_by_its_files(run: Path, tree: Path, tmp_path: Path) -> None:
+    config = Config(model=ModelConfig(name=TINY), data=DataConfig(name="folder", directory=str(tree), image_size=8))
+    moved = save_run(tmp_path / "run", config, {10: 0.9})
+    record = json.loads((moved / "run.json").read_text())
+    record["data"][FILES] = data.fingerprint(data.open_source(config.data).splits)
+    (moved / "run.json").write_text(json.dumps(record))
+    before = evaluate.evaluate(moved, "10")
+    here = {"data.directory": str(tree.rename(tmp_path / "elsewhere"))}
+    text = io.StringIO()
+    assert evaluate.evaluate(moved, "10", here, Reporter(text)) == before
+    assert before["test_examples"] == 2
+    assert "another folder" not in text.getvalue()
+    (tmp_path / "elsewhere" / "cat" / "0.png").rename(tmp_path / "elsewhere" / "cat" / "9.png")
+    assert evaluate.evaluate(moved, "10", here)["test_examples"] == 10
+
+
+def test_a_run_on_other_data_is_scored_on_a_folder(tmp_path: Path, tree: Path) -> None:
+    grey = save_run(tmp_path / "grey", Config(model=ModelConfig(name=TINY)), {10: 0.9})
+    for old, new in (("cat", "3"), ("dog", "7")):
+        (tree / old).rename(tree / new)
+    found = evaluate.evaluate(grey, "10", folder_fields(str(tree)))
+    assert found["test_examples"] == 10
 
 
 def test_what_is_not_there_is_told(run: Path, tmp_path: Path) -> None:

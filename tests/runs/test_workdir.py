@@ -65,9 +65,10 @@ def test_another_configuration_is_refused_and_its_fields_are_named(run: Workdir)
 
 
 def test_the_images_may_lie_elsewhere(run: Workdir) -> None:
-    run.claim(record(replace(CONFIG, {"data.directory": "/moved", "data.manual_directory": "/elsewhere",
-                                      "data.placement": "stream", "data.workers": 3})))
-    assert run.load()[0] == CONFIG  # the record of the run stays as it began
+    moved = replace(CONFIG, {"data.directory": "/moved", "data.placement": "stream", "data.workers": 3})
+    before = run.load()[1]
+    run.claim(record(moved))
+    assert run.load() == (moved, {**before, "config": record(moved)["config"]})  # later commands find them there
 
 
 @pytest.mark.parametrize(("facts", "parts"), [
@@ -251,8 +252,8 @@ def test_an_address_is_no_workdir(address: str) -> None:
 def test_the_run_that_is_required_must_be_there_and_the_same(run: Workdir, tmp_path: Path) -> None:
     before = (run.path / "run.json").read_bytes()
     run.require(record())
-    with user_error("train.epochs: 4 now, 3 there"):
-        run.require(record(replace(CONFIG, {"train.epochs": 4})))
+    with user_error("optimizer.momentum: 0.5 now, 0.9 there"):
+        run.require(record(replace(CONFIG, {"optimizer.momentum": 0.5})))
     with user_error("another data", "classes"):
         run.require(record(classes=["cat", "cow"]))
     assert (run.path / "run.json").read_bytes() == before

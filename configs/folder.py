@@ -1,0 +1,46 @@
+"""A folder of photographs, one directory for each class, and any network of this package.
+
+    python main.py --config=configs/folder.py:resnet20-s16u1-double --images=DIR
+
+DIR holds <class>/*, or train/<class>/* and test/<class>/*. `--images=DIR` without `--config` is short for this command.
+The run is named after the folder: runs/DIR-resnet20-s16u1-double. Of one tree a fifth of each class is held out to test
+on, and a tenth of the rest to choose the best checkpoint on. Mean, deviation and the batch come from the images.
+
+Networks for small images see 32×32 pixels: a first result within minutes on a CPU. Those for large ones, such as
+`configs/folder.py:resnet34-s32u1`, see 224×224, and want a GPU. Another size: `--config.data.image_size=64`. Fewer
+epochs: `--config.train.epochs=30` is enough, the learning rate falls in parts of the run.
+"""
+
+from ml_collections import ConfigDict
+
+from shared_basis.config import (
+    AUTO_VALIDATION,
+    FOLDER,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OrthogonalityConfig,
+    TrainConfig,
+    to_config_dict,
+)
+
+SMALL = ("resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "densenet", "resnext")
+"""What the names of networks for small images begin with."""
+
+
+def get_config(variant: str = "resnet20-s16u1-double") -> ConfigDict:
+    """Returns the recipe for the network `variant`; the folder is to be given by --images."""
+    small = variant.startswith(SMALL)
+    config = to_config_dict(Config(
+        model=ModelConfig(name=variant, stem="cifar" if small else "imagenet"),
+        # At 224 pixels training images are random parts of the photographs, as in the published ImageNet recipe.
+        data=DataConfig(name="folder", directory=FOLDER, image_size=32 if small else 224,
+                        crop="center" if small else "random_resized", mean=(), std=(), pad=4 if small else 0, flip=True,
+                        validation=AUTO_VALIDATION),
+        orthogonality=OrthogonalityConfig(weight=10.0, elements="shared", reduction="mean"),
+        optimizer=OptimizerConfig(learning_rate=0.05, momentum=0.9, weight_decay=5e-4, schedule="cosine"),
+        train=TrainConfig(epochs=100, batch_size=0, eval_batch_size=500 if small else 100, evaluate_every=5),
+    ))
+    config.name, config.data.directory = f"{FOLDER}-{variant}", ""  # --images gives the folder
+    return config

@@ -1,0 +1,94 @@
+"""Which configuration a command line means: a recipe's, or that of the run that it names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import config_flags
+
+from shared_basis.compression.compress import named_for
+from shared_basis.config import FOLDER, Config, folder_fields, from_config_dict, named_after, replace
+from shared_basis.errors import UserError
+from shared_basis.runs.workdir import stored_config
+
+FOLDER_MODES = ("train", "evaluate", "analyze", "report", "summary", "prepare", "import", "compress")
+"""Modes in which --images names the folder of the data set, and not files to classify."""
+
+RUN_OF = {"train": "workdir", "summary": "workdir", "prepare": "workdir", "compress": "source"}
+"""By mode, the flag of the run whose configuration is meant where no recipe is named."""
+
+
+class Configuration(NamedTuple):
+    """What a command line says of fields."""
+
+    config: Config
+    overrides: dict[str, Any]
+    """The fields that the user set, by dotted path."""
+    workdir: str
+
+
+def read(values: flags.FlagValues, trained: bool) -> Configuration:
+    """Returns the configuration that the flags `values` mean, and the workdir.
+
+    Args:
+      trained: whether the mode is one of a trained run, whose own configuration counts: what is set of it need suit
+        that run alone.
+
+    Raises:
+      UserError: a field has an invalid value, or --images is not the one folder that it must be.
+    """
+    set_by_user = config_flags.get_override_values(values["config"])
+    images = _images(values, set_by_user)
+    overrides = {**images, **set_by_user}
+    if trained:
+        return Configuration(Config(), overrides, _workdir(values, values.config.name, images))
+    run = getattr(values, RUN_OF.get(values.mode, ""), None)
+    asks_recipe = _names_recipe(values) and values.mode != "summary"
+    then = stored_config(os.path.expanduser(run)) if run and not asks_recipe else None
+    if then is None:
+        if images:
+            with values.config.unlocked():
+                values.config.update_from_flattened_dict(overrides)
+        config = from_config_dict(values.config)
+    else:
+        config = replace(then, overrides)
+        if config.model.name != then.model.name and "name" not in overrides:
+            config = replace(config, {"name": named_for(then, config.model.name)})
+    return Configuration(config, overrides, _workdir(values, config.name, images))
+
+
+def _names_recipe(values: flags.FlagValues) -> bool:
+    """Returns whether the user has named a recipe; see `shared_basis.cli.app.parse`."""
+    return bool(values["config"].present)
+
+
+def _images(values: flags.FlagValues, set_by_user: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that --images=DIR stands for."""
+    if not values.images or values.mode not in FOLDER_MODES:
+        return {}
+    if len(values.images) > 1:
+        raise UserError(f"--images={values.images[1]}: --mode={values.mode} takes one directory of images; "
+                        "--mode=predict alone takes several.")
+    directory = os.path.expanduser(values.images[0])
+    if not os.path.isdir(directory):
+        problem = "is a file, and" if os.path.exists(directory) else "cannot be found;"
+        raise UserError(f"--images={values.images[0]}: {problem} --mode={values.mode} takes a directory that holds "
+                        "train/<class>/* and test/<class>/*, or <class>/* alone.")
+    fields = folder_fields(directory)
+    for field in ("data.name", "data.directory"):
+        if set_by_user.get(field, fields[field]) != fields[field]:
+            raise UserError(f"--config.{field}={set_by_user[field]} and --images={directory}, which stands for "
+                            f"--config.{field}={fields[field]}: give one of the two.")
+    return fields
+
+
+def _workdir(values: flags.FlagValues, name: str, images: Mapping[str, Any]) -> str:
+    """Returns the workdir; where none is given, that of the recipe `name`."""
+    if values.workdir:
+        return os.path.expanduser(values.workdir)
+    if FOLDER in name and not images:
+        raise UserError("this recipe names its runs after the folder of images: give --workdir=RUN, or --images=DIR.")
+    return os.path.join("runs", named_after(name, images.get("data.directory", "")))
