@@ -64,8 +64,9 @@ def test_a_recipe_takes_its_networks_and_names_the_run_after_them(name, variant)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_number_of_epochs_alone_makes_a_run_of_another_length(name, epochs):
     whole = get(name)
-    if whole.optimizer.warmup_epochs >= epochs:
-        with pytest.raises(UserError, match=rf"optimizer\.warmup_epochs=.*: must be below .* e\.g\. {epochs / 2:g}"):
+    in_epochs = whole.train.freeze_epochs, whole.optimizer.warmup_epochs
+    if max(in_epochs) >= epochs:
+        with pytest.raises(UserError, match=rf"(warmup|freeze)_epochs=.*: must be below train\.epochs={epochs}"):
             get(name, **{"train.epochs": epochs})
         return
     other = get(name, **{"train.epochs": epochs})
