@@ -86,12 +86,7 @@ def train(config: Config, workdir: str | Path, reporter: Reporter | None = None,
     with raise_on_all_processes(), memory.oom_as_user_error(config):  # apart, as processes communicate in it
         images = feeds.load(what.source, config.data, mesh, reporter)
     device = _describe_devices(mesh)
-    files = data.fingerprint(what.source.splits)
-    record = make_record(config, {
-        "classes": list(images.spec.classes), "image_shape": list(images.spec.image_shape),
-        **{f"{name}_examples": images.count(name) for name in images.splits},
-        **({"teacher": teacher.description} if teacher else {}), **({FILES: files} if files else {})
-    }, device, own.names(), start.init if start else None)
+    record = _record_of(what, images, own, device)
     with _claimed(run, record), reporter.logging(run.path):
         reporter.info(f"{config.model.name}: {render_saving(what.comparison)}")
         _log_setup(config, images, device, run, reporter)
@@ -170,6 +165,16 @@ def _open(config: Config, saved: Config | None, weights: Normalization | None, m
     model = build_model(config, source.spec)
     comparison = compare_with_plain(config.model, len(source.spec.classes), source.spec.image_shape)
     return config, source, model, comparison
+
+
+def _record_of(what: _Setup, images: feeds.Images, own: Own, device: str) -> dict[str, Any]:
+    """Returns the record of the run, as of `make_record`."""
+    files = data.fingerprint(what.source.splits)
+    return make_record(what.config, {
+        "classes": list(images.spec.classes), "image_shape": list(images.spec.image_shape),
+        **{f"{name}_examples": images.count(name) for name in images.splits},
+        **({"teacher": what.teacher.description} if what.teacher else {}), **({FILES: files} if files else {})
+    }, device, own.names(), what.start.init if what.start else None)
 
 
 @contextlib.contextmanager
