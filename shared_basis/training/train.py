@@ -82,7 +82,7 @@ def train(config: Config, workdir: str | Path, reporter: Reporter | None = None,
         event_files.require()
     run, own = Workdir(workdir, tensorboard), Own(optimizer, loss, augment)
     what = _set_up(config, run, Init(init) if isinstance(init, str) else init, own, mesh, reporter)
-    config, model, start, teacher = what.config, what.model, what.start, what.teacher
+    config = what.config
     with raise_on_all_processes(), memory.oom_as_user_error(config):  # apart, as processes communicate in it
         images = feeds.load(what.source, config.data, mesh, reporter)
     device = _describe_devices(mesh)
@@ -92,16 +92,7 @@ def train(config: Config, workdir: str | Path, reporter: Reporter | None = None,
         _log_setup(config, images, device, run, reporter)
         for field, (now, then) in differences(config, what.saved or config).items():
             reporter.info(f"goes on with {field}={now!r}; it was {then!r}")
-        with contextlib.closing(Checkpoints(run.checkpoints, aside=run.damaged, tell=reporter.warn)) as checkpoints:
-            if start is not None:
-                reporter.info(describe(start))
-                save_start(checkpoints, config, model, start.variables, record)
-            end = config.train.epochs * (images.count("train") // config.train.batch_size)
-            if checkpoints.steps[-1:] == [end] and checkpoints.metrics(end) is not None:
-                reporter.info("this run is finished")
-            else:
-                with memory.oom_as_user_error(config, saved=lambda: f" Saved: {checkpoints.describe()}."):
-                    resume(config, images, model, mesh, run, checkpoints, record, reporter, teacher, own)
+        _finish(what, images, mesh, run, record, own, reporter)
     if not is_main_process():
         return what.comparison
     return {**what.comparison, "device": device, **read_outcome(run)}
@@ -165,6 +156,22 @@ def _open(config: Config, saved: Config | None, weights: Normalization | None, m
     model = build_model(config, source.spec)
     comparison = compare_with_plain(config.model, len(source.spec.classes), source.spec.image_shape)
     return config, source, model, comparison
+
+
+def _finish(what: _Setup, images: feeds.Images, mesh: Mesh, run: Workdir, record: dict[str, Any], own: Own,
+            reporter: Reporter) -> None:
+    """Trains what is left of the run, if anything is."""
+    config = what.config
+    with contextlib.closing(Checkpoints(run.checkpoints, aside=run.damaged, tell=reporter.warn)) as checkpoints:
+        if what.start is not None:
+            reporter.info(describe(what.start))
+            save_start(checkpoints, config, what.model, what.start.variables, record)
+        end = config.train.epochs * (images.count("train") // config.train.batch_size)
+        if checkpoints.steps[-1:] == [end] and checkpoints.metrics(end) is not None:
+            reporter.info("this run is finished")
+            return
+        with memory.oom_as_user_error(config, saved=lambda: f" Saved: {checkpoints.describe()}."):
+            resume(config, images, what.model, mesh, run, checkpoints, record, reporter, what.teacher, own)
 
 
 def _record_of(what: _Setup, images: feeds.Images, own: Own, device: str) -> dict[str, Any]:
