@@ -40,7 +40,7 @@ def get_config(variant: str = "resnet34-s32u1") -> ConfigDict:
         optimizer=OptimizerConfig(learning_rate=0.01, learning_rate_factors="head/**=10", weight_decay=1e-4,
                                   weight_decay_labels=("basis", "coefficients", "kernel"), schedule="cosine",
                                   warmup_epochs=1.0),
-        train=TrainConfig(epochs=20, batch_size=64, eval_batch_size=256, freeze="**,!head/**", freeze_epochs=2.0,
+        train=TrainConfig(epochs=20, batch_size=0, eval_batch_size=256, freeze="**,!head/**", freeze_epochs=2.0,
                           label_smoothing=0.1, ema_decay=0.999),
     ))
     config.name, config.data.directory = f"{FOLDER}-finetuned-{variant}", ""  # --images gives the folder
