@@ -13,6 +13,9 @@ from benchmarks.hlo import Kernel
 SMALL = 500_000
 """Bytes below which a kernel costs its launch."""
 
+SHOWN = (("resnet32-s16u1-double", 32, "bfloat16"), ("resnet34-s32u1", 224, "bfloat16"))
+"""Networks, image sizes and types that the page shows; the file holds them all."""
+
 _CONVOLUTIONS = {"convForward": "convolutions", "convBiasActivationForward": "convolutions",
                  "convBackwardInput": "convolutions, gradient of the input",
                  "convBackwardFilter": "convolutions, gradient of the filters"}
@@ -93,6 +96,13 @@ def tables(rows: Sequence[KernelsRow]) -> str:
                          f"{one.target} (commits {one.commit} and {next(iter(plain.values())).commit}):\n")
             parts.append(markdown(_table(found, plain)))
     return "\n".join(parts)
+
+
+def of_the_page(rows: Sequence[KernelsRow]) -> str:
+    """Returns the tables of those that are `SHOWN`."""
+    return tables([row for row in rows if any(
+        row.network in (name, row.plain) and (row.image_size, row.dtype) == of and name.startswith(f"{row.plain}-")
+        for name, *rest in SHOWN for of in [tuple(rest)])])
 
 
 def _table(found: dict[str, KernelsRow], plain: dict[str, KernelsRow]) -> Table:

@@ -123,7 +123,7 @@ def write_page(root: Path = ROOT) -> None:
     """Replaces the tables of the page by those of the newest rows in the file."""
     kept = newest(records.read(root / FILE, AcceleratorRow))
     replace_section(root / PAGE, "accelerators", tables(kept, kept))
-    kernels = accelerator_kernels.tables(records.read(root / KERNELS, KernelsRow))
+    kernels = accelerator_kernels.of_the_page(records.read(root / KERNELS, KernelsRow))
     replace_section(root / PAGE, "accelerator kernels", kernels)
 
 

@@ -302,7 +302,8 @@ def test_the_page_shows_the_newest_rows_and_names_every_option() -> None:
     assert section_of(ROOT / PAGE, "accelerators") == tables(rows, rows)
     assert rows
     kernels = records.read(ROOT / accelerators.KERNELS, KernelsRow)
-    assert section_of(ROOT / PAGE, "accelerator kernels") == accelerator_kernels.tables(kernels)
+    assert section_of(ROOT / PAGE, "accelerator kernels") == accelerator_kernels.of_the_page(kernels)
+    assert "resnet34-s32u1 beside resnet34, 224×224, bfloat16" in accelerator_kernels.of_the_page(kernels)
     text = (ROOT / PAGE).read_text(encoding="utf-8")
     described = text[text.index("## Accelerators"):text.index("<!-- accelerators -->\n")]
     for option in ("targets", "networks", "dtypes", "modules", "batch", "norm-images", "kernels", "append", "write"):
