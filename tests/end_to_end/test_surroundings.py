@@ -39,7 +39,8 @@ def python(*arguments: str, cwd: Path, shell: str = "", **environment: str) -> s
 @pytest.mark.parametrize(("run", "arguments", "code"), [
     ("run()", ["--mode=summary"], "0"),
     pytest.param("run()", ["--mode=none"], "2", marks=pytest.mark.slow),
-    ("t = threading.Thread(target=run); t.start(); t.join()", ["--workdir=nowhere", "--mode=evaluate"], "2")])
+    pytest.param("t = threading.Thread(target=run); t.start(); t.join()", ["--workdir=nowhere", "--mode=evaluate"], "2",
+                 marks=pytest.mark.slow)])
 def test_a_program_that_runs_it_goes_on(run: str, arguments: list[str], code: str, tmp_path: Path) -> None:
     (tmp_path / "driver.py").write_text(_DRIVER.replace("MAIN", repr(str(MAIN))).replace("RUN", run))
     done = python("driver.py", *arguments, cwd=tmp_path)
@@ -47,7 +48,8 @@ def test_a_program_that_runs_it_goes_on(run: str, arguments: list[str], code: st
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_output_may_have_any_encoding(encoding: str, tmp_path: Path) -> None:
     done = python(str(MAIN), "--mode=summary", cwd=tmp_path, PYTHONIOENCODING=encoding)
     assert (done.returncode, done.stderr) == (0, "")

@@ -201,7 +201,8 @@ def test_the_faces_compute_the_same():
     close(*(jax.grad(functools.partial(loss, apply))(params, IMAGES) for apply in (one, other)), 1e-5)
 
 
-@pytest.mark.parametrize("platform", [pytest.param("cpu", marks=pytest.mark.slow), "gpu"])
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_float64_and_float16(platform):
     with jax.enable_x64(True), forms_for(platform):
         wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), (linen()[0], IMAGES))

@@ -114,7 +114,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("count", "placement"), [
-    pytest.param(2, "device", marks=pytest.mark.slow), (4, "stream")])
+    pytest.param(2, "device", marks=pytest.mark.slow), pytest.param(4, "stream", marks=pytest.mark.slow)])
 def test_a_run_is_the_same_on_any_number_of_devices(one: Path, tmp_path: Path, count: int, placement: str) -> None:
     reporter = trained(tmp_path / "run", count, {"data.placement": placement})
     assert f"; {count} × cpu; workdir" in reporter.text.getvalue()

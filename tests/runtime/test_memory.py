@@ -297,7 +297,8 @@ class Failing(Watcher):
 
 
 @pytest.mark.parametrize(("at", "saved", "error"), [
-    (1, "no checkpoint yet", jax.errors.JaxRuntimeError(EXHAUSTED)), (7, "checkpoint 5 in ", MemoryError())],
+    pytest.param(1, "no checkpoint yet", jax.errors.JaxRuntimeError(EXHAUSTED), marks=pytest.mark.slow),
+    (7, "checkpoint 5 in ", MemoryError())],
     ids=["JAX, at once", "Python, later"])
 def test_memory_that_fails_in_training_is_told_with_what_is_saved(tmp_path: Path, at: int, saved: str,
                                                                   error: Exception) -> None:

@@ -394,7 +394,7 @@ def test_groups_of_images_within_a_device_leave_one_exchange_which_is_that_of_th
     assert len(exchanges(0)) > 1
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("platform", [pytest.param("cpu", marks=pytest.mark.slow), "gpu"])
 def test_groups_of_images_train_a_network_with_bases_the_same_on_any_number_of_devices(platform: str) -> None:
     with forms_for(platform):
         one, many = (updates(tiny_network(), 2, 1, devices, norm_images=4)[0] for devices in (1, 4))
