@@ -61,6 +61,8 @@ class Source:
 
     spec: Spec
     splits: Mapping[str, Examples]
+    note: str = ""
+    """What a reader should know of it, in a line."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
     DIR/train/<class>/*  DIR/test/<class>/*    or val, valid, validation in place of test; with test and val, val is
                                                the validation part, which the best checkpoint is chosen on (training
-                                               and testing are understood too, in small or capital letters)
+                                               and testing are understood too, in small or capital letters, and
+                                               names such as training_set and seg_test)
     DIR/<class>/*                              one tree, of which `data.test` becomes the test part
 
 Below a class directory, images may lie in further directories. Where there are images and no directories at all, the
@@ -16,6 +17,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -26,11 +28,10 @@ from shared_basis.data import streaming
 from shared_basis.data.batches import EvalBatches
 from shared_basis.data.examples import Encoded, Examples, Source, Spec
 from shared_basis.data.images import BrokenImage, size_of
-from shared_basis.data.listing import SUFFIXES, images_of, is_directory, scan, walk
+from shared_basis.data.layout import split_directories
+from shared_basis.data.listing import SUFFIXES, PassedOver, images_of, is_directory, scan, walk
 from shared_basis.errors import UserError
 from shared_basis.runtime.reporter import Reporter
-
-VALIDATION_NAMES = ("val", "valid", "validation")
 
 VALIDATION_PART = 0.1
 """Of each class, what is held out of the training images where `data.validation` lets a folder decide."""
@@ -123,12 +124,11 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
       UserError: the directory is not laid out as it must be, or holds other classes than `known`.
     """
     root = _root(config)
-    directories = _split_directories(root, names if known else ("train", "test"))
+    directories = split_directories(root, names if known else ("train", "test"))
     least = 1 if known else 2  # classes
-    if directories:
-        trees = {split: _list_tree(root, directory, least) for split, directory in directories.items()}
-    else:
-        trees = {"": _list_tree(root, root, least)}
+    others = PassedOver()
+    trees = {split: _list_tree(root, directory, least, others)
+             for split, directory in (directories or {"": root}).items()}
     classes = known.classes if known else _common_classes(trees, directories or {"": root})
     parts = {split: _examples(root, tree, classes, config) for split, tree in trees.items()}
     first = parts["train" if "train" in parts else next(iter(parts))]
@@ -139,7 +139,8 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
     wanted = {*names, "validation"} if "train" in names else set(names)
     own_size = known is not None and config.image_size in (0, known.image_shape[0])
     shape = known.image_shape if known and own_size else (*_first_size(config, first), 3)
-    return Source(Spec(shape, classes), {split: part for split, part in parts.items() if split in wanted})
+    return Source(Spec(shape, classes), {split: part for split, part in parts.items() if split in wanted},
+                  others.render())
 
 
 def prepare(config: DataConfig, reporter: Reporter) -> str:
@@ -150,6 +151,8 @@ def prepare(config: DataConfig, reporter: Reporter) -> str:
     """
     lenient = dataclasses.replace(config, on_broken="skip", crop="center")
     source = open_source(lenient, ("train", "test"))
+    if source.note:
+        reporter.warn(source.note)
     broken = done = 0
     total = sum(map(len, source.splits.values()))
     progress = reporter.progress("preparing images")
@@ -176,40 +179,26 @@ def _root(config: DataConfig) -> Path:
     return root
 
 
-def _split_directories(root: Path, needed: Sequence[str]) -> dict[str, Path]:
-    """Returns the directories of the splits, or nothing where one tree holds all images."""
-    entries = {entry.name.lower(): Path(entry.path) for entry in scan(root) if is_directory(entry)}
+def _list_tree(root: Path, directory: Path, least: int, others: PassedOver) -> dict[str, list[str]]:
+    """Returns the paths below `root` of the images in `directory`, sorted, by class, sorted; `least` classes.
 
-    def found(*names: str) -> Path | None:
-        return next((entries[name] for name in names if name in entries), None)
-
-    own_test, validation = found("test", "testing"), found(*VALIDATION_NAMES)
-    directories = {"train": found("train", "training"), "test": own_test or validation,
-                   "validation": validation if own_test else None}
-    if any(directories[split] is None for split in needed):
-        for path in directories.values():
-            if path is not None and any(map(is_directory, scan(path))):  # one that holds images is a class
-                lacking = "test/ or val/" if path == directories["train"] else "train/"
-                raise UserError(f"{root} holds {path.name}/ and no {lacking}; add it, or name {path} itself to have it "
-                                "divided into a train and a test part.")
-        return {}
-    return {split: directory for split, directory in directories.items() if directory is not None and
-            (split in needed or (split == "validation" and "train" in needed))}
-
-
-def _list_tree(root: Path, directory: Path, least: int) -> dict[str, list[str]]:
-    """Returns the paths below `root` of the images in `directory`, sorted, by class, sorted; `least` classes."""
+    Names of classes are in Unicode's composed form, whichever one the file system keeps.
+    """
     entries = scan(directory)
     folders = [entry for entry in entries if is_directory(entry)]
+    tree: dict[str, list[str]] = {}
     if folders:
-        tree = {folder.name: sorted(walk(Path(folder.path))) for folder in folders}
+        for path in images_of(entries, others):  # of no class
+            others.add(path)
+        for folder in folders:
+            name = unicodedata.normalize("NFC", folder.name)
+            tree[name] = sorted([*tree.get(name, []), *walk(Path(folder.path), others)])
         for name, paths in tree.items():
             if not paths:
                 raise UserError(f"class directory {directory / name} holds no image ({', '.join(SUFFIXES)}); put "
                                 "images there, or remove the class from all splits.")
     else:
-        tree = {}
-        for path in images_of(entries):
+        for path in images_of(entries, others):
             name = _NUMBER.sub("", Path(path).stem)
             if not name or name == Path(path).stem:
                 raise UserError(f"{directory} holds no class directories, and the file name {Path(path).name!r} is not "

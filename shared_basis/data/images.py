@@ -16,15 +16,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 
 from shared_basis.data.examples import Encoded
 from shared_basis.errors import UserError
 
-FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """The decoders of Pillow that may run. Its many others stay closed to files that merely carry a familiar suffix."""
 
-_REGISTERED = (BmpImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin)
+_REGISTERED = (BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin)
 """Their modules, which add them to `PIL.Image.OPEN` when they are imported."""
 
 TEST_PART = 7 / 8
@@ -152,6 +161,8 @@ class _Opened:
             self._image = _open(self._body)
             if self._image.width * self._image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise Image.DecompressionBombError
+            if self._image.mode == "F" or (self._image.mode == "I" and self._image.format == "TIFF"):
+                raise BrokenImage("has pixels of 32 bits, whose range is not known; convert it to 8 or 16 bits")
             if self._image.format == "PNG":
                 self._image.load()  # its orientation may follow the pixels
         except Exception as error:
@@ -212,6 +223,8 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 def _broken(error: Exception) -> BrokenImage:
     """Returns what is wrong with an image in words; Pillow's decoders raise many types for broken data."""
+    if isinstance(error, BrokenImage):
+        return error
     if isinstance(error, UnidentifiedImageError):
         return BrokenImage(f"is not an image of the kinds {', '.join(FORMATS)}")
     if isinstance(error, Image.DecompressionBombError):

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from shared_basis.errors import UserError
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-"""Files with other suffixes, and hidden files, are passed over."""
+SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Files with other suffixes are passed over and counted, hidden ones passed over."""
+
+OTHERS_DIRECTORIES = ("@eadir", ".@__thumb", "__macosx", "$recycle.bin", "#recycle", "@recycle", "lost+found")
+"""Directories of thumbnails and rubbish that other programs keep, in small letters."""
+
+
+@dataclasses.dataclass
+class PassedOver:
+    """Counts the files of a directory that are no images."""
+
+    kinds: Counter[str] = dataclasses.field(default_factory=Counter)
+    """By suffix, in small letters."""
+    example: str = ""
+
+    def add(self, path: str) -> None:
+        """Counts a file."""
+        self.kinds[os.path.splitext(path)[1].lower() or "no suffix"] += 1
+        self.example = self.example or path
+
+    def render(self) -> str:
+        """Returns a line for a reader, or nothing where no file was passed over."""
+        if not self.kinds:
+            return ""
+        several = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common(5))
+        return (f"{self.kinds.total()} files are not used ({several}), e.g. {self.example}; images end in "
+                f"{', '.join(SUFFIXES)}")
 
 
 def scan(directory: Path) -> list[os.DirEntry[str]]:
@@ -21,12 +48,14 @@ def scan(directory: Path) -> list[os.DirEntry[str]]:
         raise UserError(f"cannot read the directory {directory}: {error.strerror}; mend its permissions.") from error
 
 
-def images_of(entries: Sequence[os.DirEntry[str]]) -> Iterator[str]:
-    """Yields the paths of the image files among `entries`."""
+def images_of(entries: Sequence[os.DirEntry[str]], others: PassedOver | None = None) -> Iterator[str]:
+    """Yields the paths of the image files among `entries`, and counts other files in `others`."""
     for entry in entries:
         if entry.name.lower().endswith(SUFFIXES) and (_is_file(entry) or (
                 entry.is_symlink() and not os.path.exists(entry.path))):
             yield entry.path  # not a pipe, which would wait; a dangling link is reported when it is read
+        elif others is not None and _is_file(entry):
+            others.add(entry.path)
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
@@ -37,17 +66,29 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 
 
 def is_directory(entry: os.DirEntry[str]) -> bool:
-    """Returns whether `entry` is a directory, or a link to one."""
+    """Returns whether `entry` is a directory of the user's, or a link to one."""
     try:
-        return entry.is_dir()
+        return entry.is_dir() and entry.name.lower() not in OTHERS_DIRECTORIES
     except OSError:
         return False
 
 
-def walk(directory: Path) -> Iterator[str]:
-    """Yields the paths of the images in `directory` and below it; links to directories are not followed."""
+def walk(directory: Path, others: PassedOver | None = None, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Yields the paths of the images in `directory` and below it, also behind links to directories.
+
+    Args:
+      others: counts the files that are no images.
+      above: the real paths of the directories that it lies in.
+
+    Raises:
+      UserError: a directory cannot be read, or holds a link to one that it lies in.
+    """
+    real = os.path.realpath(directory)
+    if real in above:
+        raise UserError(f"{directory} is a link to a directory that it lies in, so that there is no end of it; remove "
+                        "the link.")
     entries = scan(directory)
-    yield from images_of(entries)
+    yield from images_of(entries, others)
     for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            yield from walk(Path(entry.path))
+        if is_directory(entry):
+            yield from walk(Path(entry.path), others, above | {real})

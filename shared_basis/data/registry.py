@@ -67,6 +67,8 @@ def open_source(config: DataConfig, names: Sequence[str] = SPLITS, known: Spec |
             raise ValueError(f"names={names!r}: must be of {', '.join(SPLITS)}.")
     if config.name in LOCAL:
         source = LOCAL[config.name].open_source(config, names, known)
+        if source.note and reporter is not None:
+            reporter.warn(source.note)
     else:
         if tfds_reader.find_builder(config) is None:
             prepare(config, reporter)
@@ -75,4 +77,4 @@ def open_source(config: DataConfig, names: Sequence[str] = SPLITS, known: Spec |
         if getattr(source.spec, field) != getattr(known, field):
             raise UserError(f"the images of data.name={config.name!r} have other {field.replace('_', ' ')} than those "
                             "that the run was trained on.")
-    return Source(source.spec, select(config, source.splits))
+    return Source(source.spec, select(config, source.splits), source.note)

@@ -15,7 +15,7 @@ from shared_basis import data
 from shared_basis.data.examples import warn_on_stderr
 from shared_basis.data.feeds import Images
 from shared_basis.data.folder import FileExamples
-from shared_basis.data.listing import SUFFIXES
+from shared_basis.data.listing import SUFFIXES, walk
 from shared_basis.errors import UserError, printable
 from shared_basis.runs.trained import Trained
 from shared_basis.runtime import memory
@@ -84,9 +84,7 @@ def list_images(paths: Sequence[str]) -> list[str]:
     files = []
     for path in map(os.path.expanduser, paths):
         if os.path.isdir(path):
-            inside = sorted(file for root, _, names in os.walk(path) for name in names
-                            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-                            and os.path.isfile(file := os.path.join(root, name)))
+            inside = sorted(walk(Path(path)))
             if not inside:
                 raise UserError(f"--images={path}: no image in this directory; they end in {', '.join(SUFFIXES)}.")
             files += inside

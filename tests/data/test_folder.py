@@ -8,6 +8,7 @@ import pickle
 import shutil
 import sys
 import tarfile
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from shared_basis.config import DataConfig
 from shared_basis.data import folder as folder_module
 from shared_basis.data.examples import select
 from shared_basis.errors import UserError
+from shared_basis.evaluation.predict import list_images
 
 CIFAR10_JPEG = Path(__file__).parents[3] / "shared" / "data" / "cifar10-jpeg.tar.xz"
 
@@ -220,15 +222,87 @@ def test_links_to_class_directories_and_files_are_followed(folder, tmp_path):
     assert dataset.test.labels.tolist() == [0, 1, 2, 2]
 
 
-def test_links_to_directories_below_are_not_followed(folder, tmp_path):
-    before = files_of(folder)
+def test_links_to_directories_below_are_followed_but_not_around(folder, tmp_path, mistake):
     write(tmp_path / "elsewhere", "0.png")
     cats = folder / "train" / "cat"
+    before = len(data.open_source(config(folder)).splits["train"])
     (cats / "below").symlink_to(tmp_path / "elsewhere")
-    (cats / "below.png").symlink_to(tmp_path / "elsewhere")
+    (cats / "below.png").symlink_to(tmp_path / "elsewhere")  # a directory by an image's name
+    found = data.open_source(config(folder)).splits["train"]
+    assert len(found) == before + 2
+    assert {Path(found.name(index)).parent.name for index in range(len(found))} > {"below", "below.png"}
+    assert list_images([str(cats)]) == sorted(
+        found.name(index) for index in range(len(found)) if str(cats) in found.name(index))
     (cats / "deep").mkdir()
     (cats / "deep" / "around").symlink_to(cats)
-    assert files_of(folder) == before
+    assert "around is a link to a directory that it lies in" in mistake(config(folder))
+
+
+@pytest.mark.parametrize(("train", "test"), [
+    ("training_set", "test_set"), ("seg_train", "seg_test"), ("Train-images", "VAL.images"), ("my train", "my valid")])
+@pytest.mark.parametrize("nested", [False, True])
+def test_parts_of_a_data_set_are_known_by_words_in_their_names(tmp_path, train, test, nested):
+    for part in (train, test):
+        for name in ("cat", "train station"):
+            write(tmp_path / "d" / part / (part if nested else "") / name, "0.png")
+    source = data.open_source(config(tmp_path / "d"))
+    assert source.spec.classes == ("cat", "train station")
+    assert {name: len(part) for name, part in source.splits.items()} == {"train": 2, "test": 2}
+
+
+@pytest.mark.parametrize("other", ["seg_pred", "second_train"])
+def test_parts_beside_which_something_else_lies_are_refused(tmp_path, mistake, other):
+    for part in ("seg_train", "seg_test", other):
+        write(tmp_path / "d" / part / "cat", "0.png")
+    message = mistake(config(tmp_path / "d"))
+    assert "seg_test/" in message
+    assert "name the parts train/ and test/" in message
+
+
+def test_classes_may_have_such_words_in_their_names(tmp_path):
+    for name in ("test tube", "cat"):
+        write(tmp_path / "d" / name, "0.png", "1.png")
+    assert data.describe(config(tmp_path / "d")).classes == ("cat", "test tube")
+
+
+def test_what_is_no_image_is_counted_in_one_line(folder):
+    reporter = Warnings()
+    data.open_source(config(folder), reporter=reporter)
+    assert reporter.lines == []
+    cats = folder / "train" / "cat"
+    for name in ("a.heic", "b.HEIC", "c.txt", "README"):
+        (cats / name).write_bytes(b"")
+    write(folder / "train", "lost.png")  # beside the classes
+    for name in ("x.jfif", "y.JPE"):
+        (cats / name).write_bytes(next(cats.glob("*.png")).read_bytes())
+    (cats / "@eaDir").mkdir()
+    write(cats / "@eaDir", "thumbnail.png")
+    before = len(data.open_source(config(folder)).splits["train"])
+    data.open_source(config(folder), reporter=reporter)
+    assert reporter.lines[0].startswith("5 files are not used (2 .heic, ")
+    assert f"e.g. {folder / 'train' / 'lost.png'}" in reporter.lines[0]
+    assert len(reporter.lines) == 1
+    for name in ("x.jfif", "y.JPE"):
+        (cats / name).unlink()
+    assert len(data.open_source(config(folder)).splits["train"]) == before - 2
+
+
+class Warnings:
+    """Keeps what a reporter is told."""
+
+    def __init__(self):
+        self.lines = []
+
+    def warn(self, text):
+        """Keeps a line."""
+        self.lines.append(text)
+
+
+def test_names_of_classes_are_compared_in_one_unicode_form(tmp_path):
+    for part, form in (("train", "NFC"), ("test", "NFD")):
+        for name in ("café", "cat"):
+            write(tmp_path / "d" / part / unicodedata.normalize(form, name), "0.png")
+    assert data.describe(config(tmp_path / "d")).classes == ("café", "cat")
 
 
 def test_a_link_to_itself_is_told(folder, mistake):
@@ -461,7 +535,7 @@ def test_one_class_is_too_few(folder, tmp_path, mistake):
 @pytest.mark.parametrize("name", data.SPLITS)
 def test_a_class_without_images_is_named(folder, mistake, name):
     for file in (folder / name / "dog").iterdir():
-        file.rename(file.with_suffix(".gif"))
+        file.rename(file.with_suffix(".heic"))
     message = mistake(config(folder))
     assert f"{folder / name / 'dog'} holds no image" in message
     assert ".jpg" in message
@@ -663,7 +737,7 @@ def _broken_png(path: Path) -> None:
 @pytest.mark.parametrize(("spoil", "reason"), [
     (lambda path: path.write_bytes(b""), "is not an image"),
     (lambda path: path.write_text("some text"), "is not an image"),
-    (lambda path: Image.fromarray(pixels(0)).save(path, format="GIF"), "is not an image"),
+    (lambda path: Image.fromarray(pixels(0)).save(path, format="PPM"), "is not an image"),
     (_truncated, "truncated"),
     (_broken_png, "cannot be decoded"),
     (lambda path: path.symlink_to("nowhere.jpg"), "No such file"),

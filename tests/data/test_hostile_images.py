@@ -71,7 +71,7 @@ def test_text_in_a_png_file_does_not_unpack_to_more_than_there_is_room_for(reade
         assert "cannot be decoded" in reader.refusal(tmp_path / "image.png", "image")
 
 
-FOREIGN = ("EPS", "GIF", "ICNS", "ICO", "JPEG2000", "PCX", "PDF", "PPM", "SGI", "SPIDER", "TGA", "TIFF", "XBM")
+FOREIGN = ("DDS", "EPS", "ICNS", "ICO", "JPEG2000", "PCX", "PDF", "PPM", "SGI", "SPIDER", "TGA", "XBM")
 
 
 @pytest.mark.parametrize("kind", FOREIGN)

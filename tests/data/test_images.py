@@ -262,17 +262,21 @@ def bomb(side: int) -> bytes:
 
 
 @pytest.mark.parametrize(("body", "reason"), [
-    (b"", "is not an image of the kinds BMP, JPEG, PNG, WEBP"),
+    (b"", "is not an image of the kinds BMP, GIF, JPEG, PNG, TIFF, WEBP"),
     (b"some text", "is not an image"),
-    (encode("GIF", COLOUR), "is not an image"),
-    (encode("TIFF", COLOUR), "is not an image"),
+    (encode("PPM", COLOUR), "is not an image"),
+    (encode("GIF", noise(1, 40, 40))[:-300], "cannot be decoded"),
+    (encode("TIFF", noise(1, 40, 40))[:-300], "cannot be decoded"),
+    (encode("TIFF", np.ones((8, 8), np.float32)), "has pixels of 32 bits"),
+    (encode("TIFF", np.ones((8, 8), np.int32)), "has pixels of 32 bits"),
     (encode("JPEG", waves(64, 64))[:-300], "cannot be decoded: .*[Tt]runcated"),
     (encode("JPEG", waves(64, 64))[:200], "cannot be decoded|is not an image"),
     (encode("PNG", noise(1, 40, 40))[:-300], "cannot be decoded: .*[Tt]runcated"),
     (encode("PNG", noise(1, 40, 40))[:1000] + bytes(50) + encode("PNG", noise(1, 40, 40))[1050:], "cannot be decoded"),
     (encode("WEBP", noise(1, 40, 40))[:-100], "cannot be decoded|is not an image"),
     (encode("BMP", noise(1, 40, 40))[:-100], "cannot be decoded: .*truncated"),
-], ids=["empty", "text", "gif", "tiff", "jpeg cut", "jpeg header", "png cut", "png damaged", "webp cut", "bmp cut"])
+], ids=["empty", "text", "ppm", "gif cut", "tiff cut", "tiff float", "tiff int", "jpeg cut", "jpeg header", "png cut",
+        "png damaged", "webp cut", "bmp cut"])
 @pytest.mark.parametrize("size", [None, (4, 4)])
 def test_what_cannot_be_decoded_is_told(body, reason, size):
     with pytest.raises(BrokenImage, match=f"^({reason})"):
