@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from shared_basis.errors import UserError
-from shared_basis.export.graph import Node, kernel_roles, ordered
+from shared_basis.export.graph import Node, ordered
 
 OPSET = 17
 """Of 2022, which runtimes have long known; nothing newer is needed."""
@@ -134,14 +134,9 @@ class _Writer:
         return name
 
     def _weights(self, node: Node) -> list[str]:
-        """Returns the names of a kernel and, if there is one, of a bias.
-
-        A kernel in two arrays is concatenated by an operation of the graph, which runtimes compute when they load it.
-        """
-        named = {role: self._constant(array, f"{node.scope}/{role}") for role, array in node.arrays.items()}
-        kernels = [named[role] for role in kernel_roles(node)]
-        kernel = kernels[0] if len(kernels) == 1 else self._add("Concat", kernels, node.scope, axis=0)
-        return [kernel, *([named["bias"]] if "bias" in named else [])]
+        """Returns the names of a kernel and, if there is one, of a bias."""
+        return [self._constant(node.arrays[role], f"{node.scope}/{role}") for role in ("kernel", "bias")
+                if role in node.arrays]
 
     def _integers(self, values: Sequence[int]) -> str:
         return self._constant(np.asarray(values, np.int64), ",".join(map(str, values)))
