@@ -109,6 +109,9 @@ def define_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
            "analyze and report.")
     enum("format", "onnx", ("onnx", "stablehlo", "pytorch"), "export: what to write.")
     enum("fold", "auto", ("auto", "basis", "composed", "none"), "export: see docs/export.md.")
+    enum("quantize", "none", ("none", "int8", "float16"), "export: kernels of 8 or 16 bits, in ONNX.")
+    flags.DEFINE_float("tolerance", 1.0, "export: points of test accuracy, of 100, that --quantize may cost.",
+                       flag_values=values)
     string("source", "", "compress: the workdir of a trained plain network, or a file of its weights.")
     integer("calibration", "compress, train --init=PLAIN: training images to measure on; 0 is none.")
     flags.DEFINE_float("budget", None, "compress, train --init=PLAIN: choose the ranks for this part of the plain "

@@ -18,7 +18,7 @@ from shared_basis.compression import compress, spectra
 from shared_basis.config import Config
 from shared_basis.errors import UserError, note_renamed
 from shared_basis.evaluation import evaluate, predict
-from shared_basis.export import export, pytorch
+from shared_basis.export import export, pytorch, quantization
 from shared_basis.models import summary
 from shared_basis.report import compare, run_report
 from shared_basis.runs import inspect
@@ -52,6 +52,8 @@ class Request:
     tensorboard: bool = False
     format: str = "onnx"
     fold: str = "auto"
+    quantize: str = "none"
+    tolerance: float = quantization.TOLERANCE
     report: bool = True
     runs: Sequence[str] = ()
     source: str = ""
@@ -73,8 +75,9 @@ MODES_BY_FLAG = {
     "checkpoint": ("evaluate", "predict", "export", "inspect", "analyze", "report", "import", "compress"),
     "init": ("train",), "weights": ("import",), "classes": ("train", "import"), "against": ("inspect", "analyze"),
     "images": ("predict", *FOLDER_MODES), "runs": ("report",),
-    "output": ("predict", "compress", "export", "analyze", "report"), "tensorboard": ("train",), "format": ("export",),
-    "fold": ("export",), **dict.fromkeys(("calibration", "budget", "budget_of"), ("train", "compress")),
+    "output": ("predict", "compress", "export", "analyze", "report"), "tensorboard": ("train",),
+    **dict.fromkeys(("format", "fold", "quantize", "tolerance"), ("export",)),
+    **dict.fromkeys(("calibration", "budget", "budget_of"), ("train", "compress")),
     **dict.fromkeys(("source", "spectra"), ("compress",))}
 """The modes that a field of `Request` is for; the others are for all modes."""
 
@@ -128,11 +131,12 @@ def _export(request: Request) -> Result:
     if request.format == "pytorch":
         if request.fold != Request.fold:
             raise UserError(f"--fold={request.fold}: --format=pytorch writes the weights as they are; leave it out.")
+        quantization.check(request.format, request.quantize, request.tolerance)
         result = pytorch.export_weights(request.workdir, request.checkpoint, request.overrides, request.output)
         return result, pytorch.render(result)
     with request.reporter:
         result = export.export(request.workdir, request.format, request.fold, request.checkpoint, request.overrides,
-                               request.output, request.reporter.progress("exporting: stage"))
+                               request.output, request.quantize, request.tolerance, request.reporter)
     return result, export.render(result)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from shared_basis.config import DataConfig
-from shared_basis.data import Progress, no_progress
 from shared_basis.data.augment import normalize
 from shared_basis.data.in_memory import kept_part
 from shared_basis.errors import UserError
-from shared_basis.export import onnx, stablehlo
+from shared_basis.export import onnx, quantization, stablehlo
 from shared_basis.export.folding import CHOICES, fold
+from shared_basis.export.graph import Node
 from shared_basis.export.graph import count_macs as graph_macs
 from shared_basis.export.graph import count_numbers as graph_numbers
 from shared_basis.export.jaxpr import trace
@@ -24,7 +24,7 @@ from shared_basis.models.parameters import count_parameters as network_parameter
 from shared_basis.runs.trained import Trained
 from shared_basis.runs.workdir import versions
 from shared_basis.runtime.files import write_all_atomic
-from shared_basis.runtime.reporter import count, size_text
+from shared_basis.runtime.reporter import Reporter, count, size_text
 
 FORMATS = {"onnx": onnx, "stablehlo": stablehlo}
 """By format, the module that writes it."""
@@ -42,7 +42,8 @@ Run = Callable[[bytes, np.ndarray], tuple[np.ndarray, str] | None]
 
 def export(workdir: str | Path, kind: str, choice: str = "auto", which: str = "latest",
            overrides: Mapping[str, Any] | None = None, output: str = "",
-           progress: Progress = no_progress) -> dict[str, Any]:
+           quantize: str = "none", tolerance: float = quantization.TOLERANCE,
+           reporter: Reporter | None = None) -> dict[str, Any]:
     """Writes a checkpoint of `workdir` as a function from images uint8 `[N, H, W, C]` to logits float32 `[N, classes]`.
 
     Normalisation is inside, N is any number, and arithmetic is float32 whatever the run computed in.
@@ -51,33 +52,37 @@ def export(workdir: str | Path, kind: str, choice: str = "auto", which: str = "l
       kind: one of `FORMATS`.
       choice: one of `folding.CHOICES`.
       which, overrides: as in `Trained.open`.
-      output: the file; by default WORKDIR/export/model.onnx or model.stablehlo.
-      progress: called with the number of stages done, and of all `STAGES`.
+      output: the file; by default WORKDIR/export/model.onnx (quantised: model-int8.onnx) or model.stablehlo.
+      quantize: one of `quantization.CHOICES`; the others than 'none' are for ONNX.
+      tolerance: how many points of test accuracy, of 100, quantisation may cost.
+      reporter: shows the progress; None shows nothing.
 
     Returns:
       `workdir`, `step`, `model`, `classes`, `image_shape`, `format`, `file`, its `bytes`, `fold`; `layers`: how many
       basis layers stay `basis` and how many are `composed`; `norms_left`: batch normalisations that stay scale and
       offset; `macs` of an image, and `parameters`, of the `network` and as `exported`; and `verified`: `by` what, on
-      how many `images`, the largest `difference` of logits, and the `largest` logit. It is None without onnxruntime.
+      how many `images`, the largest `difference` of logits, and the `largest` logit; None without onnxruntime.
+      `quantized` is None, or what `quantization.quantize` returns; all else but `bytes` is of the file before that.
 
     Raises:
       UserError: as `Trained.open`, a package is missing, the file cannot be written, or it would not compute what the
-        network does.
+        network does, or loses more than `tolerance`.
     """
     if kind not in FORMATS or choice not in CHOICES:
         raise UserError(f"format {kind!r}, fold {choice!r}: a format is one of {', '.join(FORMATS)}, fold is one of "
                         f"{', '.join(CHOICES)}.")
     writer = FORMATS[kind]
     writer.require_packages()
+    quantization.check(kind, quantize, tolerance)
+    reporter = reporter or Reporter(verbosity="quiet")
+    progress = reporter.progress("exporting: stage")
     trained = Trained.open(workdir, which, overrides).on_cpu()
-    data, shape, model, variables = trained.config.data, trained.spec.image_shape, trained.model, trained.variables
+    data, shape = trained.config.data, trained.spec.image_shape
     progress(1, STAGES)
-    graph, outcome = fold(trace(model, variables, shape, lambda images: normalize(images, data)), choice)
+    graph, outcome = fold(trace(trained.model, trained.variables, shape, lambda images: normalize(images, data)),
+                          choice)
     progress(2, STAGES)
-    counts = {
-        "macs": {"network": sum(network_macs(model, variables, shape).values()), "exported": graph_macs(graph)},
-        "parameters": {"network": sum(network_parameters(variables["params"]).values()),
-                       "exported": graph_numbers(graph)}}
+    counts = _count(trained, graph)
     about = {"model": trained.config.model.name, "step": trained.step, "classes": list(trained.spec.classes),
              "image_shape": list(shape)}
     files = writer.serialise(graph, {
@@ -88,9 +93,22 @@ def export(workdir: str | Path, kind: str, choice: str = "auto", which: str = "l
     progress(3, STAGES)
     verified = _verify(writer.run, files[""], trained)
     progress(STAGES, STAGES)
-    path = write_files(output, trained.run.path / "export" / f"model.{kind}", files)
+    quantized, suffix = None, ""
+    if quantize != "none":
+        files[""], quantized = quantization.quantize(files[""], quantize, tolerance, trained, reporter)
+        suffix = f"-{quantize}"
+    path = write_files(output, trained.run.path / "export" / f"model{suffix}.{kind}", files)
     return {"workdir": str(trained.run.path), **about, "format": kind, "file": str(path), "bytes": len(files[""]),
-            "fold": choice, "layers": outcome.layers, "norms_left": outcome.norms_left, **counts, "verified": verified}
+            "fold": choice, "layers": outcome.layers, "norms_left": outcome.norms_left, **counts, "verified": verified,
+            "quantized": quantized}
+
+
+def _count(trained: Trained, graph: Node) -> dict[str, dict[str, int]]:
+    """Returns `macs` of an image and `parameters`, of the `network` and as `exported`."""
+    macs = network_macs(trained.model, trained.variables, trained.spec.image_shape)
+    parameters = network_parameters(trained.variables["params"])
+    return {"macs": {"network": sum(macs.values()), "exported": graph_macs(graph)},
+            "parameters": {"network": sum(parameters.values()), "exported": graph_numbers(graph)}}
 
 
 def resizing(config: DataConfig, shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -158,10 +176,14 @@ def render(result: Mapping[str, Any]) -> str:
     folded += f"; {result['norms_left']} batch normalisations stay scale and offset"
     changes = "; ".join(f"{name} {count(result[key]['network'])} → {count(result[key]['exported'])}"
                         for name, key in (("multiply-accumulates", "macs"), ("parameters", "parameters")))
-    return "\n".join([
+    lines = [
         f"{result['model']} at step {result['step']:,} of {result['workdir']}: {result['file']} "
         f"({size_text(result['bytes'])}), from images uint8 [N, {shape}], normalised inside, to logits "
         f"[N, {len(result['classes'])}]", folded, changes,
         "not verified, as onnxruntime is not installed: pip install -e '.[export]'" if verified is None else
         f"verified by {verified['by']} on {verified['images']} images of random pixels: logits differ by at most "
-        f"{verified['difference']:.1e}, the largest is {verified['largest']:.3g}"])
+        f"{verified['difference']:.1e}, the largest is {verified['largest']:.3g}"]
+    if result["quantized"]:
+        lines[-1] += ", before quantisation"
+        lines.append(quantization.render(result["quantized"]))
+    return "\n".join(lines)

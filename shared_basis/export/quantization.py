@@ -1,0 +1,222 @@
+"""Small files to ship: an ONNX model with kernels of 8 or 16 bits, held to the float32 one on all test images.
+
+Both keep input and output as they are. In int8 (Jacob et al. 2018, static) activations are quantised too, with ranges
+measured on training images, and kernels by output channel; arithmetic is of integers where the runtime has it. In
+float16 kernels alone are; runtimes make float32 of them when they load the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared_basis import data
+from shared_basis.data import feeds
+from shared_basis.errors import UserError
+from shared_basis.runs.trained import Trained
+from shared_basis.runtime.reporter import Reporter, size_text
+
+CHOICES = ("none", "int8", "float16")
+"""What can be asked for."""
+
+TOLERANCE = 1.0
+"""Points of accuracy, of 100, that a file may lose unless the user says otherwise."""
+CALIBRATION_IMAGES = 512
+"""Training images, at most, on which the ranges of activations are measured."""
+ROUNDS = 21
+"""Timed calls of each model, in turns; the median counts."""
+
+Batches = Iterable[tuple[np.ndarray, np.ndarray]]
+"""Images uint8 `[N, H, W, C]` and their classes `[N]`."""
+
+
+def check(kind: str, choice: str, tolerance: float) -> None:
+    """Raises `UserError` unless files of the format `kind` can be quantised so, and here."""
+    if choice not in CHOICES:
+        raise UserError(f"--quantize={choice}: must be one of {', '.join(CHOICES)}.")
+    if not 0 <= tolerance <= 100:  # NaN neither
+        raise UserError(f"--tolerance={tolerance:g}: must be from 0 to 100, the points of accuracy that --quantize may "
+                        "cost.")
+    if choice == "none":
+        if tolerance != TOLERANCE:
+            raise UserError("--tolerance is for --quantize=int8 or float16; give that too, or leave it out.")
+        return
+    if kind != "onnx":
+        raise UserError(f"--quantize={choice} is for --format=onnx; --format={kind} is not quantised, leave one out.")
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise UserError("--quantize needs the package onnxruntime, which is not installed: pip install -e '.[export]'."
+                        ) from error
+
+
+def quantize(content: bytes, choice: str, tolerance: float, trained: Trained,
+             reporter: Reporter) -> tuple[bytes, dict[str, Any]]:
+    """Returns the ONNX model `content` of `trained` quantised as `choice`, and how it compares with what it was.
+
+    Returns:
+      The model, and `choice`; `calibration`, the number of training images used; `test_examples`; by 'float32' and
+      `choice`, the `test_accuracy`, the `bytes` and the `latency`, in seconds for one image; and `by` what computed.
+
+    Raises:
+      UserError: the model loses more than `tolerance` points of accuracy, or the run's images cannot be opened.
+    """
+    import onnxruntime
+
+    calibration, tests = _load(trained, ("train", "test") if choice == "int8" else ("test",), reporter)
+    if choice == "int8":
+        reporter.info(f"calibrating on {calibration:,} training images")
+        small = _to_int8(content, tests("train"))
+    else:
+        small = _to_float16(content)
+    contents = {"float32": content, choice: small}
+    sessions = {name: onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+                for name, model in contents.items()}
+    reporter.info("scoring both files on the test images")
+    accuracy, examples = _score(sessions, tests("test"))
+    lost = 100 * (accuracy["float32"] - accuracy[choice])
+    if lost > tolerance:
+        other = "or --quantize=float16" if choice == "int8" else "or leave --quantize out"
+        raise UserError(
+            f"nothing is written: of {examples:,} test images {choice} classifies {100 * accuracy[choice]:.2f} % "
+            f"correctly and float32 {100 * accuracy['float32']:.2f} %, which is {lost:.2f} points less where "
+            f"--tolerance={tolerance:g} is allowed; give --tolerance={np.ceil(lost):g}, {other}.")
+    return small, {"choice": choice, "calibration": calibration, "test_examples": examples, "test_accuracy": accuracy,
+                   "bytes": {name: len(model) for name, model in contents.items()},
+                   "latency": _latency(sessions, np.zeros((1, *trained.spec.image_shape), np.uint8)),
+                   "by": f"onnxruntime {onnxruntime.__version__}"}
+
+
+def _load(trained: Trained, names: tuple[str, ...], reporter: Reporter) -> tuple[int, Any]:
+    """Returns the number of calibration images, and a function from a split's name to its `Batches`."""
+    config = trained.config
+    source = data.open_source(config.data, names, trained.spec, reporter)
+    splits = {name: source.splits[name] for name in names}
+    calibration = 0
+    if "train" in splits:
+        total = len(splits["train"])
+        calibration = min(CALIBRATION_IMAGES, total)
+        splits["train"] = splits["train"].take(np.sort(np.random.default_rng(0).permutation(total)[:calibration]))
+    images = feeds.load(data.Source(source.spec, splits), config.data, trained.mesh, reporter)
+
+    def batches(name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for batch in images.batches(name, config.train.eval_batch_size, trained.mesh)():
+            pixels, labels = map(np.asarray, batch)
+            if (known := labels >= 0).any():  # broken images have no label, nor what the last batch is filled up with
+                yield pixels[known], labels[known]
+    return calibration, batches
+
+
+def _to_int8(content: bytes, batches: Batches) -> bytes:
+    """Returns the model with quantisation of kernels, by channel, and of activations around every operation (QDQ).
+
+    Scales and offsets by channel, of batch normalisation and of pixels, stay float32: they have one range for all.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # Any, where onnxruntime is not installed
+        """Gives the batches one by one."""
+
+        def __init__(self) -> None:
+            self.batches = iter(batches)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            """Returns the next input, or None at the end."""
+            return next(({"images": pixels} for pixels, _ in self.batches), None)
+
+    model = onnx.load_model_from_string(content)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    by_channel = [node.name for node in model.graph.node
+                  if node.op_type in ("Add", "Mul") and constants.intersection(node.input)]
+    with tempfile.TemporaryDirectory() as directory, _without_advice():
+        file = Path(directory) / "model.onnx"
+        # Activations are unsigned, as onnxruntime computes few operations of signed ones in integers on x86. Logits
+        # stay as they are: of 256 values two classes would often have the same.
+        quantize_static(model, file, Reader(), per_channel=True, nodes_to_exclude=by_channel,
+                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+                        extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]})
+        return _labelled(onnx.load(file), "int8")
+
+
+def _to_float16(content: bytes) -> bytes:
+    """Returns the model with kernels in float16, each made float32 again by one operation however many use it."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = onnx.load_model_from_string(content)
+    casts = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) in (2, 4):
+            with np.errstate(over="ignore"):  # logits that are not finite count as wrong
+                half = numpy_helper.to_array(tensor).astype(np.float16)
+            name = f"{tensor.name}/float32"
+            casts[tensor.name] = helper.make_node("Cast", [tensor.name], [name], name, to=TensorProto.FLOAT)
+            tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+    nodes = [*casts.values(), *model.graph.node]
+    for node in model.graph.node:
+        node.input[:] = [casts[name].name if name in casts else name for name in node.input]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.checker.check_model(model, full_check=True)
+    return _labelled(model, "float16")
+
+
+def _labelled(model: Any, choice: str) -> bytes:
+    """Returns the serialised model, whose metadata now say how it was quantised."""
+    model.metadata_props.add(key="quantize", value=choice)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Silences what onnxruntime's quantisation warns of: that the graph be simplified first, which it is."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _score(sessions: dict[str, Any], batches: Batches) -> tuple[dict[str, float], int]:
+    """Returns the accuracy of each model, from 0 to 1, and on how many images."""
+    correct, examples = dict.fromkeys(sessions, 0), 0
+    for pixels, labels in batches:
+        examples += len(labels)
+        for name, session in sessions.items():
+            logits = session.run(None, {"images": pixels})[0]
+            correct[name] += int(np.sum((logits.argmax(-1) == labels) & np.isfinite(logits).all(-1)))
+    return {name: number / examples for name, number in correct.items()}, examples
+
+
+def _latency(sessions: dict[str, Any], image: np.ndarray) -> dict[str, float]:
+    """Returns the median seconds that each model takes, called in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in sessions}
+    for _ in range(ROUNDS):
+        for name, session in sessions.items():
+            session.run(None, {"images": image})  # first one that is not timed: the other has had the caches
+            began = time.perf_counter()
+            session.run(None, {"images": image})
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def render(result: dict[str, Any]) -> str:
+    """Returns `quantize`'s comparison as one human-readable line."""
+    choice, milliseconds = result["choice"], {name: 1000 * value for name, value in result["latency"].items()}
+    measured = f", calibrated on {result['calibration']:,} training images" if result["calibration"] else ""
+    accuracy, size = result["test_accuracy"], result["bytes"]
+    return (f"float32 → {choice}{measured}: accuracy {100 * accuracy['float32']:.2f} → {100 * accuracy[choice]:.2f} % "
+            f"of {result['test_examples']:,} test images; file {size_text(size['float32'])} → "
+            f"{size_text(size[choice])}; latency {milliseconds['float32']:.2f} → {milliseconds[choice]:.2f} ms for an "
+            f"image, by {result['by']}, median of {ROUNDS} calls")
