@@ -466,6 +466,12 @@ MUTATIONS = (
     Mutation("export-resizing", "round(min(shape[:2]) / part)", "round(min(shape[:2]) * part)", ("resizing",)),
     Mutation("export-verify-nan", "if not difference <= TOLERANCE * max(1.0, largest):",
              "if difference > TOLERANCE * max(1.0, largest):", ("test_export",)),
+    Mutation("quantization-tolerance", "if lost > tolerance:", "if lost > 100 * tolerance:", ("test_quantization",)),
+    Mutation("quantization-finite", "(logits.argmax(-1) == labels) & np.isfinite(logits).all(-1)",
+             "logits.argmax(-1) == labels", ("test_quantization",)),
+    Mutation("quantization-channels", "per_channel=True", "per_channel=False", ("test_quantization",)),
+    Mutation("quantization-logits", '["Gemm"]}', "[]}", ("test_quantization",)),
+    Mutation("quantization-constants", "nodes_to_exclude=by_channel", "nodes_to_exclude=[]", ("test_quantization",)),
 
     # Reports
     Mutation("facts-images", 'self.lines[-1]["step"] * self.config.train.batch_size',
