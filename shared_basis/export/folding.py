@@ -52,7 +52,7 @@ def fold(output: Node, choice: str) -> tuple[Node, Outcome]:
         for rule in (_into_next, _into_previous):
             output = rewrite(output, functools.partial(rule, shared=shared))
     output = rewrite(output, lambda node, alone: _compose(node, alone, choice, outcome))
-    output = _rounded(output)
+    output = _rounded(output if choice == "none" else rewrite(output, _join))
     outcome.norms_left = sum("scale" in node.arrays and bool(node.scope) for node in ordered(output))
     return output, outcome
 
@@ -104,6 +104,17 @@ def _compose(node: Node, alone: Callable[[Node], bool], choice: str, outcome: Ou
         whole = None
     outcome.layers["basis" if whole is None else "composed"] += 1
     return whole or node
+
+
+def _join(node: Node, alone: Callable[[Node], bool]) -> Node:
+    """Makes one convolution of two whose results are concatenated; their kernels stay two, as one may be shared."""
+    parts = node.inputs
+    if node.op != "concat" or len(parts) != 2 or not all(
+            part.op == "conv" and alone(part) and part.arrays.keys() == {"kernel"} and part.inputs == parts[0].inputs
+            and part.attributes == parts[0].attributes and part.attributes["groups"] == 1 for part in parts):
+        return node
+    kernels = {role: part.arrays["kernel"] for role, part in zip(("kernel", "kernel_more"), parts, strict=True)}
+    return dataclasses.replace(parts[0], shape=node.shape, arrays=kernels)
 
 
 def _basis(node: Node) -> tuple[Node, ...]:

@@ -4,7 +4,8 @@ Shapes are those of one image, `[H, W, C]` and in the end `[C]`: no operation mi
 
     input    images, uint8, as float32
     affine   x · scale + offset, each [C] and each optional
-    conv     by kernel [k, k, C / groups, T], plus bias [T] if there is one; strides, padding, groups
+    conv     by kernel [k, k, C / groups, T], plus bias [T] if there is one; strides, padding, groups. A kernel may be
+             in two arrays, kernel and kernel_more, one after the other on the last axis
     linear   x [C] by kernel [C, T], likewise
     add      of two inputs
     multiply of two inputs; the second may be [1, 1, C], a factor for each channel
@@ -86,6 +87,11 @@ def macs(node: Node) -> int:
     return math.prod(node.shape) * (kernel.size // kernel.shape[-1])
 
 
+def kernel_roles(node: Node) -> list[str]:
+    """Returns the roles of the arrays that make up the kernel of `node`."""
+    return [role for role in ("kernel", "kernel_more") if role in node.arrays]
+
+
 def count_macs(output: Node) -> int:
     """Returns the multiply-accumulates of convolutions and matrix products for one image."""
     return sum(map(macs, ordered(output)))
@@ -119,8 +125,9 @@ def _apply(node: Node, inputs: list[jax.Array], constant: Mapping[str, jax.Array
         case "affine":
             return x * constant.get("scale", 1.0) + constant.get("offset", 0.0)
         case "conv":
+            kernel = jnp.concatenate([constant[role] for role in kernel_roles(node)], axis=-1)
             y = jax.lax.conv_general_dilated(
-                x, constant["kernel"], given["strides"], given["padding"], feature_group_count=given["groups"],
+                x, kernel, given["strides"], given["padding"], feature_group_count=given["groups"],
                 dimension_numbers=("NHWC", "HWIO", "NHWC"))
             return y + constant["bias"] if "bias" in constant else y
         case "linear":

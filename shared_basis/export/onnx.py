@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from shared_basis.errors import UserError
-from shared_basis.export.graph import Node, ordered
+from shared_basis.export.graph import Node, kernel_roles, ordered
 
 OPSET = 17
 """Of 2022, which runtimes have long known; nothing newer is needed."""
@@ -89,10 +89,12 @@ class _Writer:
                         constant = self._constant(node.arrays[role], f"{scope}/{role}", shape=spatial)
                         name = self._add(operator, [name, constant], scope)
             case "conv":
-                name = self._add("Conv", [*inputs, *self._weights(node)], scope, strides=given["strides"],
-                                 pads=_pads(given["padding"]), group=given["groups"])
+                names = [self._add("Conv", [*inputs, *self._weights(node, role)], scope, strides=given["strides"],
+                                   pads=_pads(given["padding"]), group=given["groups"]) for role in kernel_roles(node)]
+                # A kernel in two arrays is two convolutions: tools look for kernels among the initialisers.
+                name = names[0] if len(names) == 1 else self._add("Concat", names, scope, axis=1)
             case "linear":
-                name = self._add("Gemm", [*inputs, *self._weights(node)], scope)
+                name = self._add("Gemm", [*inputs, *self._weights(node, "kernel")], scope)
             case "add" | "multiply" | "sigmoid":
                 name = self._add({"add": "Add", "multiply": "Mul", "sigmoid": "Sigmoid"}[node.op], inputs, scope)
             case "clip" if (given["low"], given["high"]) == (0, math.inf):
@@ -133,10 +135,10 @@ class _Writer:
         self.nodes.append(helper.make_node(operator, inputs, [name], name, **attributes))
         return name
 
-    def _weights(self, node: Node) -> list[str]:
-        """Returns the names of a kernel and, if there is one, of a bias."""
-        return [self._constant(node.arrays[role], f"{node.scope}/{role}") for role in ("kernel", "bias")
-                if role in node.arrays]
+    def _weights(self, node: Node, role: str) -> list[str]:
+        """Returns the names of the kernel `role` and, if there is one, of a bias."""
+        return [self._constant(node.arrays[each], f"{node.scope}/{each}") for each in (role, "bias")
+                if each in node.arrays]
 
     def _integers(self, values: Sequence[int]) -> str:
         return self._constant(np.asarray(values, np.int64), ",".join(map(str, values)))

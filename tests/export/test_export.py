@@ -137,15 +137,15 @@ def test_tells_which_batch_normalisations_could_not_be_folded(network: Traced) -
          if path[-1].key == "mean"])
 
 
-def test_a_basis_layer_becomes_convolutions_by_its_elements_and_one_1x1_with_a_bias() -> None:
+def test_a_basis_layer_becomes_one_basis_convolution_and_one_1x1_with_a_bias() -> None:
     output, outcome = fold(traced_network("double").graph, "basis")
     layer = [node for node in graph.ordered(output) if node.scope == "group1/block2/first"]
-    assert [node.op for node in layer] == ["conv", "conv", "concat", "conv"]  # unique, shared, coefficients
-    assert [list(node.arrays) for node in layer] == [["kernel"], ["kernel"], [], ["kernel", "bias"]]
-    assert [node.arrays["kernel"].shape for node in layer if node.arrays] == [(3, 3, 4, 1), (3, 3, 4, 2), (1, 1, 3, 4)]
+    assert [node.op for node in layer] == ["conv", "conv"]
+    assert [list(node.arrays) for node in layer] == [["kernel", "kernel_more"], ["kernel", "bias"]]
+    assert [node.arrays["kernel"].shape for node in layer] == [(3, 3, 4, 1), (1, 1, 3, 4)]
     assert outcome.layers == {"basis": 6, "composed": 0}
     assert {node.op for node in graph.ordered(output)} == {
-        "input", "affine", "conv", "concat", "clip", "add", "slice", "pad", "mean", "linear"}
+        "input", "affine", "conv", "clip", "add", "slice", "pad", "mean", "linear"}
     assert [node.scope for node in graph.ordered(output) if node.op == "affine"] == [""]  # normalisation of pixels
 
 
@@ -300,7 +300,7 @@ def test_stablehlo_is_for_every_platform_and_has_no_form_of_one(run: Path) -> No
     assert "tensor<?x8x8x1xui8>" in text
     assert set(re.findall(r"custom_call @(\w+)", text)) <= {"shape_assertion"}
     assert b".py" not in file.read_bytes()  # no path of this machine
-    convolutions = 1 + 2 + 2 * 3  # stem; the plain block; unique and shared elements, and 1×1, of two layers
+    convolutions = 1 + 2 + 2 * 2  # stem; the plain block; basis and 1×1 of two layers
     # JAX itself writes down each convolution for each platform.
     assert len(re.findall(r"stablehlo.convolution", text)) in (convolutions, convolutions * len(program.platforms))
     assert "while" not in text
