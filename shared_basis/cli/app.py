@@ -7,8 +7,7 @@
     python main.py --init=RUN --config=… --workdir=DIR             begins with the weights of a run, or of a file
     python main.py --mode=evaluate --workdir=DIR                   scores a trained run; on other images: --images=PATH
     python main.py --mode=predict --workdir=DIR --images=PATH       classifies image files, and those in directories
-    python main.py --mode=export --workdir=DIR --format=onnx       the inference function as a file (or stablehlo, or
-                                                                   pytorch: the weights for PyTorch)
+    python main.py --mode=export --workdir=DIR --format=onnx       its function as a file; --format=pytorch: its weights
     python main.py --mode=inspect --workdir=DIR                    what a run holds, without loading its arrays
     python main.py --mode=analyze --workdir=DIR                    pictures and numbers of its bases and gradients
     python main.py --mode=report --workdir=DIR                     a page on the run; of several: --runs=DIR --runs=DIR
@@ -101,8 +100,7 @@ def define_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     string("weights", "", "import: the file, of torch.save or safetensors.")
     string("classes", "", "import, train --init=FILE: the names of the file's outputs, one a line.")
     string("against", "", "inspect, analyze: compare with this step, or WORKDIR or WORKDIR:STEP.")
-    flags.DEFINE_multi_string("runs", [], "report: runs to compare, or directories of runs; may be repeated.",
-                              flag_values=values)
+    flags.DEFINE_multi_string("runs", [], "report: runs, or directories of them; may be repeated.", flag_values=values)
     flags.DEFINE_multi_string("images", [], "The folder of images to train on, or to evaluate on. predict: an image "
                               "file, or a directory of them; may be repeated.", flag_values=values)
     string("output", "", "Where the result goes: the file of predict, export and compress --spectra, the directory of "
@@ -110,8 +108,7 @@ def define_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     enum("format", "onnx", ("onnx", "stablehlo", "pytorch"), "export: what to write.")
     enum("fold", "auto", ("auto", "basis", "composed", "none"), "export: see docs/export.md.")
     enum("quantize", "none", ("none", "int8", "float16"), "export: kernels of 8 or 16 bits, in ONNX.")
-    flags.DEFINE_float("tolerance", 1.0, "export: points of test accuracy, of 100, that --quantize may cost.",
-                       flag_values=values)
+    flags.DEFINE_float("tolerance", 1.0, "export: points of accuracy --quantize may cost.", flag_values=values)
     string("source", "", "compress: the workdir of a trained plain network, or a file of its weights.")
     integer("calibration", "compress, train --init=PLAIN: training images to measure on; 0 is none.")
     flags.DEFINE_float("budget", None, "compress, train --init=PLAIN: choose the ranks for this part of the plain "

@@ -41,9 +41,8 @@ Run = Callable[[bytes, np.ndarray], tuple[np.ndarray, str] | None]
 
 
 def export(workdir: str | Path, kind: str, choice: str = "auto", which: str = "latest",
-           overrides: Mapping[str, Any] | None = None, output: str = "",
-           quantize: str = "none", tolerance: float = quantization.TOLERANCE,
-           reporter: Reporter | None = None) -> dict[str, Any]:
+           overrides: Mapping[str, Any] | None = None, output: str = "", quantize: str = "none",
+           tolerance: float = quantization.TOLERANCE, reporter: Reporter | None = None) -> dict[str, Any]:
     """Writes a checkpoint of `workdir` as a function from images uint8 `[N, H, W, C]` to logits float32 `[N, classes]`.
 
     Normalisation is inside, N is any number, and arithmetic is float32 whatever the run computed in.

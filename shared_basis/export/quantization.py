@@ -12,7 +12,7 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +71,17 @@ def quantize(content: bytes, choice: str, tolerance: float, trained: Trained,
     """
     import onnxruntime
 
-    calibration, tests = _load(trained, ("train", "test") if choice == "int8" else ("test",), reporter)
+    calibration, batches = _load(trained, CALIBRATION_IMAGES if choice == "int8" else 0, reporter)
     if choice == "int8":
         reporter.info(f"calibrating on {calibration:,} training images")
-        small = _to_int8(content, tests("train"))
+        small = _to_int8(content, batches("train"))
     else:
         small = _to_float16(content)
     contents = {"float32": content, choice: small}
     sessions = {name: onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
                 for name, model in contents.items()}
     reporter.info("scoring both files on the test images")
-    accuracy, examples = _score(sessions, tests("test"))
+    accuracy, examples = _score(sessions, batches("test"))
     lost = 100 * (accuracy["float32"] - accuracy[choice])
     if lost > tolerance:
         other = "or --quantize=float16" if choice == "int8" else "or leave --quantize out"
@@ -95,20 +95,22 @@ def quantize(content: bytes, choice: str, tolerance: float, trained: Trained,
                    "by": f"onnxruntime {onnxruntime.__version__}"}
 
 
-def _load(trained: Trained, names: tuple[str, ...], reporter: Reporter) -> tuple[int, Any]:
-    """Returns the number of calibration images, and a function from a split's name to its `Batches`."""
-    config = trained.config
-    source = data.open_source(config.data, names, trained.spec, reporter)
-    splits = {name: source.splits[name] for name in names}
-    calibration = 0
-    if "train" in splits:
-        total = len(splits["train"])
-        calibration = min(CALIBRATION_IMAGES, total)
-        splits["train"] = splits["train"].take(np.sort(np.random.default_rng(0).permutation(total)[:calibration]))
-    images = feeds.load(data.Source(source.spec, splits), config.data, trained.mesh, reporter)
+def _load(trained: Trained, wanted: int, reporter: Reporter) -> tuple[int, Callable[[str], Batches]]:
+    """Opens the test images, and `wanted` of the training images as far as there are so many.
+
+    Returns:
+      The number of training images, and a function from a split's name to its batches.
+    """
+    splits, calibration = {"test": trained.open_source(reporter).splits["test"]}, 0
+    if wanted:
+        train = data.open_source(trained.config.data, ("train",), trained.spec, reporter).splits["train"]
+        calibration = min(wanted, len(train))
+        order = np.random.default_rng(0).permutation(len(train))
+        splits["train"] = train.take(np.sort(order[:calibration]))
+    images = feeds.load(data.Source(trained.spec, splits), trained.images, trained.mesh, reporter)
 
     def batches(name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for batch in images.batches(name, config.train.eval_batch_size, trained.mesh)():
+        for batch in images.batches(name, trained.config.train.eval_batch_size, trained.mesh)():
             pixels, labels = map(np.asarray, batch)
             if (known := labels >= 0).any():  # broken images have no label, nor what the last batch is filled up with
                 yield pixels[known], labels[known]
