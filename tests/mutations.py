@@ -470,6 +470,7 @@ MUTATIONS = (
     Mutation("quantization-finite", "(logits.argmax(-1) == labels) & np.isfinite(logits).all(-1)",
              "logits.argmax(-1) == labels", ("test_quantization",)),
     Mutation("quantization-channels", "per_channel=True", "per_channel=False", ("test_quantization",)),
+    Mutation("quantization-range", "reduce_range=True", "reduce_range=False", ("test_quantization",)),
     Mutation("quantization-logits", '["Gemm"]}', "[]}", ("test_quantization",)),
     Mutation("quantization-constants", "nodes_to_exclude=by_channel", "nodes_to_exclude=[]", ("test_quantization",)),
 

@@ -141,10 +141,10 @@ def _to_int8(content: bytes, batches: Batches) -> bytes:
                   if node.op_type in ("Add", "Mul") and constants.intersection(node.input)]
     with tempfile.TemporaryDirectory() as directory, _without_advice():
         file = Path(directory) / "model.onnx"
-        # Activations are unsigned, as onnxruntime computes few operations of signed ones in integers on x86. Logits
-        # stay as they are: of 256 values two classes would often have the same.
+        # On x86 onnxruntime computes few operations of signed activations in integers, and sums of 8 bits saturate on
+        # older processors. Logits stay as they are: of 256 values two classes would often have the same.
         quantize_static(model, file, Reader(), per_channel=True, nodes_to_exclude=by_channel,
-                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, reduce_range=True,
                         extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]})
         return _labelled(onnx.load(file), "int8")
 
