@@ -275,6 +275,12 @@ MUTATIONS = (
              ("folder",)),
     Mutation("folder-own-validation", 'and "train" in parts and "validation" not in parts', 'and "train" in parts',
              ("folder",)),
+    Mutation("folder-cycle", "if real in above:", "if len(above) > 50:", ("folder",)),
+    Mutation("folder-nested", "return _unwrapped(Path(inside[0].path))", "return directory", ("folder",)),
+    Mutation("folder-parts", "if len(set(paths)) < len(entries) or any(", "if any(", ("folder",)),
+    Mutation("folder-unicode", 'unicodedata.normalize("NFC", folder.name)', "folder.name", ("folder",)),
+    Mutation("folder-thumbnails", "entry.is_dir() and entry.name.lower() not in OTHERS_DIRECTORIES", "entry.is_dir()",
+             ("folder",)),
     Mutation("folder-one-left", "held = min(held, len(order) - 1)", "held = min(held, len(order))", ("folder",)),
     Mutation("digits-test", "[TEST_EVERY - 1::TEST_EVERY]", "[::TEST_EVERY]", ("digits",)),
     Mutation("digits-grey", "digits.images * (255 / 16)", "digits.images * 15", ("digits",)),
@@ -378,7 +384,7 @@ MUTATIONS = (
 
     # What a run is asked
     Mutation("prediction-class", "spec.classes[int(row.argmax())]", "spec.classes[int(row.argmin())]", ("predict",)),
-    Mutation("prediction-hidden", 'and not name.startswith(".")', "", ("predict",)),
+    Mutation("prediction-hidden", 'entries if not entry.name.startswith(".")', "entries", ("predict", "folder")),
     Mutation("inspection-step", 'if against in ("best", "latest") or against.isdecimal():',
              'if against in ("best", "latest"):', ("inspect", "analysis/")),
     Mutation("inspection-added", "dict.fromkeys((*one, *other))", "dict.fromkeys(one)", ("inspect",)),
@@ -506,6 +512,15 @@ MUTATIONS = (
     Mutation("screen-units", "if size < 1024:", "if size <= 1024:", ("reporter", "test_memory")),
     Mutation("screen-minutes", "{minutes % 60:02}:{rest:02}", "{minutes:02}:{rest:02}", ("reporter",)),
     Mutation("tensorboard-void", "step=step + 1,", "step=step,", ("tensorboard",)),
+    Mutation("signals-thread", "if threading.current_thread() is threading.main_thread():", "if True:", ("test_loop",)),
+    Mutation("signals-ignored", "if not ignored and (", "if (", ("test_loop",)),
+    Mutation("screen-encoding", 'text.encode(self._encoding, "backslashreplace")', 'text.encode("utf-8")',
+             ("reporter",)),
+    Mutation("screen-closed", "except (OSError, ValueError):  # of a file", "except ValueError:  # of a file",
+             ("reporter",)),
+    Mutation("steps-groups", "jnp.mean(x, 0).astype(x.dtype), moved)", "x[0], moved)", ("test_steps",)),
+    Mutation("steps-group-keys", "jax.random.split(key, len(groups)))", "jnp.stack([key] * len(groups)))",
+             ("test_steps",)),
     Mutation("signals-exit-code", "128 + signum", "127 + signum", ("training/", "end_to_end")),
 )
 

@@ -277,14 +277,11 @@ def test_what_is_no_image_is_counted_in_one_line(folder):
         (cats / name).write_bytes(next(cats.glob("*.png")).read_bytes())
     (cats / "@eaDir").mkdir()
     write(cats / "@eaDir", "thumbnail.png")
-    before = len(data.open_source(config(folder)).splits["train"])
+    assert len(data.open_source(config(folder)).splits["train"]) == 8  # without the thumbnail
     data.open_source(config(folder), reporter=reporter)
     assert reporter.lines[0].startswith("5 files are not used (2 .heic, ")
     assert f"e.g. {folder / 'train' / 'lost.png'}" in reporter.lines[0]
     assert len(reporter.lines) == 1
-    for name in ("x.jfif", "y.JPE"):
-        (cats / name).unlink()
-    assert len(data.open_source(config(folder)).splits["train"]) == before - 2
 
 
 class Warnings:
