@@ -37,7 +37,7 @@ CIFAR10_COUNTS = {
 """Trainable parameters and multiply-accumulates of the official implementation at 32×32×3 and 10 classes."""
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if index % 4 == 0 else pytest.mark.slow)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if index % 8 == 0 else pytest.mark.slow)
                                   for index, name in enumerate(CIFAR10_COUNTS)])
 def test_counts_are_those_of_the_official_networks(name):
     counts = count_network(ModelConfig(name=name), 10, (32, 32, 3))

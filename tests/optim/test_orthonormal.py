@@ -97,7 +97,7 @@ def assert_orthonormal(params: Any, atol: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("optimizer", [pytest.param(optax.sgd(0.3, momentum=0.9), marks=pytest.mark.slow),
-                                       optax.adam(0.05)], ids=["sgd", "adam"])
+                                       pytest.param(optax.adam(0.05), marks=pytest.mark.slow)], ids=["sgd", "adam"])
 def test_bases_stay_orthonormal_over_a_long_run_of_large_steps(optimizer: optax.GradientTransformation) -> None:
     rng = np.random.default_rng(0)
     params = random_tree(rng)

@@ -86,6 +86,7 @@ def test_labels_are_those_of_the_paths_in_any_tree(tree: Any) -> None:
     assert jax.tree.leaves(label_parameters(tree)) == ["basis", "basis", "kernel"]
 
 
+@pytest.mark.slow
 def test_the_state_of_an_nnx_module_with_a_basis_trains() -> None:
     class Model(nnx.Module):
         def __init__(self, key: jax.Array) -> None:
