@@ -8,8 +8,6 @@ those weights. Networks that are for small images alone get images of 32×32, al
 `--config.train.freeze_statistics=True`.
 """
 
-import re
-
 from ml_collections import ConfigDict
 
 from shared_basis.config import (
@@ -21,16 +19,14 @@ from shared_basis.config import (
     OptimizerConfig,
     OrthogonalityConfig,
     TrainConfig,
+    is_for_small_images,
     to_config_dict,
 )
-
-SMALL = r"(resnet(14|20|32|44|56|110)|densenet121|resnext50_32x4d)\b"
-"""Networks that have a form for images of 32×32 alone."""
 
 
 def get_config(variant: str = "resnet34-s32u1") -> ConfigDict:
     """Returns the recipe for the network `variant`."""
-    small = re.match(SMALL, variant)
+    small = is_for_small_images(variant)
     images = {"image_size": 32, "pad": 4} if small else {"image_size": 224, "crop": "random_resized"}
     config = to_config_dict(Config(
         model=ModelConfig(name=variant, stem="cifar" if small else "imagenet"),

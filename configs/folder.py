@@ -22,16 +22,14 @@ from shared_basis.config import (
     OptimizerConfig,
     OrthogonalityConfig,
     TrainConfig,
+    is_for_small_images,
     to_config_dict,
 )
-
-SMALL = ("resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "densenet", "resnext")
-"""What the names of networks for small images begin with."""
 
 
 def get_config(variant: str = "resnet20-s16u1-double") -> ConfigDict:
     """Returns the recipe for the network `variant`; the folder is to be given by --images."""
-    small = variant.startswith(SMALL)
+    small = is_for_small_images(variant)
     config = to_config_dict(Config(
         model=ModelConfig(name=variant, stem="cifar" if small else "imagenet"),
         # At 224 pixels training images are random parts of the photographs, as in the published ImageNet recipe.

@@ -21,6 +21,7 @@ from shared_basis.config.data import (
     TFDS_PREFIX,
     DataConfig,
     folder_fields,
+    is_for_small_images,
     named_after,
 )
 from shared_basis.config.earlier import FORMAT, in_present_terms
@@ -62,6 +63,7 @@ __all__ = [
     "folder_fields",
     "from_config_dict",
     "in_present_terms",
+    "is_for_small_images",
     "named_after",
     "replace",
     "split",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from typing import Any
 
 from shared_basis.config.checks import require, require_choice
@@ -19,6 +20,14 @@ SPLIT_FIELDS = ("train_split", "test_split", "validation_split")
 
 AUTO_VALIDATION = -1.0
 """The value of `data.validation` that lets a folder decide."""
+
+
+_FOR_SMALL_IMAGES = re.compile(r"resnet(14|20|32|44|56|110)(?!\d)|densenet|resnext")
+
+
+def is_for_small_images(network: str) -> bool:
+    """Returns whether the network of this name, which may share or be narrow, has a form for images of 32×32 alone."""
+    return _FOR_SMALL_IMAGES.match(network) is not None
 
 
 @dataclasses.dataclass(frozen=True)

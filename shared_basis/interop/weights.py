@@ -31,12 +31,14 @@ def find_weights(source: str) -> tuple[str, str | None]:
       UserError: there is no such run or file.
     """
     path, colon, which = source.rpartition(":")
-    if os.path.isdir(source):
-        return source, "latest"
-    if colon and os.path.isdir(path):
-        return path, which
     if os.path.isfile(source):
         return source, None
+    run, step = (path, which) if colon and not os.path.isdir(source) else (source, "latest")
+    if os.path.isfile(os.path.join(run, "run.json")):
+        return run, step
+    if os.path.isdir(run):
+        raise UserError(f"--init={source}: the directory holds no run (no run.json); give the workdir of a trained "
+                        "one, or a file of PyTorch weights.")
     raise UserError(f"--init={source}: there is no such run or file; give RUN, RUN:best or RUN:STEP, where RUN is a "
                     "workdir, or a file of PyTorch weights.")
 

@@ -28,7 +28,7 @@ VARIANTS = {
     "digits_resnet": ("resnet14", "resnet32-s8u1", "resnet56-s16u1-double"),
     "cifar_resnet": ("resnet20", "resnet110", "resnet32-s0u16", "resnet56-s16u1-double", "resnet20-tied"),
     "cifar100": ("resnet18", "resnet34-s16u0", "densenet121-s64u4", "resnext50_32x4d-s64u4", "mobilenetv2-shared++"),
-    "finetune": ("resnet20-s16u1-double", "resnet34", "densenet121-s64u4", "mobilenetv2-shared"),
+    "finetune": ("resnet20-s16u1-double", "resnet32w12", "resnet34", "densenet121-s64u4", "mobilenetv2-shared"),
     "imagenet": ("resnet34-s48u1-double", "resnet50-shared", "resnet101-shared++", "mobilenetv2"),
     "compact": ("mobilenetv1-s64u4", "shufflenetv1_g3-shared++", "shufflenetv2_x1_0-s16u1-double", "mobilenetv2-s8u1",
                 "efficientnet_b0-shared++"),

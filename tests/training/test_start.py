@@ -137,6 +137,7 @@ def test_another_normalisation_is_warned_of(source: Path) -> None:
 
 @pytest.mark.parametrize(("init", "parts"), [
     (Init("absent"), ("--init=absent", "no such run or file", "RUN:best")),
+    (Init("SOURCE/checkpoints"), ("--init=", "/checkpoints: the directory holds no run", "file of PyTorch weights")),
     (Init("SOURCE:7"), ("checkpoint '7'", "10, 20")), (Init("SOURCE:worst"), ("checkpoint 'worst'",)),
     (Init("SOURCE", classes="list"), ("--classes=list", "knows its own")),
     (Init("SOURCE", calibration=5), ("--calibration=5", "taken as it is")),
@@ -249,6 +250,7 @@ def test_a_file_of_the_plain_network_is_compressed(images: Path, tmp_path: Path)
 
 def test_a_path_may_have_a_colon(tmp_path: Path) -> None:
     (tmp_path / "a:best").mkdir()
+    (tmp_path / "a:best" / "run.json").write_text("{}")
     (tmp_path / "w:1").write_bytes(b"")
     assert find_weights(str(tmp_path / "a:best")) == (str(tmp_path / "a:best"), "latest")
     assert find_weights(str(tmp_path / "w:1")) == (str(tmp_path / "w:1"), None)
