@@ -114,6 +114,7 @@ def truncate(checkpoint: Path) -> None:
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_which_is_kept_aside(finished: Path,
                                                                                     copied: Path) -> None:
     truncate(copied / "checkpoints" / "17")

@@ -44,8 +44,8 @@ def test_it_is_short_and_takes_public_names_alone(path: Path) -> None:
     assert taken <= {(module.__name__, name) for module in (shared_basis, shared_basis.nnx) for name in module.__all__}
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[] if name == "nnx_convnet" else [pytest.mark.slow]) for name in NAMES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_it_runs_and_shows_networks_of_which_one_is_half_as_large(name: str, capsys: pytest.CaptureFixture[str],
                                                                   tmp_path: Path) -> None:
     picture = [f"--picture={tmp_path / 'basis.png'}"] if name == "nnx_convnet" else []

@@ -175,7 +175,7 @@ FORWARD = (jvp, jacfwd)
 
 BY_DEFAULT = {(linen, "gpu"): set(TRANSFORMATIONS) - {jacfwd, hessian_vector_product, donated, checkpoint},
               (in_nnx, "gpu"): {gradient, jvp, vmap_with_one_batch, shard_map},
-              (linen, "cpu"): {jvp, shard_map}, (in_nnx, "cpu"): set()}
+              (linen, "cpu"): {jvp}, (in_nnx, "cpu"): set()}
 """The other cases are slow."""
 CASES = [pytest.param(transformation, face, platform, id=f"{transformation.__name__}-{face.__name__}-{platform}",
                       marks=() if transformation in BY_DEFAULT[face, platform] else pytest.mark.slow)

@@ -92,7 +92,7 @@ METADATAS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that Orbax leaves unfinished
-@pytest.mark.parametrize("change", [pytest.param(name, marks=[] if name in ("a class", "another driver")
+@pytest.mark.parametrize("change", [pytest.param(name, marks=[] if name == "a class"
                                                  else pytest.mark.slow) for name in METADATAS])
 def test_names_in_the_metadata_of_a_checkpoint_are_not_imported(stranger: Path, trap: Path, change: str) -> None:
     """It is refused in one line, or read all the same: Orbax asks for little of what stands there."""

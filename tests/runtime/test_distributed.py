@@ -169,6 +169,7 @@ def test_a_checkpoint_lies_where_it_is_restored_to(tmp_path: Path, count: int) -
     checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_the_same_on_other_devices(one: Path) -> None:
     last, scores = read_metrics(one)[-1], evaluate.evaluate(one)
     for name in ("test_loss", "test_accuracy", "test_accuracy_top5"):

@@ -188,17 +188,18 @@ def test_two_updates_equal_ones_built_by_hand() -> None:
     velocity = jax.tree.map(jnp.zeros_like, params)
     decays = jax.tree_util.tree_map_with_path(
         lambda path, _: path[0].key == "bases" or path[-1].key in ("kernel", "unique"), params)
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradients(params: Any, stats: Any, inputs: Any, labels: Any) -> tuple[jax.Array, Any]:
+        logits, new = model.apply({"params": params, "batch_stats": stats}, inputs, train=True, mutable=["batch_stats"])
+        log_likelihood = jax.nn.log_softmax(logits)[jnp.arange(8), labels]
+        return -jnp.mean(log_likelihood) + 3.0 * orthogonality_penalty(params, sets), new["batch_stats"]
+
     for step in (0, 1):
         chosen = epoch_order(0, 0, 16)[8 * step:8 * step + 8]
         inputs = (images[chosen] / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
-
-        def loss(params: Any, inputs: Any = inputs, chosen: Any = chosen, stats: Any = stats) -> tuple[jax.Array, Any]:
-            logits, new = model.apply({"params": params, "batch_stats": stats}, inputs, train=True,
-                                      mutable=["batch_stats"])
-            log_likelihood = jax.nn.log_softmax(logits)[jnp.arange(8), labels[chosen]]
-            return -jnp.mean(log_likelihood) + 3.0 * orthogonality_penalty(params, sets), new["batch_stats"]
-
-        gradient, stats = jax.jit(jax.grad(loss, has_aux=True))(params)
+        gradient, stats = gradients(params, stats, inputs, labels[chosen])
         gradient = jax.tree.map(lambda g, p, d: g + 0.01 * p * d, gradient, params, decays)
         velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, gradient)
         params = jax.tree.map(lambda p, v: p - 0.05 * v, params, velocity)
@@ -394,7 +395,8 @@ def test_groups_of_images_within_a_device_leave_one_exchange_which_is_that_of_th
     assert len(exchanges(0)) > 1
 
 
-@pytest.mark.parametrize("platform", [pytest.param("cpu", marks=pytest.mark.slow), "gpu"])
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_groups_of_images_train_a_network_with_bases_the_same_on_any_number_of_devices(platform: str) -> None:
     with forms_for(platform):
         one, many = (updates(tiny_network(), 2, 1, devices, norm_images=4)[0] for devices in (1, 4))
