@@ -247,6 +247,7 @@ def test_a_stop_after_a_good_step_saves_it_though_the_next_would_diverge(tmp_pat
     (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140),
     (signal.SIGXCPU, 152)])
 def test_a_signal_stops_the_run_with_the_exit_code_of_the_shell(tmp_path: Path, signum: int, code: int) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     handlers = [signal.getsignal(each) for each in STOPPING]
     with pytest.raises(Interrupted) as caught:
         loop(tmp_path, fake_program(), at=[1], signum=signum)
