@@ -1,0 +1,194 @@
+"""What new classes with few images gain from a network that was trained on other classes: by seed, with and without.
+
+    python -m studies.transfer --data=DIR --write              a directory of images (32×32), in train/ and test/
+
+The classes are divided by their names' order: the first --source of them train a network, with --source-examples
+images. The others are learned twice, from --examples images: from nothing, by the recipe for CIFAR-10, and from that
+network, by the recipe for fine-tuning (configs/finetune.py). Both have --epochs. Runs are kept below --runs: the same
+command goes on where it was stopped. The rows go to results/transfer.csv; --write puts the table of all that is there
+into docs/transfer.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.common import Parser, Table, markdown, positive, replace_section
+from benchmarks.records import ROOT, append, check_file, columns, commit, read
+from configs import cifar_resnet, finetune
+from shared_basis.cli.app import run_and_exit
+from shared_basis.config import Config, from_config_dict, replace
+from shared_basis.errors import UserError
+from shared_basis.runtime.reporter import Reporter
+from shared_basis.training import train
+from studies.findings import interval, mean_and_deviation
+
+FILE, PAGE = Path("results") / "transfer.csv", Path("docs") / "transfer.md"
+"""Below the repository's root."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TransferRow:
+    """A network for some classes, and one for the others made twice; accuracies are parts of 1, of all test images."""
+
+    date: str
+    commit: str
+    command: str
+    data: str
+    network: str
+    source_classes: int
+    source_examples: int
+    source_epochs: int
+    classes: int
+    examples: int
+    """All training images of the other classes."""
+    epochs: int
+    seed: int
+    source_accuracy: float
+    scratch_accuracy: float
+    transfer_accuracy: float
+
+
+NOTED = ("date", "commit", "command")
+"""Columns that differ from call to call where all else is the same."""
+SUBJECT = ("data", "network", "source_classes", "source_examples", "source_epochs", "classes", "examples", "epochs")
+"""Columns that say what was done; the latest row of each, by seed, counts."""
+
+
+def divide(images: Path, into: Path, source: int) -> tuple[Path, Path]:
+    """Links the first `source` classes below one directory and the others below another, and returns both.
+
+    Raises:
+      UserError: `images` has no train/ and test/, or not two classes for either.
+    """
+    splits = [images / "train", images / "test"]
+    if not all(split.is_dir() for split in splits):
+        raise UserError(f"--data={images}: must be a directory with train/ and test/, and in each a directory a class.")
+    names = sorted(path.name for path in splits[0].iterdir() if path.is_dir())
+    if not 2 <= source <= len(names) - 2:
+        raise UserError(f"--source={source}: {images} has {len(names)} classes; each part must have two or more.")
+    parts = into / f"first-{source}", into / f"other-{len(names) - source}"
+    for part, classes in zip(parts, (names[:source], names[source:]), strict=True):
+        for split in splits:
+            (part / split.name).mkdir(parents=True, exist_ok=True)
+            for name in classes:
+                link = part / split.name / name
+                if not link.is_symlink():
+                    link.symlink_to((split / name).resolve(), target_is_directory=True)
+    return parts
+
+
+def recipes(options: argparse.Namespace, source: Path, others: Path) -> dict[str, Config]:
+    """Returns how each of the three networks is trained."""
+    def of(config: Config, directory: Path, examples: int, epochs: int) -> Config:
+        return replace(config, {
+            "data.name": "folder", "data.directory": str(directory), "data.image_size": 32,
+            "data.train_examples": examples, "data.validation": 0.0, "seed": options.seed, "train.epochs": epochs,
+            "train.evaluate_every": epochs, "train.batch_size": options.batch})
+
+    scratch = from_config_dict(cifar_resnet.get_config(options.network))
+    scratch = replace(scratch, {"optimizer.boundaries": (0.5, 0.75)})
+    fields = finetune.get_config(options.network)
+    fields.data.directory = str(others)
+    tuned = from_config_dict(fields)
+    return {"source": of(scratch, source, options.source_examples, options.source_epochs),
+            "scratch": of(scratch, others, options.examples, options.epochs),
+            "transfer": of(tuned, others, options.examples, options.epochs)}
+
+
+def measure(options: argparse.Namespace, command: str, reporter: Reporter) -> TransferRow:
+    """Returns the row of `options.seed`; runs that are finished already take no time."""
+    runs = Path(options.runs) / f"{Path(options.data).name}-{options.network}"
+    source, others = divide(Path(options.data), runs / "classes", options.source)
+    configs = recipes(options, source, others)
+    base = runs / f"source-{options.source_examples}-{options.source_epochs}-{options.seed}"
+    found = {"source": train.train(configs["source"], base, reporter)}
+    for way, init in (("scratch", None), ("transfer", str(base))):
+        workdir = runs / f"{way}-{options.examples}-{options.epochs}-{options.seed}"
+        found[way] = train.train(configs[way], workdir, reporter, init=init)
+    return TransferRow(
+        datetime.date.today().isoformat(), commit(), command, Path(options.data).name, options.network, options.source,
+        options.source_examples, options.source_epochs, len(list((others / "train").iterdir())), options.examples,
+        options.epochs, options.seed, *(found[way]["test_accuracy"] for way in ("source", "scratch", "transfer")))
+
+
+def record(path: Path, row: TransferRow) -> None:
+    """Adds a row to the file, unless one there finds the same; that keeps the commit that it was found at."""
+    found = [name for name in columns(TransferRow) if name not in NOTED]
+    if all(any(getattr(each, name) != getattr(row, name) for name in found) for each in read(path, TransferRow)):
+        append(path, [row])
+
+
+def table(rows: Sequence[TransferRow]) -> str:
+    """Returns the table in Markdown: means and deviations over seeds, and the paired difference."""
+    if not rows:
+        return "\nNot run yet.\n\n"
+    lines: Table = [["data, network", "classes: images, before", "classes: images, new", "epochs", "before",
+                     "new, from nothing", "new, with `--init`", "gain, points"]]
+    subjects: dict[tuple[object, ...], dict[int, TransferRow]] = {}
+    for row in rows:
+        subjects.setdefault(tuple(getattr(row, name) for name in SUBJECT), {})[row.seed] = row
+    for seeds in subjects.values():
+        runs = list(seeds.values())
+        accuracies = [mean_and_deviation([100 * getattr(row, f"{name}_accuracy") for row in runs])
+                      for name in ("source", "scratch", "transfer")]
+        gains = [100 * (row.transfer_accuracy - row.scratch_accuracy) for row in runs]
+        gain = f"{gains[0]:+.2f}"
+        if len(gains) > 1:  # which an interval takes
+            gain = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*interval(gains))
+        lines.append([f"{runs[0].data}, {runs[0].network}", f"{runs[0].source_classes}: {runs[0].source_examples:,}",
+                      f"{runs[0].classes}: {runs[0].examples:,}", str(runs[0].epochs), *accuracies, gain])
+    return f"\n{markdown(lines)}\n"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the options."""
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True, help="a directory of images, in train/ and test/, by class")
+    parser.add_argument("--network", default="resnet20-s8u1-double", help="the network, for images of 32×32")
+    parser.add_argument("--source", type=positive, default=5, help="classes of the network that is begun with")
+    parser.add_argument("--source-examples", type=positive, default=10000, help="its training images")
+    parser.add_argument("--source-epochs", type=positive, default=12, help="its epochs")
+    parser.add_argument("--examples", type=positive, default=500, help="training images of the other classes")
+    parser.add_argument("--epochs", type=positive, default=20, help="epochs on these")
+    parser.add_argument("--batch", type=positive, default=50, help="images a step")
+    parser.add_argument("--seeds", type=positive, default=3, help="from 0 on")
+    parser.add_argument("--runs", default="runs/transfer", help="where runs are kept")
+    parser.add_argument("--write", action="store_true", help="replace the table in docs/transfer.md")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT,
+         row_of: Callable[[argparse.Namespace, str, Reporter], TransferRow] = measure) -> None:
+    """Measures, keeps the rows below `root`, prints the table, and writes it to the page if asked to.
+
+    Args:
+      row_of: measures one seed, by the options, and returns its row with the command.
+
+    Raises:
+      UserError: the directory does not hold what it must, or the rows cannot be read.
+      SystemExit: an option is invalid.
+    """
+    options = parse(arguments)
+    check_file(root / FILE, TransferRow)  # before what takes an hour
+    command = shlex.join(["python", "-m", "studies.transfer", *(
+        f"--data={Path(options.data).name}" if word.startswith("--data=") else word
+        for word in (sys.argv[1:] if arguments is None else arguments)
+        if not word.startswith("--runs"))])  # no path of this machine
+    with Reporter(sys.stderr) as reporter:
+        for seed in range(options.seeds):
+            record(root / FILE, row_of(argparse.Namespace(**{**vars(options), "seed": seed}), command, reporter))
+    text = table(read(root / FILE, TransferRow))
+    print(text)
+    if options.write:
+        replace_section(root / PAGE, "transfer", text)
+
+
+if __name__ == "__main__":
+    run_and_exit(main)
