@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from shared_basis import plotting
@@ -15,7 +15,7 @@ from shared_basis.analysis.collect import Analysis
 from shared_basis.errors import UserError
 from shared_basis.runs import inspect
 from shared_basis.runs.trained import Trained
-from shared_basis.runtime.files import write_all_atomic
+from shared_basis.runtime.files import Files, Place, open_files
 from shared_basis.runtime.reporter import Reporter
 
 FILES = re.compile(r"((products|filters|coefficients|similarity)_\w+|stem|bases|singular_values|effective_rank|"
@@ -23,7 +23,7 @@ FILES = re.compile(r"((products|filters|coefficients|similarity)_\w+|stem|bases|
 """The names of the files of an analysis."""
 
 
-def analyze(workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None,
+def analyze(workdir: Place, which: str = "latest", overrides: Mapping[str, Any] | None = None,
             against: str = "", output: str = "", reporter: Reporter | None = None) -> dict[str, Any]:
     """Analyses a checkpoint of `workdir` and writes pictures, each with its data as CSV beside it.
 
@@ -47,11 +47,11 @@ def analyze(workdir: str | Path, which: str = "latest", overrides: Mapping[str, 
     if against:
         path, step = inspect.other_checkpoint(workdir, against)
         runs.append(Trained.open(path, step, overrides))
-    directory = Path(os.path.expanduser(output) if output else Path(workdir) / "analysis")
+    directory = open_files(os.path.expanduser(output) if output else runs[0].run.path / "analysis")
     try:  # before what takes minutes
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.make()
     except OSError as error:
-        raise _unwritable(directory, error) from error
+        raise _unwritable(directory.path, error) from error
     analyses = _with_distinct_labels([Analysis.of(trained, reporter) for trained in runs])
     reporter.info("drawing …")
     files = tables.csv_files(analyses)
@@ -60,7 +60,7 @@ def analyze(workdir: str | Path, which: str = "latest", overrides: Mapping[str, 
     _write(directory, files)
     one, *others = ({"workdir": str(trained.run.path), "step": each.step, "model": each.model, "notes": each.notes,
                      **tables.numbers(each)} for trained, each in zip(runs, analyses, strict=True))
-    return {**one, "output": str(directory), "files": list(files), **({"against": others[0]} if others else {})}
+    return {**one, "output": str(directory.path), "files": list(files), **({"against": others[0]} if others else {})}
 
 
 def _with_distinct_labels(analyses: list[Analysis]) -> list[Analysis]:
@@ -72,20 +72,20 @@ def _with_distinct_labels(analyses: list[Analysis]) -> list[Analysis]:
     return [dataclasses.replace(each, label=label) for each, label in zip(analyses, labels, strict=True)]
 
 
-def _write(directory: Path, files: Mapping[str, bytes]) -> None:
+def _write(directory: Files, files: Mapping[str, bytes]) -> None:
     """Writes the files of an analysis, and removes those of an earlier one that are not among them.
 
     Raises:
       UserError: they cannot be written.
     """
     try:
-        write_all_atomic({directory / name: content for name, content in files.items()})
-        for path in directory.iterdir():
-            if FILES.fullmatch(path.name) and path.name not in files:
-                path.unlink()
+        directory.write(files)
+        for name in directory.names():
+            if FILES.fullmatch(name) and name not in files:
+                directory.remove(name)
     except OSError as error:
-        raise _unwritable(directory, error) from error
+        raise _unwritable(directory.path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> UserError:
+def _unwritable(path: PurePath, error: OSError) -> UserError:
     return UserError(f"--output={path}: cannot be written ({error.strerror}); choose another directory with --output.")

@@ -22,6 +22,7 @@ from shared_basis.nn import ops
 from shared_basis.plotting import drawable
 from shared_basis.runs.trained import Trained
 from shared_basis.runtime import memory
+from shared_basis.runtime.files import absolute, as_path
 from shared_basis.runtime.reporter import Reporter
 
 Flow = dict[int, dict[str, dict[str, float]]]
@@ -71,8 +72,8 @@ class Analysis:
         if not recorded:
             notes.append("no gradients while training: the run was made without --config.train.record_gradients")
         return cls(
-            label=trained.run.path.absolute().name, model=trained.config.model.name, step=trained.step, sets=sets,
-            described={found.name: bases.describe_set(found) for found in sets},
+            label=as_path(absolute(str(trained.run.path))).name, model=trained.config.model.name, step=trained.step,
+            sets=sets, described={found.name: bases.describe_set(found) for found in sets},
             stem=variables["params"].get("stem", {}).get("kernel"),
             layers=["/".join(path) for path in layer_paths(trained.model, trained.spec.image_shape)],
             flow=flow, recorded=recorded, notes=notes)

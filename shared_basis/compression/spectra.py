@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from shared_basis.compression.layers import extract_layers, load_images, open_plain
 from shared_basis.compression.ranks import Candidates, spectrum
 from shared_basis.errors import UserError
 from shared_basis.plotting import COLORS, DASHES, MARKERS, PANEL, png
-from shared_basis.runtime.files import align, csv_text, write_all_atomic
+from shared_basis.runtime.files import align, as_path, csv_text, open_files
 from shared_basis.runtime.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -42,10 +42,10 @@ def write_spectra(source: str, reporter: Reporter, *, which: str = "latest",
     Raises:
       UserError: as `open_plain`, or a file cannot be written.
     """
-    path = Path(os.path.expanduser(output)) if output else Path(source) / "spectra.csv"
+    path = as_path(os.path.expanduser(output)) if output else as_path(source) / "spectra.csv"
     if path.suffix != ".csv":
         raise UserError(f"--output={output}: must end in .csv; the picture is put beside it.")
-    if output and not path.parent.is_dir():
+    if output and not open_files(path.parent).is_directory():
         raise UserError(f"--output={output}: there is no directory {path.parent}.")
     origin = open_plain(source, which, overrides)
     images = None
@@ -89,12 +89,12 @@ def draw(figure: Figure, rows: Rows, title: str) -> None:
     panels[-1].legend(loc="lower right")
 
 
-def _write(path: Path, rows: Rows, picture: bytes) -> None:
+def _write(path: PurePath, rows: Rows, picture: bytes) -> None:
     """Writes the table and the picture beside it, both or neither."""
     cells = [[f"{value:.6f}" if isinstance(value := row.get(name, ""), float) else value for name in COLUMNS]
              for row in rows]
     try:
-        write_all_atomic({path: csv_text(COLUMNS, cells), path.with_suffix(".png"): picture})
+        open_files(path.parent).write({path.name: csv_text(COLUMNS, cells), path.with_suffix(".png").name: picture})
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); choose another --output=FILE.csv.") from error
 

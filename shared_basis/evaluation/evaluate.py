@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from shared_basis.data import feeds
@@ -12,10 +11,11 @@ from shared_basis.runs.metrics import chosen_on
 from shared_basis.runs.trained import Trained
 from shared_basis.runtime import memory
 from shared_basis.runtime.distributed import raise_on_all_processes
+from shared_basis.runtime.files import Place
 from shared_basis.runtime.reporter import Reporter
 
 
-def evaluate(workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None,
+def evaluate(workdir: Place, which: str = "latest", overrides: Mapping[str, Any] | None = None,
              reporter: Reporter | None = None) -> dict[str, Any]:
     """Scores a checkpoint of `workdir` on the test images.
 

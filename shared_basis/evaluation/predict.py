@@ -19,13 +19,13 @@ from shared_basis.data.listing import SUFFIXES, walk
 from shared_basis.errors import UserError, printable
 from shared_basis.runs.trained import Trained
 from shared_basis.runtime import memory
-from shared_basis.runtime.files import csv_text, write_atomic
+from shared_basis.runtime.files import Place, csv_text, write_atomic
 
 SHOWN = 3
 """Classes that are printed for each image; the result and the CSV hold all."""
 
 
-def predict(workdir: str | Path, images: Sequence[str], which: str = "latest",
+def predict(workdir: Place, images: Sequence[str], which: str = "latest",
             overrides: Mapping[str, Any] | None = None, output: str = "",
             progress: data.Progress = data.no_progress,
             warn: Callable[[str], None] = warn_on_stderr) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def predict(workdir: str | Path, images: Sequence[str], which: str = "latest",
     if not classified:
         raise UserError(f"none of the {len(files)} images can be decoded; see the warnings.")
     if output:
-        write_csv(Path(output), spec.classes, classified)
+        write_csv(output, spec.classes, classified)
     return {"workdir": str(trained.run.path), "step": trained.step, "model": config.model.name,
             "classes": list(spec.classes), "images": classified}
 
@@ -95,7 +95,7 @@ def list_images(paths: Sequence[str]) -> list[str]:
     return files
 
 
-def write_csv(path: Path, classes: Sequence[str], images: Sequence[Mapping[str, Any]]) -> None:
+def write_csv(path: Place, classes: Sequence[str], images: Sequence[Mapping[str, Any]]) -> None:
     """Writes a row for each image; the file is complete or unchanged.
 
     Raises:

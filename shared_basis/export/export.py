@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from shared_basis.models.parameters import count_macs as network_macs
 from shared_basis.models.parameters import count_parameters as network_parameters
 from shared_basis.runs.trained import Trained
 from shared_basis.runs.workdir import versions
-from shared_basis.runtime.files import write_all_atomic
+from shared_basis.runtime.files import Place, as_path, open_files
 from shared_basis.runtime.reporter import Reporter, count, size_text
 
 FORMATS = {"onnx": onnx, "stablehlo": stablehlo}
@@ -40,7 +40,7 @@ Run = Callable[[bytes, np.ndarray], tuple[np.ndarray, str] | None]
 """Computes the logits of uint8 images `[N, H, W, C]` from a file, and names what has computed them; or cannot."""
 
 
-def export(workdir: str | Path, kind: str, choice: str = "auto", which: str = "latest",
+def export(workdir: Place, kind: str, choice: str = "auto", which: str = "latest",
            overrides: Mapping[str, Any] | None = None, output: str = "", quantize: str = "none",
            tolerance: float = quantization.TOLERANCE, reporter: Reporter | None = None) -> dict[str, Any]:
     """Writes a checkpoint of `workdir` as a function from images uint8 `[N, H, W, C]` to logits float32 `[N, classes]`.
@@ -140,7 +140,7 @@ def _verify(run: Run, file: bytes, trained: Trained) -> dict[str, Any] | None:
     return {"by": by, "images": CHECKED, "difference": difference, "largest": largest}
 
 
-def write_files(output: str, default: Path, files: Mapping[str, bytes]) -> Path:
+def write_files(output: str, default: PurePath, files: Mapping[str, bytes]) -> PurePath:
     """Writes the contents of `files`, each beside the path that it returns with its suffix, when all are complete.
 
     Args:
@@ -149,11 +149,12 @@ def write_files(output: str, default: Path, files: Mapping[str, bytes]) -> Path:
     Raises:
       UserError: one cannot be written.
     """
-    path = Path(os.path.expanduser(output)) if output else default
+    path = as_path(os.path.expanduser(output)) if output else default
+    beside = open_files(path.parent)
     try:
         if not output:
-            path.parent.mkdir(exist_ok=True)
-        write_all_atomic({path.with_name(path.name + suffix): content for suffix, content in files.items()})
+            beside.make()
+        beside.write({path.name + suffix: content for suffix, content in files.items()})
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another with --output=FILE.") from error
     return path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,10 +16,11 @@ from shared_basis.interop.pytorch import convert_official, to_published
 from shared_basis.models.parameters import count_parameters
 from shared_basis.nn.types import Tree
 from shared_basis.runs.trained import Trained
+from shared_basis.runtime.files import Place
 from shared_basis.runtime.reporter import size_text
 
 
-def export_weights(workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None,
+def export_weights(workdir: Place, which: str = "latest", overrides: Mapping[str, Any] | None = None,
                    output: str = "") -> dict[str, Any]:
     """Writes a checkpoint of `workdir` as the state dict of the same network in PyTorch, a file of safetensors.
 

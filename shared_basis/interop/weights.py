@@ -14,10 +14,12 @@ from shared_basis.interop.classes import describe_order, name_outputs, read_clas
 from shared_basis.interop.pytorch import load_network
 from shared_basis.interop.state_dict import read_metadata
 from shared_basis.models import create_model, plain_counterpart
+from shared_basis.runs.inspect import named_checkpoint
 from shared_basis.runs.origin import Origin
 from shared_basis.runs.trained import build_model
 from shared_basis.runs.workdir import Workdir
 from shared_basis.runtime.distributed import make_mesh
+from shared_basis.runtime.files import open_files
 from shared_basis.runtime.reporter import Reporter
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -30,13 +32,13 @@ def find_weights(source: str) -> tuple[str, str | None]:
     Raises:
       UserError: there is no such run or file.
     """
-    path, colon, which = source.rpartition(":")
     if os.path.isfile(source):
         return source, None
-    run, step = (path, which) if colon and not os.path.isdir(source) else (source, "latest")
-    if os.path.isfile(os.path.join(run, "run.json")):
+    run, step = named_checkpoint(source)
+    files = open_files(run)
+    if "run.json" in files.names():
         return run, step
-    if os.path.isdir(run):
+    if files.is_directory():
         raise UserError(f"--init={source}: the directory holds no run (no run.json); give the workdir of a trained "
                         "one, or a file of PyTorch weights.")
     raise UserError(f"--init={source}: there is no such run or file; give RUN, RUN:best or RUN:STEP, where RUN is a "

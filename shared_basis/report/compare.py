@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared_basis.plotting import COLORS, MARKERS, Picture, picture, set_log
@@ -12,7 +11,7 @@ from shared_basis.report.html import Html, element, page, section, shown, table
 from shared_basis.report.output import FOLDER, PAGE, picture_files, write_report
 from shared_basis.report.plots import short_number
 from shared_basis.report.points import Point, Spread, as_result, gather_points, value
-from shared_basis.runtime.files import csv_text
+from shared_basis.runtime.files import as_path, csv_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,8 +52,9 @@ def compare(directories: Sequence[str], output: str) -> dict[str, Any]:
         *(element("p", f"Warning: {warning}.") for warning in warnings), section("Test error", *drawn),
         section("Networks", table(header, rows, "Networks", numbers=numbers)),
         section("Runs", _runs(points)))
-    write_report(Path(output), content, files, FILES)
-    return {"report": str(Path(output) / PAGE), "files": [str(Path(output) / FOLDER / name) for name in files],
+    directory = as_path(output)
+    write_report(directory, content, files, FILES)
+    return {"report": str(directory / PAGE), "files": [str(directory / FOLDER / name) for name in files],
             "points": as_result(points), "warnings": warnings}
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from shared_basis.errors import UserError
 from shared_basis.plotting import Picture
-from shared_basis.runtime.files import write_all_atomic
+from shared_basis.runtime.files import Place, open_files
 
 PAGE = "report.html"
 FOLDER = "report"
@@ -18,7 +17,7 @@ def picture_files(pictures: Iterable[Picture]) -> dict[str, bytes]:
     return {f"{each.name}.png": each.png for each in pictures}
 
 
-def write_report(directory: Path, page: bytes, files: Mapping[str, bytes], known: Iterable[str]) -> list[str]:
+def write_report(directory: Place, page: bytes, files: Mapping[str, bytes], known: Iterable[str]) -> list[str]:
     """Writes a report into `directory`; its files get their names when all of them are complete.
 
     Args:
@@ -32,14 +31,14 @@ def write_report(directory: Path, page: bytes, files: Mapping[str, bytes], known
     Raises:
       UserError: `directory` cannot be written.
     """
-    folder = directory / FOLDER
+    written = open_files(directory)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_all_atomic({**{folder / name: content for name, content in files.items()}, directory / PAGE: page})
-        removed = sorted(name for name in set(known) - set(files) if (folder / name).exists())
+        written.make(FOLDER)
+        written.write({**{f"{FOLDER}/{name}": content for name, content in files.items()}, PAGE: page})
+        removed = sorted((set(known) - set(files)) & set(written.names(FOLDER)))
         for name in removed:
-            (folder / name).unlink()
+            written.remove(f"{FOLDER}/{name}")
     except OSError as error:
-        raise UserError(f"{directory / PAGE} and {folder} cannot be written: {error.strerror}; choose another place "
-                        "with --output=DIR.") from error
+        raise UserError(f"{written.path / PAGE} and {written.path / FOLDER} cannot be written: "
+                        f"{error.strerror}; choose another place with --output=DIR.") from error
     return removed

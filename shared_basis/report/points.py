@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from shared_basis.config import differences as config_differences
 from shared_basis.config import replace
 from shared_basis.errors import UserError
 from shared_basis.report.run_summary import RunSummary, load_run_summary
+from shared_basis.runtime.files import Files, open_files
 
 LABELS = ("name", "seed", "train.record_gradients")
 """Fields of the configuration that runs of one point may differ in: what the run is called, the seed, and what is only
@@ -84,21 +86,29 @@ class Point:
         return Spread.of([100 - 100 * run.outcome[name] if run.outcome else math.nan for run in self.runs])
 
 
-def find_runs(directories: Sequence[str]) -> list[Path]:
+def find_runs(directories: Sequence[str]) -> list[PurePath]:
     """Returns the workdirs of `directories`, each once: themselves, or the runs directly within them.
 
     Raises:
       UserError: one is no run and holds none.
     """
-    found: dict[Path, Path] = {}
-    for directory in map(Path, directories):
-        own = [directory] if (directory / "run.json").is_file() else []
-        inside = own or sorted(path.parent for path in directory.glob("*/run.json"))
+    found: dict[str, PurePath] = {}
+    for files in map(open_files, directories):
+        names = files.names()
+        inside = [files.path] if "run.json" in names else [
+            files.path / name for name in names if _is_run(files, name)]
         if not inside:
-            raise UserError(f"--runs={directory}: neither a run (no run.json) nor a directory of runs.")
+            raise UserError(f"--runs={files.path}: neither a run (no run.json) nor a directory of runs.")
         for path in inside:
-            found.setdefault(path.resolve(), path)
+            found.setdefault(os.path.realpath(path), path)
     return list(found.values())
+
+
+def _is_run(files: Files, name: str) -> bool:
+    try:
+        return "run.json" in files.names(name)
+    except PermissionError:  # such as lost+found
+        return False
 
 
 def group(runs: Sequence[RunSummary]) -> tuple[list[Point], list[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from shared_basis.errors import UserError
@@ -13,7 +12,7 @@ from shared_basis.report.html import element, page, section
 from shared_basis.report.output import FOLDER, PAGE, picture_files, write_report
 from shared_basis.report.run_summary import RunSummary, load_run_summary
 from shared_basis.runs.trained import Trained
-from shared_basis.runtime.files import first_line
+from shared_basis.runtime.files import Place, as_path, first_line
 from shared_basis.runtime.reporter import Reporter
 
 FILES = (*(f"{name}.png" for name in ("loss", "accuracy", "learning_rate", "penalty", "norms", "coherence",
@@ -21,7 +20,7 @@ FILES = (*(f"{name}.png" for name in ("loss", "accuracy", "learning_rate", "pena
 """What may lie in the folder beside the page."""
 
 
-def report(workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None,
+def report(workdir: Place, which: str = "latest", overrides: Mapping[str, Any] | None = None,
            reporter: Reporter | None = None, output: str = "", scoring: bool = True) -> dict[str, Any]:
     """Writes `report.html` and `report/` of a run.
 
@@ -55,7 +54,7 @@ def report(workdir: str | Path, which: str = "latest", overrides: Mapping[str, A
         if overrides or which != "latest":  # the user asks for these very images, or this checkpoint
             raise
         missing = str(error)
-    directory = Path(output or workdir)
+    directory = as_path(output) if output else run.path
     content, beside = compose(run, scores, which, missing)
     removed = write_report(directory, content, beside, FILES)
     return {"workdir": str(run.path), "model": run.config.model.name, "report": str(directory / PAGE),
@@ -72,7 +71,7 @@ def render(result: Mapping[str, Any]) -> str:
     return f"{result['report']}, and {len(result['files'])} pictures and tables beside it{missing}{removed}{warning}"
 
 
-def after_training(workdir: str | Path, reporter: Reporter, scoring: bool) -> str | None:
+def after_training(workdir: Place, reporter: Reporter, scoring: bool) -> str | None:
     """Writes the report of a run that has just ended; a failure is a warning, as the run is saved.
 
     Returns:

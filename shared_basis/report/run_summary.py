@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,14 @@ from shared_basis.models import summary
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.metrics import evaluations, last_and_best, number
 from shared_basis.runs.workdir import Workdir
+from shared_basis.runtime.files import Place
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSummary:
     """A run as far as it is known without its network and its images."""
 
-    path: Path
+    path: PurePath
     config: Config
     record: Mapping[str, Any]
     """See `shared_basis.runs.workdir.make_record`."""
@@ -62,10 +63,7 @@ class RunSummary:
     @property
     def saved(self) -> int | None:
         """The step of the latest checkpoint, if there is one."""
-        directory = Workdir(self.path).checkpoints
-        if not directory.is_dir():
-            return None
-        with contextlib.closing(Checkpoints(directory, read_only=True)) as checkpoints:
+        with contextlib.closing(Checkpoints(self.path / "checkpoints", read_only=True)) as checkpoints:
             return max(checkpoints.steps, default=None)
 
     @property
@@ -92,7 +90,7 @@ class RunSummary:
         return np.array([number(line.get(name)) for line in self.lines])
 
 
-def load_run_summary(workdir: str | Path) -> RunSummary:
+def load_run_summary(workdir: Place) -> RunSummary:
     """Returns the summary of the run in `workdir`.
 
     Raises:

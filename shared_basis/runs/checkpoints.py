@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from shared_basis.nn.types import Tree
 from shared_basis.runs.metrics import chosen_on
 from shared_basis.runs.storage import Manager, tree_handler
 from shared_basis.runtime.distributed import is_main_process, raise_on_all_processes
-from shared_basis.runtime.files import one_line
+from shared_basis.runtime.files import Place, absolute, as_path, one_line, open_files
 
 
 class Checkpoints:
@@ -31,14 +31,15 @@ class Checkpoints:
     Where there are several processes, each calls every method that writes or restores, in the same order.
     """
 
-    def __init__(self, directory: Path, *, read_only: bool = False, aside: Path | None = None,
+    def __init__(self, directory: Place, *, read_only: bool = False, aside: PurePath | None = None,
                  tell: Callable[[str], None] = lambda text: None) -> None:
         """Opens `directory`; creates it unless `read_only`.
 
         Args:
-          aside: where damaged checkpoints are moved, and `tell` is told; with None they are errors.
+          aside: where damaged checkpoints are moved, beside `directory`, and `tell` is told; with None they are errors.
         """
-        self._aside, self._tell = aside, tell
+        self._directory, self._aside, self._tell = as_path(directory), aside, tell
+        self._files = open_files(self._directory.parent)
 
         def metric(metrics: Mapping[str, float]) -> float:
             return metrics[f"{chosen_on(metrics)}_accuracy"]
@@ -49,16 +50,14 @@ class Checkpoints:
         ])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep, best_fn=metric, create=not read_only, read_only=read_only)
-        if directory.exists() and not directory.is_dir():
-            raise UserError(f"{directory} is not a directory; checkpoints cannot be kept there.")
-        damaged = _damaged_metrics(directory)  # Orbax reads those of all steps at once
+        damaged = self._damaged_metrics()  # Orbax reads those of all steps at once
         if damaged and aside is None:
             raise UserError(f"the metrics of a checkpoint in {directory} are damaged: {damaged[0]}; delete that file, "
                             "the state beside it is not affected.")
         for path in damaged:
-            self._set_aside(path.parent.parent, f"{path} is damaged.")
+            self._set_aside(path.parent.parent.name, f"{path} is damaged.")
         try:
-            self._manager = Manager(directory.absolute(), options=options)
+            self._manager = Manager(absolute(str(directory)), options=options)
         except Exception as error:  # Orbax reads the metadata of all steps
             raise UserError(f"checkpoints in {directory} cannot be opened ({one_line(error)}).") from error
 
@@ -136,28 +135,44 @@ class Checkpoints:
         if failures and self._aside is None:
             raise next(iter(failures.values()))
         for damaged, failure in failures.items():
-            self._set_aside(self._path(damaged), str(failure))
+            self._set_aside(str(damaged), str(failure))
         if failures:
             self._manager.reload()
         return state
 
-    def _path(self, step: int) -> Path:
-        return Path(self._manager.directory) / str(step)
+    def _state(self, step: int) -> Any:
+        return self._manager.directory / str(step) / "state"
 
-    def _set_aside(self, path: Path, why: str) -> None:
+    def _set_aside(self, step: str, why: str) -> None:
         """Moves a checkpoint out of the way, so that its step can be saved anew."""
         assert self._aside is not None
         with raise_on_all_processes():
             if is_main_process():
                 try:
-                    self._aside.mkdir(exist_ok=True)
-                    new = next(new for number in itertools.count(1)
-                               if not (new := self._aside / f"{path.name}.{number}").exists())
-                    path.rename(new)
+                    there = self._files.names(self._aside.name)
+                    new = next(new for number in itertools.count(1) if (new := f"{step}.{number}") not in there)
+                    self._files.move(f"{self._directory.name}/{step}", f"{self._aside.name}/{new}")
                 except OSError as error:
-                    raise UserError(f"the damaged checkpoint {path} cannot be moved to {self._aside} "
+                    raise UserError(f"the damaged checkpoint {self._directory / step} cannot be moved to {self._aside} "
                                     f"({error.strerror}); move it away.") from error
-                self._tell(f"{why} Checkpoint {path.name} is set aside as {new}.")
+                self._tell(f"{why} Checkpoint {step} is set aside as {self._aside / new}.")
+
+    def _damaged_metrics(self) -> list[PurePath]:
+        """Returns the files of metrics that do not hold the accuracy that chooses the best checkpoint."""
+        damaged = []
+        for step in self._files.names(self._directory.name):
+            name = f"{self._directory.name}/{step}/metrics/metrics"
+            try:
+                metrics = json.loads(self._files.read(name))
+                if not isinstance(metrics[f"{chosen_on(metrics)}_accuracy"], float):
+                    damaged.append(self._files.path / name)
+            except (FileNotFoundError, NotADirectoryError):
+                pass  # it was not evaluated
+            except OSError as error:
+                raise UserError(f"{self._files.path / name} cannot be read: {error.strerror}.") from error
+            except (ValueError, LookupError, TypeError, RecursionError):
+                damaged.append(self._files.path / name)
+        return damaged
 
     def _compare(self, step: int, target: Tree, *, whole: bool) -> None:
         """Raises `ValueError` unless the checkpoint holds arrays of the shapes and dtypes of `target`, by name.
@@ -192,7 +207,7 @@ class Checkpoints:
         try:
             with ocp.Checkpointer(tree_handler()) as checkpointer:
                 self._compare(step, target, whole=whole)
-                return checkpointer.restore(self._path(step) / "state", arguments)
+                return checkpointer.restore(self._state(step), arguments)
         except Exception as error:  # Orbax and its storage raise many kinds
             raise self._damaged(step, error) from error
 
@@ -213,7 +228,7 @@ class Checkpoints:
             raise self._damaged(step, error) from error
 
     def _arrays(self, step: int) -> dict[tuple[str, ...], Any]:
-        return ocp.tree.to_flat_dict(tree_handler().metadata(self._path(step) / "state").tree)
+        return ocp.tree.to_flat_dict(tree_handler().metadata(self._state(step)).tree)
 
     def metrics(self, step: int) -> dict[str, float] | None:
         """Returns the evaluation saved with `step`, if there was one."""
@@ -243,19 +258,3 @@ class Checkpoints:
             self._manager.close()
         except Exception as error:
             raise self._unsaved(error) from error
-
-
-def _damaged_metrics(directory: Path) -> list[Path]:
-    """Returns the files of metrics that do not hold the accuracy that chooses the best checkpoint."""
-    damaged = []
-    for path in sorted(directory.glob("*/metrics/metrics")):
-        try:
-            metrics = json.loads(path.read_bytes())
-            if not isinstance(metrics[f"{chosen_on(metrics)}_accuracy"], float):
-                damaged.append(path)
-        except (ValueError, LookupError, TypeError, RecursionError):
-            damaged.append(path)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    return damaged
-

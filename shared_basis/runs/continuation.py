@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ def settled_from(config: Config, then: Config) -> dict[str, Any]:
     return fields
 
 
-def require_continuation(path: Path, now: Config, then: Config, examples: int, step: int) -> None:
+def require_continuation(path: PurePath, now: Config, then: Config, examples: int, step: int) -> None:
     """Makes sure that the run `then` in `path`, trained for `step` steps, can go on as `now`.
 
     `ADJUSTABLE_FIELDS` may differ, `SCHEDULE_FIELDS` where the learning rate of each past step is the same, and what

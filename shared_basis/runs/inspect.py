@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +12,14 @@ from shared_basis.config import Config, differences, from_config_dict, to_dict
 from shared_basis.errors import UserError
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.workdir import Workdir
-from shared_basis.runtime.files import align
+from shared_basis.runtime.files import Place, align, open_files
 from shared_basis.runtime.reporter import size_text
 
 SHOWN = ("test_accuracy", "test_loss", "validation_accuracy", "train_loss", "penalty", "coherence")
 """The metrics of a checkpoint that the listing shows, where it has them; the result holds all."""
 
 
-def inspect(workdir: str | Path, which: str = "latest", against: str = "") -> dict[str, Any]:
+def inspect(workdir: Place, which: str = "latest", against: str = "") -> dict[str, Any]:
     """Describes a run, and one of its checkpoints array by array, from metadata alone.
 
     Args:
@@ -37,7 +35,7 @@ def inspect(workdir: str | Path, which: str = "latest", against: str = "") -> di
     Raises:
       UserError: there is no such run or checkpoint, or it is damaged.
     """
-    one = _read(Path(workdir), which)
+    one = _read(workdir, which)
     if against:
         one["differences"] = {"against": against, **compare(one, _read(*other_checkpoint(workdir, against)))}
     return one
@@ -70,20 +68,21 @@ def _kind(array: Mapping[str, Any]) -> str:
     return f"{array['dtype']}[{'×'.join(map(str, array['shape']))}]"
 
 
-def other_checkpoint(workdir: str | Path, against: str) -> tuple[Path, str]:
+def other_checkpoint(workdir: Place, against: str) -> tuple[Place, str]:
     """Returns the workdir and the checkpoint that `against` means, for the run in `workdir`."""
     if against in ("best", "latest") or against.isdecimal():
-        return Path(workdir), against
+        return workdir, against
     return named_checkpoint(against)
 
 
-def named_checkpoint(text: str) -> tuple[Path, str]:
+def named_checkpoint(text: str) -> tuple[str, str]:
     """Returns the workdir and the checkpoint that WORKDIR or WORKDIR:CHECKPOINT means; 'latest' where it names none."""
     path, colon, which = text.rpartition(":")
-    return (Path(path), which) if colon and not os.path.isdir(text) else (Path(text), "latest")
+    names_one = colon and "/" not in which and not open_files(text).names()
+    return (path, which) if names_one else (text, "latest")
 
 
-def _read(workdir: Path, which: str) -> dict[str, Any]:
+def _read(workdir: Place, which: str) -> dict[str, Any]:
     run = Workdir(workdir)
     config, record = run.load()
     checkpoints = Checkpoints(run.checkpoints, read_only=True)
@@ -96,19 +95,19 @@ def _read(workdir: Path, which: str) -> dict[str, Any]:
         name = array["path"].partition("/")[0]
         totals[name] = totals.get(name, 0) + array["bytes"]
     return {
-        "workdir": str(workdir), "model": config.model.name, "config": to_dict(config),
+        "workdir": str(run.path), "model": config.model.name, "config": to_dict(config),
         "changed": {path: now for path, (now, _) in differences(config, Config()).items()},
         "data": record["data"], "versions": record["versions"], "init": record["init"],
-        "checkpoints": [{"step": each, "bytes": _size(run.checkpoints / str(each)),
+        "checkpoints": [{"step": each, "bytes": _size(run, each),
                          "metrics": checkpoints.metrics(each)} for each in checkpoints.steps],
         "step": step, "arrays": arrays, "bytes": totals}
 
 
-def _size(directory: Path) -> int:
+def _size(run: Workdir, step: int) -> int:
     try:
-        return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        return run.files.size(f"checkpoints/{step}")
     except OSError as error:
-        raise UserError(f"{directory} cannot be read: {error.strerror}.") from error
+        raise UserError(f"{run.checkpoints / str(step)} cannot be read: {error.strerror}.") from error
 
 
 def render(found: Mapping[str, Any]) -> str:

@@ -12,12 +12,11 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from shared_basis.errors import UserError
 from shared_basis.runs.tensorboard import Events
-from shared_basis.runtime.files import csv_text, write_all_atomic, write_atomic
+from shared_basis.runtime.files import Files, Place, csv_text, open_files
 from shared_basis.runtime.reporter import count
 
 Line = Mapping[str, Any]
@@ -30,9 +29,17 @@ class MetricsFiles:
     the others.
     """
 
-    def __init__(self, path: Path, tensorboard: bool) -> None:
-        """Names the directory; touches nothing."""
-        self.path = path
+    def __init__(self, path: Place, tensorboard: bool = False) -> None:
+        """Names the directory; touches nothing.
+
+        Args:
+          tensorboard: whether metrics are also written as event files.
+
+        Raises:
+          UserError: as `open_files`.
+        """
+        self.files = open_files(path)
+        self.path = self.files.path
         self._tensorboard = tensorboard
         self._events: Events | None = None
 
@@ -46,11 +53,11 @@ class MetricsFiles:
 
     def read_metrics(self) -> tuple[list[dict[str, Any]], int]:
         """Returns likewise the lines, and how many the file has with those that are damaged."""
-        return _read(self.path / "metrics.jsonl")
+        return _read(self.files, "metrics.jsonl")
 
     def gradients(self) -> list[dict[str, Any]]:
         """Returns likewise the lines of gradients.jsonl: `step`, `epoch`, and `norms` by path of the parameter."""
-        return _read(self.path / "gradients.jsonl")[0]
+        return _read(self.files, "gradients.jsonl")[0]
 
     def rewind_metrics(self, step: int) -> None:
         """Drops the metrics, and norms of gradients, after `step`: a run that resumes there computes them again.
@@ -59,15 +66,14 @@ class MetricsFiles:
           UserError: a file cannot be read or written; none has changed, or all but the event files.
         """
         kept = _until(step, self.metrics())
-        contents: dict[Path, str | bytes] = {
-            self.path / "metrics.jsonl": _text(kept), self.path / "metrics.csv": _table(kept)}
-        if (self.path / "gradients.jsonl").exists():
-            contents[self.path / "gradients.jsonl"] = _text(_until(step, self.gradients()))
+        contents: dict[str, str | bytes] = {"metrics.jsonl": _text(kept), "metrics.csv": _table(kept)}
         with self._writing("metrics.jsonl"):
-            write_all_atomic(contents)
+            if "gradients.jsonl" in self.files.names():
+                contents["gradients.jsonl"] = _text(_until(step, self.gradients()))
+            self.files.write(contents)
         if self._tensorboard:
             with self._writing("tensorboard"):
-                self._events = Events(self.path / "tensorboard", kept, step)
+                self._events = Events(self.files, "tensorboard", kept, step)
 
     def append_metrics(self, line: Line) -> None:
         """Adds one JSON object to metrics.jsonl, and writes metrics.csv anew: the two are never of different states.
@@ -77,7 +83,7 @@ class MetricsFiles:
         """
         self._append("metrics.jsonl", line)
         with self._writing("metrics.csv"):
-            write_atomic(self.path / "metrics.csv", _table(self.metrics()))
+            self.files.write({"metrics.csv": _table(self.metrics())})
         if self._events is not None:
             with self._writing("tensorboard"):
                 self._events.add(line)
@@ -86,15 +92,9 @@ class MetricsFiles:
         """Adds likewise one JSON object to gradients.jsonl."""
         self._append("gradients.jsonl", line)
 
-    def close_events(self) -> None:
-        """Closes the event files, if there are any."""
-        if self._events is not None:
-            self._events.close()
-            self._events = None
-
     def _append(self, name: str, line: Line) -> None:
-        with self._writing(name), (self.path / name).open("a") as file:
-            file.write(_text([line]))
+        with self._writing(name):
+            self.files.append(name, _text([line]))
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:
@@ -106,12 +106,14 @@ class MetricsFiles:
                             f"{self.path / 'checkpoints'}.") from error
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+def _read(files: Files, name: str) -> tuple[list[dict[str, Any]], int]:
     """Returns the lines of a file that are JSON objects with a `step`, and the number of all lines."""
     try:
-        text = path.read_text(errors="replace") if path.exists() else ""
+        text = files.read(name).decode(errors="replace")
+    except FileNotFoundError:
+        return [], 0
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; mend or remove it.") from error
+        raise UserError(f"{files.path / name} cannot be read: {error.strerror}; mend or remove it.") from error
     written = [line for line in text.splitlines() if line.strip()]
     lines = []
     for line in written:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
@@ -45,6 +46,11 @@ async def _with_all_it_began(work: Awaitable[Sequence[Any]]) -> Sequence[Any]:
     finally:
         if left := asyncio.all_tasks() - before:
             await asyncio.wait(left)
+
+
+def is_finished(checkpoint: os.PathLike[str]) -> bool:
+    """Returns whether the save of a checkpoint was finished: on a disk by renaming it, in a bucket by its last file."""
+    return bool(ocp.utils.is_checkpoint_finalized(os.fspath(checkpoint)))
 
 
 def tree_handler() -> ocp.PyTreeCheckpointHandler:

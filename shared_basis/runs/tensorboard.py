@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
+import socket
+import struct
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from shared_basis.errors import UserError
+from shared_basis.runtime.files import Files
 
 _BASES = ("penalty", "norm_min", "norm_mean", "norm_max", "coherence")
 
@@ -25,45 +26,51 @@ def require() -> None:
 class Events:
     """Event files in a directory, to which lines of metrics.jsonl are added."""
 
-    def __init__(self, directory: Path, lines: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Goes on after `step`, up to which the run has `lines`; what the directory holds of later steps is void.
+    def __init__(self, files: Files, directory: str, lines: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Goes on after `step`, up to which the run has `lines`; what `directory` holds of later steps is void.
 
         Raises:
           OSError: the directory cannot be written.
         """
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        directory.mkdir(parents=True, exist_ok=True)
-        new = not any(directory.glob("events.out.tfevents.*"))
-        # Not its SummaryWriter, a thread of which may lose what was written last when the process ends.
-        self._writer = EventsWriter(str(directory / "events"), f".{step}.{os.getpid()}")
-        if new:
-            for line in lines:
-                self.add(line)
-        else:
-            self._writer.write_event(Event(wall_time=time.time(), step=step + 1,
-                                           session_log=SessionLog(status=SessionLog.START)))
+        files.make(directory)
+        new = not any(name.startswith("events.out.tfevents.") for name in files.names(directory))
+        self._files = files
+        self._name = f"{directory}/events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{step}.{os.getpid()}"
+        began = [] if new else [Event(wall_time=time.time(), step=step + 1,
+                                      session_log=SessionLog(status=SessionLog.START))]
+        self._append([Event(wall_time=time.time(), file_version="brain.Event:2"), *began,
+                      *(event for line in lines if new for event in _events(line))])
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Adds the numbers of a line of metrics.jsonl, at its step, and has them on disk.
+        """Adds the numbers of a line of metrics.jsonl, at its step.
 
         Raises:
           OSError: they cannot be written.
         """
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
+        self._append(_events(line))
 
-        for name, value in line.items():
-            if name not in ("step", "epoch") and isinstance(value, (int, float)):
-                self._writer.write_event(Event(wall_time=time.time(), step=line["step"],
-                                               summary=scalar(_tag(name), value)))
-        self._writer.flush()
+    def _append(self, events: Sequence[Any]) -> None:
+        # Not its SummaryWriter, a thread of which may lose what was written last when the process ends.
+        self._files.append(self._name, b"".join(_framed(event.SerializeToString()) for event in events))
 
-    def close(self) -> None:
-        """Closes the file."""
-        with contextlib.suppress(OSError):  # of a full disk it was told
-            self._writer.close()
+
+def _events(line: Mapping[str, Any]) -> list[Any]:
+    """Returns the numbers of a line of metrics.jsonl as events at its step."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.summary import scalar
+
+    return [Event(wall_time=time.time(), step=line["step"], summary=scalar(_tag(name), value))
+            for name, value in line.items() if name not in ("step", "epoch") and isinstance(value, (int, float))]
+
+
+def _framed(data: bytes) -> bytes:
+    """Returns a record of the format TFRecord: its length and itself, each with a checksum."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    length = struct.pack("<Q", len(data))
+    return b"".join((length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))))
 
 
 def _tag(name: str) -> str:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -26,6 +25,7 @@ from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.workdir import FILES, Workdir
 from shared_basis.runtime import memory
 from shared_basis.runtime.distributed import make_mesh, platform_of, replicated
+from shared_basis.runtime.files import Place
 from shared_basis.runtime.reporter import Reporter
 
 Variables = Mapping[str, Any]
@@ -83,7 +83,7 @@ class Trained:
     """The images to be scored: those of `config`; see `open_source`."""
 
     @classmethod
-    def open(cls, workdir: str | Path, which: str = "latest", overrides: Mapping[str, Any] | None = None) -> Trained:
+    def open(cls, workdir: Place, which: str = "latest", overrides: Mapping[str, Any] | None = None) -> Trained:
         """Restores the checkpoint `which` ('latest', 'best' or the number of a step) of the run in `workdir`.
 
         Args:

@@ -13,23 +13,18 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import os
 import platform
-import re
-import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
 
 from shared_basis.config import FORMAT, Config, from_config_dict, in_present_terms, to_dict
 from shared_basis.errors import UserError
 from shared_basis.runs.continuation import render, require_continuation
 from shared_basis.runs.metrics import MetricsFiles
+from shared_basis.runs.storage import is_finished
 from shared_basis.runtime.distributed import from_main_process, is_main_process, raise_on_all_processes
-from shared_basis.runtime.files import write_atomic
-
-LOCK_INTERVAL = 0.2
-"""Seconds between attempts to take a lock."""
+from shared_basis.runtime.files import Place, absolute
 
 FILES = "names_and_sizes_of_files"
 """The data fact of a run on a folder that tells it from others: see `shared_basis.data.fingerprint`."""
@@ -61,9 +56,8 @@ def make_record(config: Config, data: Mapping[str, Any], devices: str | None = N
     """
     tree = to_dict(config)
     for field in ("directory", "manual_directory"):
-        path = tree["data"][field]
-        if path and "://" not in path:
-            tree["data"][field] = os.path.abspath(os.path.expanduser(path))
+        if tree["data"][field]:
+            tree["data"][field] = absolute(tree["data"][field])
     return {"config": tree, "data": dict(data), "versions": versions(), "devices": devices, "own": dict(own or {}),
             "init": None if init is None else dict(init), "format": FORMAT}
 
@@ -71,27 +65,13 @@ def make_record(config: Config, data: Mapping[str, Any], devices: str | None = N
 class Workdir(MetricsFiles):
     """The directory of one run."""
 
-    def __init__(self, path: str | Path, tensorboard: bool = False) -> None:
-        """Names the directory; touches nothing.
-
-        Args:
-          tensorboard: whether metrics are also written as event files.
-
-        Raises:
-          UserError: it is an address, such as gs://bucket.
-        """
-        if re.match("[a-z0-9]+:/", str(path)):
-            raise UserError(f"workdir {path}: must be a directory; mount the bucket, e.g. with gcsfuse, and give the "
-                            "directory that it is mounted on.")
-        super().__init__(Path(path), tensorboard)
-
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> PurePath:
         """The directory of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
-    def damaged(self) -> Path:
+    def damaged(self) -> PurePath:
         """The directory of checkpoints that were set aside."""
         return self.path / "damaged"
 
@@ -102,7 +82,7 @@ class Workdir(MetricsFiles):
           UserError: the record cannot be read, or is damaged.
         """
         try:
-            record = json.loads((self.path / "run.json").read_text())
+            record = json.loads(self.files.read("run.json"))
             if not all(isinstance(record["data"][key], list) for key in ("classes", "image_shape")):
                 raise TypeError("its data facts are not lists")
             shape = record["data"]["image_shape"]
@@ -143,35 +123,33 @@ class Workdir(MetricsFiles):
             raise UserError(f"{self.path / 'run.json'}: {error}") from error
 
     @property
+    def saved_steps(self) -> list[int]:
+        """The steps whose save was finished, rising; their checkpoints may be damaged."""
+        return sorted(int(name) for name in self.files.names("checkpoints")
+                      if name.isdecimal() and is_finished(self.checkpoints / name))
+
+    @property
     def latest_step(self) -> int:
-        """The step of the latest checkpoint, complete or damaged; 0 where there is none."""
-        if not self.checkpoints.is_dir():
-            return 0
-        return max((int(path.name) for path in self.checkpoints.iterdir() if path.name.isdecimal()), default=0)
+        """The latest of `saved_steps`; 0 where there is none."""
+        return max(self.saved_steps, default=0)
 
     @contextlib.contextmanager
-    def locked(self, patience: float = 2.0) -> Iterator[None]:
+    def locked(self, patience: float = 2.0, tell: Callable[[str], None] = lambda text: None) -> Iterator[None]:
         """Makes the directory and keeps it from other processes that would write to it, until the context ends.
 
-        The lock goes with the process, however it ends. File systems without locks, and Windows, are trusted.
-
         Args:
-          patience: seconds to wait for another process: what a killed run leaves behind may take a moment to end.
+          patience, tell: as of `Files.locked`: what a killed run leaves behind may take a moment to end.
 
         Raises:
           UserError: another process holds it, or the directory cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("a+")
-        except OSError as error:
-            raise self._unwritable(error) from error
-        with file:
-            _lock(file, self.path, patience)
+        with contextlib.ExitStack() as held:
             try:
-                yield
-            finally:
-                self.close_events()
+                self.files.make()
+                held.enter_context(self.files.locked(patience, tell))
+            except OSError as error:
+                raise self._unwritable(error) from error
+            yield
 
     def claim(self, record: Mapping[str, Any]) -> None:
         """Makes the directory that of the run `record`, whether it is new or resumes.
@@ -188,12 +166,12 @@ class Workdir(MetricsFiles):
             if record == saved:
                 return
         try:
-            if saved is None and self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+            if saved is None and self.files.names("checkpoints"):
                 raise UserError(f"workdir {self.path} holds checkpoints and no run.json; copy "
                                 f"{self.checkpoints}/<step>/run/metadata to {self.path / 'run.json'}, or choose "
                                 "another --workdir.")
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.path / "run.json", json.dumps(record, indent=2) + "\n")
+            self.files.make()
+            self.files.write({"run.json": json.dumps(record, indent=2) + "\n"})
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -227,7 +205,7 @@ class Workdir(MetricsFiles):
         return UserError(f"workdir {self.path} cannot be written: {error.strerror}; choose another with --workdir.")
 
 
-def stored_config(workdir: str | Path) -> Config | None:
+def stored_config(workdir: Place) -> Config | None:
     """Returns the configuration of the run in `workdir`, or None where there is none; the same in all processes.
 
     The first process alone looks for it: a network's file system may hide a file from those that have looked for it
@@ -248,33 +226,3 @@ def stored_config(workdir: str | Path) -> Config | None:
 def _short(value: Any) -> Any:
     """Returns `value`, a long list cut down to what a message of one line can hold."""
     return [*value[:3], f"… {len(value)} in all"] if isinstance(value, list) and len(value) > 5 else value
-
-
-def _lock(file: IO[str], path: Path, patience: float) -> None:
-    """Takes the lock on `file`, and writes into it who has it.
-
-    Not filelock's: its versions before 4 empty the file, and with it the name of the holder, when they try; later ones
-    leave a file behind where there are no locks, which outlives a process that was killed.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                file.seek(0)
-                raise UserError(f"workdir {path} is in use by another run ({file.read(200).strip() or 'unknown'}); "
-                                "wait for it, or choose another --workdir. Several processes train one run together "
-                                "with --distributed alone.") from None
-            time.sleep(LOCK_INTERVAL)
-        except OSError:  # a file system without locks
-            return
-    with contextlib.suppress(OSError):  # a full disk need not stop a finished run
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()

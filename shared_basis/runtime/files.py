@@ -1,39 +1,246 @@
-"""Files and text: whole files or none, CSV, columns, and errors in one line."""
+"""The files of a directory, on a disk or in a bucket of Cloud Storage; and text: CSV, columns, errors in one line."""
 
 from __future__ import annotations
 
+import abc
+import contextlib
 import csv
+import importlib.util
 import io
 import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+import platform
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import IO, Any, TextIO
+
+from shared_basis.errors import UserError
+
+LOCK_INTERVAL = 0.2
+"""Seconds between attempts to take a lock."""
+
+Place = str | os.PathLike[str]
+"""A path on a disk, or gs://BUCKET/PATH."""
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
+class Files(abc.ABC):
+    """The files of a directory. Names are relative to it, with slashes between their parts.
+
+    Nobody ever reads a file that is written by halves, but for what is appended on a disk. What cannot be done raises
+    `OSError`, whose `strerror` is a reason in one line.
+    """
+
+    path: PurePath
+    """The directory: for names and messages alone, as a path in a bucket cannot be opened as a file."""
+
+    @abc.abstractmethod
+    def read(self, name: str) -> bytes:
+        """Returns the content of a file.
+
+        Raises:
+          FileNotFoundError: there is none.
+        """
+
+    @abc.abstractmethod
+    def write(self, contents: Mapping[str, str | bytes]) -> None:
+        """Writes whole files; on a disk they get their names when all of them are complete."""
+
+    @abc.abstractmethod
+    def append(self, name: str, content: str | bytes) -> None:
+        """Adds `content` at the end of a file, which is made where there is none."""
+
+    @abc.abstractmethod
+    def open_log(self, name: str) -> TextIO:
+        """Opens a text to which lines are added; a bucket has those of the last seconds only when it is closed."""
+
+    @abc.abstractmethod
+    def names(self, directory: str = "") -> list[str]:
+        """Returns the names of what lies directly within `directory`, sorted; none where there is no such directory."""
+
+    @abc.abstractmethod
+    def size(self, directory: str) -> int:
+        """Returns the bytes of all files below `directory`."""
+
+    @abc.abstractmethod
+    def is_directory(self) -> bool:
+        """Returns whether files can be put into it as it is: in a bucket any name will do."""
+
+    @abc.abstractmethod
+    def make(self, directory: str = "") -> None:
+        """Makes `directory`, unless it is there."""
+
+    @abc.abstractmethod
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there."""
+
+    @abc.abstractmethod
+    def move(self, directory: str, new: str) -> None:
+        """Moves `directory`, with all that is below it, to a `new` name."""
+
+    @abc.abstractmethod
+    def locked(self, patience: float, tell: Callable[[str], None]) -> contextlib.AbstractContextManager[None]:
+        """Keeps the directory, which is there, from other processes that lock it, until the context ends.
+
+        Args:
+          patience: seconds to wait for another process; in a bucket it is waited until it shows that it lives, or is
+            taken for dead, and `tell` is told.
+
+        Raises:
+          UserError: another process holds it.
+        """
+
+    @abc.abstractmethod
+    def require_lock(self) -> None:
+        """Raises `OSError` where another process has taken the lock over, as this one was cut off for too long."""
+
+
+class _Local(Files):
+    """The files of a directory on a disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path: Path = path
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def write(self, contents: Mapping[str, str | bytes]) -> None:
+        paths = {name: self.path / name for name in contents}
+        temporary = {name: path.with_name(f".{path.name}.tmp") for name, path in paths.items()}
+        try:
+            for name, content in contents.items():
+                temporary[name].write_bytes(content.encode() if isinstance(content, str) else content)
+            for name, written in temporary.items():
+                os.replace(written, paths[name])
+        finally:
+            for written in temporary.values():
+                written.unlink(missing_ok=True)
+
+    def append(self, name: str, content: str | bytes) -> None:
+        with (self.path / name).open("ab") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+
+    def open_log(self, name: str) -> TextIO:
+        return (self.path / name).open("a", encoding="utf-8", errors="backslashreplace")
+
+    def names(self, directory: str = "") -> list[str]:
+        try:
+            return sorted(os.listdir(self.path / directory))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def size(self, directory: str) -> int:
+        return sum(path.stat().st_size for path in (self.path / directory).rglob("*") if path.is_file())
+
+    def is_directory(self) -> bool:
+        return self.path.is_dir()
+
+    def make(self, directory: str = "") -> None:
+        (self.path / directory).mkdir(parents=True, exist_ok=True)
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    def move(self, directory: str, new: str) -> None:
+        self.make(str(PurePath(new).parent))
+        (self.path / directory).rename(self.path / new)
+
+    @contextlib.contextmanager
+    def locked(self, patience: float, tell: Callable[[str], None]) -> Iterator[None]:
+        # The lock goes with the process, however it ends. File systems without locks, and Windows, are trusted.
+        with (self.path / ".lock").open("a+") as file:
+            _lock(file, self.path, patience)
+            yield
+
+    def require_lock(self) -> None:
+        pass  # it is the process's as long as that lives
+
+
+def _lock(file: IO[str], path: Path, patience: float) -> None:
+    """Takes the lock on `file`, and writes into it who has it.
+
+    Not filelock's: its versions before 4 empty the file, and with it the name of the holder, when they try; later ones
+    leave a file behind where there are no locks, which outlives a process that was killed.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                raise in_use(path, file.read(200).strip()) from None
+            time.sleep(LOCK_INTERVAL)
+        except OSError:  # a file system without locks
+            return
+    with contextlib.suppress(OSError):  # a full disk need not stop a finished run
+        file.truncate(0)
+        file.write(f"{this_process()}\n")
+        file.flush()
+
+
+def this_process() -> str:
+    """Returns the name of this process for others."""
+    return f"process {os.getpid()} on {platform.node()}"
+
+
+def in_use(path: PurePath, holder: str) -> UserError:
+    """Returns the error of a directory that another process, `holder`, has locked."""
+    return UserError(f"workdir {path} is in use by another run ({holder or 'unknown'}); wait for it, or choose another "
+                     "--workdir. Several processes train one run together with --distributed alone.")
+
+
+def open_files(place: Place) -> Files:
+    """Returns the files of the directory `place`; touches nothing.
+
+    Raises:
+      UserError: as `as_path`.
+    """
+    path = as_path(place)
+    if isinstance(path, Path):
+        return _Local(path)
+    from shared_basis.runtime.cloud import CloudFiles  # with packages that take a second to import
+    return CloudFiles(path)
+
+
+def as_path(place: Place) -> PurePath:
+    """Returns the path that `place` names: with parts and parents, and for messages.
+
+    Raises:
+      UserError: it is an address other than gs://BUCKET/PATH, or what that needs is not installed.
+    """
+    text = os.fspath(place)
+    address = re.match("([a-z][a-z0-9+.-]+):/+", text)  # a pathlib.Path has one of the slashes left
+    if address is None:
+        return Path(text)
+    if address[1] != "gs" or address.end() == len(text):
+        raise UserError(f"{text}: must be a directory, or gs://BUCKET/DIRECTORY in Google Cloud Storage; mount other "
+                        "storage, and give the directory that it is mounted on.")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{text}: the package gcsfs, which reaches Google Cloud Storage, is not installed; pip install "
+                        "-e '.[gcs]', or give a directory.")
+    from etils import epath
+    return epath.Path(f"gs://{text[address.end():]}")
+
+
+def absolute(place: str) -> str:
+    """Returns `place` for a process that runs in another directory; an address stays as it is."""
+    return place if "://" in place else os.path.abspath(os.path.expanduser(place))
+
+
+def write_atomic(place: Place, content: str | bytes) -> None:
     """Writes the whole file, or leaves what was there: the content gets its name when it is complete.
 
     Raises:
       OSError: it cannot be written.
     """
-    write_all_atomic({path: content})
-
-
-def write_all_atomic(contents: dict[Path, str | bytes]) -> None:
-    """Writes several files, which get their names when all of them are complete.
-
-    Raises:
-      OSError: one cannot be written; none has changed, unless renaming itself fails.
-    """
-    temporary = {path: path.with_name(f".{path.name}.tmp") for path in contents}
-    try:
-        for path, content in contents.items():
-            temporary[path].write_bytes(content.encode() if isinstance(content, str) else content)
-        for path, written in temporary.items():
-            os.replace(written, path)
-    finally:
-        for written in temporary.values():
-            written.unlink(missing_ok=True)
+    path = as_path(place)
+    open_files(path.parent).write({path.name: content})
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

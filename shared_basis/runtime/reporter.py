@@ -7,11 +7,12 @@ import io
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from shared_basis.runtime.files import Place, open_files
 
 PLAIN_INTERVAL = 60.0
 """Seconds between progress lines where there is no terminal to draw one on."""
@@ -93,11 +94,10 @@ class Reporter:
             self._log.flush()
 
     @contextlib.contextmanager
-    def logging(self, directory: Path) -> Iterator[None]:
+    def logging(self, directory: Place) -> Iterator[None]:
         """Adds all lines, those of before too, to the log of this process in `directory`, and what ends the context."""
-        path = directory / (f"log-{self._process}.txt" if self._process else "log.txt")
         with contextlib.suppress(OSError):
-            file = path.open("a", encoding="utf-8", errors="backslashreplace")
+            file = open_files(directory).open_log(f"log-{self._process}.txt" if self._process else "log.txt")
             file.write(self._log.getvalue() if isinstance(self._log, io.StringIO) else "")
             self._log = file
         try:

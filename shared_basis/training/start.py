@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,6 +34,7 @@ from shared_basis.runtime.distributed import (
     raise_on_all_processes,
     replicated,
 )
+from shared_basis.runtime.files import Place, absolute
 from shared_basis.runtime.reporter import Reporter
 from shared_basis.training.program import first_state
 
@@ -112,12 +112,8 @@ def _compress(config: Config, origin: Origin, init: Init, reporter: Reporter) ->
 
 
 def _record(init: Init, origin: Origin, head: str) -> dict[str, Any]:
-    return {"source": _absolute(init.source), "step": origin.step, "network": origin.config.model.name, "head": head,
+    return {"source": absolute(init.source), "step": origin.step, "network": origin.config.model.name, "head": head,
             "budget": init.budget}
-
-
-def _absolute(source: str) -> str:
-    return os.path.abspath(os.path.expanduser(source))
 
 
 # Runs
@@ -143,14 +139,13 @@ def _begins(run: Workdir, init: Init | None) -> bool:
             find_weights(init.source)
         return init is not None
     began = record["init"]
-    # Not by Orbax, to whose managers all processes must come.
-    saved = run.checkpoints.is_dir() and any(path.name.isdecimal() for path in run.checkpoints.iterdir())
+    saved = bool(run.saved_steps)  # not of Orbax's managers, to which all processes must come
     if init is None:
         if began and not saved:
             raise UserError(f"workdir {run.path} was to begin with --init={began['source']} and holds no checkpoint "
                             "yet; give that --init again.")
         return False
-    if not began or began["source"] != _absolute(init.source):
+    if not began or began["source"] != absolute(init.source):
         how = f"began with --init={began['source']}" if began else "began without --init"
         raise UserError(f"workdir {run.path} holds a run that {how}; leave --init out to go on with it, or choose "
                         "another --workdir.")
@@ -179,7 +174,7 @@ def _compressed(name: str, report: Mapping[str, Any]) -> str:
             f"{100 * sum(errors) / len(errors):.2f} %; {compressing.render_scores(report)}")
 
 
-def import_weights(config: Config, workdir: str | Path, file: str, reporter: Reporter | None = None,
+def import_weights(config: Config, workdir: Place, file: str, reporter: Reporter | None = None,
                    classes: str = "") -> dict[str, Any]:
     """Writes the published weights in `file` as step 0 of a run of `config` in `workdir`.
 
@@ -211,7 +206,7 @@ def import_weights(config: Config, workdir: str | Path, file: str, reporter: Rep
             "head": start.init["head"], "compressed": start.report}
 
 
-def compress_run(config: Config, workdir: str | Path, source: str, reporter: Reporter, *, which: str = "latest",
+def compress_run(config: Config, workdir: Place, source: str, reporter: Reporter, *, which: str = "latest",
                  calibration: int | None = None, budget: float | None = None,
                  measure: str = "parameters") -> dict[str, Any]:
     """Writes the network of `config`, in closed form from the plain one in `source`, as step 0 of a run in `workdir`.
@@ -237,18 +232,18 @@ def compress_run(config: Config, workdir: str | Path, source: str, reporter: Rep
     return {"workdir": str(workdir), **(start.report or {})}
 
 
-def require_new(workdir: str | Path) -> None:
+def require_new(workdir: Place) -> None:
     """Raises `UserError` if `workdir` holds checkpoints."""
     run = Workdir(workdir)
     if Checkpoints(run.checkpoints, read_only=True).steps:
         raise UserError(f"workdir {run.path} holds checkpoints already; choose a new --workdir.")
 
 
-def _write(start: Start, workdir: str | Path) -> int:
+def _write(start: Start, workdir: Place) -> int:
     return start_run(start.config, workdir, start.network, start.spec, start.variables, start.init)
 
 
-def start_run(config: Config, workdir: str | Path, model: Network, spec: data.Spec, variables: Variables,
+def start_run(config: Config, workdir: Place, model: Network, spec: data.Spec, variables: Variables,
               init: Mapping[str, Any] | None = None) -> int:
     """Writes `variables` (`params`, `batch_stats`) of `model` as step 0 of a run of `config`.
 

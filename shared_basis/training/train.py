@@ -7,7 +7,6 @@ import dataclasses
 import io
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from shared_basis.runs.trained import build_model
 from shared_basis.runs.workdir import FILES, Workdir, make_record, stored_config, versions
 from shared_basis.runtime import memory
 from shared_basis.runtime.distributed import check_batch_size, is_main_process, make_mesh, raise_on_all_processes
+from shared_basis.runtime.files import Place
 from shared_basis.runtime.preemption import StopSignals
 from shared_basis.runtime.reporter import Reporter, count, duration
 from shared_basis.training.composition import Own, check_optimizer
@@ -41,7 +41,7 @@ from shared_basis.training.steps import TrainState
 from shared_basis.training.teacher import Teacher, open_teacher
 
 
-def train(config: Config, workdir: str | Path, reporter: Reporter | None = None, *,
+def train(config: Config, workdir: Place, reporter: Reporter | None = None, *,
           tensorboard: bool = False, init: str | Init | None = None, optimizer: Descent | None = None,
           loss: Loss | None = None,
           augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None) -> dict[str, Any]:

@@ -185,7 +185,7 @@ MISTAKES = {  # one a mechanism: those of the command line itself are in tests/c
         (f"--config={ROOT / 'configs' / 'cifar_resnet.py'}", "--config.data.directory=absent",
          "--config.data.manual_directory=nowhere"), ("nowhere", "cifar10")),
     "workdir below a file": ((*SMALL, "--workdir=foreign.py/run"), ("workdir foreign.py/run",)),
-    "workdir that is an address": ((*SMALL, "--workdir=gs://bucket/run"), ("gs://bucket/run", "mount the bucket")),
+    "workdir that is an address": ((*SMALL, "--workdir=s3://bucket/run"), ("s3://bucket/run", "gs://BUCKET/DIRECTORY")),
     "evaluation without a run": ((RECIPE, "--mode=evaluate", "--workdir=absent"), ("absent", "holds no run")),
 }
 

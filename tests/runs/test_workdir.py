@@ -241,9 +241,9 @@ def test_a_workdir_that_cannot_be_locked_is_told(tmp_path: Path) -> None:
             pass
 
 
-@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket", "file:///tmp/run"])
-def test_an_address_is_no_workdir(address: str) -> None:
-    with user_error(f"workdir {address}: must be a directory", "mount"):
+@pytest.mark.parametrize("address", ["s3://bucket/run", "az://bucket", "file:///tmp/run", "gs://", "hdfs:/one/slash"])
+def test_another_address_than_one_in_cloud_storage_is_no_workdir(address: str) -> None:
+    with user_error(f"{address}: must be a directory, or gs://BUCKET/DIRECTORY", "mount"):
         Workdir(address)
 
 
