@@ -40,7 +40,7 @@ PRECONDITIONS = ("ifGenerationMatch", "ifGenerationNotMatch", "ifMetagenerationM
 KNOWN = {*PRECONDITIONS, *(name.replace("if", "ifSource") for name in PRECONDITIONS), "alt", "contentEncoding",
          "delimiter", "endOffset", "fields", "generation", "includeFoldersAsPrefixes", "includeTrailingDelimiter",
          "maxResults", "name", "pageToken", "prefix", "prettyPrint", "projection", "quotaUser", "startOffset",
-         "uploadType", "upload_id", "userProject", "versions"}
+         "tensorstore", "uploadType", "upload_id", "userProject", "versions"}
 REASONS = {304: "notModified", 400: "invalid", 401: "authError", 403: "forbidden", 404: "notFound", 409: "conflict",
            412: "conditionNotMet", 416: "requestedRangeNotSatisfiable", 429: "rateLimitExceeded", 501: "notImplemented",
            503: "backendError"}
@@ -162,6 +162,8 @@ class Storage:
             raise Refused(501, f"this emulator does not know {request}")
         except Refused as refused:
             return answer_error(refused.status, refused.message)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            return answer_error(400, f"this emulator cannot read {request}: {error!r}")
 
     def _objects(self, bucket: str) -> dict[str, Stored]:
         if bucket not in self.buckets:
@@ -276,6 +278,8 @@ class Storage:
     def _upload(self, request: Request, bucket: str) -> Answer:
         """Takes an upload of one request (media, multipart), or begins one of several (resumable)."""
         kind, query = request.query.get("uploadType"), request.query
+        if "upload_id" in query:  # gcsfs sends parts by POST
+            return self._upload_part(request, bucket)
         settings: dict[str, Any] = {"contentType": request.headers.get("content-type", "application/octet-stream")}
         if kind == "media":
             name, data = query["name"], request.body
