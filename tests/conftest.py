@@ -6,6 +6,7 @@ a second run of the tests spends its time on testing.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from gcs_emulator import Emulator
     from helpers import CommandLine
     from hostile import Reader
 
@@ -52,6 +54,31 @@ def main(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
     command_line = CommandLine(tmp_path_factory.mktemp("output"))
     yield command_line
     command_line.close()
+
+
+@pytest.fixture(scope="module")
+def cloud() -> Iterator[Emulator]:
+    """A Cloud Storage of this process's own, with a bucket called bucket."""
+    from gcs_emulator import Emulator, environment_set
+
+    if importlib.util.find_spec("gcsfs") is None:
+        pytest.skip("gs:// needs the extra gcs: pip install -e '.[gcs]'")
+    with Emulator() as emulator, environment_set(emulator.environment()):  # before gcsfs is imported
+        from shared_basis.runtime import cloud_client
+
+        cloud_client.client.cache_clear()  # which knows the address of an emulator before
+        yield emulator
+        cloud_client.client.cache_clear()
+
+
+@pytest.fixture
+def storage(cloud: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    """`cloud`, of which requests are repeated at once, and in which nothing is wrong any more afterwards."""
+    from shared_basis.runtime import cloud_client
+
+    monkeypatch.setattr(cloud_client, "DEFAULT_RETRY", cloud_client.DEFAULT_RETRY.with_delay(0.01, 0.05))
+    yield cloud
+    cloud.heal()
 
 
 @pytest.fixture(scope="module")

@@ -406,7 +406,7 @@ MUTATIONS = (
              ("training/test_start", "faults", "end_to_end")),
     Mutation("import-outputs", "np.take(arrays[path], order, axis)", "arrays[path]", ("training/test_start",)),
     Mutation("import-names", "if len(bare) < len(found):", "if bare:", ("interop/test_wild",)),
-    Mutation("init-other-source", 'or began["source"] != _absolute(init.source)', "", ("training/test_start",)),
+    Mutation("init-other-source", 'or began["source"] != absolute(init.source)', "", ("training/test_start",)),
     Mutation("pytorch-shared", "dict.fromkeys((owner, *copies), ", "dict.fromkeys((owner,), ",
              ("layouts", "export/test_pytorch")),
 

@@ -189,7 +189,8 @@ class Config:
 LOCATION_FIELDS = ("data.directory", "data.manual_directory", "data.placement", "data.workers")
 """Fields that say where images lie and not what is computed: a run may resume with other values of them."""
 
-ADJUSTABLE_FIELDS = ("name", "train.eval_batch_size", "train.evaluate_every", *LOCATION_FIELDS)
+ADJUSTABLE_FIELDS = ("name", "train.eval_batch_size", "train.evaluate_every", "train.checkpoint_minutes",
+                     *LOCATION_FIELDS)
 """Fields that do not change what is trained: a run goes on with other values of them, which its record then holds."""
 
 SCHEDULE_FIELDS = ("optimizer.boundaries", "optimizer.factors", "optimizer.learning_rate", "optimizer.schedule",

@@ -18,6 +18,9 @@ class TrainConfig:
     eval_batch_size: int = 1000
     evaluate_every: int = 1
     """Epochs between evaluations; each is followed by a checkpoint. The last epoch always counts."""
+    checkpoint_minutes: float = 0.0
+    """Minutes after which a run is saved between evaluations too, so that of a long epoch no more than that is lost; 0
+    is never. Of these checkpoints the latest two are kept, beside the best and the latest two that were evaluated."""
     record_gradients: bool = False
     """Whether each evaluation adds a line to gradients.jsonl: the norm of the cross entropy's gradient with respect to
     each basis, coefficients and kernel, averaged over the steps of the epoch (--mode=analyze draws them). What is
@@ -49,7 +52,7 @@ class TrainConfig:
             require(1 <= value < 2**31, f"train.{field}", value, "a positive whole number below 2^31")
         require(0 <= self.batch_size < 2**31, "train.batch_size", self.batch_size,
                 "a positive whole number below 2^31, or 0 for a batch that fits the images")
-        for field in ("freeze_epochs", "mixup", "cutmix"):
+        for field in ("checkpoint_minutes", "freeze_epochs", "mixup", "cutmix"):
             value = getattr(self, field)
             require(0 <= value <= 1e6, f"train.{field}", value, "0 or a positive number, at most 1e6")
         for field in ("label_smoothing", "ema_decay"):

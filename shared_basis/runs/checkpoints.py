@@ -20,13 +20,13 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from shared_basis.errors import UserError
 from shared_basis.nn.types import Tree
 from shared_basis.runs.metrics import chosen_on
-from shared_basis.runs.storage import Manager, tree_handler
+from shared_basis.runs.storage import LatestEvaluated, Manager, tree_handler
 from shared_basis.runtime.distributed import is_main_process, raise_on_all_processes
 from shared_basis.runtime.files import Place, absolute, as_path, one_line, open_files
 
 
 class Checkpoints:
-    """The checkpoints in `directory`: saved asynchronously, the latest two and the best one kept.
+    """The checkpoints in `directory`: saved asynchronously. The latest two, the latest two evaluated and the best stay.
 
     Where there are several processes, each calls every method that writes or restores, in the same order.
     """
@@ -45,11 +45,12 @@ class Checkpoints:
             return metrics[f"{chosen_on(metrics)}_accuracy"]
 
         keep = preservation_policy.AnyPreservationPolicy([
-            preservation_policy.LatestN(2),
+            preservation_policy.LatestN(2), LatestEvaluated(2),
             preservation_policy.BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False),
         ])
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep, best_fn=metric, create=not read_only, read_only=read_only)
+            preservation_policy=keep, best_fn=metric, create=not read_only, read_only=read_only,
+            cleanup_tmp_directories=not read_only)  # what a killed process has left of a save: the run is locked
         damaged = self._damaged_metrics()  # Orbax reads those of all steps at once
         if damaged and aside is None:
             raise UserError(f"the metrics of a checkpoint in {directory} are damaged: {damaged[0]}; delete that file, "

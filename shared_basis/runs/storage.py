@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 
 class Manager(ocp.CheckpointManager):
@@ -21,6 +23,18 @@ class Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
         """Returns False."""
         return False
+
+
+@dataclasses.dataclass
+class LatestEvaluated(preservation_policy.PreservationPolicy):
+    """Keeps the latest `n` checkpoints that were evaluated, or that the run began with: not those saved in between."""
+
+    n: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Returns whether each of `checkpoints`, by rising step, is kept."""
+        evaluated = [info.step for info in checkpoints if info.metrics is not None or info.step == 0]
+        return [info.step in evaluated[-self.n:] for info in checkpoints]
 
 
 class _ArrayHandler(ocp.type_handlers.ArrayHandler):

@@ -23,7 +23,7 @@ from shared_basis.optim.gradient_norms import recorded_norms
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.metrics import render_line
 from shared_basis.runs.workdir import Workdir
-from shared_basis.runtime.distributed import is_main_process
+from shared_basis.runtime.distributed import is_main_process, process_allgather
 from shared_basis.runtime.files import first_line
 from shared_basis.runtime.preemption import Interrupted, StopNow, StopSignals
 from shared_basis.runtime.reporter import Reporter, count, duration
@@ -63,6 +63,33 @@ class Clock:
         return (time.monotonic() - self._began) / self.steps * steps if self.steps > 0 else 0.0
 
 
+class SaveTimer:
+    """Says when so many minutes have passed since the last save: to all processes alike, by the first one's clock."""
+
+    def __init__(self, minutes: float, step: int) -> None:
+        """Begins at `step`; 0 `minutes` never pass."""
+        self._seconds = 60 * minutes
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Begins anew at `step`, which is saved."""
+        self._step, self._began, self._question = step, time.monotonic(), step + 1
+
+    def asks(self, step: int) -> bool:
+        """Returns whether `due` is to be asked after `step`, as processes agree each time on when they ask again."""
+        return self._seconds > 0 and step >= self._question
+
+    def due(self, step: int) -> bool:
+        """Returns whether to save now; all processes must come here, with no step running."""
+        passed = time.monotonic() - self._began
+        half_of_the_rest = max(1, int((self._seconds - passed) / 2 * (step - self._step) / max(passed, 1e-9)))
+        wait = 0 if passed >= self._seconds else min(half_of_the_rest, 2**30)
+        if jax.process_count() > 1:
+            wait = int(process_allgather(wait)[0])
+        self._question = step + max(1, wait)
+        return wait == 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Training:
     """The loop over the steps of a run, with all that it needs beside the state."""
@@ -87,6 +114,7 @@ class Training:
         if self.evaluates_after(first) and self.checkpoints.metrics(first) is None:
             self.evaluate(state, first)  # it was stopped in the middle of this
         running: Metrics | None = None
+        timer = SaveTimer(self.config.train.checkpoint_minutes, first)
         with contextlib.closing(self.program.batches(first)) as batches:
             for step, inputs in zip(range(first + 1, self.steps + 1), batches, strict=False):
                 state, metrics = self.advance(state, inputs, step)
@@ -95,13 +123,18 @@ class Training:
                 running = metrics
                 evaluating = self.evaluates_after(step)
                 stopping = self.signals.due()
-                if evaluating or stopping:  # only what is finite is saved
+                asking = timer.asks(step)
+                if evaluating or stopping or asking:  # only what is finite is saved
                     self.log_step(running, step)
                     running = None
-                if evaluating and not stopping:
-                    self.evaluate(state, step)
                 if stopping:
                     self.stop(state, step)
+                if evaluating:
+                    self.evaluate(state, step)
+                    timer.restart(step)
+                elif asking and timer.due(step):
+                    self.save(state, step, None)
+                    timer.restart(step)
         self.reporter.end_progress()
         self.checkpoints.wait()
 
@@ -152,7 +185,17 @@ class Training:
                 self.run.append_gradients({"step": step, "epoch": line["epoch"],
                                            "norms": recorded_norms(state.params, state.opt_state)})
         self.reporter.info(render_line(line, self.config.train.epochs))
-        self.checkpoints.save(step, state, self.record, line)
+        self.save(state, step, line)
+
+    def save(self, state: TrainState, step: int, metrics: dict[str, Any] | None) -> None:
+        """Starts saving `state`, whose `step` is finite, with the `metrics` of its evaluation if there was one.
+
+        Raises:
+          UserError: it cannot be saved, or another process has taken the run over.
+        """
+        if is_main_process():
+            self.run.files.require_lock()
+        self.checkpoints.save(step, state, self.record, metrics)
         self.reporter.debug(f"checkpoint {step} is being written to {self.run.checkpoints}")
         self.clock.skip()
 
@@ -198,7 +241,7 @@ class Training:
         """Saves `state`, whose `step` is finite, and raises `Interrupted`."""
         assert self.signals.received is not None
         self.reporter.end_progress()
-        self.checkpoints.save(step, state, self.record, None)
+        self.save(state, step, None)
         self.checkpoints.wait()
         name = signal.Signals(self.signals.received).name
         raise Interrupted(self.signals.received, f"stopped by {name} and saved at step {count(step)} of "

@@ -87,7 +87,7 @@ def train(config: Config, workdir: Place, reporter: Reporter | None = None, *,
         images = feeds.load(what.source, config.data, mesh, reporter)
     device = _describe_devices(mesh)
     record = _record_of(what, images, own, device)
-    with _claimed(run, record), reporter.logging(run.path):
+    with _claimed(run, record, reporter), reporter.logging(run.path):
         reporter.info(f"{config.model.name}: {render_saving(what.comparison)}")
         _log_setup(config, images, device, run, reporter)
         for field, (now, then) in differences(config, what.saved or config).items():
@@ -185,7 +185,7 @@ def _record_of(what: _Setup, images: feeds.Images, own: Own, device: str) -> dic
 
 
 @contextlib.contextmanager
-def _claimed(run: Workdir, record: dict[str, Any]) -> Iterator[None]:
+def _claimed(run: Workdir, record: dict[str, Any], reporter: Reporter) -> Iterator[None]:
     """Keeps the directory of the run `record` locked by the first process, after making sure that all see that run.
 
     What the run began with is added to the `record` of one that resumes.
@@ -196,7 +196,7 @@ def _claimed(run: Workdir, record: dict[str, Any]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with raise_on_all_processes():
             if is_main_process():
-                stack.enter_context(run.locked())
+                stack.enter_context(run.locked(tell=reporter.info))
                 run.claim(record)
         with raise_on_all_processes():
             record["init"] = run.require(record)["init"]

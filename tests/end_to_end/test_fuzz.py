@@ -81,7 +81,8 @@ USUAL: dict[str, st.SearchStrategy[Any]] = {
         st.floats(0, 10), max_size=3),
     "optimizer.grad_accumulation_steps": st.integers(1, 4), "train.epochs": st.integers(1, 3),
     "train.batch_size": st.sampled_from((4, 8, 12, 16, 10)), "train.eval_batch_size": st.integers(1, 50),
-    "train.evaluate_every": st.integers(1, 4), "train.record_gradients": st.booleans()}
+    "train.evaluate_every": st.integers(1, 4), "train.checkpoint_minutes": st.floats(0, 0.01),
+    "train.record_gradients": st.booleans()}
 """Values that are mostly allowed, and small enough to be tried."""
 
 SMALL = {"model.name": TINY, "data.train_examples": 40, "data.test_examples": 20, "train.epochs": 1,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gcs_emulator import Emulator
 from helpers import (
     MAIN,
     ROOT,
@@ -130,14 +131,15 @@ def free_port() -> int:
 
 
 def pair(workdir: Path, *arguments: str, fields: Sequence[str] = FIELDS, own: Sequence[Sequence[str]] = ((), ()),
-         wait_for: Path | None = None) -> Job:
+         wait_for: Path | None = None, place: str = "") -> Job:
     """Starts two processes with `fields`, `arguments` and what each has of its `own`, on the run in `workdir`.
 
-    Steps after the first evaluation wait for the file `wait_for` to appear.
+    The run may have another `place`, in a bucket; what they print goes beside `workdir` anyway. Steps after the first
+    evaluation wait for the file `wait_for` to appear.
     """
     where = f"--coordinator=127.0.0.1:{free_port()}"
     return Job(workdir.with_name(f"{workdir.name}.logs"), [
-        (*fields, f"--workdir={workdir}", where, "--processes=2", f"--process={process}", *arguments, *more)
+        (*fields, f"--workdir={place or workdir}", where, "--processes=2", f"--process={process}", *arguments, *more)
         for process, more in enumerate(own)], wait_for)
 
 
@@ -258,6 +260,29 @@ def test_a_run_that_is_killed_preempted_and_stopped_equals_one_that_nothing_befe
     finish(pair(workdir))
     assert read_metrics(workdir) == read_metrics(undisturbed[0])
     assert_trees_equal(read_arrays_anywhere(workdir, STEPS), read_arrays_anywhere(undisturbed[0], STEPS))
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_that_one_process_is_told_to_stop_is_saved_by_both(
+        cloud: Emulator, undisturbed: tuple[Path, Job], tmp_path: Path) -> None:
+    stopped = tmp_path / "stopped"
+    with pair(tmp_path / "first", place="gs://bucket/run", wait_for=stopped) as job:
+        job.until(lambda: "test accuracy" in job.out(0))
+        job.processes[1].send_signal(signal.SIGTERM)
+        stopped.touch()
+        assert job.wait() == [143, 143], job.text()
+    told = re.search(r"^stopped by SIGTERM and saved at step (\d+) of 64", job.err(0), re.MULTILINE)
+    assert told, job.text()
+    again = pair(tmp_path / "second", "--config.train.checkpoint_minutes=0.001", place="gs://bucket/run")
+    finish(again)
+    assert f"resumes at step {told[1]} of 64" in again.out(0)
+    for name in cloud.names(prefix="run/"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(cloud.read(name))
+    assert {"log.txt", "log-1.txt"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) > 2, "saves by time, too"
+    assert read_metrics(tmp_path / "run") == read_metrics(undisturbed[0])
+    assert_trees_equal(read_arrays_anywhere(tmp_path / "run", STEPS), read_arrays_anywhere(undisturbed[0], STEPS))
 
 
 @pytest.mark.slow

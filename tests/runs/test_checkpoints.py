@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from gcs_emulator import Emulator
 from helpers import Linear, assert_trees_equal, mesh_of, user_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,7 +24,9 @@ from hypothesis import strategies as st
 from shared_basis.errors import UserError
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.metrics import chosen_on
+from shared_basis.runs.workdir import Workdir
 from shared_basis.runtime.distributed import replicated
+from shared_basis.runtime.files import Place, as_path
 from shared_basis.training.steps import TrainState, create_train_state
 
 RECORD = {"config": {"seed": 3}, "data": {"classes": ["a", "b"]}, "versions": {"jax": "0"}}
@@ -43,7 +47,7 @@ def target(devices: int = 4) -> TrainState:
                         make_state(0, devices))
 
 
-def save(directory: Path, accuracies: dict[int, float | None]) -> None:
+def save(directory: Place, accuracies: dict[int, float | None]) -> None:
     """Saves `make_state` of each step with its test accuracy, or without metrics."""
     checkpoints = Checkpoints(directory)
     for step, accuracy in accuracies.items():
@@ -82,9 +86,11 @@ def test_a_state_comes_back_on_another_number_of_devices(saved: Path) -> None:
     ({10: 0.3, 20: 0.9, 30: 0.4, 40: 0.5, 50: 0.6}, [20, 40, 50], 20),
     ({10: 0.9, 20: 0.1, 30: 0.9, 40: 0.1, 50: 0.1}, [30, 40, 50], 30),
     ({10: 0.9, 20: None, 30: None, 40: None}, [10, 30, 40], 10),
-    ({10: None, 20: None, 30: None}, [20, 30], 30)])
-def test_the_latest_two_and_the_best_are_kept(tmp_path: Path, accuracies: dict[int, float | None], kept: list[int],
-                                              best: int) -> None:
+    ({10: None, 20: None, 30: None}, [20, 30], 30),
+    ({10: 0.9, 20: 0.1, 30: 0.2, 40: None, 50: None, 60: None}, [10, 20, 30, 50, 60], 10),
+    ({0: None, 10: 0.5, 15: None, 17: None, 19: None}, [0, 10, 17, 19], 10)])
+def test_the_latest_two_of_all_and_of_the_evaluated_and_the_best_are_kept(
+        tmp_path: Path, accuracies: dict[int, float | None], kept: list[int], best: int) -> None:
     save(tmp_path / "checkpoints", accuracies)
     checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
     assert checkpoints.steps == kept
@@ -112,7 +118,7 @@ def test_the_best_by_validation_is_kept_whatever_its_test_accuracy(tmp_path: Pat
 def test_the_best_survives_a_run_that_is_opened_again_and_again(tmp_path: Path) -> None:
     for step, accuracy in ((10, 0.9), (20, 0.1), (30, None), (40, 0.5)):
         save(tmp_path, {step: accuracy})
-    assert Checkpoints(tmp_path).steps == [10, 30, 40]
+    assert Checkpoints(tmp_path).steps == [10, 20, 30, 40]
     assert Checkpoints(tmp_path).metrics(10) == {"test_accuracy": 0.9}
 
 
@@ -353,3 +359,65 @@ def test_a_save_that_fails_in_the_background_is_told_also_on_closing(
     monkeypatch.setattr(ocp.CheckpointManager, "close", full)
     with user_error("a checkpoint cannot be saved", "No space left on device", "complete: no checkpoint yet"):
         Checkpoints(tmp_path).close()
+
+
+# In a bucket
+
+@pytest.fixture
+def in_bucket(storage: Emulator) -> str:
+    """Returns a directory in a bucket with checkpoints 10 (the best), 20 and 30."""
+    directory = f"run{len(storage.requests)}/checkpoints"
+    save(f"gs://bucket/{directory}", {10: 0.75, 20: 0.25, 30: 0.5})
+    return directory
+
+
+def test_checkpoints_in_a_bucket_are_as_those_on_a_disk(in_bucket: str) -> None:
+    checkpoints = Checkpoints(f"gs://bucket/{in_bucket}", read_only=True)
+    assert (checkpoints.steps, checkpoints.find("best")) == ([10, 20, 30], 10)
+    assert checkpoints.metrics(20) == {"test_accuracy": 0.25}
+    for step in (10, 20, 30):
+        assert_trees_equal(checkpoints.restore(step, target()), make_state(step))
+    assert checkpoints.describe() == f"checkpoints 10, 20, 30 in gs://bucket/{in_bucket}"
+
+
+def test_a_save_to_a_bucket_counts_once_its_mark_is_there_and_else_is_removed(storage: Emulator,
+                                                                             in_bucket: str) -> None:
+    directory, run = f"gs://bucket/{in_bucket}", Workdir(as_path(f"gs://bucket/{in_bucket}").parent)
+    assert run.saved_steps == [10, 20, 30]
+    run.files.remove("checkpoints/30/commit_success.txt")  # which is written last
+    assert Checkpoints(directory, read_only=True).steps == run.saved_steps == [10, 20]
+    assert storage.names(prefix=f"{in_bucket}/30/"), "who only reads removes nothing"
+    with contextlib.closing(Checkpoints(directory)) as checkpoints:
+        assert_trees_equal(checkpoints.restore_latest(target()), make_state(20))
+        checkpoints.save(40, make_state(40), RECORD, {"test_accuracy": 0.5})
+    assert Checkpoints(directory, read_only=True).steps == [10, 20, 40]
+    assert not storage.names(prefix=f"{in_bucket}/30/")
+
+
+def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(storage: Emulator, in_bucket: str) -> None:
+    directory, told = as_path(f"gs://bucket/{in_bucket}"), list[str]()
+    name = max(storage.names(prefix=f"{in_bucket}/30/state/"), key=lambda name: len(storage.read(name)))
+    storage.write(name, storage.read(name)[:-1] + b"?")
+    files = [each.partition("/30/")[2] for each in storage.names(prefix=f"{in_bucket}/30/")]
+    with contextlib.closing(Checkpoints(directory, aside=directory.parent / "damaged", tell=told.append)) as found:
+        assert_trees_equal(found.restore_latest(target()), make_state(20))
+        assert found.steps == [10, 20]
+    assert f"Checkpoint 30 is set aside as {directory.parent}/damaged/30.1." in told[0]
+    aside = f"{in_bucket.partition('/')[0]}/damaged/30.1/"
+    assert [each.removeprefix(aside) for each in storage.names(prefix=aside)] == files
+    assert not storage.names(prefix=f"{in_bucket}/30/")
+
+
+def test_a_storage_that_cannot_be_reached_damages_nothing(storage: Emulator, in_bucket: str,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    from shared_basis.runtime import cloud_client
+
+    directory = as_path(f"gs://bucket/{in_bucket}")
+    checkpoints = Checkpoints(directory, aside=directory.parent / "damaged")
+    names = storage.names()
+    monkeypatch.setattr(cloud_client, "PATIENCE", 0.0)
+    storage.fail(403)
+    with user_error("checkpoint 30 in ", "cannot be restored"):
+        checkpoints.restore_latest(target())
+    storage.heal()
+    assert storage.names() == names

@@ -28,7 +28,8 @@ def go_on(now: Config, then: Config, step: int = STEPS) -> None:
     require_continuation(Path("run"), now, then, IMAGES, step)
 
 
-OTHER_VALUES = {"name": "other", "train.eval_batch_size": 7, "train.evaluate_every": 5, "data.placement": "stream",
+OTHER_VALUES = {"name": "other", "train.eval_batch_size": 7, "train.evaluate_every": 5,
+                "train.checkpoint_minutes": 7.5, "data.placement": "stream",
                 "data.workers": 2, "data.directory": "/moved", "data.manual_directory": "/moved"}
 
 

@@ -241,12 +241,6 @@ def test_a_workdir_that_cannot_be_locked_is_told(tmp_path: Path) -> None:
             pass
 
 
-@pytest.mark.parametrize("address", ["s3://bucket/run", "az://bucket", "file:///tmp/run", "gs://", "hdfs:/one/slash"])
-def test_another_address_than_one_in_cloud_storage_is_no_workdir(address: str) -> None:
-    with user_error(f"{address}: must be a directory, or gs://BUCKET/DIRECTORY", "mount"):
-        Workdir(address)
-
-
 # What all processes must agree on
 
 def test_the_run_that_is_required_must_be_there_and_the_same(run: Workdir, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.workdir import Workdir, make_record
 from shared_basis.runtime.memory import Memory
 from shared_basis.runtime.preemption import STOPPING, Interrupted, StopSignals
-from shared_basis.training.loop import Clock, Training
+from shared_basis.training.loop import Clock, SaveTimer, Training
 from shared_basis.training.program import Program
 from shared_basis.training.steps import TrainState
 from shared_basis.training.train import read_outcome, render
@@ -326,6 +327,74 @@ def test_a_run_stopped_in_an_evaluation_saves_at_once_and_evaluates_when_it_resu
     checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
     assert checkpoints.steps == Checkpoints(whole / "checkpoints", read_only=True).steps
     assert checkpoints.metrics(at)["step"] == at
+
+
+# Saves by time
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that the loop's clock shows; each step advances it."""
+    now = [0.0]
+    monkeypatch.setattr("shared_basis.training.loop.time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def timed(clock: list[float], seconds: Sequence[float]) -> Program:
+    """Returns a program whose steps take so many seconds, over and over."""
+    def step(state: TrainState, batch: jax.Array) -> Step:
+        clock[0] += seconds[int(state.step) % len(seconds)]
+        return make_step(state, batch)
+    return fake_program(step=step)
+
+
+@pytest.mark.parametrize(("minutes", "seconds", "expected"), [
+    (0.0, [60.0], []), (0.5, [10.0], [3, 8, 13]), (0.5, [16.0], [2, 4, 7, 9, 12, 14]),
+    (1.0, [10.0], []),  # an evaluation comes first
+    (0.01, [100.0], [1, 2, 3, 4, 6, 7, 8, 9, 11, 12, 13, 14])])
+def test_a_run_is_saved_after_so_many_minutes_without_a_save(
+        tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch, minutes: float, seconds: list[float],
+        expected: list[int]) -> None:
+    saves: list[int] = []
+    save = Checkpoints.save
+
+    def record(self: Checkpoints, step: int, state: Any, run: Any, metrics: Any) -> None:
+        saves.extend([step] if metrics is None else [])
+        save(self, step, state, run, metrics)
+    monkeypatch.setattr(Checkpoints, "save", record)
+    loop(tmp_path, timed(clock, seconds), replace(CONFIG, {"train.checkpoint_minutes": minutes}))
+    assert saves == expected
+
+
+def test_a_run_that_is_killed_in_an_epoch_goes_on_from_the_last_save_by_time(whole: Path, tmp_path: Path,
+                                                                            clock: list[float]) -> None:
+    config, at = replace(CONFIG, {"train.checkpoint_minutes": 0.5}), 10
+
+    class Killed(BaseException):
+        """Ends the run without a save."""
+
+    def step(state: TrainState, batch: jax.Array) -> Step:
+        if int(state.step) == at + 4:
+            raise Killed
+        clock[0] += 10
+        return make_step(state, batch)
+    with pytest.raises(Killed):
+        loop(tmp_path, fake_program(step=step), config)
+    assert saved(tmp_path)[-1] == at + 3
+    assert loop(tmp_path, timed(clock, [10.0]), config).steps == [14, 15]
+    assert read_metrics(tmp_path) == read_metrics(whole)
+    assert_trees_equal(read_arrays(tmp_path, 15), read_arrays(whole, 15))
+
+
+def test_processes_ask_one_another_seldom_when_to_save(clock: list[float]) -> None:
+    timer, asked = SaveTimer(60.0, 0), []
+    for step in range(1, 3601):
+        clock[0] += 1.0
+        if timer.asks(step):
+            asked.append(step)
+            if timer.due(step):
+                break
+    assert step == 3600
+    assert len(asked) <= 15
 
 
 # The best epoch

@@ -1,0 +1,274 @@
+"""The files of a directory in a bucket of Google Cloud Storage, and the lock there.
+
+Our own files go by Google's client, which knows preconditions; Orbax reaches its own by etils, gcsfs and tensorstore.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import mimetypes
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+from google.api_core import exceptions
+
+from shared_basis.runtime.cloud_client import TIMEOUT, ChangedByAnother, CloudError, client, explained, retry
+from shared_basis.runtime.filesystem import Files, in_use, this_process
+
+LEASE = 40.0
+"""Seconds without a sign of life after which a lock may be taken over."""
+
+BEAT = 10.0
+"""Seconds between signs of life."""
+
+POLL = 1.0
+"""Seconds between looks at a lock that another process holds."""
+
+WRITE_INTERVAL = 1.0
+"""Seconds between writes of the same file, of which Cloud Storage takes no more."""
+
+LOG_INTERVAL = 10.0
+"""Seconds between writes of a log, which is written whole each time."""
+
+LOCK = ".lock"
+
+
+def open_directory(path: PurePath) -> Files:
+    """Returns the files of the directory `path`, gs://BUCKET/DIRECTORY; touches nothing."""
+    return _CloudFiles(path)
+
+
+class _CloudFiles(Files):
+    """The files of a directory in a bucket: objects whose names begin with its path."""
+
+    def __init__(self, path: PurePath) -> None:
+        self.path = path
+        self._bucket, _, self._directory = str(path).removeprefix("gs://").partition("/")
+        self._written: dict[str, float] = {}
+        self._grown: dict[str, tuple[bytes, int]] = {}
+        self._lease: _Lease | None = None
+
+    def read(self, name: str) -> bytes:
+        return self.get(name)[0]
+
+    def write(self, contents: Mapping[str, str | bytes]) -> None:
+        for name, content in contents.items():
+            self._grown.pop(name, None)
+            self.put(name, content)
+
+    def append(self, name: str, content: str | bytes) -> None:
+        # Under the generation that was last seen here: a process that was taken for dead does not write any more.
+        before, generation = self._grown.get(name) or self.get_if_there(name)
+        whole = before + (content.encode() if isinstance(content, str) else content)
+        self._grown[name] = whole, self.put(name, whole, generation)
+
+    def open_log(self, name: str) -> io.StringIO:
+        return _Log(self, name)
+
+    def names(self, directory: str = "") -> list[str]:
+        prefix = self._object(f"{directory}/" if directory else "")
+        with self._explained(directory):
+            found = self._list(prefix=prefix, delimiter="/", fields="items(name),prefixes,nextPageToken")
+            names = [*(each.name for each in found), *found.prefixes]
+        return sorted({name.removeprefix(prefix).rstrip("/") for name in names} - {""})
+
+    def size(self, directory: str) -> int:
+        with self._explained(directory):
+            return sum(each.size for each in self._list(prefix=self._object(f"{directory}/")))
+
+    def is_directory(self) -> bool:
+        return True
+
+    def make(self, directory: str = "") -> None:
+        pass  # there are no directories
+
+    def remove(self, name: str) -> None:
+        self.delete(name)
+
+    def move(self, directory: str, new: str) -> None:
+        # A checkpoint is marked complete by a file at its top: the mark goes first, and comes last.
+        source, target = self._object(f"{directory}/"), self._object(f"{new}/")
+        with self._explained(directory):
+            bucket = client().bucket(self._bucket)
+            top_first = sorted((each.name for each in self._list(prefix=source)), key=lambda name: name.count("/"))
+            for name in reversed(top_first):
+                copy, token = bucket.blob(target + name.removeprefix(source)), None
+                while True:  # in parts, if it is large
+                    token, _, _ = copy.rewrite(bucket.blob(name), token=token, timeout=TIMEOUT, retry=retry())
+                    if token is None:
+                        break
+            for name in top_first:
+                with contextlib.suppress(exceptions.NotFound):
+                    bucket.blob(name).delete(timeout=TIMEOUT, retry=retry())
+
+    @contextlib.contextmanager
+    def locked(self, patience: float, tell: Callable[[str], None]) -> Iterator[None]:
+        self._lease = _Lease(self)
+        self._lease.take(tell)
+        try:
+            yield
+        finally:
+            self._lease.release()
+            self._lease = None
+
+    def require_lock(self) -> None:
+        if self._lease is not None and self._lease.lost:
+            raise CloudError(self.path, f"this process did not reach it for more than {LEASE:.0f} seconds, and another "
+                                        "one has taken over")
+
+    def get(self, name: str) -> tuple[bytes, int]:
+        """Returns the content of a file and its generation.
+
+        Raises:
+          FileNotFoundError: there is none.
+        """
+        with self._explained(name):
+            file = self._blob(name)
+            try:
+                return file.download_as_bytes(timeout=TIMEOUT, retry=retry()), file.generation
+            except exceptions.NotFound:
+                list(self._list(max_results=1))  # or is it the bucket that is not found?
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(self.path / name))
+
+    def put(self, name: str, content: str | bytes, generation: int | None = None, patience: float | None = None) -> int:
+        """Writes a whole file and returns its generation.
+
+        Args:
+          generation: that of the file that is replaced; 0 where there must be none, None for any.
+
+        Raises:
+          CloudError: it is of another generation.
+        """
+        data = content.encode() if isinstance(content, str) else content
+        time.sleep(max(0.0, self._written.get(name, -WRITE_INTERVAL) + WRITE_INTERVAL - time.monotonic()))
+        with self._explained(name):
+            file = self._blob(name)
+            try:
+                file.upload_from_string(data, mimetypes.guess_type(name)[0] or "application/octet-stream",
+                                        if_generation_match=generation, timeout=TIMEOUT, retry=retry(patience))
+                made: int = file.generation
+            except exceptions.PreconditionFailed as error:
+                there, made = self.get_if_there(name)
+                if not made or there != data:  # otherwise it was written, and the answer got lost
+                    raise ChangedByAnother(self.path / name, "another process has written it meanwhile") from error
+        self._written[name] = time.monotonic()
+        return made
+
+    def get_if_there(self, name: str) -> tuple[bytes, int]:
+        """Returns the content and the generation of a file; nothing and 0 where there is none."""
+        try:
+            return self.get(name)
+        except FileNotFoundError:
+            return b"", 0
+
+    def delete(self, name: str, generation: int | None = None, patience: float | None = None) -> None:
+        """Removes a file, if it is there, and of this `generation`."""
+        with self._explained(name), contextlib.suppress(exceptions.NotFound, exceptions.PreconditionFailed):
+            self._blob(name).delete(if_generation_match=generation, timeout=TIMEOUT, retry=retry(patience))
+
+    def _object(self, name: str) -> str:
+        return f"{self._directory}/{name}" if self._directory else name
+
+    def _blob(self, name: str) -> Any:
+        return client().bucket(self._bucket).blob(self._object(name))
+
+    def _explained(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return explained(self.path / name, self._bucket)
+
+    def _list(self, **options: Any) -> Any:
+        return client().list_blobs(self._bucket, timeout=TIMEOUT, retry=retry(), **options)
+
+
+class _Lease:
+    """A lock: a file that its holder writes again and again, as a sign that it lives."""
+
+    def __init__(self, files: _CloudFiles) -> None:
+        self._files = files
+        self._holder = f"{this_process()}, {uuid.uuid4().hex[:8]}"
+        self._generation = 0
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+        self.lost = False
+        """Whether another process has taken it over."""
+
+    def take(self, tell: Callable[[str], None]) -> None:
+        """Returns when it is this process's; looks whether another that has it gives signs of life.
+
+        Raises:
+          UserError: it does.
+        """
+        seen, since = 0, 0.0
+        while True:
+            holder, generation = self._files.get_if_there(LOCK)
+            if not generation or (generation == seen and time.monotonic() - since >= LEASE):
+                with contextlib.suppress(ChangedByAnother):  # who was faster gives signs of life
+                    self._generation = self._files.put(LOCK, self._holder, generation)
+                    self._thread.start()
+                    return
+            elif not seen:
+                seen, since = generation, time.monotonic()
+                tell(f"{self._files.path} is locked by {_name(holder)}: waits {LEASE:.0f} seconds for a sign of life")
+            elif generation != seen:
+                raise in_use(self._files.path, _name(holder))
+            time.sleep(POLL)
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT):
+            try:
+                self._generation = self._files.put(LOCK, self._holder, self._generation, BEAT)
+            except ChangedByAnother:
+                self.lost = True
+                return
+            except CloudError:
+                pass  # the next one may come through
+
+    def release(self) -> None:
+        """Removes the lock."""
+        self._released.set()
+        self._thread.join()
+        if not self.lost:
+            with contextlib.suppress(CloudError):
+                self._files.delete(LOCK, self._generation, BEAT)
+
+
+def _name(holder: bytes) -> str:
+    return holder.decode(errors="replace").partition(",")[0]
+
+
+class _Log(io.StringIO):
+    """A text that is written to the bucket as it grows, now and then and when it is closed."""
+
+    def __init__(self, files: _CloudFiles, name: str) -> None:
+        super().__init__()
+        self._files, self._name = files, name
+        self._due = time.monotonic() + LOG_INTERVAL
+        before, self._generation = files.get_if_there(name)
+        self.write(before.decode(errors="replace"))
+
+    def flush(self) -> None:
+        if time.monotonic() >= self._due:
+            self._put()
+
+    def close(self) -> None:
+        if not self.closed:
+            try:
+                self._put()
+            finally:
+                super().close()
+
+    def _put(self) -> None:
+        self._due = time.monotonic() + LOG_INTERVAL
+        text = self.getvalue().encode(errors="backslashreplace")
+        try:
+            self._generation = self._files.put(self._name, text, self._generation, LOG_INTERVAL)
+        except ChangedByAnother:
+            there, generation = self._files.get_if_there(self._name)
+            if not text.startswith(there):
+                raise
+            self._generation = generation  # of a write whose answer never came: the next one goes on from it
