@@ -18,9 +18,9 @@ from shared_basis.errors import UserError
 from shared_basis.report.run_summary import RunSummary, load_run_summary
 from shared_basis.runtime.files import Files, open_files
 
-LABELS = ("name", "seed", "train.record_gradients")
+LABELS = ("name", "seed", "train.record_gradients", "train.checkpoint_minutes")
 """Fields of the configuration that runs of one point may differ in: what the run is called, the seed, and what is only
-noted. (`config.differences` leaves out where things lie.)"""
+noted or saved. (`config.differences` leaves out where things lie.)"""
 
 
 @dataclasses.dataclass(frozen=True)
