@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
-from benchmarks.accelerator_targets import STOCK, TARGETS
+from benchmarks.accelerator_targets import STEP, STOCK, TARGETS
 from benchmarks.common import NOT_MEASURED, Table, markdown
 from benchmarks.session import OURS
 
 
 @dataclasses.dataclass(frozen=True)
 class AcceleratorRow:
-    """What a compiler says of a train step; the fields are the columns. Figures are those of one device."""
+    """What a compiler says of a program; the fields are the columns. Figures are those of one device."""
 
     date: str
     commit: str
@@ -26,6 +27,8 @@ class AcceleratorRow:
     """The network without sharing."""
     modules: str
     """This package, or 'stock' Flax modules; with norm_images=N, if batch statistics are those of N images."""
+    program: str
+    """'step', that of training, or 'evaluation', that of a batch."""
     batch: int
     """Of all devices."""
     image_size: int
@@ -37,13 +40,17 @@ class AcceleratorRow:
     all_reduces: int
     other_collectives: int
     temporary_bytes: float
+    argument_bytes: float
+    exchanged_bytes: float
+    hidden_collectives: float
+    """Those that have kernels beside them; this and the two above are NaN in rows that are older."""
     compile_seconds: float
     command: str
 
     def key(self, **changes: str) -> tuple[object, ...]:
         """Returns what it is a row of, or what a row with these `changes` were."""
         one = dataclasses.replace(self, **changes)  # type: ignore[arg-type]
-        return one.target, one.network, one.modules, one.batch, one.image_size, one.dtype
+        return one.target, one.network, one.modules, one.program, one.batch, one.image_size, one.dtype
 
 
 def newest(rows: Sequence[AcceleratorRow]) -> list[AcceleratorRow]:
@@ -67,20 +74,28 @@ def tables(rows: Sequence[AcceleratorRow], among: Sequence[AcceleratorRow]) -> s
 def _table(rows: Sequence[AcceleratorRow], by_key: dict[tuple[object, ...], AcceleratorRow]) -> Table:
     table = [["network, images a step", "bytes over plain", "kernels over plain", "temporary over plain",
               "FLOPs over plain", "bytes over stock", "kernels over stock", "kernels", "MB", "MB in main memory",
-              "GFLOP", "all-reduces", "other collectives", "temporary, MiB", "compiled in s", "commit"]]
+              "GFLOP", "all-reduces", "other collectives", "exchanged, MB", "collectives beside kernels",
+              "arguments, MiB", "temporary, MiB", "compiled in s", "commit"]]
     for row in rows:
         plain = by_key.get(row.key(network=row.plain)) if row.network != row.plain else None
         modules, *groups = row.modules.split(", ")
         stock = by_key.get(row.key(modules=", ".join([STOCK, *groups]))) if modules != STOCK else None
-        name = ", ".join([row.network, *([] if modules == OURS else [modules]), *groups, row.dtype])
+        name = ", ".join([row.network, *([] if modules == OURS else [modules]), *groups,
+                          *([] if row.program == STEP else [row.program]), row.dtype])
         table.append([
             f"{name}, {row.batch:,} of {row.image_size}²",
             *(_over(row, plain, field) for field in ("bytes", "kernels", "temporary_bytes", "flops")),
             *(_over(row, stock, field) for field in ("bytes", "kernels")),
             f"{row.kernels:,}", f"{row.bytes / 1e6:,.0f}", f"{row.main_memory_bytes / 1e6:,.0f}",
             f"{row.flops / 1e9:,.0f}", str(row.all_reduces), str(row.other_collectives),
+            _figure(row.exchanged_bytes / 1e6, 2), _figure(row.hidden_collectives), _figure(row.argument_bytes / 2**20),
             f"{row.temporary_bytes / 2**20:,.0f}", f"{row.compile_seconds:.0f}", row.commit])
     return table
+
+
+def _figure(value: float, digits: int = 0) -> str:
+    """Returns a figure that older rows do not have."""
+    return NOT_MEASURED if math.isnan(value) else f"{value:,.{digits}f}"
 
 
 def _over(row: AcceleratorRow, other: AcceleratorRow | None, field: str) -> str:

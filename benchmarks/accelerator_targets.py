@@ -19,15 +19,19 @@ from benchmarks.cases import Case
 from benchmarks.common import versions
 from benchmarks.stock_networks import make_stock
 from shared_basis.data.examples import Spec
-from shared_basis.data.feeds import Images
+from shared_basis.data.feeds import Images, scored_at_once
 from shared_basis.errors import UserError
+from shared_basis.evaluation.evaluator import define_step
 from shared_basis.runs.trained import build_model
+from shared_basis.runtime.distributed import batch_sharding
 from shared_basis.training.program import define
 
 MOST_IMAGES = 4096
 """Of a batch, over all devices together."""
 STOCK = "stock"
 """How rows name networks in stock Flax modules."""
+STEP, EVALUATION = "step", "evaluation"
+"""How rows name the two programs of a run: the train step, and the scoring of a batch."""
 
 UNCHANGED = {"data__pad": 0, "data__flip": False}
 """The configuration under which a step takes images as they come: see `Case.config`."""
@@ -95,7 +99,7 @@ class _Unread:
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What the compiler says of a step, for each device."""
+    """What the compiler says of a program, for each device."""
 
     kernels: int
     bytes: float
@@ -107,38 +111,41 @@ class Figures:
     all_reduces: int
     other_collectives: int
     temporary_bytes: float
+    argument_bytes: float
+    """The state and the batch; the new state takes the place of the old one."""
+    exchanged_bytes: float
+    """What the collectives are given."""
+    hidden_collectives: float
+    """Those between whose beginning and end other kernels run."""
     compile_seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled step."""
+    """A compiled program."""
 
+    batch: int
+    """Images, of all devices: those asked for, or in an evaluation as many as the devices divide."""
     figures: Figures
     text: str
     """The optimized program."""
 
 
-def compile_step(case: Case, target: Target, modules: str, norm_images: int = 0) -> Program:
-    """Compiles the train step of `case` as `shared_basis.training.program` defines it.
+def compile_program(program: str, case: Case, target: Target, modules: str, norm_images: int = 0) -> Program:
+    """Compiles one of the two programs of a run of `case`, as the trainer defines them.
 
     Images are streamed, so that a step reads its batch and not the whole data set, and neither cropped nor mirrored,
     which is the same for all networks.
 
     Args:
+      program: `STEP`, or `EVALUATION` of a batch of the usual size.
       modules: `STOCK`, or anything else for this package's own.
       norm_images: the images that batch statistics are those of; 0 is the whole batch.
 
     Raises:
       UserError: `norm_images` does not divide the batch, the compiler is not installed, or refuses the program.
     """
-    mesh, config = target.mesh(), case.config(**UNCHANGED, model__norm_images=norm_images)
-    spec = Spec((case.image_size, case.image_size, 3), tuple(map(str, range(case.classes))))
-    unread: Any = _Unread(50_000)
-    images = Images(spec, {"train": unread}, config.data)
-    model = build_model(config, spec)
-    model = make_stock(model) if modules == STOCK else model
-    traced = define(config, images, model, mesh).trace()
+    traced, batch = trace(program, case, target.mesh(), modules, norm_images)
     lowered = traced.lower()
     began = time.perf_counter()
     try:
@@ -146,14 +153,34 @@ def compile_step(case: Case, target: Target, modules: str, norm_images: int = 0)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"{case.network} for {target.title}: {str(error).splitlines()[0]}") from error
     seconds, text, cost = time.perf_counter() - began, compiled.as_text(), compiled.cost_analysis()
-    found, collectives = hlo.kernels(text), hlo.count_collectives(text)
-    moved, reduces = float(sum(kernel.bytes for kernel in found)), collectives.pop("all-reduce", 0)
-    return Program(Figures(
+    found, collectives = hlo.kernels(text), hlo.collectives(text)
+    moved, reduces = float(sum(kernel.bytes for kernel in found)), [one for one in collectives if one.is_reduce]
+    taken = compiled.memory_analysis()
+    return Program(batch, Figures(
         kernels=sum(kernel.times for kernel in found),
         bytes=float(cost["bytes accessed"]) if cost else moved, main_memory_bytes=moved,
-        flops=float(cost["flops"] if cost else count_flops(traced.jaxpr) / mesh.size),
-        all_reduces=reduces, other_collectives=sum(collectives.values()),
-        temporary_bytes=float(compiled.memory_analysis().temp_size_in_bytes), compile_seconds=seconds), text)
+        flops=float(cost["flops"] if cost else count_flops(traced.jaxpr) / target.devices),
+        all_reduces=len(reduces), other_collectives=len(collectives) - len(reduces),
+        temporary_bytes=float(taken.temp_size_in_bytes), argument_bytes=float(taken.argument_size_in_bytes),
+        exchanged_bytes=float(sum(one.bytes for one in collectives)),
+        hidden_collectives=float(sum(one.beside > 0 for one in collectives)), compile_seconds=seconds), text)
+
+
+def trace(program: str, case: Case, mesh: Mesh, modules: str = "", norm_images: int = 0) -> tuple[Any, int]:
+    """Returns a program as `compile_program` compiles it, traced for the devices of `mesh`, and its images."""
+    config = case.config(**UNCHANGED, model__norm_images=norm_images)
+    spec = Spec((case.image_size, case.image_size, 3), tuple(map(str, range(case.classes))))
+    unread: Any = _Unread(50_000)
+    images = Images(spec, {"train": unread}, config.data)
+    model = build_model(config, spec)
+    model = make_stock(model) if modules == STOCK else model
+    defined = define(config, images, model, mesh)
+    if program == STEP:
+        return defined.trace(), case.batch
+    size = scored_at_once(config.train.eval_batch_size, len(unread), mesh.size)
+    batch = (jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for shape, dtype in (
+        ((size, *spec.image_shape), np.uint8), ((size,), np.int32)))
+    return define_step(model, config.data, mesh).trace(defined.state.scored, *batch), size
 
 
 def count_flops(jaxpr: Any) -> int:

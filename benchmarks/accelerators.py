@@ -1,11 +1,11 @@
-"""What a train step is on accelerators that are not here, by their own compilers: a compiler's figures, no clock's.
+"""What the programs of a run are on accelerators that are not here: their own compilers' figures, and no clock's.
 
     python -m benchmarks.accelerators --targets=h100x1 --networks=resnet32,resnet32-s16u1-double --append --write
 
 The trainer's own step is compiled, and beside it that of the same network in stock Flax modules, where it is written in
-them. --append adds a row for each to results/accelerators.csv, and on GPUs rows that say what its kernels are for to
-results/accelerator_kernels.csv; --write puts tables of the newest rows in that file into
-benchmarks/README.md. See there for what the figures say.
+them; with --programs=evaluation the scoring of a batch. --append adds a row for each to results/accelerators.csv, and
+for steps on GPUs rows that say what their kernels are for to results/accelerator_kernels.csv; --write puts tables of
+the newest rows in that file into benchmarks/README.md. See there for what the figures say.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import jax
 from benchmarks import accelerator_kernels, hlo, records
 from benchmarks.accelerator_kernels import KernelsRow
 from benchmarks.accelerator_rows import OURS, AcceleratorRow, newest, tables
-from benchmarks.accelerator_targets import STOCK, TARGETS, Program, Target, compile_step
+from benchmarks.accelerator_targets import EVALUATION, STEP, STOCK, TARGETS, Program, Target, compile_program
 from benchmarks.cases import Case, make_case
 from benchmarks.common import PAGE, Parser, names, positive, replace_section, versions
 from benchmarks.records import ROOT
@@ -47,6 +47,7 @@ NETWORKS = ("resnet32", "resnet32-s16u1-double", "resnet56", "resnet56-s16u1-dou
 """What is compiled unless others are named; after '@' comes the size of the images, if it is not the usual one."""
 DTYPES = ("float32", "bfloat16")
 MODULES = (OURS, STOCK)
+PROGRAMS = (STEP, EVALUATION)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -57,6 +58,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                                  ("modules", MODULES, f"{OURS}, or the same networks in Flax's own modules")):
         parser.add_argument(f"--{option}", type=functools.partial(names, choices=usual), default=usual,
                             help=f"{about}: some of {','.join(usual)}; default: all")
+    parser.add_argument("--programs", type=functools.partial(names, choices=PROGRAMS), default=PROGRAMS[:1],
+                        help=f"what of a run to compile: some of {','.join(PROGRAMS)}; default: {PROGRAMS[0]}")
     parser.add_argument("--networks", type=names, default=NETWORKS,
                         help="e.g. resnet34,resnet34-s32u1@224, for images of 224×224; default: the usual ones")
     parser.add_argument("--batch", type=positive, help="images a step, of all devices; default: by target and size")
@@ -84,36 +87,38 @@ def case_of(network: str, target: Target, dtype: str, batch: int | None) -> Case
     return Case(name, batch or target.batch(image_size), image_size, dtype)
 
 
-def cases_of(options: argparse.Namespace) -> Iterator[tuple[str, Case, str]]:
-    """Yields what the options ask for: the name of a target, a case, and the modules that it is made of."""
+def cases_of(options: argparse.Namespace) -> Iterator[tuple[str, Case, str, str]]:
+    """Yields what the options ask for: the name of a target, a case, the modules that it is made of, and a program."""
     for target in options.targets:
         for dtype in options.dtypes:
             for network in options.networks:
                 case = case_of(network, TARGETS[target], dtype, options.batch)
                 for modules in options.modules:
                     if modules == OURS or has_stock(case.network):
-                        yield target, case, modules
+                        yield from ((target, case, modules, program) for program in options.programs)
 
 
-def row_of(target: str, case: Case, modules: str, norm_images: int, program: Program) -> AcceleratorRow:
-    """Returns the row of a compiled step, with the command that compiles it again."""
+def row_of(target: str, case: Case, modules: str, norm_images: int, kind: str, program: Program) -> AcceleratorRow:
+    """Returns the row of a compiled program, with the command that compiles it again."""
     compiler, network = TARGETS[target].compiler, f"{case.network}@{case.image_size}"
     words = ["python", "-m", "benchmarks.accelerators", f"--targets={target}", f"--networks={network}",
              f"--dtypes={case.dtype}", f"--modules={modules}", f"--batch={case.batch}"]
     if norm_images:
         words.append(f"--norm-images={norm_images}")
         modules += f", norm_images={norm_images}"
+    if kind != STEP:
+        words.append(f"--programs={kind}")
     found = versions(("jax", "flax", compiler))
     return AcceleratorRow(
         datetime.date.today().isoformat(), records.commit(), found["jax"], found["flax"],
-        f"{compiler} {found[compiler]}", target, case.network, plain_counterpart(case.network), modules, case.batch,
-        case.image_size, case.dtype, **vars(program.figures), command=shlex.join(words))
+        f"{compiler} {found[compiler]}", target, case.network, plain_counterpart(case.network), modules, kind,
+        program.batch, case.image_size, case.dtype, **vars(program.figures), command=shlex.join(words))
 
 
 def keep_kernels(directory: Path, row: AcceleratorRow, program: Program) -> None:
     """Writes the list of a program's kernels, and its text, into `directory`."""
     name = "-".join((row.target.replace(":", "_"), row.network, str(row.image_size), row.dtype,
-                     *row.modules.split(", ")))
+                     *row.modules.split(", "), *([] if row.program == STEP else [row.program])))
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.tsv").write_text(hlo.render(hlo.kernels(program.text)), encoding="utf-8")
     (directory / f"{name}.hlo").write_text(program.text, encoding="utf-8")
@@ -139,15 +144,16 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     cases, rows = list(cases_of(options)), []
     for target in options.targets:
         TARGETS[target].mesh()  # refuses one whose compiler is missing before anything is compiled
-    for target, case, modules in cases:
-        print(f"{target}: {case.network} at {case.image_size}, {case.dtype}, {modules} …", file=sys.stderr, flush=True)
-        program = compile_step(case, TARGETS[target], modules, options.norm_images)
-        rows.append(row_of(target, case, modules, options.norm_images, program))
+    for target, case, modules, kind in cases:
+        print(f"{target}: {case.network} at {case.image_size}, {case.dtype}, {modules}, {kind} …", file=sys.stderr,
+              flush=True)
+        program = compile_program(kind, case, TARGETS[target], modules, options.norm_images)
+        rows.append(row_of(target, case, modules, options.norm_images, kind, program))
         if options.kernels:
             keep_kernels(options.kernels, rows[-1], program)
         if options.append:
             records.append(root / FILE, rows[-1:])
-            if TARGETS[target].platform == "cuda":
+            if TARGETS[target].platform == "cuda" and kind == STEP:
                 records.append(root / KERNELS, accelerator_kernels.rows_of(rows[-1], hlo.kernels(program.text)))
         jax.clear_caches()  # programs of many networks take gigabytes
     every = newest([*earlier, *rows])

@@ -175,11 +175,53 @@ def _origin(name: str, defined: Mapping[str, Instruction]) -> str:
     return _origin(one.operands[0], defined) + f".{index}" * bool(index)
 
 
-def count_collectives(text: str) -> dict[str, int]:
-    """Returns how many of each of the `COLLECTIVES` a program has, wherever they are; those that it has none of not."""
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """An exchange between devices."""
+
+    operation: str
+    """One of the `COLLECTIVES`."""
+    arrays: tuple[Array, ...]
+    """What a device gives; several that were combined are exchanged at once."""
+    beside: int
+    """Kernels that the schedule has between its beginning and its end; 0 if the device waits for it."""
+
+    @property
+    def is_reduce(self) -> bool:
+        """Whether it is an all-reduce."""
+        return self.operation == "all-reduce"
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that a device gives, wherever they lie."""
+        return sum(dataclasses.replace(array, layout="").bytes for array in self.arrays)
+
+
+def collectives(text: str) -> list[Collective]:
+    """Returns what a program's devices exchange, in the order of its computations, wherever it is."""
     computations, _ = parse(text)
-    operations = [one.operation.removesuffix("-start") for part in computations.values() for one in part]
-    return {name: operations.count(name) for name in COLLECTIVES if name in operations}
+    return [found for instructions in computations.values() for found in _collectives(instructions)]
+
+
+def _collectives(instructions: list[Instruction]) -> Iterator[Collective]:
+    defined = {one.name: one for one in instructions}
+    for place, one in enumerate(instructions):
+        operation = one.operation.removesuffix("-start")
+        if operation not in COLLECTIVES:
+            continue
+        beside = 0
+        if one.operation != operation:
+            ends = next(later for later, other in enumerate(instructions)
+                        if other.operation == f"{operation}-done" and other.operands[0] == one.name)
+            beside = sum(_computes(other) for other in instructions[place + 1:ends])
+        arrays = tuple(array for name in one.operands for array in _arrays(defined[name].result))
+        yield Collective(operation, arrays, beside)
+
+
+def _computes(one: Instruction) -> bool:
+    """Returns whether an instruction is a kernel, and no exchange of its own."""
+    operation = one.operation.removesuffix("-start").removesuffix("-done")
+    return operation not in _NO_KERNEL and operation not in COLLECTIVES and not one.operation.endswith("-done")
 
 
 def render(listing: Iterable[Kernel]) -> str:

@@ -78,7 +78,7 @@ class Images:
         not count, whose label is −1.
         """
         part = self.splits[name]
-        size = -(-min(batch_size, self.count(name)) // mesh.size) * mesh.size
+        size = scored_at_once(batch_size, self.count(name), mesh.size)
         if not isinstance(part, Split):
             batches = EvalBatches(part, self.spec, self.config, batch_size=size, shard=_shard())
             workers = streaming.workers_of(self.config)
@@ -87,6 +87,11 @@ class Images:
                    make_global_array(_filled(part.labels[first:first + size], size, -1), batch_sharding(mesh)))
                   for first in range(0, len(part.labels), size)]
         return lambda: placed
+
+
+def scored_at_once(batch_size: int, count: int, devices: int) -> int:
+    """Returns the size of an evaluation's batch: `batch_size`, or all if there are fewer, filled up for the devices."""
+    return -(-min(batch_size, count) // devices) * devices
 
 
 def load(source: Source, config: DataConfig, mesh: Mesh, reporter: Reporter) -> Images:

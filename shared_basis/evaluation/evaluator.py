@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -58,6 +58,14 @@ class Evaluator(Protocol):
         """See `make_evaluator`."""
 
 
+def define_step(model: nn.Module, config: DataConfig, mesh: Mesh) -> Any:
+    """Returns `eval_step`, jitted for the devices of `mesh`, which need not exist as long as it is only compiled."""
+    @ops.jit_for(platform_of(mesh), out_shardings=replicated(mesh))
+    def step(variables: Variables, images: jax.Array, labels: jax.Array) -> Metrics:
+        return eval_step(variables, images, labels, model=model, data=config)
+    return step
+
+
 def make_evaluator(model: nn.Module, config: DataConfig, batches: Callable[[], Iterable[Inputs]],
                    mesh: Mesh) -> Evaluator:
     """Returns a function that scores variables (`params`, `batch_stats`) on all images of `batches`.
@@ -65,9 +73,7 @@ def make_evaluator(model: nn.Module, config: DataConfig, batches: Callable[[], I
     It returns `loss` (mean cross entropy), `accuracy`, `accuracy_top5` (both in [0, 1]) and `count`, over the images
     whose label is not −1 (see `shared_basis.data.feeds.Images.batches`). It raises `UserError` if there are none.
     """
-    @ops.jit_for(platform_of(mesh), out_shardings=replicated(mesh))
-    def step(variables: Variables, images: jax.Array, labels: jax.Array) -> Metrics:
-        return eval_step(variables, images, labels, model=model, data=config)
+    step = define_step(model, config, mesh)
 
     def evaluator(variables: Variables, after_batch: Callable[[int], None] = lambda scored: None) -> dict[str, float]:
         # Fetched one by one: several collectives in flight can deadlock virtual CPU devices. Added in float64 on the

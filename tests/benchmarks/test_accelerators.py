@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ROOT, tiny_network, user_error
+from helpers import ROOT, TINY, mesh_of, tiny_network, user_error
 
 from benchmarks import accelerator_kernels, accelerators, hlo, records
 from benchmarks.accelerator_kernels import KernelsRow, purpose
 from benchmarks.accelerator_rows import AcceleratorRow, newest, tables
-from benchmarks.accelerator_targets import STOCK, TARGETS, Figures, Program, count_flops
+from benchmarks.accelerator_targets import EVALUATION, STEP, STOCK, TARGETS, Figures, Program, count_flops, trace
 from benchmarks.cases import Case
 from benchmarks.common import PAGE, section_of, versions
 from benchmarks.session import OURS
@@ -100,10 +100,19 @@ def test_sizes_of_arrays() -> None:
     assert {dtype: hlo.Array(dtype, (2, 3)).bytes for dtype in sizes} == sizes
 
 
-def test_collectives_are_counted_once_each() -> None:
+def test_collectives_are_found_once_each_with_what_is_exchanged() -> None:
     more = PROGRAM.replace("%p = f32[8,4]{1,0} parameter(0)", "%p = f32[8,4]{1,0} parameter(0)\n"
-                           "  %g = f32[8,4]{1,0} all-gather(%p), dimensions={0}")
-    assert hlo.count_collectives(more) == {"all-reduce": 1, "all-gather": 1}
+                           "  %g = f32[16,4]{1,0:T(8,128)S(1)} all-gather(%p, %p), dimensions={0}")
+    assert [(one.operation, one.bytes, one.beside, one.is_reduce) for one in hlo.collectives(more)] == [
+        ("all-gather", 2 * 8 * 4 * 4, 0, False), ("all-reduce", 4 * 4, 0, True)]
+
+
+def test_a_collective_is_hidden_by_the_kernels_between_its_beginning_and_its_end() -> None:
+    start = "  %start = ((f32[4]{0}), f32[4]{0}) all-reduce-start(%sums), to_apply=%called\n"
+    later = PROGRAM.replace(start, "").replace("  %same =", f"{start}  %same =").replace(
+        "  %half =", "  %sums = f32[4]{0} get-tuple-element(%twice), index=1\n  %half =", 1)
+    assert [one.beside for one in hlo.collectives(PROGRAM)] == [0]
+    assert [one.beside for one in hlo.collectives(later)] == [1], "the convolution; the rest only names something"
 
 
 def test_a_text_that_is_no_program_is_refused() -> None:
@@ -159,6 +168,21 @@ def test_stock_networks_compute_the_same(changes: dict[str, Any]) -> None:
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4), moved, updated)
 
 
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_both_programs_of_a_run_are_lowered_for_accelerators(monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
+    """Without their compilers: on devices of this machine, in the forms for theirs."""
+    for module in ("training.program", "evaluation.evaluator"):
+        monkeypatch.setattr(f"shared_basis.{module}.platform_of", lambda mesh: platform)
+    case, mesh = Case(TINY, 8, 8, "bfloat16", eval_batch=10), mesh_of(4)
+    for program, size in ((STEP, 8), (EVALUATION, 12)):
+        traced, batch = trace(program, case, mesh)
+        assert batch == size
+        text = traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,)).as_text()
+        assert f"tensor<{size}x8x8x3xui8>" in text
+        assert "mhlo.num_partitions = 4" in text
+        assert "bf16" in text
+
+
 def test_which_networks_are_written_in_stock_modules() -> None:
     assert [has_stock(name) for name in ("resnet32", "resnet34-s32u1", "resnet20-s0u4")] == [True] * 3
     assert [has_stock(name) for name in ("resnet50", "resnet20-tied", "densenet121", "mobilenetv2",
@@ -170,13 +194,15 @@ def test_which_networks_are_written_in_stock_modules() -> None:
 def make_row(**changes: Any) -> AcceleratorRow:
     return dataclasses.replace(AcceleratorRow(
         "2026-11-26", "abc1234", "0.10.2", "0.12.8", "jax-cuda12-pjrt 0.10.2", "h100x1", "resnet14-s4u1", "resnet14",
-        OURS, 256, 32, "bfloat16", 300, 4e9, 4e9, 2e9, 0, 0, 2**20 * 100.0, 9.5, "python …"), **changes)
+        OURS, STEP, 256, 32, "bfloat16", 300, 4e9, 4e9, 2e9, 0, 0, 2**20 * 100.0, 2**20 * 8.0, 5e6, 3.0, 9.5,
+        "python …"), **changes)
 
 
 def test_ratios_are_to_the_plain_network_and_to_stock_modules_of_the_same_step() -> None:
     row, plain = make_row(), make_row(network="resnet14", kernels=200, bytes=2e9, flops=1e9, temporary_bytes=2**20 * 50)
     others = [make_row(network="resnet14", bytes=1.0, **change) for change in (
-        {"batch": 8}, {"dtype": "float32"}, {"image_size": 224}, {"target": "h100x8"}, {"modules": STOCK})]
+        {"batch": 8}, {"dtype": "float32"}, {"image_size": 224}, {"target": "h100x8"}, {"modules": STOCK},
+        {"program": EVALUATION})]
     stock = make_row(modules=STOCK, kernels=150, bytes=5e9)
     text = tables([row], [plain, stock, row, *others])
     head, _, line = text.splitlines()[-3:]
@@ -188,9 +214,16 @@ def test_ratios_are_to_the_plain_network_and_to_stock_modules_of_the_same_step()
         "kernels over plain": "1.50", "temporary over plain": "2.00", "FLOPs over plain": "2.00",
         "bytes over stock": "0.80", "kernels over stock": "2.00", "kernels": "300", "MB": "4,000",
         "MB in main memory": "4,000", "GFLOP": "2", "all-reduces": "0", "other collectives": "0",
-        "temporary, MiB": "100", "compiled in s": "10", "commit": "abc1234"}
+        "exchanged, MB": "5.00", "collectives beside kernels": "3", "arguments, MiB": "8", "temporary, MiB": "100",
+        "compiled in s": "10", "commit": "abc1234"}
     assert text.startswith("**h100x1**, one NVIDIA H100 (jax 0.10.2, flax 0.12.8, compiled by jax-cuda12-pjrt 0.10.2):")
     assert "| – | – | – | – |" in tables([plain], [plain])
+
+
+def test_an_older_row_shows_what_it_has() -> None:
+    old = make_row(argument_bytes=float("nan"), exchanged_bytes=float("nan"), hidden_collectives=float("nan"))
+    assert "| 0 | 0 | – | – | – | 100 |" in tables([old], [old])
+    assert "| resnet14-s4u1, evaluation, bfloat16, 256 of 32² |" in tables([make_row(program=EVALUATION)], [])
 
 
 def test_the_newest_row_of_a_step_counts() -> None:
@@ -206,18 +239,24 @@ def test_rows_come_back(tmp_path: Path) -> None:
 def test_a_row_says_what_was_compiled_and_how_to_do_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerators, "versions", lambda packages: dict.fromkeys(packages, "1.2"))
     figures = Figures(kernels=3, bytes=2.0, main_memory_bytes=1.0, flops=4.0, all_reduces=5, other_collectives=6,
-                      temporary_bytes=7.0, compile_seconds=8.0)
-    row = accelerators.row_of("v5e:2x2", Case("resnet34-s32u1", 64, 224, "bfloat16"), OURS, 0, Program(figures, ""))
+                      temporary_bytes=7.0, argument_bytes=9.0, exchanged_bytes=10.0, hidden_collectives=11.0,
+                      compile_seconds=8.0)
+    case = Case("resnet34-s32u1", 64, 224, "bfloat16")
+    row = accelerators.row_of("v5e:2x2", case, OURS, 0, STEP, Program(64, figures, ""))
     assert (row.network, row.plain, row.compiler) == ("resnet34-s32u1", "resnet34", "libtpu 1.2")
     assert {name: getattr(row, name) for name in vars(figures)} == vars(figures)
     again = accelerators.parse(row.command.split()[3:])
-    assert list(accelerators.cases_of(again)) == [("v5e:2x2", Case("resnet34-s32u1", 64, 224, "bfloat16"), OURS)]
+    assert list(accelerators.cases_of(again)) == [("v5e:2x2", case, OURS, STEP)]
+    scored = accelerators.row_of("v5e:2x2", case, OURS, 0, EVALUATION, Program(1000, figures, ""))
+    assert (scored.program, scored.batch) == (EVALUATION, 1000)
+    assert list(accelerators.cases_of(accelerators.parse(scored.command.split()[3:]))) == [
+        ("v5e:2x2", case, OURS, EVALUATION)]
 
 
 def test_statistics_of_groups_of_images_are_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerators, "versions", lambda packages: dict.fromkeys(packages, "1.2"))
-    figures = Figures(1, 1.0, 1.0, 1.0, 1, 0, 1.0, 1.0)
-    row = accelerators.row_of("v5e:2x2", Case("resnet34", 64), OURS, 16, Program(figures, ""))
+    figures = Figures(1, 1.0, 1.0, 1.0, 1, 0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    row = accelerators.row_of("v5e:2x2", Case("resnet34", 64), OURS, 16, STEP, Program(64, figures, ""))
     assert row.modules == f"{OURS}, norm_images=16"
     assert accelerators.parse(row.command.split()[3:]).norm_images == 16
     stock = dataclasses.replace(row, modules="stock, norm_images=16", bytes=4.0)
@@ -268,7 +307,7 @@ def test_batches_grow_with_the_devices() -> None:
 def test_stock_networks_are_compiled_where_they_are_written() -> None:
     options = accelerators.parse(["--targets=h100x1", "--dtypes=bfloat16", "--networks=resnet20,resnet50,resnet34@224"])
     assert [(case.network, case.image_size, case.batch, modules)
-            for _, case, modules in accelerators.cases_of(options)] == [
+            for _, case, modules, _ in accelerators.cases_of(options)] == [
         ("resnet20", 32, 256, OURS), ("resnet20", 32, 256, STOCK), ("resnet50", 224, 64, OURS),
         ("resnet34", 224, 64, OURS), ("resnet34", 224, 64, STOCK)]
 
@@ -306,7 +345,8 @@ def test_the_page_shows_the_newest_rows_and_names_every_option() -> None:
     assert "resnet34-s32u1 beside resnet34, 224×224, bfloat16" in accelerator_kernels.of_the_page(kernels)
     text = (ROOT / PAGE).read_text(encoding="utf-8")
     described = text[text.index("## Accelerators"):text.index("<!-- accelerators -->\n")]
-    for option in ("targets", "networks", "dtypes", "modules", "batch", "norm-images", "kernels", "append", "write"):
+    for option in ("targets", "networks", "dtypes", "modules", "programs", "batch", "norm-images", "kernels", "append",
+                   "write"):
         assert f"`--{option}" in described
     assert "no clock" in described
 
@@ -326,16 +366,20 @@ def test_a_step_is_compiled_from_the_command_line(target: str, tmp_path: Path) -
             "from benchmarks import accelerators\n"
             "register_tiny()\n"
             f"accelerators.main(['--targets={target}', '--networks=tiny,tiny-s2u1-double', '--dtypes=bfloat16',"
-            f" '--batch=64', '--kernels=kernels', '--append', '--write'], pathlib.Path('.'))\n")
+            f" '--batch=64', '--programs=step,evaluation', '--kernels=kernels', '--append', '--write'],"
+            " pathlib.Path('.'))\n")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
                           env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     assert done.returncode == 0, done.stderr[-3000:]
     rows = records.read(tmp_path / accelerators.FILE, AcceleratorRow)
-    assert [(row.network, row.modules) for row in rows] == [
-        ("tiny", OURS), ("tiny", STOCK), ("tiny-s2u1-double", OURS), ("tiny-s2u1-double", STOCK)]
+    assert [(row.network, row.modules, row.program) for row in rows] == [
+        (network, modules, program) for network in ("tiny", "tiny-s2u1-double") for modules in (OURS, STOCK)
+        for program in (STEP, EVALUATION)]
     for row in rows:
         assert row.all_reduces > 0
-        assert min(row.kernels, row.bytes, row.main_memory_bytes, row.flops) > 0
-    assert rows[0].flops != rows[2].flops
+        assert min(row.kernels, row.bytes, row.main_memory_bytes, row.flops, row.argument_bytes) > 0
+        assert row.exchanged_bytes > (4 * 1000 if row.program == STEP else 0)
+        assert row.batch == (64 if row.program == STEP else 1000)
+    assert rows[0].flops != rows[4].flops
     assert section_of(page, "accelerators") in done.stdout
-    assert len(list((tmp_path / "kernels").glob("*.tsv"))) == len(list((tmp_path / "kernels").glob("*.hlo"))) == 4
+    assert len(list((tmp_path / "kernels").glob("*.tsv"))) == len(list((tmp_path / "kernels").glob("*.hlo"))) == 8
