@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from gcs_emulator import CHUNK, Emulator, Request
-from helpers import ROOT
+from helpers import ROOT, user_environment
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -243,14 +243,18 @@ with ocp.CheckpointManager(epath.Path("gs://bucket/run/checkpoints"), options=op
 """
 
 
+def run_clients(environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Has gcsfs and Orbax do in a bucket what runs do."""
+    pytest.importorskip("gcsfs", reason="pip install -e '.[gcs]'")
+    return subprocess.run([sys.executable, "-c", CLIENTS], env={**user_environment(), **environment}, text=True,
+                          capture_output=True, timeout=300, cwd=ROOT)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["none", "throttled"])
 def test_gcsfs_and_orbax_save_and_restore(emulator: Emulator, fault: str) -> None:
-    pytest.importorskip("gcsfs", reason="pip install -e '.[gcs]'")
-    from helpers import user_environment
     faults: list[Any] = [emulator.fail(503, count=1), emulator.fail(429, count=1)] if fault == "throttled" else []
-    done = subprocess.run([sys.executable, "-c", CLIENTS], env={**user_environment(), **emulator.environment()},
-                          text=True, capture_output=True, timeout=300, cwd=ROOT)
+    done = run_clients(emulator.environment())
     assert done.returncode == 0, done.stderr + "\n".join(
         f"{status} {request}" for request, status in emulator.requests if status not in (200, 204, 206, 308, 404))
     names = emulator.names()

@@ -1,17 +1,23 @@
 """Kills a training run over and over, and compares its end with that of a run that was left alone.
 
     python tests/torture.py --kills 50 --seed 0 --write results/reliability.md
+    python tests/torture.py --bucket --processes 2 --kills 50 --write results/reliability-bucket-2.md
 
 Every round is `python main.py` in a process of its own, on the embedded digits, with a checkpoint after each epoch. The
 kills aim, in turn, at any moment since the start, at a save in progress, and at the moment after a line of metrics;
 some are SIGTERM, which is to save. After each the same command must resume at the last complete checkpoint. At the end
 arrays, metrics and kept checkpoints must be those of the undisturbed run, bit for bit.
+
+With --bucket the run lies in an emulated bucket of Cloud Storage, and the undisturbed one on the disk. SIGKILL comes at
+a random one of the requests that the bucket gets, before or after it is carried out. With --processes 2 it hits one of
+the two at random; the other one, which JAX would end after a while, is killed up to `SURVIVES` seconds later.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -21,15 +27,19 @@ import platform
 import random
 import re
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gcs_emulator import Emulator
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERVAL = 20  # steps from one checkpoint to the next
@@ -40,6 +50,18 @@ AIMS = ("any moment", "a save", "metrics", "any moment", "a save", "SIGTERM")
 DELAYS = {"any moment": 0.0, "a save": 0.3, "metrics": 0.0, "SIGTERM": 1.0}  # seconds until the kill, at most
 PHASES = ("start-up", "steps", "after metrics", "save")
 EVALUATIONS = 3  # a round is killed after so many at the latest, so that all kills come before the end
+REQUESTS = 600  # of a round that is not killed by then: some three evaluated intervals
+SURVIVES = 3.0  # seconds that a process may outlive the other one
+LEASE = 4.0  # seconds instead of the usual ones for which a lock in a bucket outlives its owner
+START = f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+if {LEASE} and any(argument.startswith("--workdir=gs://") for argument in sys.argv):
+    from shared_basis.runtime import cloud
+    cloud.LEASE, cloud.BEAT = {LEASE}, {LEASE / 4}
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,32 +137,131 @@ def wait_for(aim: str, process: subprocess.Popen[bytes], workdir: Path, seconds:
             return
 
 
-def play(workdir: Path, epochs: int, aim: str | None = None, seconds: float = 0.0, number: int = 0,
-         delay: float = 0.0) -> Round:
-    """Starts the run, kills it where `aim` says, or lets it end, and asserts what must hold of every round."""
-    saved = max(kept(workdir), default=0)
-    command = [sys.executable, ROOT / "main.py", "--noreport", *RECIPE, f"--config.train.epochs={epochs}",
-               f"--workdir={workdir}"]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
-             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    began, output = time.monotonic(), workdir.with_suffix(".txt")
-    with output.open("w") as file:
-        process = subprocess.Popen(command, env={**cache, **os.environ}, stdout=file, stderr=file)
-    if aim:
-        wait_for(aim, process, workdir, seconds, number)
+Kill = Callable[[Sequence["subprocess.Popen[bytes]"]], None]
+"""Waits for its moment, and kills processes."""
+
+
+def kill_by_sight(aim: str, workdir: Path, seconds: float, number: int, delay: float) -> Kill:
+    """Kills the only process where `aim` says."""
+    def kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+        wait_for(aim, processes[0], workdir, seconds, number)
         time.sleep(delay)
-        process.send_signal(signal.SIGTERM if aim == "SIGTERM" else signal.SIGKILL)
-    code, text = process.wait(3600), output.read_text()
+        processes[0].send_signal(signal.SIGTERM if aim == "SIGTERM" else signal.SIGKILL)
+    return kill
+
+
+def kill_at_request(emulator: Emulator, number: int, victim: int, carried_out: bool, outlived: float) -> Kill:
+    """Kills a process at the `number`th request from now, and the others `outlived` seconds later."""
+    def kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+        emulator.kill_at(number, processes[victim].pid, carried_out=carried_out)
+        processes[victim].wait(600)
+        time.sleep(outlived if len(processes) > 1 else 0)
+        for process in processes:
+            process.kill()
+    return kill
+
+
+class Disk:
+    """Runs in a directory."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def place(self, name: str) -> str:
+        """Returns the workdir of a run."""
+        return str(self._root / name)
+
+    def look(self, name: str) -> Path:
+        """Returns a directory that holds what the run has written."""
+        return self._root / name
+
+    def environment(self) -> dict[str, str]:
+        """Returns the variables by which processes reach it."""
+        return {}
+
+    def choose(self, rng: random.Random, number: int, rounds: Sequence[Round], processes: int) -> tuple[str, Kill]:
+        """Returns the aim of the kill of that number, and how it is done."""
+        aim, span = AIMS[number % len(AIMS)], max((one.seconds for one in rounds), default=10.0)
+        return aim, kill_by_sight(aim, self.look("killed"), rng.uniform(0, span), rng.randint(1, EVALUATIONS - 1),
+                                  rng.uniform(0, DELAYS[aim]))
+
+
+class Bucket(Disk):
+    """Runs in an emulated bucket; what they have written is copied to look at it."""
+
+    def __init__(self, root: Path, emulator: Emulator) -> None:
+        super().__init__(root)
+        self.emulator = emulator
+
+    def place(self, name: str) -> str:
+        return f"gs://bucket/{name}"
+
+    def look(self, name: str) -> Path:
+        time.sleep(0.3)  # for what a killed process had asked already
+        workdir = super().look(name)
+        shutil.rmtree(workdir, ignore_errors=True)
+        found = {key.removeprefix(f"{name}/"): self.emulator.read(key)
+                 for key in self.emulator.names(prefix=f"{name}/")}
+        for key, data in found.items():
+            parts = key.split("/")
+            if parts[0] == "checkpoints" and f"checkpoints/{parts[1]}/commit_success.txt" not in found:
+                parts[1] += ".orbax-checkpoint-tmp"  # as it were called on a disk
+            path = workdir.joinpath(*parts)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        return workdir
+
+    def environment(self) -> dict[str, str]:
+        return self.emulator.environment()
+
+    def choose(self, rng: random.Random, number: int, rounds: Sequence[Round], processes: int) -> tuple[str, Kill]:
+        return "request", kill_at_request(self.emulator, rng.randint(1, REQUESTS), rng.randrange(processes),
+                                          rng.random() < 0.5, rng.uniform(0, SURVIVES))
+
+
+def start(where: Disk, name: str, epochs: int, processes: int, output: Path) -> list[subprocess.Popen[bytes]]:
+    """Starts the processes of a run; the first one writes to `output`, and the others beside it."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(output.parent / "compiled"),
+             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    found = []
+    for process in range(processes):
+        several = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={process}"]
+        command = [sys.executable, "-c", START, ROOT / "main.py", "--noreport", *RECIPE,
+                   f"--workdir={where.place(name)}", f"--config.train.epochs={epochs}",
+                   *(several if processes > 1 else [])]
+        with (output.with_name(f"{output.name}.{process}") if process else output).open("w") as file:
+            found.append(subprocess.Popen(command, env={**cache, **os.environ, **where.environment()},
+                                          stdin=subprocess.DEVNULL, stdout=file, stderr=file))
+    return found
+
+
+def play(where: Disk, name: str, epochs: int, aim: str | None = None, kill: Kill | None = None,
+         processes: int = 1) -> Round:
+    """Starts the run, has it killed, or lets it end, and asserts what must hold of every round."""
+    saved, output = max(kept(where.look(name)), default=0), where.look(name).with_suffix(".txt")
+    began, started = time.monotonic(), start(where, name, epochs, processes, output)
+    try:
+        if kill:
+            kill(started)
+        code, *others = [process.wait(3600) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    text, workdir = output.read_text(), where.look(name)
     ready, resumes = "\nready in " in text, re.search(r"resumes at step ([\d,]+) of", text)
     now, evaluated = max(kept(workdir), default=0), max((line["step"] for line in metrics(workdir)), default=0)
     phase = ("start-up" if not ready else "save" if saves_in_progress(workdir) else "after metrics" if evaluated > now
              else "steps")
     resumed = int(resumes[1].replace(",", "")) if resumes else 0 if ready and not saved else None
     result = Round(aim or "none", phase, resumed, now, evaluated, time.monotonic() - began)
-    told = f"{result}, {saved} before, exit code {code}\n{text}"
-    # SIGTERM before the first step ends the process at once.
-    assert code in {None: (0,), "SIGTERM": (143, -signal.SIGTERM)}.get(aim, (-signal.SIGKILL,)), told
-    assert not any(word in text for word in ("Traceback", "warning: ", "error: ")), told
+    told = f"{result}, {saved} before, exit codes {code, *others}\n{text}"
+    # SIGTERM before the first step ends the process at once; what another process leaves, JAX ends.
+    expected = {None: (0,), "SIGTERM": (143, -signal.SIGTERM)}.get(aim, (-signal.SIGKILL,))
+    assert code in expected if processes == 1 else aim or not any((code, *others)), told
+    unwanted = ["Traceback", "warning: ", *(["error: "] if processes == 1 or not aim else [])]
+    assert not any(word in text for word in unwanted), told
     assert not (workdir / "damaged").exists(), told
     assert resumed == saved or (resumed is None and now == saved and code not in (0, 143)), told
     if code == 143:
@@ -150,7 +271,7 @@ def play(workdir: Path, epochs: int, aim: str | None = None, seconds: float = 0.
     return result
 
 
-def report(rounds: list[Round], command: str, found: list[str]) -> str:
+def report(rounds: list[Round], command: str, found: list[str], where: str) -> str:
     """Returns what happened as Markdown."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True, capture_output=True,
                             check=False).stdout.strip() or "unknown"
@@ -160,7 +281,8 @@ def report(rounds: list[Round], command: str, found: list[str]) -> str:
     return "\n".join([
         "# A run that is killed over and over", "",
         f"`{command}`, {datetime.datetime.now(datetime.UTC).date()}, commit {commit}, Python "
-        f"{platform.python_version()}, {versions}, {os.cpu_count()} CPU cores; a checkpoint each {INTERVAL} steps.", "",
+        f"{platform.python_version()}, {versions}, {os.cpu_count()} CPU cores; a checkpoint each {INTERVAL} steps; "
+        f"{where}.", "",
         "| stopped during | SIGKILL | SIGTERM |", "| --- | ---: | ---: |",
         *(f"| {phase} | {counts[phase, False]} | {counts[phase, True]} |" for phase in (*PHASES, "**all**")), "",
         f"- {sum(one.phase == 'save' for one in rounds)} rounds were stopped while a save was in progress.",
@@ -175,20 +297,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bucket", action="store_true", help="the killed run lies in an emulated bucket")
+    parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="of the run; 2 with --bucket alone")
     parser.add_argument("--write", type=Path, help="file for the report")
     options = parser.parse_args()
-    rng, epochs, rounds = random.Random(options.seed), 2 * options.kills + 4, []
-    with tempfile.TemporaryDirectory() as directory:
-        reference, workdir = Path(directory) / "reference", Path(directory) / "killed"
-        print(f"{epochs} epochs undisturbed: {play(reference, epochs).seconds:.0f} s", flush=True)
-        for aim in (AIMS[number % len(AIMS)] for number in range(options.kills)):
-            span = max((one.seconds for one in rounds), default=10.0)
-            rounds.append(play(workdir, epochs, aim, rng.uniform(0, span), rng.randint(1, EVALUATIONS - 1),
-                               rng.uniform(0, DELAYS[aim])))
+    if options.processes > 1 and not options.bucket:
+        parser.error("--processes 2 is for --bucket")
+    epochs = 2 * options.kills + 4
+    with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as open_ones:
+        disk = Disk(Path(root))
+        if options.bucket:
+            where: Disk = Bucket(Path(root), open_ones.enter_context(Emulator()))
+        else:
+            where = disk
+        undisturbed = play(disk, "reference", epochs, processes=options.processes)
+        print(f"{epochs} epochs undisturbed: {undisturbed.seconds:.0f} s", flush=True)
+        rng, rounds = random.Random(options.seed), []
+        for number in range(options.kills):
+            aim, kill = where.choose(rng, number, rounds, options.processes)
+            rounds.append(play(where, "killed", epochs, aim, kill, options.processes))
             print(", ".join(f"{name} {value}" for name, value in dataclasses.asdict(rounds[-1]).items()), flush=True)
-        play(workdir, epochs)
-        found = differences(workdir, reference)
-    text = report(rounds, shlex.join(["python", "tests/torture.py", *sys.argv[1:]]), found)
+        play(where, "killed", epochs, processes=options.processes)
+        found = differences(where.look("killed"), disk.look("reference"))
+    places = ["on a disk", f"in an emulated bucket (locks of {LEASE:g} s)"][options.bucket]
+    who = ["one process", "one of two processes, the other one soon after"][options.processes - 1]
+    text = report(rounds, shlex.join(["python", "tests/torture.py", *sys.argv[1:]]), found, f"{who}, {places}")
     print(f"\n{text}", end="")
     if options.write:
         options.write.write_text(text)

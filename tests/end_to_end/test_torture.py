@@ -30,6 +30,19 @@ def test_a_run_that_is_killed_ends_as_one_that_was_not(tmp_path: Path) -> None:
     assert sum(int(count) for name, count in phases if name.strip() in torture.PHASES) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_in_a_bucket_that_is_killed_ends_as_one_that_was_not(tmp_path: Path, processes: int) -> None:
+    pytest.importorskip("gcsfs", reason="pip install -e '.[gcs]'")
+    done = subprocess.run([sys.executable, MAIN.parent / "tests" / "torture.py", "--bucket", "--kills=3", "--seed=1",
+                           f"--processes={processes}", f"--write={tmp_path / 'report.md'}"], env=user_environment(),
+                          text=True, capture_output=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = (tmp_path / "report.md").read_text()
+    assert "| **all** | 3 | 0 |" in report
+    assert "Against the undisturbed run: equal bit for bit" in report
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a workdir with two checkpoints and a line of metrics for each; for reading only."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import os
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ from shared_basis.config import (
     TrainConfig,
     replace,
 )
+from shared_basis.data.batches import EvalBatches, Shard, TrainingBatches
+from shared_basis.data.examples import Spec
+from shared_basis.data.feeds import scored_at_once
 from shared_basis.errors import UserError
 from shared_basis.evaluation import evaluate
 from shared_basis.runs.checkpoints import Checkpoints
@@ -254,6 +258,49 @@ def test_a_batch_that_cannot_be_divided_ends_training_before_it_begins(tmp_path:
     with user_error("train.batch_size=12", "4 devices times optimizer.grad_accumulation_steps=2", "8 or 16"):
         trained(tmp_path / "run", 4, {"train.batch_size": 12, "optimizer.grad_accumulation_steps": 2})
     assert list(tmp_path.iterdir()) == []
+
+
+# A slice of 256 chips on 64 hosts
+
+class Counted:
+    """Examples that count how often each was read, by which host."""
+
+    def __init__(self, count: int) -> None:
+        self.reads: dict[int, collections.Counter[int]] = collections.defaultdict(collections.Counter)
+        self.host, self._count = 0, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, indices: Sequence[int]) -> list[tuple[np.ndarray, int]]:
+        self.reads[self.host].update(map(int, indices))
+        return [(np.full((2, 2, 1), index % 251, np.uint8), index % 10) for index in indices]
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_64_hosts_read_each_image_once_together_and_the_same_number_each(kind: str) -> None:
+    examples: Any = Counted(2048 if kind == "train" else 2000)
+    spec, config = Spec((2, 2, 1), tuple("abcdefghij")), DataConfig()
+    whole = []
+    for host in range(64):
+        examples.host, shard = host, Shard(host, 64)
+        batches = TrainingBatches(examples, spec, config, seed=0, batch_size=1024, epochs=1, shard=shard) \
+            if kind == "train" else EvalBatches(examples, spec, config, batch_size=scored_at_once(1000, 2000, 256),
+                                                shard=shard)
+        whole.append([batches[number] for number in range(len(batches))])
+    assert sum(examples.reads.values(), collections.Counter()) == dict.fromkeys(range(len(examples)), 1)
+    for number, parts in enumerate(zip(*whole, strict=True)):
+        assert {len(part.labels) for part in parts} == {16}, "four chips of a host have four each"
+        counted = sum((part.labels >= 0).sum() for part in parts)
+        assert counted == (1024 if kind == "train" or not number else 2000 - 1024), "what fills up does not count"
+    if kind == "train":
+        assert {reads.total() for reads in examples.reads.values()} == {2 * 16}
+
+
+@pytest.mark.parametrize(("batch_size", "count", "size"), [(1000, 10_000, 1024), (1000, 50_000, 1024), (1000, 100, 256),
+                                                           (4096, 50_000, 4096)])
+def test_an_evaluation_s_batch_is_filled_for_256_chips(batch_size: int, count: int, size: int) -> None:
+    assert scored_at_once(batch_size, count, 256) == size
 
 
 # What processes settle among themselves
