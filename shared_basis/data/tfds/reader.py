@@ -27,6 +27,9 @@ from shared_basis.runtime.files import one_line
 UNLABELLED = {"imagenet2012": ("test",)}
 """Splits that exist and have no labels, so that they cannot be the test split."""
 
+OTHER_FILES = 256
+"""That a process has open beside the parts of a data set, at most: libraries, checkpoints, connections."""
+
 
 def describe(config: DataConfig) -> Spec:
     """Returns the spec; a set not known here must be prepared, as its metadata is read.
@@ -152,6 +155,8 @@ class RecordExamples:
         except NotImplementedError as error:  # TFDS says so in several lines that send the user elsewhere
             raise UserError(f"the data in {self.directory} is in a format that only TensorFlow reads; set another "
                             "--config.data.directory to have it prepared there as ArrayRecord.") from error
+        except UserError:
+            raise
         except Exception as error:  # ArrayRecord raises many types for broken data
             raise damaged(self.directory, one_line(error)) from error
 
@@ -164,6 +169,7 @@ class RecordExamples:
             import tensorflow_datasets as tfds
 
             builder = tfds.builder_from_directory(self.directory)
+            _allow_open_files(sum(split.num_shards for split in builder.info.splits.values()))
             # No other feature is decoded: Pillow and others would be given whatever they hold.
             decoders = {key: tfds.decode.SkipDecoding() for key in builder.info.features if key != self.label}
             self._opened.append(builder.as_data_source(self.split, decoders=decoders))
@@ -174,6 +180,25 @@ class RecordExamples:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+def _allow_open_files(count: int) -> None:
+    """Lets this process open `count` files more, each part of a data set being one that stays open.
+
+    Raises:
+      UserError: the system's own limit is lower.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            raise UserError(f"the data lies in {count} files, and a process may have {hard} open (ulimit -Hn); raise "
+                            f"that limit to {wanted}, or prepare the data in fewer parts.")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _unprepared(config: DataConfig) -> UserError:

@@ -362,6 +362,24 @@ def test_damaged_data_of_ones_own_is_refused_when_it_is_opened(tmp_path, mistake
     assert reason in message
 
 
+def test_data_in_more_files_than_a_process_may_open_is_read_where_the_system_allows_it(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    before = _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    write(tmp_path, {"train": pets(40), "test": pets(40)}, shards=40)
+    train = data.open_source(pets_config(tmp_path)).splits["train"]
+    whole = bodies(train)
+    opened = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 60
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 10, hard))
+    try:
+        assert bodies(pickle.loads(pickle.dumps(train))) == whole
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (80 + 256, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (64, 128))
+    with pytest.raises(UserError, match=r"in 80 files, .* 128 open \(ulimit -Hn\); raise that limit to 336"):
+        pickle.loads(pickle.dumps(train)).read([0])
+
+
 # Splits.
 
 def test_parts_of_a_split_are_taken_as_they_are_named(stored):
