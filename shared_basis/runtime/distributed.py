@@ -125,6 +125,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     if process == 0 and coordinator is not None:
         _check_port(coordinator)
     where = f"at {coordinator}" if coordinator else "as the cluster says"
+    jax.config.update("jax_enable_preemption_service", True)  # `StopSignals` asks it after every step
     timer = threading.Timer(JOINING_SECONDS, _give_up, (where, processes))  # JAX itself ends with a stack trace
     timer.daemon = True
     timer.start()

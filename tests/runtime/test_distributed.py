@@ -380,6 +380,12 @@ def test_jax_is_asked_to_join_with_the_flags_as_they_are(initialized: list[Any],
     assert all(timer.finished.is_set() for timer in timers), "a process that has joined would be ended"
 
 
+def test_the_service_that_is_asked_after_every_step_is_on_whatever_the_environment_says(initialized: list[Any]) -> None:
+    jax.config.update("jax_enable_preemption_service", False)
+    join("localhost:8476", 2, 1)
+    assert jax.config.jax_enable_preemption_service  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("error", [ValueError("coordinator_address should be defined.\nmore"), RuntimeError("late")])
 def test_processes_that_are_not_found_out_are_told_with_the_flags_to_give(monkeypatch: pytest.MonkeyPatch,
                                                                           error: Exception) -> None:
