@@ -102,7 +102,7 @@ def compress(variables: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
         params[name], stats[name] = layer.variables()["params"], layer.variables()["batch_stats"]
         norm = stats[f"{name}_norm"]
         norm["mean"], norm["var"] = norm["mean"] + layer.mean_shift, norm["var"] * layer.var_ratio
-        print(f"{name}: {100 * layer.captured:.1f} % of the energy of its activations is captured")
+        print(f"{name}: explained energy of its outputs {100 * layer.captured:.1f} %")
     return {"params": params, "batch_stats": stats}
 
 

@@ -1,6 +1,6 @@
 """Trains the networks of a study over several seeds, and regenerates from all rows the tables of the documentation.
 
-These are the studies' sections of docs/results.md, and the overview in README.md.
+These are the sections of docs/results.md, its overview, and the results in README.md.
 
     python -m studies.experiments --study=digits              about an hour on two cores; the same command resumes
     python -m studies.experiments --study=cifar60 --images=DIR --jobs=4 --devices=0,1
@@ -30,12 +30,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Parser, markdown, positive, replace_section, versions
+from benchmarks.common import Parser, markdown, positive, replace_section, section_of, versions
 from benchmarks.records import ROOT, append, commit, read
 from shared_basis.cli.app import run_and_exit
 from shared_basis.errors import UserError
 from studies.definitions import STUDIES, Study, Variant
-from studies.findings import StudyRow, of, overview, section
+from studies.findings import StudyRow, glance, of, overview, section
 
 BASES = ("penalty", "norm_min", "norm_mean", "norm_max", "coherence")
 """Figures of networks that have bases alone."""
@@ -220,8 +220,10 @@ def pages(root: Path = ROOT, studies: Mapping[str, Study] = STUDIES) -> list[tup
     """
     rows = {name: read(_rows_of(name, root), StudyRow) for name in studies}
     page = root / "docs" / "results.md"
+    networks = section_of(root / "docs" / "networks.md", "networks")
     return [*((page, f"study: {name}", section(name, study, rows[name])) for name, study in studies.items()),
-            (root / "README.md", "studies", markdown(overview(studies, rows)))]
+            (page, "studies", markdown(overview(studies, rows))),
+            (root / "README.md", "results", markdown(glance(networks, studies, rows)))]
 
 
 def write_pages(root: Path = ROOT, studies: Mapping[str, Study] = STUDIES) -> None:

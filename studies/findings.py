@@ -13,6 +13,10 @@ from studies.published import PUBLISHED
 
 NOT_RUN = "not run"
 
+GLANCE = (("CIFAR-10", "resnet32-s16u1-double"), ("CIFAR-10", "resnet56-s16u1-double"),
+          ("CIFAR-100", "resnet34-s32u1"), ("ImageNet", "resnet34-s32u1-double"), ("ImageNet", "mobilenetv2-shared++"))
+"""What the README shows of the published networks."""
+
 
 @dataclasses.dataclass(frozen=True)
 class StudyRow:
@@ -144,7 +148,7 @@ def overview(studies: Mapping[str, Study], rows: Mapping[str, Sequence[StudyRow]
 
     These are its contrasts, and those of each variant from the first one of its group.
     """
-    lines: Table = [["study", "runs", "differences of the final error, in points, whose interval leaves 0 out",
+    lines: Table = [["study", "runs", "differences of the final error, in points, whose interval excludes 0",
                      "within noise"]]
     for name, study in studies.items():
         done = sum(len(of(rows[name], variant)) for variant in study.variants)
@@ -158,6 +162,45 @@ def overview(studies: Mapping[str, Study], rows: Mapping[str, Sequence[StudyRow]
         lines.append([study.title, f"{done} of {len(study.variants) * study.seeds}", "; ".join(clear) or "none",
                       f"{unclear} of {len(clear) + unclear}"])
     return lines
+
+
+def glance(networks: str, studies: Mapping[str, Study], rows: Mapping[str, Sequence[StudyRow]]) -> Table:
+    """Returns the table at the head of the README: what some published networks save, and what was trained here.
+
+    Args:
+      networks: the table of `studies.published`.
+    """
+    lines: Table = [["network", "data", "parameters", "against plain", "MACs", "against plain", "published error, %",
+                     "our own training"]]
+    counted = [[cell.strip() for cell in line.split("|")[1:-1]] for line in networks.splitlines()]
+    for dataset, name in GLANCE:
+        (row,) = (row for row in counted if row[:2] == [dataset, f"`{name}`"])
+        _, _, parameters, fewer, macs, fewer_macs, error = row
+        lines.append([f"`{name}`", dataset, _millions(parameters), _change(fewer), _millions(macs), _change(fewer_macs),
+                      error, _trained(dataset, name, studies, rows)])
+    return lines
+
+
+def _millions(number: str) -> str:
+    millions = int(number.replace(",", "")) / 1e6
+    return f"{millions:,.0f}M" if millions >= 100 else f"{millions:.3g}M"
+
+
+def _change(fewer: str) -> str:
+    """Returns a saving in percent as a change."""
+    change = round(-float(fewer.removesuffix(" %")))
+    return f"{change:+d} %" if change else "0 %"
+
+
+def _trained(dataset: str, name: str, studies: Mapping[str, Study], rows: Mapping[str, Sequence[StudyRow]]) -> str:
+    """Returns the final errors of the runs of a network on a data set or a copy of it, or that there are none."""
+    found = []
+    for key, study in studies.items():
+        errors = [row.final_error for variant in study.variants if variant.network == name and not variant.settings
+                  for row in of(rows[key], variant).values()]
+        if errors and study.title.startswith((f"{dataset},", f"{dataset} (")):
+            found.append(f"{mean_and_deviation(errors)} on {study.title}")
+    return "; ".join(found) or NOT_RUN
 
 
 def section(name: str, study: Study, rows: Sequence[StudyRow]) -> str:

@@ -77,7 +77,7 @@ def paint_products(pairs: Sequence[tuple[Analysis, BasisSet]], figure: Figure) -
                     axes.axvline(edge - 0.5, color=INK, linewidth=0.5)
             axes.set_xticks([at for at, _ in ticks], [name for _, name in ticks])
             axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks], rotation=90, va="center")
-        whole.set_title(f"{found.name}: products of elements\n{_title(run)}")
+        whole.set_title(f"{found.name}: inner products of elements\n{_title(run)}")
         others.set_title("cosines of different elements")
 
 

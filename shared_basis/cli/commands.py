@@ -130,7 +130,7 @@ def _predict(request: Request) -> Result:
 def _export(request: Request) -> Result:
     if request.format == "pytorch":
         if request.fold != Request.fold:
-            raise UserError(f"--fold={request.fold}: --format=pytorch writes the weights as they are; leave it out.")
+            raise UserError(f"--fold={request.fold}: --format=pytorch writes the unchanged weights; leave --fold out.")
         quantization.check(request.format, request.quantize, request.tolerance)
         result = pytorch.export_weights(request.workdir, request.checkpoint, request.overrides, request.output)
         return result, pytorch.render(result)
@@ -143,7 +143,7 @@ def _export(request: Request) -> Result:
 def _report(request: Request) -> Result:
     if request.runs:
         if request.overrides or request.checkpoint != "latest":
-            raise UserError("--runs compares what metrics.jsonl says: give neither --checkpoint nor --config.")
+            raise UserError("--runs compares metrics.jsonl of runs: give neither --checkpoint nor --config.")
         own = [request.workdir] if request.workdir_given else []
         result = compare.compare([*own, *request.runs], request.output or "comparison")
         return result, compare.render(result)

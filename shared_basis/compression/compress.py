@@ -227,7 +227,8 @@ def render_scores(result: Mapping[str, Any]) -> str:
 def render(result: Mapping[str, Any]) -> str:
     """Returns a `Compressed.report` with its `workdir` as human-readable lines."""
     images = result["calibration"]
-    head = "relative errors of filters" + (f", and of activations on {count(images)} training images" if images else "")
+    head = "relative errors of filters" + (f", and of outputs on {count(images)} training images, which are what counts"
+                                          if images else "")
     kinds = ("filters", "activations") if images else ("filters",)
     table = align([[layer["path"], *(f"{100 * layer[kind]:.2f} %" for kind in kinds)] for layer in result["layers"]],
                   right=True)
@@ -235,4 +236,4 @@ def render(result: Mapping[str, Any]) -> str:
     return "\n".join([
         f"{head}:", *(f"  {line}" for line in table), f"{result['model']}: {render_saving(dict(result))}",
         f"{render_scores(result)}{penalty}",
-        f"now step 0 of {result['workdir']}; train on with --workdir={result['workdir']}"])
+        f"now step 0 of {result['workdir']}; fine-tune it with --workdir={result['workdir']}"])

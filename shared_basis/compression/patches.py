@@ -58,7 +58,11 @@ def patch_moments(x: Array | np.ndarray, kernel_size: int | Sequence[int] = 3, s
     Those of several batches are added: `patch_moments(one) + patch_moments(other)`.
 
     Args:
-      kernel_size, strides, padding, kernel_dilation: of the convolution, as in `BasisConv`.
+      x: images or activations.
+      kernel_size: of the convolution, as in `BasisConv`; so are the following.
+      strides: as above.
+      padding: as above.
+      kernel_dilation: as above.
 
     Raises:
       ValueError: `x` has other axes, no patch, or holds NaN or infinity; or the arguments do not fit each other.

@@ -54,7 +54,7 @@ def write_spectra(source: str, reporter: Reporter, *, which: str = "latest",
     plain = extract_layers(origin, origin.config, images, reporter)
     rows = spectrum(Candidates(plain, origin), UNIQUE, reporter)
     measured = images.count("train") if images else 0
-    metric = f"activations on {measured:,} training images" if measured else "filters"
+    metric = f"outputs on {measured:,} training images" if measured else "filters"
 
     def paint(figure: Figure) -> None:
         draw(figure, rows, f"{origin.config.model.name}: what shared bases capture of its {metric}")
@@ -67,7 +67,7 @@ def write_spectra(source: str, reporter: Reporter, *, which: str = "latest",
 
 
 def draw(figure: Figure, rows: Rows, title: str) -> None:
-    """Draws a panel for each group: energy captured over S, single and double, shared alone and with U = 1."""
+    """Draws a panel for each group: explained energy over S, single and double, shared alone and with U = 1."""
     groups = list(dict.fromkeys(row["group"] for row in rows))
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     kinds = [(sharing, unique) for sharing in dict.fromkeys(row["sharing"] for row in rows) for unique in (0, 1)]
@@ -84,7 +84,7 @@ def draw(figure: Figure, rows: Rows, title: str) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel("S")
     figure.suptitle(title, x=0, ha="left")
-    panels[0].set_ylabel("energy captured, %")
+    panels[0].set_ylabel("explained energy, %")
     panels[0].set_ylim(0, 102)
     panels[-1].legend(loc="lower right")
 
@@ -104,14 +104,14 @@ def render(result: Mapping[str, Any]) -> str:
     rows = [row for row in result["rows"] if row["group"] == "all"]
     kinds = list(dict.fromkeys((row["sharing"], row["U"]) for row in rows))
     found = {(row["sharing"], row["U"], row["S"]): row for row in rows}
-    metric = f"activations on {result['calibration']:,} training images" if result["calibration"] else "filters"
+    metric = f"outputs on {result['calibration']:,} training images" if result["calibration"] else "filters"
     table = [["S", *(f"{sharing} U={unique}" for sharing, unique in kinds)]]
     for shared in dict.fromkeys(row["S"] for row in rows):
         cells = [found.get((*kind, shared)) for kind in kinds]
         table.append([str(shared), *("" if cell is None else f"{100 * cell['captured']:.1f} ({cell['parameters']:.2f})"
                                      for cell in cells)])
     return "\n".join([
-        f"{result['model']} at step {result['step']:,} of {result['source']}: energy captured of {metric}, in %, mean "
-        "of all layers (and parameters over those of the plain network)",
+        f"{result['model']} at step {result['step']:,} of {result['source']}: explained energy of {metric}, in %, mean "
+        "of all layers (in brackets: parameters relative to the plain network)",
         *align(table, right=True),
         f"by group, and as a picture: {result['csv']}, {result['png']}"])

@@ -88,7 +88,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _unknown(path: str, known: Sequence[str]) -> str:
-    """Returns what to say of a field that is none of the `known`; its section is taken at its word."""
+    """Returns what to say of a field that is none of the `known`; its section is taken as given."""
     section, _, name = path.rpartition(".")
     beside = [field for field in known if section and field.rpartition(".")[0] == section]
     elsewhere = [field for field in known if field.rpartition(".")[2] == name]

@@ -65,8 +65,8 @@ class DataConfig:
     on_broken: str = "fail"
     """'fail' at an image that cannot be decoded, or 'skip' it, with a warning."""
     placement: str = "auto"
-    """Where images wait for their turn: on the 'device', decoded; or on disk, from which they 'stream'. 'auto' decides
-    by their size."""
+    """'device': decoded images are kept on the device. 'stream': they are read from disk during training. 'auto'
+    decides by their size."""
     workers: int = -1
     """Processes that read and decode streamed images; 0 uses threads of the main process; −1 decides by the cores."""
     train_examples: int = 0
@@ -74,8 +74,8 @@ class DataConfig:
     test_examples: int = 0
     """Test on this many images, a fixed random subset that does not depend on the seed; 0 is all of them."""
     mean: tuple[float, ...] = (0.5,)
-    """Subtracted from each channel of an image in [0, 1]; one value per channel, or one for all. Empty, as `std` then,
-    it is measured on the training images when training begins, and recorded."""
+    """Subtracted from each channel of an image in [0, 1]; one value per channel, or one for all. If it and
+    `std` are empty, they are measured on the training images when training begins, and recorded."""
     std: tuple[float, ...] = (0.5,)
     """Divides each channel after that; one value per channel, or one for all."""
     pad: int = 0

@@ -23,6 +23,7 @@ class ModelConfig:
     """The network. `name` follows the naming grammar of `shared_basis.create_model`."""
 
     name: str = "resnet20-s16u1-double"
+    """The network and its sharing: docs/networks.md."""
     stem: str = "cifar"
     """'cifar' for small images (3×3 stem); further stems belong to networks for large images."""
     dtype: str = "float32"
@@ -45,7 +46,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OrthogonalityConfig:
-    """How filter bases are held orthonormal: by default by the penalty of the paper (Kang & Kim, section 3.2)."""
+    """How filter bases are kept orthonormal: by default by the penalty of the paper (Kang & Kim, section 3.2)."""
 
     method: str = "penalty"
     """'penalty': the loss is cross entropy + weight · penalty. 'exact': bases are orthonormal after every step, weight
@@ -57,7 +58,8 @@ class OrthogonalityConfig:
     """Which basis elements count: 'shared' alone, or 'shared+unique' (CIFAR-10): unique ones with the shared ones, and
     with those of their own layer."""
     reduction: str = "mean"
-    """'mean' over the pairs that count (published), or their 'sum', whose pull does not fall as ranks grow."""
+    """'mean' over the pairs that count (published), or their 'sum', whose effect on an element does not depend on the
+    ranks."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.weight <= 1e30, "orthogonality.weight", self.weight,
@@ -70,18 +72,20 @@ class OrthogonalityConfig:
 @takes_old_names("optimizer")
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The descent, by default stochastic gradient descent with momentum; weight decay; a learning rate schedule."""
+    """The optimizer, by default stochastic gradient descent with momentum; weight decay; the learning rate schedule."""
 
     name: str = "sgd"
     """'sgd' (published), 'adamw', 'lion' or 'muon', which are optax's. muon orthogonalises the updates of bases,
     coefficients and convolutions, and leaves the head, norms and biases to adamw."""
     learning_rate: float = 0.1
+    """After warm-up, before the schedule lowers it."""
     learning_rate_factors: str = ""
     """Multiplies the learning rate of some parameters: WHAT=FACTOR, WHAT a kind (basis, coefficients, kernel, norm,
     bias) or a glob of paths, such as basis=0.1,head/**=10. Of several that match, the last one counts."""
     momentum: float = 0.9
     """Of sgd; the first decay rate of the others (b1, muon's beta)."""
     nesterov: bool = False
+    """Nesterov momentum."""
     weight_decay: float = 5e-4
     """sgd: L2 coefficient, added to the gradient before momentum (as in PyTorch). The others: decoupled, times the
     learning rate."""
@@ -93,6 +97,7 @@ class OptimizerConfig:
     """Below 1 they are parts of the run: (0.5, 0.75) after half and after three quarters of its epochs, however many
     those are. If any is 1 or more, all are epochs (fractions allowed)."""
     factors: tuple[float, ...] = ()
+    """What the learning rate is multiplied by at each of `boundaries`."""
     warmup_epochs: float = 0.0
     """Linear rise of the learning rate from 0, counted in epochs (fractions allowed)."""
     grad_accumulation_steps: int = 1

@@ -12,10 +12,12 @@ class TrainConfig:
     """The length of training, the batches, how often a run is evaluated and saved, and what it learns from."""
 
     epochs: int = 300
+    """Passes over the training images."""
     batch_size: int = 256
-    """Images a step, over all devices together. Images left over at the end of an epoch wait for another epoch. 0
+    """Images a step, over all devices together. An incomplete last batch of an epoch is left out. 0
     chooses a batch that fits the number of training images when training begins, and records it."""
     eval_batch_size: int = 1000
+    """Images a step in evaluation."""
     evaluate_every: int = 1
     """Epochs between evaluations; each is followed by a checkpoint. The last epoch always counts."""
     checkpoint_minutes: float = 0.0
@@ -26,11 +28,11 @@ class TrainConfig:
     each basis, coefficients and kernel, averaged over the steps of the epoch (--mode=analyze draws them). What is
     trained does not change; the averages belong to the optimizer's state, so that they survive a stop."""
     freeze: str = ""
-    """Parameters that stay as they are: kinds (basis, coefficients, kernel, norm, bias) and globs of paths such as
+    """Parameters that are not trained: kinds (basis, coefficients, kernel, norm, bias) and globs of paths such as
     group1/**, with commas between them. Of several that match a parameter the last one counts, and one that begins with
     ! lets it train: **,!head/** leaves the head alone to be trained."""
     freeze_epochs: float = 0.0
-    """Epochs after which what `freeze` names trains too, fractions allowed; 0 is never."""
+    """Epochs after which the parameters of `freeze` are trained too, fractions allowed; 0 is never."""
     freeze_statistics: bool = False
     """Whether the network computes as in evaluation: batch normalisation by running statistics, which stay as they are,
     and without dropout."""
@@ -76,7 +78,7 @@ class DistillationConfig:
     weight: float = 0.9
     """The loss is (1 − weight) · cross entropy + weight · temperature² · KL(teacher ‖ network)."""
     temperature: float = 4.0
-    """Divides the logits of both for the divergence: the higher, the more the classes that are not the largest tell."""
+    """Divides the logits of both for the divergence: the higher, the more weight the smaller probabilities have."""
 
     def __post_init__(self) -> None:
         require(0 < self.weight <= 1, "distillation.weight", self.weight, "above 0 and at most 1")

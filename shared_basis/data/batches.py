@@ -117,7 +117,7 @@ class TrainingBatches:
             if not broken:
                 return images[0], labels[0]
             skipped.extend(broken.values())
-        raise UserError(f"{TRIES} images in a row cannot be decoded, the last: {skipped[-1]}.")
+        raise UserError(f"{TRIES} consecutive images cannot be decoded, the last one: {skipped[-1]}.")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_orders": {}}

@@ -132,7 +132,7 @@ def choose(source: Source, config: DataConfig, mesh: Mesh, host: int | None) -> 
         limit is None or needed * DEVICE_SHARE <= limit)
     known = (("{} of memory are free", host), ("the device has {}", limit))
     found = ", ".join(text.format(size_text(value)) for text, value in known if value is not None)
-    times = f" (×{copies} here)" if copies > 1 else ""
+    times = f" ({size_text(needed * copies)} with a copy for each device)" if copies > 1 else ""
     size = f"decoded, the images take {size_text(needed)}{times}; {found or 'the memory is not known'}"
     if config.placement == "device" and not fits:
         raise UserError(f"data.placement='device': {size}. Set --config.data.placement=stream, a smaller "

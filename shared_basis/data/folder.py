@@ -174,7 +174,7 @@ def _root(config: DataConfig) -> Path:
     root = Path(os.path.expanduser(config.directory))
     if not os.path.isdir(root):  # unlike Path.is_dir, False where permissions are missing
         problem = "is not a directory" if os.path.exists(root) else "cannot be found"
-        raise UserError(f"data.directory={config.directory!r}: {root} {problem}; {_LAYOUT}. Where it has moved, give "
+        raise UserError(f"data.directory={config.directory!r}: {root} {problem}; {_LAYOUT}. If it has moved, give "
                         "--images=DIR.")
     return root
 
@@ -202,7 +202,7 @@ def _list_tree(root: Path, directory: Path, least: int, others: PassedOver) -> d
             name = _NUMBER.sub("", Path(path).stem)
             if not name or name == Path(path).stem:
                 raise UserError(f"{directory} holds no class directories, and the file name {Path(path).name!r} is not "
-                                f"a class followed by a number, as cat.12.jpg is; {_LAYOUT}.")
+                                f"a class followed by a number, such as cat.12.jpg; {_LAYOUT}.")
             tree.setdefault(name, []).append(path)
     if len(tree) < least:
         names = "".join(f", {name!r}" for name in tree)

@@ -45,7 +45,7 @@ def scan(directory: Path) -> list[os.DirEntry[str]]:
         with os.scandir(directory) as entries:
             return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
     except OSError as error:
-        raise UserError(f"cannot read the directory {directory}: {error.strerror}; mend its permissions.") from error
+        raise UserError(f"cannot read the directory {directory}: {error.strerror}; change its permissions.") from error
 
 
 def images_of(entries: Sequence[os.DirEntry[str]], others: PassedOver | None = None) -> Iterator[str]:
@@ -85,8 +85,8 @@ def walk(directory: Path, others: PassedOver | None = None, above: frozenset[str
     """
     real = os.path.realpath(directory)
     if real in above:
-        raise UserError(f"{directory} is a link to a directory that it lies in, so that there is no end of it; remove "
-                        "the link.")
+        raise UserError(f"{directory} is a link to a directory that contains it, an endless loop; remove the "
+                        "link.")
     entries = scan(directory)
     yield from images_of(entries, others)
     for entry in entries:

@@ -53,7 +53,7 @@ def evaluate(workdir: Place, which: str = "latest", overrides: Mapping[str, Any]
 def render(result: Mapping[str, Any]) -> str:
     """Returns `evaluate`'s result as a human-readable line."""
     chosen = {None: "", "validation": " (best validation epoch)",
-              "test": " (best test epoch, the published protocol, which is chosen on these very images)"}[
+              "test": " (the best test epoch, chosen on these images as in the paper)"}[
                   result["chosen_on"]]
     return (f"{result['model']} at step {result['step']:,} of {result['workdir']}{chosen}: test accuracy "
             f"{100 * result['test_accuracy']:.2f} %, top-5 {100 * result['test_accuracy_top5']:.2f} %, loss "

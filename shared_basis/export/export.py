@@ -166,14 +166,15 @@ def render(result: Mapping[str, Any]) -> str:
     shape = ", ".join(map(str, result["image_shape"]))
     folded = f"--fold={result['fold']}: "
     if any(layers.values()):
-        folded += f"{layers['basis']} basis layers stay basis and 1×1, {layers['composed']} are one convolution each"
+        folded += (f"{layers['basis']} basis layers are a basis convolution and a 1×1 convolution, "
+                   f"{layers['composed']} are one convolution")
         if result["fold"] == "auto":
-            folded += ", as takes fewer multiply-accumulates"
+            folded += ", whichever takes fewer multiply-accumulates"
             if layers["composed"]:
                 folded += " (a file with --fold=basis may be smaller)"
     else:
         folded += "there are no basis layers"
-    folded += f"; {result['norms_left']} batch normalisations stay scale and offset"
+    folded += f"; {result['norms_left']} batch normalisations are not merged"
     changes = "; ".join(f"{name} {count(result[key]['network'])} → {count(result[key]['exported'])}"
                         for name, key in (("multiply-accumulates", "macs"), ("parameters", "parameters")))
     lines = [

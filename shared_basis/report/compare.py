@@ -20,7 +20,7 @@ FILES = ("error_parameters.png", "error_macs.png", "error_time.png", "comparison
 """What may lie in the folder beside the page."""
 
 _BEST = {"validation": "the best validation epoch",
-         "test": "the best test epoch, the published protocol, which is chosen on the test images"}
+         "test": "the best test epoch, chosen on the test images as in the paper"}
 """By `Point.chosen_on`, the epoch of the column `best`."""
 
 _AXES = {"parameters": ("Error against parameters", "parameters"),
@@ -44,9 +44,9 @@ def compare(directories: Sequence[str], output: str) -> dict[str, Any]:
     files = picture_files(pictures) | {"comparison.csv": _csv(points)}
     count = sum(len(point.runs) for point in points)
     warnings = [run.warning for point in points for run in point.runs if run.warning]
-    drawn = ([element("p", "Numbers are those of the networks in the table below.", class_="soft"),
+    drawn = ([element("p", "Numbers refer to the table of networks below.", class_="soft"),
               element("div", *(shown(each, FOLDER) for each in pictures), class_="panels")]
-             if pictures else [element("p", "No run has been evaluated: there is nothing to draw.")])
+             if pictures else [element("p", "No run has been evaluated yet.")])
     content = page(
         f"{count} run{'s' * (count > 1)} compared", element("p", _explanation(points), class_="soft"),
         *(element("p", f"Warning: {warning}.") for warning in warnings), section("Test error", *drawn),
@@ -78,12 +78,12 @@ def spread_text(spread: Spread, digits: int = 2) -> str:
 
 def _explanation(points: Sequence[Point]) -> str:
     protocols = {point.chosen_on for point in points if point.chosen_on}
-    return ("Runs that differ in the seed alone, or in what does not change the outcome, are one point: mean ± "
-            "standard deviation (n − 1) of n runs. Error: test images that are misclassified, after the last epoch"
+    return ("Runs that differ only in the seed, or in fields without effect on the result, are one point: mean ± "
+            "standard deviation (n − 1) of n runs. Error: misclassified test images after the last epoch"
             + (f"; best: after {' or '.join(_BEST[name] for name in sorted(protocols))}"
                if protocols else "")
-            + ". Time: images trained on, over images per second, without compilation and evaluations; it compares "
-              "networks only where the devices are the same.")
+            + ". Time: of training, without compilation and evaluations; comparable only on the same "
+              "devices.")
 
 
 def _scatter(points: Sequence[Point], axis: str) -> Picture | None:
@@ -155,7 +155,7 @@ def _runs(points: Sequence[Point]) -> Html:
             rows.append([str(run.path), str(number), run.config.model.name, str(run.config.seed),
                          str(run.record["devices"] or "–"), spread_text(alone.seconds, 1), spread_text(alone.error),
                          spread_text(alone.best_error)])
-    return table(["workdir", "point", "network", "seed", "began on", "time (s)", "error (%)", "best (%)"], rows, "Runs",
+    return table(["workdir", "point", "network", "seed", "devices", "time (s)", "error (%)", "best (%)"], rows, "Runs",
                  numbers=(1, 3, 5, 6, 7))
 
 

@@ -46,7 +46,7 @@ def learning_curves(run: RunSummary) -> list[Picture]:
         return []
     return [_curves(run, "loss", "Loss", "cross entropy (nats per image)",
                     [(split, f"{split}_loss") for split in _SPLITS]),
-            _curves(run, "accuracy", "Accuracy", "images classified rightly (%)",
+            _curves(run, "accuracy", "Accuracy", "accuracy (%)",
                     [(split, f"{split}_accuracy") for split in _SPLITS], scale=100),
             _learning_rate(run)]
 
@@ -58,8 +58,8 @@ def basis_curves(run: RunSummary) -> list[Picture]:
     norms = [("largest", "norm_max"), ("mean", "norm_mean"), ("smallest", "norm_min")]
     return [_curves(run, "penalty", "Orthogonality penalty", "penalty (before its weight λ)",
                     [("penalty", "penalty")], log=True),
-            _curves(run, "norms", "Norms of basis elements", "Euclidean norm (1 is orthonormal)", norms),
-            _curves(run, "coherence", "Coherence", "largest |product| of two elements",
+            _curves(run, "norms", "Norms of basis elements", "Euclidean norm (1 if orthonormal)", norms),
+            _curves(run, "coherence", "Largest inner product (coherence)", "of two elements (0 if orthonormal)",
                     [("coherence", "coherence")])]
 
 
@@ -93,7 +93,7 @@ def _first_and_last(values: np.ndarray) -> str:
 
 
 def _learning_rate(run: RunSummary) -> Picture:
-    """Returns the learning rate over the epochs: the schedule as a line, and what the evaluations noted as points."""
+    """Returns the learning rate over the epochs: the schedule as a line, and its values at evaluations as points."""
     config, steps = run.config, run.steps_per_epoch
     schedule = learning_rate_schedule(config.optimizer, config.train.epochs, steps)
     updates = np.unique(np.linspace(0, run.epoch * steps - 1, 1000).astype(np.int32))
@@ -189,7 +189,7 @@ def confusion(scores: Scores, classes: Sequence[str]) -> Picture:
     totals = np.maximum(scores.confusion.sum(1, keepdims=True), 1)
     shares = 100 * scores.confusion / totals
     text = (f"Confusion matrix of {scores.count} test images in {len(classes)} classes; {100 * scores.accuracy:.2f} % "
-            "lie on its diagonal, where they are classified rightly.")
+            "are on its diagonal, that is correct.")
     many = len(classes) > NAMED_CLASSES
 
     def paint(figure: Figure) -> None:

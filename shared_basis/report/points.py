@@ -22,6 +22,9 @@ LABELS = ("name", "seed", "train.record_gradients", "train.checkpoint_minutes")
 """Fields of the configuration that runs of one point may differ in: what the run is called, the seed, and what is only
 noted or saved. (`config.differences` leaves out where things lie.)"""
 
+SHOWN = 5
+"""Fields that a label names; if more differ, it states their number."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
@@ -141,13 +144,17 @@ def _label(run: RunSummary, groups: Sequence[Sequence[RunSummary]], fields: Sequ
             if any(value(rival, field) != value(run, field) for rival in rivals)]
     if any(rival.epoch != run.epoch and rival.config.train.epochs == run.config.train.epochs for rival in rivals):
         parts.append(f"{run.epoch} evaluated" if "train.epochs" in fields else f"{run.epoch} epochs")
+    if len(parts) > SHOWN:
+        parts = [*parts[:SHOWN - 1], f"and {len(parts) - SHOWN + 1} more fields"]
     return f"{name} ({', '.join(parts)})" if parts else name
 
 
 def value(run: RunSummary, field: str) -> str:
     """Returns a field of the run's configuration, given by its dotted path, as text."""
     found = operator.attrgetter(field)(run.config)
-    return f"{found:g}" if isinstance(found, float) else str(found)
+    if isinstance(found, tuple):
+        return ", ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in found) or "–"
+    return f"{found:g}" if isinstance(found, float) else str(found) or "–"
 
 
 def gather_points(directories: Sequence[str]) -> tuple[list[Point], list[str]]:

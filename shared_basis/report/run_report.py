@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from shared_basis.config import DataConfig
 from shared_basis.errors import UserError
 from shared_basis.evaluation.per_example import Scores, confusion_csv, errors_csv, score
 from shared_basis.report import plots, sections
@@ -65,8 +66,8 @@ def report(workdir: Place, which: str = "latest", overrides: Mapping[str, Any] |
 
 def render(result: Mapping[str, Any]) -> str:
     """Returns `report`'s result as human-readable lines."""
-    missing = f"\nwithout what needs the test images: {result['missing']}" if result["missing"] else ""
-    removed = f"\nremoved, of an earlier report: {', '.join(result['removed'])}" if result["removed"] else ""
+    missing = f"\nwithout confusion matrix and images: {result['missing']}" if result["missing"] else ""
+    removed = f"\nremoved files of an earlier report: {', '.join(result['removed'])}" if result["removed"] else ""
     warning = f"\nwarning: {result['warning']}" if result["warning"] else ""
     return f"{result['report']}, and {len(result['files'])} pictures and tables beside it{missing}{removed}{warning}"
 
@@ -85,10 +86,15 @@ def after_training(workdir: Place, reporter: Reporter, scoring: bool) -> str | N
         reporter.warn(f"the run is saved, but not its report ({first_line(error)}); make it with --mode=report "
                       f"--workdir={workdir}")
         return None
-    missing = (f" (without what needs the test images: {result['missing']}; make it whole with --mode=report "
+    missing = (f" (without confusion matrix and images: {result['missing']}; complete it with --mode=report "
                f"--workdir={workdir})" if result["missing"] else "")
     reporter.info(f"report: {result['report']}{missing}")
     return str(result["report"])
+
+
+def _data_name(config: DataConfig) -> str:
+    """Returns the data set as a title names it: of images in a folder, the folder."""
+    return Path(config.directory).name if config.name == "folder" else config.name
 
 
 def compose(run: RunSummary, scores: Scores | None, which: str, missing: str | None) -> tuple[bytes, dict[str, bytes]]:
@@ -109,11 +115,11 @@ def compose(run: RunSummary, scores: Scores | None, which: str, missing: str | N
         judged = [sections.confusion_matrix(confusion, scores, run, which),
                   sections.worst_images(scores, run.classes)]
     else:
-        judged = [section("Test images", element("p", "There is no confusion matrix, and there are no single images "
-                                                      f"here: {missing}"))]
+        judged = [section("Test images", element("p", "The confusion matrix and single images are not available: "
+                                                      f"{missing}"))]
     beside = picture_files(pictures) | tables
     content = page(
-        f"{run.config.model.name} on {run.config.data.name}",
+        f"{run.config.model.name} on {_data_name(run.config.data)}",
         element("p", sections.headline(run)), sections.cards(run), sections.learning_curves(run, learning),
         sections.filter_bases(run, bases), *judged, sections.counts(run, counts), sections.run_facts(run),
         sections.file_list(sorted(beside)))

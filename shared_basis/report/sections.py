@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,9 @@ def _unscored(step: int | None) -> str:
     if step is None:
         return "no checkpoint is saved"
     if step == 0:
-        return "weights as they were imported or compressed; not trained here yet"
-    return (f"saved at step {step:,}, without an evaluation in metrics.jsonl: it was stopped before its first one, or "
-            "the file is lost")
+        return "imported or compressed weights, not trained yet"
+    return (f"saved at step {step:,}, without an evaluation in metrics.jsonl: the run was stopped before the first "
+            "one, or the file is missing")
 
 
 def cards(run: RunSummary) -> Html:
@@ -78,7 +79,7 @@ def _unbroken(text: str) -> str:
 def learning_curves(run: RunSummary, pictures: Sequence[Picture]) -> Html:
     """Returns the part with `plots.learning_curves`, and all evaluations."""
     if not pictures:
-        return section("Learning curves", element("p", "There are none: metrics.jsonl holds no evaluation."))
+        return section("Learning curves", element("p", "Not available: metrics.jsonl contains no evaluation."))
     marked = "; dotted vertical lines stand where the learning rate changes its course" if plots.boundaries(
         run.config) else ""
     return section(
@@ -109,14 +110,14 @@ def _evaluations(run: RunSummary) -> Html:
 def filter_bases(run: RunSummary, pictures: Sequence[Picture]) -> Html:
     """Returns the part with `plots.basis_curves`."""
     if not pictures:
-        return section("Filter bases", element("p", "No penalty was noted" + (
-            ": metrics.jsonl holds no evaluation." if not run.lines else
-            "; the network has no basis elements that count for it.")))
+        return section("Filter bases", element("p", "No penalty was recorded" + (
+            ": metrics.jsonl contains no evaluation." if not run.lines else
+            "; the network has no basis elements to which it applies.")))
     config = run.config.orthogonality
     return section(
-        "Filter bases", element("p", f"Of the basis elements that count (orthogonality.elements={config.elements!r}). "
-                                     f"{_method(config)} An orthonormal basis has penalty 0, norms 1 and "
-                                     "coherence 0.", class_="soft"),
+        "Filter bases", element("p", "For the basis elements in the penalty "
+                                     f"(orthogonality.elements={config.elements!r}). {_method(config)} An orthonormal "
+                                     "basis has penalty 0, norms 1 and inner products 0.", class_="soft"),
         element("div", *(shown(each, FOLDER) for each in pictures), class_="panels"))
 
 
@@ -125,7 +126,7 @@ def _method(config: OrthogonalityConfig) -> str:
     if config.method == "penalty":
         return (f"The penalty, the {config.reduction} over pairs, enters the loss with the weight λ = "
                 f"{config.weight:g}.")
-    return f"The penalty is shown and not trained on (orthogonality.method={config.method!r})."
+    return f"The penalty is computed but not part of the loss (orthogonality.method={config.method!r})."
 
 
 def confusion_matrix(picture: Picture, scores: Scores, run: RunSummary, which: str) -> Html:
@@ -138,11 +139,12 @@ def confusion_matrix(picture: Picture, scores: Scores, run: RunSummary, which: s
     asked = "" if which == str(scores.step) else f" ({which})"
     return section(
         "Confusion matrix",
-        element("p", f"The checkpoint of step {scores.step:,}{asked} on {scores.count:,} test images: {right:,} right "
-                     f"({100 * scores.accuracy:.2f} %), {scores.count - right:,} wrong, loss {scores.loss:.4f}."),
+        element("p", f"The checkpoint of step {scores.step:,}{asked} on {scores.count:,} test images: {right:,} "
+                     f"correct ({100 * scores.accuracy:.2f} %), {scores.count - right:,} incorrect, loss "
+                     f"{scores.loss:.4f}."),
         element("div", shown(picture, FOLDER), element(
             "div", element("h3", "Most confused classes"),
-            pairs if right < scores.count else element("p", "None: every image is classified rightly.")),
+            pairs if right < scores.count else element("p", "None: all images are classified correctly.")),
             class_="beside"))
 
 
@@ -150,8 +152,8 @@ def worst_images(scores: Scores, classes: Sequence[str]) -> Html:
     """Returns the part with the images of the highest loss."""
     return section(
         "Images with the highest loss",
-        element("p", f"The {len(scores.worst)} test images that the network finds hardest, that of the highest loss "
-                     "first. p is the probability that it gives to a class.", class_="soft"),
+        element("p", f"The {len(scores.worst)} test images with the highest loss, the highest first. p is the "
+                     "predicted probability of a class.", class_="soft"),
         element("div", *(_image(image, classes) for image in scores.worst), class_="gallery"))
 
 
@@ -162,7 +164,8 @@ def _image(image: Image, classes: Sequence[str]) -> Html:
     return element("figure", _pixels(image.pixels, f"test image {image.name}"), element(
         "figcaption", element("div", "true ", truth, f" p\u00a0{image.probability_of_label:.3f}"),
         element("div", "predicted ", guess, f" p\u00a0{image.probability:.3f}"),
-        element("div", f"loss {image.loss:.3f}"), element("div", image.name)))
+        element("div", f"loss {image.loss:.3f}"),
+        element("div", "/".join(Path(image.name).parts[-2:]), title=image.name)))
 
 
 def _pixels(pixels: np.ndarray, text: str) -> Html:
@@ -208,18 +211,18 @@ def run_facts(run: RunSummary) -> Html:
                      "classes"),
             ("epochs", f"{run.epoch} of {config.train.epochs} evaluated" + (
                 "" if run.epoch == config.train.epochs else "; the run is not finished")),
-            ("began on", run.record["devices"] or "not noted")]
+            ("devices", run.record["devices"] or "not recorded")]
     if run.lines:
         rows += [("steps", f"{run.lines[-1]['step']:,}, of {config.train.batch_size} images each"),
                  ("speed", f"{run.lines[-1]['images_per_second']:,.0f} training images per second"),
                  ("time of training",
-                  f"{_time(run.seconds)} (images over speed; without compilation and evaluations)")]
+                  f"{_time(run.seconds)} (without compilation and evaluations)")]
     changed = [(path, _value(value), _value(default)) for path, (value, default) in run.changed.items()]
     versions = [(str(name), str(version)) for name, version in run.record["versions"].items()]
     return section("The run", element(
         "div",
-        element("div", element("h3", "Facts"), table(["fact", "value"], rows, "Facts of the run"),
-                element("h3", "Versions that it began with"), table(["package", "version"], versions, "Versions")),
+        element("div", element("h3", "Summary"), table(["property", "value"], rows, "Properties of the run"),
+                element("h3", "Versions at the start"), table(["package", "version"], versions, "Versions")),
         element("div", element("h3", "Configuration, where it is not the default"),
                 table(["field", "value", "default"], changed, "Changed fields")),
         class_="beside"))

@@ -193,6 +193,6 @@ def render_line(line: Mapping[str, Any], epochs: int) -> str:
 def render_outcome(outcome: Mapping[str, Any]) -> str:
     """Returns `last_and_best` of a run, with the name of its `model`, as a human-readable line."""
     protocol = ("best validation epoch" if outcome["chosen_on"] == "validation" else
-                "best test epoch, the published protocol, which is chosen on the test images")
+                "best test epoch, chosen on the test images as in the paper")
     return (f"{outcome['model']}: {100 * outcome['test_accuracy']:.2f} % test accuracy after {outcome['epoch']} epochs"
             f", {100 * outcome['best_test_accuracy']:.2f} % after {outcome['best_epoch']} ({protocol})")

@@ -113,12 +113,12 @@ def _find_outputs(origin: Origin, spec: data.Spec) -> tuple[list[int] | None, st
     if not origin.named:
         if len(there) == len(here):
             return list(range(len(here))), "kept, outputs in the order of the classes"
-        return None, f"drawn anew, as there are {len(there)} outputs there and {len(here)} classes here"
+        return None, f"initialised at random: the weights have {len(there)} outputs and the data {len(here)} classes"
     numbers = {name: number for number, name in enumerate(there)}
     missing = [name for name in here if name not in numbers]
     if missing:
-        return None, f"drawn anew, as {missing[0]!r} is none of the {len(there)} classes there"
-    return [numbers[name] for name in here], f"kept, its outputs found by name among {len(there)}"
+        return None, f"initialised at random: {missing[0]!r} is none of the {len(there)} classes of the weights"
+    return [numbers[name] for name in here], f"kept, its outputs matched by name among {len(there)}"
 
 
 def _require_fit(origin: Origin, arrays: Mapping[Path, Any], wanted: Mapping[Path, tuple[int, ...]]) -> None:

@@ -41,8 +41,8 @@ def build_model(config: Config, spec: data.Spec) -> Network:
     for field in ("mean", "std"):
         values = getattr(config.data, field)
         if not values:
-            raise UserError(f"data.{field} is measured when training begins; where that is not what you do, give it: "
-                            "published weights want ImageNet's, --config.data.mean='(0.485,0.456,0.406)' "
+            raise UserError(f"data.{field} is measured only when training begins; give it here; published weights "
+                            "use ImageNet's, --config.data.mean='(0.485,0.456,0.406)' "
                             "--config.data.std='(0.229,0.224,0.225)'.")
         if len(values) not in (1, channels):
             raise UserError(f"data.{field}={values}: the images have {channels} channel{'s' * (channels > 1)}; give "

@@ -58,8 +58,8 @@ def jax_runtime(distributed: bool, coordinator: str | None, processes: int | Non
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # no such platform, or an accelerator that is in use
         reason = first_line(error) if str(error) else f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')!r}"
-        raise UserError(f"JAX cannot use the devices: {reason}; see that no other process has them, or leave "
-                        "JAX_PLATFORMS unset.") from error
+        raise UserError(f"JAX cannot use the devices: {reason}; check that no other process uses them, or unset "
+                        "JAX_PLATFORMS.") from error
     try:
         yield
     except UserError as error:
@@ -180,7 +180,7 @@ def raise_on_all_processes() -> Iterator[None]:
     if failure is not None:
         raise failure
     if len(failed):
-        raise UserError(f"process {failed[0]} cannot go on; it says why.")
+        raise UserError(f"process {failed[0]} has stopped with an error; see its output.")
 
 
 def process_allgather(value: Any) -> np.ndarray:

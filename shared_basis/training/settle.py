@@ -41,18 +41,18 @@ def settle(config: Config, source: data.Source, mesh: Mesh, reporter: Reporter, 
         config = replace(config, settled_from(config, saved))
     if not config.data.is_measured:
         if weights is not None:
-            (mean, std), why = weights, "of the weights that it starts from"
+            (mean, std), why = weights, "as for the initial weights"
         else:
             mean, std = measure(source.splits["train"], source.spec, config.data, reporter.warn,
                                 reporter.progress("measuring mean and deviation of training images"))
-            why = "of the training images"
+            why = "measured on the training images"
         config = replace(config, {"data.mean": mean, "data.std": std})
-        reporter.info(f"images are normalised by mean {_numbers(mean)} and deviation {_numbers(std)}, {why}")
+        reporter.info(f"images are normalised with mean {_numbers(mean)} and standard deviation {_numbers(std)}, {why}")
     images = len(source.splits["train"])
     divisor = config.optimizer.grad_accumulation_steps * math.lcm(mesh.size, config.model.norm_images or 1)
     if not config.train.batch_size:
         config = replace(config, {"train.batch_size": fitting_batch(images, divisor)})
-        reporter.info(f"a batch has {config.train.batch_size} of the {count(images)} training images")
+        reporter.info(f"batch size {config.train.batch_size}, chosen for {count(images)} training images")
     if images < config.train.batch_size:
         raise UserError(f"train.batch_size={config.train.batch_size}: there are only {images} training images; set "
                         f"--config.train.batch_size=0 for a batch that fits them, here {fitting_batch(images, divisor)}"

@@ -92,15 +92,15 @@ def _copy(config: Config, spec: data.Spec, origin: Origin, init: Init, reporter:
     """Returns the weights of `origin` as they are, but for the classifier."""
     for flag, value, default in (("calibration", init.calibration, None), ("budget_of", init.measure, "parameters")):
         if value != default:
-            raise UserError(f"--{flag}={value}: is for the weights of a plain network in a shared one, and "
-                            f"{origin.where} holds {origin.config.model.name}, which is taken as it is; leave it out.")
+            raise UserError(f"--{flag}={value}: applies to weights of a plain network for one with shared "
+                            f"bases; {origin.where} holds {origin.config.model.name}; leave it out.")
     network = build_model(config, spec)
     variables, _, head = fit(origin, origin.variables, network, spec, config.seed)
     there = origin.config.data
     if (there.mean, there.std) != (config.data.mean, config.data.std):
         fields = " ".join(f'--config.data.{field}="{getattr(there, field)}"' for field in ("mean", "std"))
-        reporter.warn(f"the weights of {origin.where} were trained on images normalised otherwise; they fit better "
-                      f"with {fields.replace(', ', ',')}.")
+        reporter.warn(f"the weights of {origin.where} were trained with another normalisation of the images; set "
+                      f"{fields.replace(', ', ',')}.")
     return Start(config, network, spec, variables, _record(init, origin, head), None)
 
 
@@ -147,7 +147,7 @@ def _begins(run: Workdir, init: Init | None) -> bool:
         return False
     if not began or began["source"] != absolute(init.source):
         how = f"began with --init={began['source']}" if began else "began without --init"
-        raise UserError(f"workdir {run.path} holds a run that {how}; leave --init out to go on with it, or choose "
+        raise UserError(f"workdir {run.path} holds a run that {how}; leave --init out to resume it, or choose "
                         "another --workdir.")
     return not saved
 
@@ -162,7 +162,7 @@ def describe(start: Start) -> str:
     """Returns what a run begins with as human-readable lines."""
     init = start.init
     step = "" if init["step"] is None else f"step {init['step']:,} of "
-    said = f"begins with {step}{init['source']} ({init['network']}); the classifier is {init['head']}"
+    said = f"starts from {step}{init['source']} ({init['network']}); the classifier is {init['head']}"
     if start.report is None:
         return said
     return f"{said}\n{_compressed(start.config.model.name, start.report)}"

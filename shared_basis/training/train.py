@@ -91,7 +91,7 @@ def train(config: Config, workdir: Place, reporter: Reporter | None = None, *,
         reporter.info(f"{config.model.name}: {render_saving(what.comparison)}")
         _log_setup(config, images, device, run, reporter)
         for field, (now, then) in differences(config, what.saved or config).items():
-            reporter.info(f"goes on with {field}={now!r}; it was {then!r}")
+            reporter.info(f"resumes with {field}={now!r}; it was {then!r}")
         _finish(what, images, mesh, run, record, own, reporter)
     if not is_main_process():
         return what.comparison
@@ -244,7 +244,7 @@ def _rewind(run: Workdir, state: TrainState, program: Program, config: Config, r
     changed = [f"{name} {then} → {versions().get(name)}" for name, then in record["versions"].items()
                if versions().get(name) != then]
     if changed:
-        reporter.info(f"note: other versions than the run began with ({', '.join(changed)}); "
+        reporter.info(f"note: package versions have changed since the run began ({', '.join(changed)}); "
                       "the result may differ in the last bits")
 
 

@@ -253,7 +253,7 @@ def test_a_compressed_run_is_trained_on(tmp_path: Path) -> None:
     assert [layer["path"] for layer in result["layers"]] == ["group1/block2/first", "group1/block2/second"]
     assert all(0 < layer[kind] < 1 for layer in result["layers"] for kind in ("filters", "activations"))
     assert result["parameters"] < result["plain"]["parameters"]
-    assert "activations on 40 training images" in text
+    assert "outputs on 40 training images" in text
     assert str(workdir) in text
     evaluated = evaluate(workdir)
     assert (evaluated["step"], evaluated["test_accuracy"]) == (0, result["test_accuracy"]["compressed"])
@@ -412,9 +412,9 @@ def test_other_classes_have_a_new_classifier_and_no_scores(run: Path, tmp_path: 
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shared_basis.data.digits.CLASSES", tuple("abcdefghijkl"))
     result = compress(run, tmp_path / "new", calibration=0)
-    assert result["head"] == "drawn anew, as 'a' is none of the 10 classes there"
+    assert result["head"] == "initialised at random: 'a' is none of the 10 classes of the weights"
     assert result["test_accuracy"] is result["test_examples"] is None
-    assert "not scored before training: the classifier is drawn anew" in compress_module.render(result)
+    assert "not scored before training: the classifier is initialised at random" in compress_module.render(result)
     new = Trained.open(tmp_path / "new")
     assert new.variables["params"]["head"]["kernel"].shape == (8, 12)
 

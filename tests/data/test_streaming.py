@@ -289,7 +289,7 @@ def test_a_broken_image_that_may_not_be_skipped_is_named(tmp_path: Path, batches
 
 def test_images_that_are_all_broken_end_the_search_for_a_whole_one(tmp_path: Path) -> None:
     examples = write_images(tmp_path, range(COUNT))
-    with user_error("100 images in a row cannot be decoded", ".png is not an image"):
+    with user_error("100 consecutive images cannot be decoded", ".png is not an image"):
         list(read(training(examples, SKIP), 0, pytest.fail))
     scored = EvalBatches(examples, SPEC, SKIP, batch_size=COUNT)[0]
     assert set(scored.labels) == {-1}

@@ -1,20 +1,24 @@
-"""The commands and examples of README.md and docs/: each is run, or is marked with why not and at least understood."""
+"""README.md and docs/: commands are run, or marked with why not and parsed; what is generated is current."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 from helpers import ROOT, CommandLine, save_run
 
+from docs import generate, pictures
 from shared_basis.cli.app import parse
 from shared_basis.cli.commands import MODES, MODES_BY_FLAG
 from shared_basis.config import from_config_dict
 from shared_basis.models import create_model
+from studies import published
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS]
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -32,17 +36,20 @@ def commands(text: str) -> list[list[str]]:
 
 ALL = [(page.relative_to(ROOT).as_posix(), mark, text) for page in PAGES for mark, text in blocks(page)]
 RUN = [pytest.param(page, arguments, id=f"{page} {shlex.join(arguments)}",
-                    marks=[] if page == "README.md" else [pytest.mark.slow])
+                    marks=[] if "--mode=summary" in arguments else [pytest.mark.slow])
        for page, mark, text in ALL if mark == "<!-- run -->" for arguments in commands(text)]
-NOT_RUN = [(page, arguments) for page, mark, text in ALL if mark.startswith("<!-- not run: ")
-           for arguments in commands(text)]
+IN_ORDER = [text for page in ("docs/quickstart.md", "README.md") for name, mark, text in ALL
+            if name == page and mark == "<!-- run in order -->"]
+PARSED = [(page, arguments) for page, mark, text in ALL if mark.startswith(("<!-- not run: ", "<!-- run in order -->"))
+          for arguments in commands(text)]
 
 
 def test_every_command_is_run_or_marked_why_not() -> None:
     assert len(RUN) >= 2
-    assert len(NOT_RUN) >= 8
+    assert len(IN_ORDER) >= 2
+    assert len(PARSED) >= 8
     for page, mark, _ in ALL:
-        assert re.fullmatch(r"<!-- (run|not run: .+|(main|test) command) -->", mark), f"{page}: {mark!r}"
+        assert re.fullmatch(r"<!-- (run|run in order|not run: .+|(main|test) command) -->", mark), f"{page}: {mark!r}"
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +70,42 @@ def test_command_runs(page: str, arguments: list[str], main: CommandLine, checko
     assert done.stdout.strip()
 
 
-@pytest.mark.parametrize(("page", "arguments"), NOT_RUN, ids=[f"{page} {shlex.join(words)}" for page, words in NOT_RUN])
+def without_figures(line: str) -> str:
+    """Returns a line of output with each number as 0, up to where a page breaks it off."""
+    return re.sub(r"\d[\d,.e+-]*", "0", line.removeprefix("# ").partition(" …")[0])
+
+
+@pytest.mark.slow
+def test_commands_of_the_quick_start_and_the_readme_run_in_order(main: CommandLine, tmp_path: Path) -> None:
+    """Trained for one epoch; what the pages show of their output is in it, numbers apart."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    pictures.make_photos(tmp_path)
+    shutil.copytree(tmp_path / "photos", tmp_path / "newphotos")
+    shutil.copytree(tmp_path / "photos" / "temple", tmp_path / "newphotos" / "roof")
+    short = ("--config.train.epochs=1",)
+    assert main("--config=configs/folder.py:resnet20", "--images=photos", *short, cwd=tmp_path).returncode == 0
+    for text in IN_ORDER:
+        output = ""
+        for line in text.splitlines():
+            if line.startswith("# "):
+                assert without_figures(line) in output, line
+                continue
+            for arguments in commands(line):
+                if not any(word.startswith("--mode") for word in arguments):
+                    arguments = [word for word in arguments if "train.epochs" not in word]
+                    arguments += [*short, *(["--config.train.freeze_epochs=0.5"] if "finetune" in line else [])]
+                arguments += ["--tolerance=100"] if "--mode=export" in arguments else []
+                done = main(*arguments, cwd=tmp_path)
+                assert (done.returncode, done.stderr) == (0, ""), line
+                output = without_figures(done.stdout)
+    example = re.search(r"<!-- use -->\n```python\n(.+?)```", (ROOT / "docs" / "quickstart.md").read_text(), re.DOTALL)
+    assert example
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        exec(example[1], {})
+
+
+@pytest.mark.parametrize(("page", "arguments"), PARSED, ids=[f"{page} {shlex.join(words)}" for page, words in PARSED])
 @pytest.mark.filterwarnings("default::shared_basis.errors.RenamedWarning")
 def test_a_command_that_is_not_run_is_understood(page: str, arguments: list[str],
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,10 +118,53 @@ def test_a_command_that_is_not_run_is_understood(page: str, arguments: list[str]
     assert create_model(from_config_dict(values.config).model.name)
 
 
+def links(page: Path) -> list[str]:
+    """Returns the targets of the links and pictures of a page."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for target in links(page):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+            assert anchor in map(generate.anchor, headings), target
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    found, todo = set(), [ROOT / "README.md"]
+    while todo:
+        page = todo.pop()
+        found.add(page)
+        near = {(page.parent / target.partition("#")[0]).resolve() for target in links(page) if ".md" in target}
+        todo += [each for each in near if each not in found and each in PAGES]
+    assert found == set(PAGES)
+
+
+def test_the_site_has_every_page() -> None:
+    site = (ROOT / "mkdocs.yml").read_text()
+    assert [page.name for page in DOCS if f": {page.name}\n" not in site] == []
+
+
+def test_generated_parts_are_current() -> None:
+    """If not: python -m docs.generate"""
+    assert generate.stale() == []
+
+
+@pytest.mark.slow
+def test_table_of_networks_is_current() -> None:
+    """If not: python -m docs.generate"""
+    assert generate.section_of(ROOT / "docs" / "networks.md", "networks") == published.table() + "\n"
+
+
+def test_every_field_of_the_configuration_is_documented() -> None:
+    assert "` |  |" not in generate.fields_tables()
 
 
 @pytest.mark.parametrize(("page", "code"), [

@@ -46,7 +46,7 @@ def test_training_leaves_a_run_in_the_default_workdir(trained: Any) -> None:
     assert metrics.startswith("epoch 2/2")
     assert accuracy in metrics
     assert result.startswith(f"resnet14-s4u1-double: {accuracy} test accuracy after 2 epochs")
-    assert "best test epoch, the published protocol" in result
+    assert "best test epoch, chosen on the test images as in the paper" in result
     assert re.match(r"109,190 parameters \(36\.6 % fewer .* resnet14\), 1,054,336 MACs \(35\.4 % fewer", counts)
     assert "\x1b" not in done.stdout
 
@@ -62,7 +62,7 @@ def test_the_same_command_again_changes_nothing(main: CommandLine, trained: Any)
 
 
 @pytest.mark.parametrize(("checkpoint", "chosen"), [
-    ("10", ""), ("best", " (best test epoch, the published protocol, which is chosen on these very images)")])
+    ("10", ""), ("best", " (the best test epoch, chosen on these images as in the paper)")])
 def test_evaluation_needs_the_workdir_alone(main: CommandLine, trained: Any, tmp_path: Path, checkpoint: str,
                                             chosen: str) -> None:
     workdir = trained[0] / "runs" / "digits_resnet-resnet14-s4u1-double"

@@ -191,7 +191,7 @@ def test_two_processes_begin_with_the_weights_of_a_run(tmp_path: Path) -> None:
     source = save_run(tmp_path / "source", replace(CONFIG, {"data.train_examples": 0}), {7: 0.5})
     job = pair(tmp_path / "run", f"--init={source}", "--config.train.epochs=2")
     finish(job)
-    assert f"begins with step 7 of {source} ({TINY}); the classifier is kept" in job.out(0)
+    assert f"starts from step 7 of {source} ({TINY}); the classifier is kept" in job.out(0)
     assert job.out(1) == ""
     there, here = read_arrays_anywhere(source, 7), read_arrays_anywhere(tmp_path / "run", 0)
     for kind in ("params", "batch_stats"):
@@ -317,6 +317,7 @@ def test_a_mistake_that_one_process_meets_ends_both(tmp_path: Path, failing: int
     assert [len(lines) for lines in errors] == [1, 1], job.text()
     assert errors[failing][0].startswith(f"error: process {failing}: ")
     assert "absent" in errors[failing][0]
-    assert errors[1 - failing] == [f"error: process {1 - failing}: process {failing} cannot go on; it says why."]
+    assert errors[1 - failing] == [f"error: process {1 - failing}: process {failing} has stopped with an "
+                                   "error; see its output."]
     assert "Traceback" not in job.text()
     assert not (tmp_path / "run").exists()

@@ -242,9 +242,9 @@ def test_without_its_images_a_run_is_reported_in_part(run: Path, written: Any, t
     result = run_report.report(workdir, output=str(tmp_path / "report"))
     text = Page(tmp_path / "report" / "report.html").text
     assert str(tmp_path / "gone") in result["missing"]
-    assert "There is no confusion matrix" in text
+    assert "The confusion matrix and single images are not available" in text
     assert result["missing"] in text
-    assert "without what needs the test images" in run_report.render(result)
+    assert "without confusion matrix and images" in run_report.render(result)
     assert {path.name for path in (tmp_path / "report" / "report").iterdir()} == set(run_report.FILES) - {
         "confusion.png", "confusion.csv", "errors.png", "errors.csv"} | {"mine.txt"}
     result = run_report.report(workdir)
@@ -294,7 +294,7 @@ def test_a_run_that_is_not_trained_says_so(run: Path, tmp_path: Path, monkeypatc
     shutil.copy(run / "run.json", workdir)
     assert "no checkpoint is saved" in sections.headline(run_summary.load_run_summary(workdir))
     monkeypatch.setattr(run_summary.RunSummary, "saved", 0)
-    assert "as they were imported or compressed" in sections.headline(run_summary.load_run_summary(workdir))
+    assert "imported or compressed weights" in sections.headline(run_summary.load_run_summary(workdir))
 
 
 def test_boundaries_of_the_learning_rate_are_named(run: Path) -> None:
@@ -496,7 +496,7 @@ def test_the_comparison_page_holds_points_and_runs(several: Path) -> None:
     page = Page(several / "out" / "report.html")
     assert "7 runs compared" in page.text
     for part in ("point network error (%) best (%)",  # what matters is seen without scrolling
-                 "11.00 ± 4.58", "1.9 ± 1.2", "25.00", "1 of 2", "best test epoch, the published protocol",
+                 "11.00 ± 4.58", "1.9 ± 1.2", "25.00", "1 of 2", "best test epoch, chosen on the test images",
                  *(str(several / name) for name in ("plain0", "plain1", "basis", "none"))):
         assert part in page.text, part
     assert {path.name for path in (several / "out" / "report").iterdir()} == set(compare.FILES)

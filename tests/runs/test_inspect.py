@@ -127,9 +127,9 @@ def test_from_the_command_line(run: Path) -> None:
 
 
 def test_the_documented_recipe_reads_it_with_orbax_alone(run: Path) -> None:
-    """README.md promises that a checkpoint needs nothing of this package."""
-    readme = (ROOT / "README.md").read_text()
-    recipe = re.search(r"<!-- plain Orbax -->\n```python\n(.*?)```", readme, re.DOTALL)
+    """docs/runs.md promises that a checkpoint needs nothing of this package."""
+    page = (ROOT / "docs" / "runs.md").read_text()
+    recipe = re.search(r"<!-- plain Orbax -->\n```python\n(.*?)```", page, re.DOTALL)
     assert recipe
     assert "shared_basis" not in recipe[1]
     scope: dict[str, Any] = {}

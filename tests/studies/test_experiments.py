@@ -17,7 +17,7 @@ from benchmarks.records import read
 from shared_basis.errors import UserError
 from studies import experiments
 from studies.definitions import Study, Variant
-from studies.findings import StudyRow
+from studies.findings import GLANCE, StudyRow
 
 STUDY = Study("Title", "Question?", "configs/digits_resnet.py", 2, ((
     Variant("plain", "resnet20"), Variant("shared", "resnet20-s8u1", ("--config.seed_of_all=1",))),),
@@ -40,12 +40,16 @@ print(json.dumps({
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Returns a repository of that main.py and two pages."""
+    """Returns a repository of that main.py and three pages."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "main.py").write_text(MAIN)
-    (tmp_path / "README.md").write_text("<!-- studies -->\n<!-- end of studies -->\n")
+    (tmp_path / "README.md").write_text("<!-- results -->\n<!-- end of results -->\n")
+    networks = "".join(f"| {data} | `{name}` | 1,500,000 | 25.0 % | 2,000,000 | -10.4 % | 5 |\n"
+                       for data, name in GLANCE)
+    (tmp_path / "docs" / "networks.md").write_text(f"<!-- networks -->\n{networks}<!-- end of networks -->\n")
     (tmp_path / "docs" / "results.md").write_text(
-        "before\n<!-- study: tiny -->\nold\n<!-- end of study: tiny -->\nafter\n")
+        "before\n<!-- studies -->\n<!-- end of studies -->\n"
+        "<!-- study: tiny -->\nold\n<!-- end of study: tiny -->\nafter\n")
     return tmp_path
 
 
@@ -75,11 +79,12 @@ def test_runs_what_has_no_row_and_goes_on_after_a_failure(root: Path) -> None:
     assert rows[0].commit == "unknown"
     assert "--workdir" not in rows[1].command
     page = (root / "docs" / "results.md").read_text()
-    assert page.startswith("before\n<!-- study: tiny -->\n## Title")
+    assert "<!-- study: tiny -->\n## Title" in page
     assert page.endswith("after\n")
     assert "old" not in page
     assert "| plain | 5 |" in page
-    assert "| Title | 3 of 4 |" in (root / "README.md").read_text()
+    assert "| Title | 3 of 4 |" in page
+    assert "1.5M | -25 % | 2M | +10 % | 5 | not run |" in (root / "README.md").read_text()
     assert run(root, "--workdirs=w") == 1
     assert len(calls(root)) == 5  # the failed one alone
 

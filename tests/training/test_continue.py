@@ -42,7 +42,7 @@ def test_a_run_with_more_epochs_is_the_run_that_had_them_from_the_start(runs: An
     for step in (15, 20):
         assert_trees_equal(read_arrays(longer, step), read_arrays(whole, step))
     assert read_metrics(longer) == read_metrics(whole)
-    assert "goes on with train.epochs=4; it was 2" in said
+    assert "resumes with train.epochs=4; it was 2" in said
     assert "resumes at step 10 of 20" in said
 
 

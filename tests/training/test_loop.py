@@ -423,7 +423,7 @@ def test_without_validation_images_the_test_images_choose_and_this_is_said(tmp_p
     assert (outcome["chosen_on"], outcome["best_epoch"], outcome["best_test_accuracy"]) == ("test", 2, 0.8)
     assert not any(name.startswith("validation") for name in outcome)
     text = render({**outcome, **COUNTS})
-    assert "10.00 % test accuracy after 4 epochs, 80.00 % after 2 (best test epoch, the published protocol" in text
+    assert "10.00 % test accuracy after 4 epochs, 80.00 % after 2 (best test epoch, chosen on" in text
     assert "3 parameters" in text
 
 

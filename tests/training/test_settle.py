@@ -45,7 +45,7 @@ def test_mean_and_deviation_are_those_of_the_training_images(config: Config, fol
         np.testing.assert_allclose(values, expected, atol=6e-5)
     assert f"mean ({', '.join(f'{value:g}' for value in found.data.mean)})" in said
     assert found.train.batch_size == 8
-    assert "a batch has 8 of the 18 training images" in said
+    assert "batch size 8, chosen for 18 training images" in said
 
 
 def test_they_are_measured_in_blocks_and_on_a_part_of_many_images(config: Config, folder: Path,
@@ -89,7 +89,7 @@ def test_those_of_the_weights_and_of_the_run_come_first(config: Config) -> None:
     weights = (0.1, 0.2, 0.3), (0.4,)
     found, said = settled(config, weights=weights)
     assert (found.data.mean, found.data.std) == weights
-    assert "of the weights that it starts from" in said
+    assert "as for the initial weights" in said
     saved = replace(config, {"data.mean": (0.7,), "data.std": (0.8,), "train.batch_size": 6})
     found, said = settled(config, saved=saved, weights=weights)
     assert (found, said) == (saved, "")

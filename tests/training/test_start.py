@@ -103,7 +103,7 @@ def test_a_classifier_of_other_classes_is_drawn_as_by_training_anew(source: Path
         for path, array in found.items():
             of_head = path.startswith("params/head/")
             np.testing.assert_array_equal(array, anew[path] if of_head else there[path], err_msg=path)
-        assert start.init["head"].startswith("drawn anew, as ")
+        assert start.init["head"].startswith("initialised at random: ")
 
 
 def test_outputs_are_found_by_the_names_of_the_classes(source: Path, gray: Any) -> None:
@@ -115,7 +115,7 @@ def test_outputs_are_found_by_the_names_of_the_classes(source: Path, gray: Any) 
     head = read_arrays(source, 20)["params"]["head"]
     np.testing.assert_array_equal(start.variables["params"]["head"]["kernel"], np.asarray(head["kernel"])[:, [7, 0, 3]])
     np.testing.assert_array_equal(start.variables["params"]["head"]["bias"], np.asarray(head["bias"])[[7, 0, 3]])
-    assert start.init["head"] == "kept, its outputs found by name among 10"
+    assert start.init["head"] == "kept, its outputs matched by name among 10"
 
 
 def test_what_else_does_not_fit_is_listed(source: Path, images: Path) -> None:
@@ -131,7 +131,7 @@ def test_what_else_does_not_fit_is_listed(source: Path, images: Path) -> None:
 def test_another_normalisation_is_warned_of(source: Path) -> None:
     reporter = Listener()
     make(replace(DIGITS, {"data.mean": (0.5,)}), Init(str(source)), reporter)
-    assert 'normalised otherwise; they fit better with --config.data.mean="(0.3,)"' in reporter.text.getvalue()
+    assert 'with another normalisation of the images; set --config.data.mean="(0.3,)"' in reporter.text.getvalue()
     assert normalization_of(f"{source}:best") == ((0.3,), (0.5,))
 
 
@@ -140,8 +140,8 @@ def test_another_normalisation_is_warned_of(source: Path) -> None:
     (Init("SOURCE/checkpoints"), ("--init=", "/checkpoints: the directory holds no run", "file of PyTorch weights")),
     (Init("SOURCE:7"), ("checkpoint '7'", "10, 20")), (Init("SOURCE:worst"), ("checkpoint 'worst'",)),
     (Init("SOURCE", classes="list"), ("--classes=list", "knows its own")),
-    (Init("SOURCE", calibration=5), ("--calibration=5", "taken as it is")),
-    (Init("SOURCE", measure="macs"), ("--budget_of=macs", "taken as it is")),
+    (Init("SOURCE", calibration=5), ("--calibration=5", "leave it out")),
+    (Init("SOURCE", measure="macs"), ("--budget_of=macs", "leave it out")),
     (Init("SOURCE", budget=0.5), ("--budget=0.5 chooses the ranks, which", "tiny"))])
 def test_a_mistake_is_told(source: Path, init: Init, parts: tuple[str, ...]) -> None:
     with user_error(*parts):
@@ -153,7 +153,7 @@ def test_a_run_begins_resumes_without_its_source_and_takes_no_other(source: Path
     copy = shutil.copytree(source, tmp_path / "copy")
     run, reporter = tmp_path / "run", Listener()
     train(DIGITS, run, reporter, init=f"{copy}:best")
-    assert f"begins with step 10 of {copy}:best ({TINY}); the classifier is kept" in reporter.text.getvalue()
+    assert f"starts from step 10 of {copy}:best ({TINY}); the classifier is kept" in reporter.text.getvalue()
     recorded = json.loads((run / "run.json").read_text())["init"]
     assert (recorded["source"], recorded["step"], recorded["head"]) == (f"{copy}:best", 10, "kept")
     assert [line["step"] for line in read_metrics(run)] == [2]
@@ -218,7 +218,7 @@ def test_a_list_names_the_outputs_of_a_file(images: Path, tmp_path: Path) -> Non
                                   variables["params"]["head"]["kernel"][:, order])
     assert not reporter.text.getvalue()
     other = make(config, Init(str(path)), reporter)
-    assert other.init["head"] == "drawn anew, as there are 14 outputs there and 12 classes here"
+    assert other.init["head"] == "initialised at random: the weights have 14 outputs and the data 12 classes"
 
 
 def test_a_file_that_this_package_wrote_names_its_classes_and_normalisation(source: Path, tmp_path: Path,
@@ -230,7 +230,7 @@ def test_a_file_that_this_package_wrote_names_its_classes_and_normalisation(sour
         start = make(replace(DIGITS, {"data.std": (0.4,)}), Init(str(path)), reporter)
     finally:
         patch.undo()
-    assert start.init["head"] == "kept, its outputs found by name among 10"
+    assert start.init["head"] == "kept, its outputs matched by name among 10"
     np.testing.assert_array_equal(start.variables["params"]["head"]["bias"],
                                   np.asarray(read_arrays(source, 20)["params"]["head"]["bias"])[[7, 0, 3]])
     assert '--config.data.mean="(0.3,)" --config.data.std="(0.5,)"' in reporter.text.getvalue()
