@@ -59,10 +59,10 @@ def patch_moments(x: Array | np.ndarray, kernel_size: int | Sequence[int] = 3, s
 
     Args:
       x: images or activations.
-      kernel_size: of the convolution, as in `BasisConv`; so are the following.
-      strides: as above.
-      padding: as above.
-      kernel_dilation: as above.
+      kernel_size: of the convolution, as in `BasisConv`.
+      strides: of the convolution.
+      padding: of the convolution.
+      kernel_dilation: of the convolution.
 
     Raises:
       ValueError: `x` has other axes, no patch, or holds NaN or infinity; or the arguments do not fit each other.

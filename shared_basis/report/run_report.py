@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 from shared_basis.config import DataConfig
@@ -94,7 +95,7 @@ def after_training(workdir: Place, reporter: Reporter, scoring: bool) -> str | N
 
 def _data_name(config: DataConfig) -> str:
     """Returns the data set as a title names it: of images in a folder, the folder."""
-    return Path(config.directory).name if config.name == "folder" else config.name
+    return PurePath(config.directory).name if config.name == "folder" else config.name
 
 
 def compose(run: RunSummary, scores: Scores | None, which: str, missing: str | None) -> tuple[bytes, dict[str, bytes]]:
