@@ -77,7 +77,7 @@ def train(model, optimizer):
 
 FLAGS = set(define_flags(["main.py"])[0])
 OTHERS = {"help", "noreport", "noname", "name", "append", "write", "subjects", "networks", "batch", "dtype", "rounds",
-          "study", "tiny", "version"}
+          "study", "tiny", "kill", "version"}
 """Flags that are negated, stand for others, or belong to other programs."""
 
 
