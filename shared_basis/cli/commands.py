@@ -13,7 +13,7 @@ import jax
 
 from shared_basis import data
 from shared_basis.analysis import analyze, tables
-from shared_basis.cli.configuration import FOLDER_MODES
+from shared_basis.cli.flags import MODES_BY_FLAG
 from shared_basis.compression import compress, spectra
 from shared_basis.config import Config
 from shared_basis.errors import UserError, note_renamed
@@ -70,16 +70,6 @@ class Request:
         return Reporter(sys.stderr if self.json else sys.stdout,
                         "quiet" if self.quiet else "verbose" if self.verbose else "normal", jax.process_index())
 
-
-MODES_BY_FLAG = {
-    "checkpoint": ("evaluate", "predict", "export", "inspect", "analyze", "report", "import", "compress"),
-    "init": ("train",), "weights": ("import",), "classes": ("train", "import"), "against": ("inspect", "analyze"),
-    "images": ("predict", *FOLDER_MODES), "runs": ("report",),
-    "output": ("predict", "compress", "export", "analyze", "report"), "tensorboard": ("train",),
-    **dict.fromkeys(("format", "fold", "quantize", "tolerance"), ("export",)),
-    **dict.fromkeys(("calibration", "budget", "budget_of"), ("train", "compress")),
-    **dict.fromkeys(("source", "spectra"), ("compress",))}
-"""The modes that a field of `Request` is for; the others are for all modes."""
 
 Result = tuple[dict[str, Any], str]
 """The result of a mode as plain data, and human-readable."""

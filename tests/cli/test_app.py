@@ -113,15 +113,6 @@ def test_what_is_invalid_is_refused_in_one_line(arguments: Sequence[str], parts:
         taken(*arguments)
 
 
-def test_help_names_every_flag_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        taken("--mode=test", "--help")
-    assert not ended.value.code
-    printed = capsys.readouterr().out
-    for flag in ("--config", "--mode", "--workdir", "--checkpoint", "--[no]json", "--weights"):
-        assert flag in printed
-
-
 # How it ends
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def test_table_of_networks_is_current():
     assert block == table()
 
 
-FLAGS = set(define_flags(["main.py"])[0]) - {"help"}
+FLAGS = set(define_flags(["main.py"])[0]) - {"help", "version"}
 OTHERS = {"zone", "worker", "command", "nodes", "signal", "kills", "seed", "write", "noreport", "study"}
 """Flags of gcloud, srun and the torture script, and one of main.py by its negative."""
 
