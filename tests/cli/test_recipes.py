@@ -48,7 +48,8 @@ def test_a_file_of_the_user_comes_first(elsewhere: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("form", ["other/cifar_resnet.py", "/configs/cifar_resnet.py", "cifar_resnets",
                                   "configs/cifar-resnet.py:resnet56"])
 def test_others_are_refused_with_the_names_of_those_there_are(form: str) -> None:
-    with user_error(f"--config={form.partition(':')[0]}: no such file", ", ".join(recipes.names()), "Did you mean cifar_resnet?"):
+    file = form.partition(":")[0]
+    with user_error(f"--config={file}: no such file", ", ".join(recipes.names()), "Did you mean cifar_resnet?"):
         recipes.locate(form)
 
 
