@@ -11,7 +11,7 @@ from shared_basis.config import Config, replace
 from shared_basis.data.statistics import measure
 from shared_basis.errors import UserError
 from shared_basis.runs.continuation import settled_from
-from shared_basis.runtime.reporter import Reporter, count
+from shared_basis.runtime.reporter import Reporter
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and deviation, by channel or one for all."""
@@ -52,7 +52,7 @@ def settle(config: Config, source: data.Source, mesh: Mesh, reporter: Reporter, 
     divisor = config.optimizer.grad_accumulation_steps * math.lcm(mesh.size, config.model.norm_images or 1)
     if not config.train.batch_size:
         config = replace(config, {"train.batch_size": fitting_batch(images, divisor)})
-        reporter.info(f"a batch has {config.train.batch_size} of the {count(images)} training images")
+        reporter.info(f"a batch has {config.train.batch_size} images, by the size of the data set")
     if images < config.train.batch_size:
         raise UserError(f"train.batch_size={config.train.batch_size}: there are only {images} training images; set "
                         f"--config.train.batch_size=0 for a batch that fits them, here {fitting_batch(images, divisor)}"

@@ -176,7 +176,11 @@ def test_a_reader_who_has_read_enough_is_no_error() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings are Linux's")
-def test_main_starts_anew_with_huge_pages_and_keeps_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("program", "given"), [
+    ("main.py", ("main.py",)), ("/env/bin/shared-basis", ("/env/bin/shared-basis",)),
+    ("/env/shared_basis/__main__.py", ("-m", "shared_basis"))])
+def test_main_starts_anew_with_huge_pages_and_keeps_its_arguments(monkeypatch: pytest.MonkeyPatch, program: str,
+                                                                  given: tuple[str, ...]) -> None:
     import os
     import signal
 
@@ -190,12 +194,12 @@ def test_main_starts_anew_with_huge_pages_and_keeps_its_arguments(monkeypatch: p
         raise Replaced
     monkeypatch.setattr(os, "execv", replace)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "main.py", "a b"])
-    monkeypatch.setattr(sys, "argv", ["main.py", "a b"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", *given, "a b"])
+    monkeypatch.setattr(sys, "argv", [program, "a b"])
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     with pytest.raises(Replaced):
         main()
-    assert started == [(sys.executable, [sys.executable, "-X", "dev", "main.py", "a b"])]
+    assert started == [(sys.executable, [sys.executable, "-X", "dev", *given, "a b"])]
     assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
 
 

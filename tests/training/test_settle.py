@@ -45,7 +45,7 @@ def test_mean_and_deviation_are_those_of_the_training_images(config: Config, fol
         np.testing.assert_allclose(values, expected, atol=6e-5)
     assert f"mean ({', '.join(f'{value:g}' for value in found.data.mean)})" in said
     assert found.train.batch_size == 8
-    assert "a batch has 8 of the 18 training images" in said
+    assert "a batch has 8 images, by the size of the data set" in said
 
 
 def test_they_are_measured_in_blocks_and_on_a_part_of_many_images(config: Config, folder: Path,
