@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from absl import flags, logging
 
-from shared_basis.cli import help, recipes
+from shared_basis.cli import advice, help, recipes
 from shared_basis.cli.flags import MODES, TRAINED_MODES, define_flags
 from shared_basis.config import RENAMED, check_field
 from shared_basis.errors import RenamedWarning, UserError, note_renamed
@@ -73,7 +73,8 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
         rest = values(ordered)
         values.config.to_dict()  # a configuration file that is missing shows only on use
     except flags.UnrecognizedFlagError as error:
-        raise UserError(f"{error} (see --help; fields of the recipe are set like --config.seed=1).") from error
+        raise UserError(f"{error}{advice.on_flag(error.flagname)} (see --help; fields of the recipe are set like "
+                        "--config.seed=1).") from error
     except Exception as error:  # a configuration file is code and may raise anything
         text = str(error).replace("\\n", "\n") or type(error).__name__
         lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -82,7 +83,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     if values.quiet and values.verbose:
         raise UserError("--quiet --verbose: choose one of the two.")
     if rest[1:]:
-        raise UserError(f"unexpected argument {rest[1]!r}; flags look like --mode=train, see --help.")
+        raise UserError(f"unexpected argument {rest[1]!r}: {advice.on_argument(rest[1], values)}; see --help.")
     return values, options
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -86,7 +87,21 @@ def run(mode: str, request: Request) -> Result:
     for name, modes in MODES_BY_FLAG.items():
         if mode not in modes and getattr(request, name) not in (getattr(Request, name), []):  # no files is () or []
             raise UserError(f"--{name} is for --mode={' or '.join(modes)}; --mode={mode} does not take it.")
+    _check_output(mode, request)
     return MODES[mode](request)
+
+
+def _check_output(mode: str, request: Request) -> None:
+    """Refuses an --output that could not be written, before minutes are spent on what it is for.
+
+    Raises:
+      UserError: it is a directory where a file is to be written, or a file where a directory is.
+    """
+    takes_directory = mode in ("analyze", "report")
+    if request.output and os.path.exists(request.output) and os.path.isdir(request.output) != takes_directory:
+        is_one, other = ("file", "directory") if takes_directory else ("directory", "file")
+        raise UserError(f"--output={request.output} is a {is_one}, and --mode={mode} writes a {other}; choose another "
+                        "with --output.")
 
 
 def _train(request: Request) -> Result:

@@ -44,4 +44,4 @@ def locate(recipe: str) -> str:
     close = difflib.get_close_matches(name, names(), 1)
     meant = f" Did you mean {close[0]}?" if close else ""
     raise UserError(f"--config={given}: no such file, and no recipe of this package; these are {', '.join(names())}, "
-                    f"and one of your own is FILE.py[:network].{meant}")
+                    f"and one of your own is FILE.py; a network follows a colon, as in cifar_resnet:resnet56.{meant}")
