@@ -31,7 +31,7 @@ from shared_basis.data.examples import Encoded
 from shared_basis.data.listing import HEIF_ADVICE, READS_HEIF
 from shared_basis.errors import UserError
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+FORMATS: tuple[str, ...] = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """The decoders of Pillow that may run. Its many others stay closed to files that merely carry a familiar suffix."""
 
 _REGISTERED = (BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin)
