@@ -63,7 +63,7 @@ MODES = {
 TRAINED_MODES = tuple(name for name, mode in MODES.items() if mode.trained)
 """Modes of a run, which has a recipe of its own."""
 
-FOLDER_MODES = ("train", "evaluate", "analyze", "report", "summary", "prepare", "import", "compress")
+FOLDER_MODES = ("train", "evaluate", "export", "analyze", "report", "summary", "prepare", "import", "compress")
 """Modes in which --images names the folder of the data set, and not files to classify."""
 
 

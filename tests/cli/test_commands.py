@@ -21,7 +21,7 @@ def request(**fields: Any) -> Request:
 @pytest.mark.parametrize(("mode", "fields", "parts"), [
     ("evaluate", {"against": "5"}, ("--against is for --mode=inspect or analyze;", "--mode=evaluate")),
     ("report", {"against": "5"}, ("--against",)), ("inspect", {"output": "x"}, ("--output",)),
-    ("summary", {"checkpoint": "12"}, ("--checkpoint",)), ("export", {"images": ["a.png"]}, ("--images", "predict")),
+    ("summary", {"checkpoint": "12"}, ("--checkpoint",)), ("inspect", {"images": ["a.png"]}, ("--images", "predict")),
     ("evaluate", {"runs": ["a"]}, ("--runs",)), ("predict", {"fold": "none"}, ("--fold", "export")),
     ("predict", {"format": "stablehlo"}, ("--format",)), ("evaluate", {"tensorboard": True}, ("--tensorboard",)),
     ("train", {"budget": 0.5}, ("--budget", "compress")), ("report", {"spectra": True}, ("--spectra",)),
