@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import jax
 
 from shared_basis import data
 from shared_basis.analysis import analyze, tables
-from shared_basis.cli.configuration import FOLDER_MODES
+from shared_basis.cli.flags import MODES_BY_FLAG
 from shared_basis.compression import compress, spectra
 from shared_basis.config import Config
 from shared_basis.errors import UserError, note_renamed
@@ -71,16 +72,6 @@ class Request:
                         "quiet" if self.quiet else "verbose" if self.verbose else "normal", jax.process_index())
 
 
-MODES_BY_FLAG = {
-    "checkpoint": ("evaluate", "predict", "export", "inspect", "analyze", "report", "import", "compress"),
-    "init": ("train",), "weights": ("import",), "classes": ("train", "import"), "against": ("inspect", "analyze"),
-    "images": ("predict", *FOLDER_MODES), "runs": ("report",),
-    "output": ("predict", "compress", "export", "analyze", "report"), "tensorboard": ("train",),
-    **dict.fromkeys(("format", "fold", "quantize", "tolerance"), ("export",)),
-    **dict.fromkeys(("calibration", "budget", "budget_of"), ("train", "compress")),
-    **dict.fromkeys(("source", "spectra"), ("compress",))}
-"""The modes that a field of `Request` is for; the others are for all modes."""
-
 Result = tuple[dict[str, Any], str]
 """The result of a mode as plain data, and human-readable."""
 
@@ -96,7 +87,21 @@ def run(mode: str, request: Request) -> Result:
     for name, modes in MODES_BY_FLAG.items():
         if mode not in modes and getattr(request, name) not in (getattr(Request, name), []):  # no files is () or []
             raise UserError(f"--{name} is for --mode={' or '.join(modes)}; --mode={mode} does not take it.")
+    _check_output(mode, request)
     return MODES[mode](request)
+
+
+def _check_output(mode: str, request: Request) -> None:
+    """Refuses an --output that could not be written, before minutes are spent on what it is for.
+
+    Raises:
+      UserError: it is a directory where a file is to be written, or a file where a directory is.
+    """
+    takes_directory = mode in ("analyze", "report")
+    if request.output and os.path.exists(request.output) and os.path.isdir(request.output) != takes_directory:
+        is_one, other = ("file", "directory") if takes_directory else ("directory", "file")
+        raise UserError(f"--output={request.output} is a {is_one}, and --mode={mode} writes a {other}; choose another "
+                        "with --output.")
 
 
 def _train(request: Request) -> Result:

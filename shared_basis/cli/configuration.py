@@ -9,13 +9,11 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
+from shared_basis.cli.flags import FOLDER_MODES
 from shared_basis.compression.compress import named_for
 from shared_basis.config import FOLDER, Config, folder_fields, from_config_dict, named_after, replace
 from shared_basis.errors import UserError
 from shared_basis.runs.workdir import stored_config
-
-FOLDER_MODES = ("train", "evaluate", "analyze", "report", "summary", "prepare", "import", "compress")
-"""Modes in which --images names the folder of the data set, and not files to classify."""
 
 RUN_OF = {"train": "workdir", "summary": "workdir", "prepare": "workdir", "compress": "source"}
 """By mode, the flag of the run whose configuration is meant where no recipe is named."""

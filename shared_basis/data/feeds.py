@@ -19,7 +19,7 @@ from shared_basis.errors import UserError
 from shared_basis.nn.types import Array
 from shared_basis.runtime import memory
 from shared_basis.runtime.distributed import batch_sharding, make_global_array, process_allgather, replicated
-from shared_basis.runtime.reporter import Reporter, size_text
+from shared_basis.runtime.reporter import Reporter, count, size_text
 
 Inputs = tuple[jax.Array, ...]
 
@@ -53,13 +53,33 @@ class Images:
     """Gets a line about each streamed image that is skipped."""
 
     def count(self, name: str) -> int:
-        """Returns the number of images of the split `name`."""
+        """Returns the number of images of the split `name`, broken ones that are skipped among them."""
         part = self.splits[name]
         return len(part.labels) if isinstance(part, Split) else len(part)
 
+    def broken(self, name: str) -> int:
+        """Returns how many of them are known to be broken; of images that are streamed, 0."""
+        part = self.splits[name]
+        return int((part.labels < 0).sum()) if isinstance(part, Split) else 0
+
+    @property
+    def are_streamed(self) -> bool:
+        """Whether images are decoded as they are needed."""
+        return any(not isinstance(part, Split) for part in self.splits.values())
+
+    def describe(self) -> str:
+        """Returns in words how many images each split has, and of which shape."""
+        *parts, last = (f"{count(self.count(name) - self.broken(name))} {'training' if name == 'train' else name}"
+                        for name in self.splits)
+        broken = sum(map(self.broken, self.splits))
+        without = f", without {count(broken)} that cannot be decoded" if broken else ""
+        if self.are_streamed and self.config.on_broken == "skip":
+            without = ", less those that cannot be decoded"
+        return f"{', '.join(parts)} and {last} images of {'×'.join(map(str, self.spec.image_shape))}{without}"
+
     def bytes_on_device(self, feed: Feed, mesh: Mesh) -> int:
         """Returns what the images take on each device: resident ones of all splits, or two batches of a stream."""
-        if any(not isinstance(part, Split) for part in self.splits.values()):
+        if self.are_streamed:
             return 2 * memory.bytes_on_device(feed.abstract)
         scored = sum(part.images.nbytes + part.labels.nbytes for name, part in self.splits.items()
                      if name != "train" and isinstance(part, Split))

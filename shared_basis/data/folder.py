@@ -196,7 +196,7 @@ def _list_tree(root: Path, directory: Path, least: int, others: PassedOver) -> d
         for name, paths in tree.items():
             if not paths:
                 raise UserError(f"class directory {directory / name} holds no image ({', '.join(SUFFIXES)}); put "
-                                "images there, or remove the class from all splits.")
+                                f"images there, or remove the class from all splits{others.advice}.")
     else:
         for path in images_of(entries, others):
             name = _NUMBER.sub("", Path(path).stem)

@@ -28,13 +28,23 @@ from PIL import (
 )
 
 from shared_basis.data.examples import Encoded
+from shared_basis.data.listing import HEIF_ADVICE, READS_HEIF
 from shared_basis.errors import UserError
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+FORMATS: tuple[str, ...] = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """The decoders of Pillow that may run. Its many others stay closed to files that merely carry a familiar suffix."""
 
 _REGISTERED = (BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin)
 """Their modules, which add them to `PIL.Image.OPEN` when they are imported."""
+
+if READS_HEIF:
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    FORMATS = (*FORMATS, "HEIF")
+
+_HEIF_BEGINNINGS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"mif1", b"msf1"))
+"""Bytes 4 to 12 of the files of phones, whatever their suffix."""
 
 TEST_PART = 7 / 8
 """The part of the shorter side that a test image of the published ImageNet recipe keeps: 224 pixels of 256."""
@@ -206,6 +216,8 @@ def _open(body: bytes) -> Image.Image:
                 return factory(io.BytesIO(body), "")
             except (SyntaxError, IndexError, TypeError, struct.error):  # what it begins like, and is not
                 continue
+    if body[4:12] in _HEIF_BEGINNINGS and not READS_HEIF:
+        raise BrokenImage(f"is an HEIF file; {HEIF_ADVICE}")
     raise UnidentifiedImageError
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,15 @@ from pathlib import Path
 
 from shared_basis.errors import UserError
 
-SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+HEIF_SUFFIXES = (".heic", ".heif")
+"""Photographs of phones, which a further package reads."""
+
+HEIF_ADVICE = "pip install 'shared-basis[heic]' reads these, or convert them to JPEG"
+
+READS_HEIF = importlib.util.find_spec("pillow_heif") is not None
+
+SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
+            *(HEIF_SUFFIXES if READS_HEIF else ()))
 """Files with other suffixes are passed over and counted, hidden ones passed over."""
 
 OTHERS_DIRECTORIES = ("@eadir", ".@__thumb", "__macosx", "$recycle.bin", "#recycle", "@recycle", "lost+found")
@@ -35,8 +44,15 @@ class PassedOver:
         if not self.kinds:
             return ""
         several = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common(5))
-        return (f"{self.kinds.total()} files are not used ({several}), e.g. {self.example}; images end in "
-                f"{', '.join(SUFFIXES)}")
+        total = self.kinds.total()
+        return (f"{total} file{'s are' if total > 1 else ' is'} not used ({several}), e.g. {self.example}; images end "
+                f"in {', '.join(SUFFIXES)}{self.advice}")
+
+    @property
+    def advice(self) -> str:
+        """What to do about photographs of phones that no installed package reads; nothing where there are none."""
+        unread = [suffix for suffix in HEIF_SUFFIXES if suffix in self.kinds]
+        return f"; {', '.join(unread)}: {HEIF_ADVICE}" if unread else ""
 
 
 def scan(directory: Path) -> list[os.DirEntry[str]]:

@@ -15,7 +15,7 @@ from shared_basis import data
 from shared_basis.data.examples import warn_on_stderr
 from shared_basis.data.feeds import Images
 from shared_basis.data.folder import FileExamples
-from shared_basis.data.listing import SUFFIXES, walk
+from shared_basis.data.listing import SUFFIXES, PassedOver, walk
 from shared_basis.errors import UserError, printable
 from shared_basis.runs.trained import Trained
 from shared_basis.runtime import memory
@@ -49,7 +49,7 @@ def predict(workdir: Place, images: Sequence[str], which: str = "latest",
     Raises:
       UserError: no such run, checkpoint or image, or an image cannot be decoded.
     """
-    files = list_images(images)
+    files = list_images(images, warn)
     trained = Trained.open(workdir, which, overrides)
     spec, config = trained.spec, trained.config
     scaled = dataclasses.replace(config.data, image_size=spec.image_shape[0])
@@ -73,25 +73,31 @@ def predict(workdir: Place, images: Sequence[str], which: str = "latest",
             "classes": list(spec.classes), "images": classified}
 
 
-def list_images(paths: Sequence[str]) -> list[str]:
+def list_images(paths: Sequence[str], warn: Callable[[str], None] = warn_on_stderr) -> list[str]:
     """Returns the image files of `paths`: files as given, and of each directory all those within, sorted.
+
+    Args:
+      warn: called with a line about the other files of the directories, if there are any.
 
     Raises:
       UserError: there are none, or a path does not exist.
     """
     if not paths:
         raise UserError("no image is given: name files or directories with --images=PATH, as often as needed.")
-    files = []
+    files, others = [], PassedOver()
     for path in map(os.path.expanduser, paths):
         if os.path.isdir(path):
-            inside = sorted(walk(Path(path)))
+            inside = sorted(walk(Path(path), others))
             if not inside:
-                raise UserError(f"--images={path}: no image in this directory; they end in {', '.join(SUFFIXES)}.")
+                raise UserError(f"--images={path}: no image in this directory; they end in {', '.join(SUFFIXES)}"
+                                f"{others.advice}.")
             files += inside
         elif os.path.isfile(path):
             files.append(path)
         else:
             raise UserError(f"--images={path}: no such file or directory.")
+    if others.kinds:
+        warn(others.render())
     return files
 
 

@@ -115,6 +115,21 @@ def _state_dict(content: Any) -> dict[str, np.ndarray]:
     return dict(content)
 
 
+class _Ignored:
+    """Stands for a scalar of NumPy, such as the accuracy that a trainer notes beside the tensors; holds nothing."""
+
+    def __init__(self, *_: Any) -> None:
+        """Takes what would make the scalar, and does nothing with it."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Takes the state of its type."""
+
+
+_IGNORED = {("numpy", "dtype"), ("_codecs", "encode"),
+            *((f"numpy.{core}.multiarray", "scalar") for core in ("core", "_core"))}
+"""What a scalar of NumPy is made by in a pickle."""
+
+
 class _Storage:
     """The flat memory that tensors of a `.pth` file view; filled after the pickle is read (legacy format)."""
 
@@ -155,6 +170,8 @@ class _Unpickler(pickle.Unpickler):
             return lambda tensor, *_: tensor
         if module == "torch" and name in _STORAGE_TYPES:
             return _STORAGE_TYPES[name]
+        if (module, name) in _IGNORED:
+            return _Ignored
         raise _NotTensorsError(f"it asks for {printable(f'{module}.{name}')}, which a state dict does not need")
 
     def persistent_load(self, pid: Any) -> _Storage:

@@ -203,8 +203,8 @@ def counts(run: RunSummary, pictures: Sequence[Picture]) -> Html:
 def run_facts(run: RunSummary) -> Html:
     """Returns the part with what the run is and was made with."""
     data, config = run.record["data"], run.config
-    images = ", ".join(f"{data[f'{name}_examples']} {name}" for name in ("train", "validation", "test")
-                       if f"{name}_examples" in data)
+    images = ", ".join(f"{data[f'{name}_examples'] - data.get(f'{name}_broken', 0)} {name}"
+                       for name in ("train", "validation", "test") if f"{name}_examples" in data)
     shape = "×".join(map(str, data["image_shape"]))
     rows = [("workdir", str(run.path)),
             ("data", f"{config.data.name}: {images + ' ' if images else ''}images of {shape}, {len(run.classes)} "

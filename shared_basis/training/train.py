@@ -180,6 +180,7 @@ def _record_of(what: _Setup, images: feeds.Images, own: Own, device: str) -> dic
     return make_record(what.config, {
         "classes": list(images.spec.classes), "image_shape": list(images.spec.image_shape),
         **{f"{name}_examples": images.count(name) for name in images.splits},
+        **{f"{name}_broken": images.broken(name) for name in images.splits if images.broken(name)},
         **({"teacher": what.teacher.description} if what.teacher else {}), **({FILES: files} if files else {})
     }, device, own.names(), what.start.init if what.start else None)
 
@@ -213,10 +214,8 @@ def _log_setup(config: Config, images: feeds.Images, device: str, run: Workdir, 
     reporter.debug(", ".join(f"{name} {version}" for name, version in versions().items()))
     for field, (value, default) in differences(config, Config()).items():
         reporter.debug(f"{field}: {value!r}, by default {default!r}")
-    *parts, last = (f"{count(images.count(name))} {'training' if name == 'train' else name}" for name in images.splits)
-    reporter.info(f"data {config.data.name}: {', '.join(parts)} and {last} images of "
-                  f"{'×'.join(map(str, images.spec.image_shape))}, {len(images.spec.classes)} classes; "
-                  f"{device}; workdir {run.path}")
+    reporter.info(f"data {config.data.name}: {images.describe()}, {len(images.spec.classes)} classes; {device}; "
+                  f"workdir {run.path}")
 
 
 def resume(config: Config, images: feeds.Images, model: Network, mesh: Mesh, run: Workdir, checkpoints: Checkpoints,

@@ -103,7 +103,13 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (("--wrokdir=x",), ("'wrokdir'", "Did you mean: workdir", "see --help", "--config.seed=1")),
     (("--budget=half",), ("--budget=half",)),
     (("--json=maybe",), ("--json=maybe",)),
-    (("train",), ("'train'", "--mode=train")),
+    (("train",), ("'train'", "--mode=train")), (("export", "a"), ("'export'", "--mode=export")),
+    (("--mode=predict", "--images", "a.png", "b.png"), ("'b.png'", "--images=b.png")),
+    (("--mode=report", "--runs=a", "b"), ("'b'", "--runs=b")),
+    (("syntax.py",), ("'syntax.py'", "by the flag that it is for", "--workdir=syntax.py")),
+    (("--epochs=3",), ("'epochs'", "Did you mean --config.train.epochs?")),
+    (("--lr=3",), ("'lr'", "Did you mean --config.optimizer.learning_rate?")),
+    (("--name=x",), ("--config.name or --config.model.name or ",)),
     (("--quiet", "--verbose"), ("--quiet --verbose", "one of the two")),
     (("--config=.",), ("--config=.: no such file",)),
     (("--config=syntax.py",), ("syntax.py",)), (("--config=raises.py",), ("on purpose",))], ids=" ".join)
@@ -111,15 +117,6 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_is_invalid_is_refused_in_one_line(arguments: Sequence[str], parts: Sequence[str]) -> None:
     with user_error(*parts):
         taken(*arguments)
-
-
-def test_help_names_every_flag_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        taken("--mode=test", "--help")
-    assert not ended.value.code
-    printed = capsys.readouterr().out
-    for flag in ("--config", "--mode", "--workdir", "--checkpoint", "--[no]json", "--weights"):
-        assert flag in printed
 
 
 # How it ends
@@ -185,7 +182,11 @@ def test_a_reader_who_has_read_enough_is_no_error() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings are Linux's")
-def test_main_starts_anew_with_huge_pages_and_keeps_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("program", "given"), [
+    ("main.py", ("main.py",)), ("/env/bin/shared-basis", ("/env/bin/shared-basis",)),
+    ("/env/shared_basis/__main__.py", ("-m", "shared_basis"))])
+def test_main_starts_anew_with_huge_pages_and_keeps_its_arguments(monkeypatch: pytest.MonkeyPatch, program: str,
+                                                                  given: tuple[str, ...]) -> None:
     import os
     import signal
 
@@ -199,12 +200,12 @@ def test_main_starts_anew_with_huge_pages_and_keeps_its_arguments(monkeypatch: p
         raise Replaced
     monkeypatch.setattr(os, "execv", replace)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "main.py", "a b"])
-    monkeypatch.setattr(sys, "argv", ["main.py", "a b"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", *given, "a b"])
+    monkeypatch.setattr(sys, "argv", [program, "a b"])
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     with pytest.raises(Replaced):
         main()
-    assert started == [(sys.executable, [sys.executable, "-X", "dev", "main.py", "a b"])]
+    assert started == [(sys.executable, [sys.executable, "-X", "dev", *given, "a b"])]
     assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
 
 

@@ -21,7 +21,7 @@ def request(**fields: Any) -> Request:
 @pytest.mark.parametrize(("mode", "fields", "parts"), [
     ("evaluate", {"against": "5"}, ("--against is for --mode=inspect or analyze;", "--mode=evaluate")),
     ("report", {"against": "5"}, ("--against",)), ("inspect", {"output": "x"}, ("--output",)),
-    ("summary", {"checkpoint": "12"}, ("--checkpoint",)), ("export", {"images": ["a.png"]}, ("--images", "predict")),
+    ("summary", {"checkpoint": "12"}, ("--checkpoint",)), ("inspect", {"images": ["a.png"]}, ("--images", "predict")),
     ("evaluate", {"runs": ["a"]}, ("--runs",)), ("predict", {"fold": "none"}, ("--fold", "export")),
     ("predict", {"format": "stablehlo"}, ("--format",)), ("evaluate", {"tensorboard": True}, ("--tensorboard",)),
     ("train", {"budget": 0.5}, ("--budget", "compress")), ("report", {"spectra": True}, ("--spectra",)),
@@ -29,6 +29,18 @@ def request(**fields: Any) -> Request:
 def test_flags_of_other_modes_are_refused(mode: str, fields: dict[str, Any], parts: tuple[str, ...]) -> None:
     with user_error(*parts):
         commands.run(mode, request(**fields))
+
+
+@pytest.mark.parametrize(("mode", "output"), [("export", "directory"), ("predict", "directory"), ("report", "file"),
+                                              ("analyze", "file")])
+def test_an_output_of_the_other_kind_is_refused_before_anything_is_done(mode: str, output: str, tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    path, other = tmp_path / "it", {"file": "directory", "directory": "file"}[output]
+    monkeypatch.setitem(MODES, mode, lambda _: ({}, "done"))
+    assert commands.run(mode, request(output=str(path)))[1] == "done"
+    path.mkdir() if output == "directory" else path.touch()
+    with user_error(f"--output={path} is a {output}", f"--mode={mode} writes a {other}"):
+        commands.run(mode, request(output=str(path)))
 
 
 def test_what_a_mode_takes_and_defaults_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,3 +108,10 @@ def test_modes_of_a_trained_run_take_another_folder_as_overrides() -> None:
 def test_what_does_not_fit_is_refused_in_one_line(arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
     with user_error(*parts):
         read(*arguments)
+
+
+def test_every_mode_that_reads_the_folder_of_a_run_takes_it_where_it_has_moved(tmp_path: Path) -> None:
+    """As the message on a folder that cannot be found advises."""
+    for mode in ("evaluate", "export", "analyze", "report"):
+        found = read(f"--mode={mode}", "--workdir=run", f"--images={tmp_path}")
+        assert found.overrides["data.directory"] == str(tmp_path)

@@ -176,10 +176,21 @@ def test_resident_images_that_are_broken_are_left_out_and_told(tmp_path: Path) -
     images = feeds.load(data.open_source(config), config, make_mesh(), Reporter(written))
     lines = written.getvalue().splitlines()
     assert (images.count("train"), images.count("test")) == (6, 6)
+    assert (images.broken("train"), images.broken("test")) == (0, 2)
+    assert images.describe() == "6 training and 4 test images of 8×8×3, without 2 that cannot be decoded"
     assert lines[0].startswith("images are resident on the device (as configured; decoded, the images take 2.2 KiB")
     assert [line.split(" is not")[0] for line in lines[1:]] == [f"warning: skipped: {path}" for path in broken]
     labels = np.concatenate([labels for _, labels in images.batches("test", 4, mesh_of(1))()])
     assert labels.tolist() == [-1, -1, 0, 1, 1, 1, -1, -1]  # the last two fill the batch
+
+
+@pytest.mark.parametrize(("on_broken", "told"), [("skip", ", less those that cannot be decoded"), ("fail", "")])
+def test_streamed_images_that_are_broken_are_not_known_yet(tmp_path: Path, on_broken: str, told: str) -> None:
+    config, _ = broken_folder(tmp_path, 2)
+    config = dataclasses.replace(config, placement="stream", on_broken=on_broken)
+    images = feeds.load(data.open_source(config), config, make_mesh(), Reporter(verbosity="quiet"))
+    assert images.describe() == f"6 training and 6 test images of 8×8×3{told}"
+    assert images.broken("test") == 0
 
 
 def test_resident_images_that_are_broken_stop_a_run_unless_they_may_be_skipped(tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 from data_helpers import load, load_split
+from helpers import user_error
 from PIL import Image
 
 from shared_basis import data
 from shared_basis.config import DataConfig
 from shared_basis.data import folder as folder_module
+from shared_basis.data import images, listing
 from shared_basis.data.examples import select
 from shared_basis.errors import UserError
 from shared_basis.evaluation.predict import list_images
@@ -270,7 +272,7 @@ def test_what_is_no_image_is_counted_in_one_line(folder):
     data.open_source(config(folder), reporter=reporter)
     assert reporter.lines == []
     cats = folder / "train" / "cat"
-    for name in ("a.heic", "b.HEIC", "c.txt", "README"):
+    for name in ("a.avif", "b.AVIF", "c.txt", "README"):
         (cats / name).write_bytes(b"")
     write(folder / "train", "lost.png")  # beside the classes
     for name in ("x.jfif", "y.JPE"):
@@ -279,9 +281,55 @@ def test_what_is_no_image_is_counted_in_one_line(folder):
     write(cats / "@eaDir", "thumbnail.png")
     assert len(data.open_source(config(folder)).splits["train"]) == 8  # without the thumbnail
     data.open_source(config(folder), reporter=reporter)
-    assert reporter.lines[0].startswith("5 files are not used (2 .heic, ")
+    assert reporter.lines[0].startswith("5 files are not used (2 .avif, ")
     assert f"e.g. {folder / 'train' / 'lost.png'}" in reporter.lines[0]
     assert len(reporter.lines) == 1
+
+
+def test_photographs_of_phones_are_counted_with_what_reads_them(folder, monkeypatch, mistake, tmp_path):
+    advice = "pip install 'shared-basis[heic]'"
+    monkeypatch.setattr(listing, "SUFFIXES", tuple(each for each in listing.SUFFIXES if not each.startswith(".he")))
+    monkeypatch.setattr(images, "READS_HEIF", False)
+    cats = folder / "train" / "cat"
+    (cats / "a.HEIC").write_bytes(b"")
+    reporter = Warnings()
+    data.open_source(config(folder), reporter=reporter)
+    assert reporter.lines[0].startswith(f"1 file is not used (1 .heic), e.g. {cats / 'a.HEIC'}; images end in ")
+    assert reporter.lines[0].endswith(f"; .heic: {advice} reads these, or convert them to JPEG")
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "IMG_1.HEIC").write_bytes(b"")
+    with user_error("no image in this directory", advice):
+        list_images([str(tmp_path / "phone")])
+    for path in cats.glob("*.png"):
+        path.unlink()
+    assert advice in mistake(config(folder))
+    (cats / "b.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")  # by the name of another kind
+    assert advice in mistake(config(folder))
+
+
+def test_photographs_of_phones_are_read(folder):
+    heif = pytest.importorskip("pillow_heif", exc_type=ImportError)
+    before = len(data.open_source(config(folder)).splits["train"])
+    shown = np.zeros((40, 60, 3), np.uint8)
+    shown[:, 30:, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a telephone held upright: stored sideways
+    path = folder / "train" / "cat" / "IMG_1.HEIC"
+    heif.from_pillow(Image.fromarray(np.rot90(shown).copy())).save(path, quality=-1, exif=exif.tobytes())
+    assert len(data.open_source(config(folder)).splits["train"]) == before + 1
+    assert images.size_of(str(path)) == (40, 60)
+    found = images.decode(str(path), 3).astype(int)
+    assert abs(found - shown).max() < 12
+    renamed = path.rename(path.with_suffix(".jpg"))
+    assert images.size_of(renamed.read_bytes()) == (40, 60)
+
+
+def test_predict_counts_the_other_files_of_a_directory(folder):
+    (folder / "train" / "cat" / "notes.txt").write_bytes(b"")
+    told = []
+    assert len(list_images([str(folder / "train"), str(folder / "test")], told.append)) == 8
+    assert told == [f"1 file is not used (1 .txt), e.g. {folder / 'train' / 'cat' / 'notes.txt'}; images end in "
+                    f"{', '.join(listing.SUFFIXES)}"]
 
 
 class Warnings:

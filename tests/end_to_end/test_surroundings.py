@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,14 +27,15 @@ print("goes on", file=open("log", "a"))
 """
 
 
-def python(*arguments: str, cwd: Path, shell: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python with nothing set that a shell does not set; `shell` ends the command line."""
-    usual = {name: value for name, value in user_environment().items() if name != "GLIBC_TUNABLES"}
+def python(*arguments: str, cwd: Path, shell: str = "", umask: int = -1, without: Sequence[str] = (),
+           **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python with nothing set that a shell does not set, nor what is `without`; `shell` ends the command line."""
+    usual = {name: value for name, value in user_environment().items() if name not in ("GLIBC_TUNABLES", *without)}
     command = [sys.executable, *arguments]
     if shell:
         command = ["bash", "-c", f'"$@" {shell}', "bash", *command]
     return subprocess.run(command, cwd=cwd, env={**usual, **environment}, capture_output=True, timeout=300, check=False,
-                          encoding=environment.get("PYTHONIOENCODING", "utf-8"))
+                          umask=umask, encoding=environment.get("PYTHONIOENCODING", "utf-8"))
 
 
 @pytest.mark.parametrize(("run", "arguments", "code"), [
@@ -75,3 +77,62 @@ def test_training_goes_on_when_nobody_reads_what_it_prints(tmp_path: Path) -> No
     assert done.stdout.count("\n") == 1
     assert "Traceback" not in done.stderr
     assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith('{"step": 4, ')
+
+
+NOBODY = "import pwd\ndef getpwuid(uid): raise KeyError(f'getpwuid(): uid not found: {uid}')\npwd.getpwuid = getpwuid\n"
+"""As in a container that runs under a number which its /etc/passwd does not have."""
+
+SMALL = ("--config=digits_resnet:resnet14-s4u1-double", "--config.train.epochs=2", "--config.data.train_examples=64",
+         "--config.data.test_examples=8", "--config.train.batch_size=32")
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """Returns an empty directory, and the environment of a user without name and home, with odd settings."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NOBODY)
+    (tmp_path / "here").mkdir()
+    return tmp_path / "here", {"PYTHONPATH": str(tmp_path / "site"), "TZ": "Nowhere/Never", "PYTHONOPTIMIZE": "2"}
+
+
+NAMELESS = ("HOME", "USER", "LOGNAME", "USERNAME")
+
+
+def test_a_user_may_have_no_name_no_home_and_odd_settings(bare: tuple[Path, dict[str, str]]) -> None:
+    here, environment = bare
+    done = python(str(MAIN), "--mode=summary", cwd=here, without=NAMELESS, **environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "parameters" in done.stdout
+    assert not list(here.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("home", ["", "/proc", "/nonexistent"])
+def test_all_modes_work_for_such_a_user_and_leave_nothing_elsewhere(bare: tuple[Path, dict[str, str]],
+                                                                    home: str) -> None:
+    here, environment = bare
+    if home:
+        environment["HOME"] = home
+    for arguments in (SMALL, *((f"--mode={mode}",) for mode in ("evaluate", "report", "analyze", "inspect", "export"))):
+        done = python(str(MAIN), *arguments, "--workdir=run", cwd=here, without=NAMELESS, **environment)
+        assert (done.returncode, done.stderr) == (0, ""), arguments
+        assert done.stdout.strip()
+    assert [path.name for path in here.iterdir()] == ["run"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_permissions_that_the_user_wants(umask: int, tmp_path: Path) -> None:
+    done = python(str(MAIN), *SMALL, "--workdir=run", cwd=tmp_path, umask=umask)
+    assert done.returncode == 0, done.stderr
+    for path in (tmp_path / "run").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="a directory that not even root can write to")
+def test_a_directory_that_cannot_be_written_is_named() -> None:
+    done = python(str(MAIN), *SMALL, cwd=Path("/proc"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: workdir runs/digits_resnet-resnet14-s4u1-double cannot be written: ")
+    assert "--workdir" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -20,7 +20,8 @@ from helpers import ROOT
 import shared_basis
 import shared_basis.nnx
 
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py")
+                  if path.stem not in ("own_model", "make_notebook"))  # of the notebook, which test_notebook.py tests
 NAMES = [path.stem for path in EXAMPLES]
 PAGE = (ROOT / "docs" / "examples.md").read_text()
 

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch_files
 from helpers import user_error
 from hostile import MIB, Reader
 
@@ -247,3 +249,14 @@ def test_a_safetensors_header_that_lies_is_refused(reader: Reader, tmp_path: Pat
 def test_tensors_that_share_their_bytes_do_not_fill_the_memory(reader: Reader, tmp_path: Path) -> None:
     tensors = {str(index): entry(0, MIB, (MIB,), "U8") for index in range(1000)}
     reader.refusal(write_safetensors(tmp_path / "network.safetensors", tensors, bytes(MIB)))
+
+
+def test_scalars_of_numpy_beside_the_tensors_are_passed_over(tmp_path: Path) -> None:
+    """Trainers note the best accuracy so; torch.load(weights_only=True) refuses the file."""
+    weights = {"conv.weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    notes = {"best_acc1": np.float64(71.5), "epoch": np.int64(3), "lr": [np.float32(0.1)]}
+    found = read_state_dict(torch_files.save(tmp_path / "best.pth.tar", {"state_dict": weights, **notes}))
+    assert found.keys() == weights.keys()
+    np.testing.assert_array_equal(found["conv.weight"], weights["conv.weight"])
+    with user_error("it holds no dict of tensors"):
+        read_state_dict(torch_files.save(tmp_path / "mixed.pth", {**weights, **notes}))
