@@ -42,7 +42,7 @@ def test_a_folder_of_photographs_is_trained_and_used_with_few_words(main: Comman
     first = said(recipe, "--images=photos", "--config.train.epochs=6")
     assert "42 training, 12 test and 6 validation images of 32×32×3, 3 classes" in first
     assert "batch size 8, chosen for 42 training images" in first
-    assert re.search(r"normalised by mean \(0\.\d+, 0\.\d+, 0\.\d+\) and deviation", first)
+    assert re.search(r"normalised with mean \(0\.\d+, 0\.\d+, 0\.\d+\) and standard deviation", first)
     assert "best validation epoch" in first
     assert "this run is finished" in said(recipe, "--images=photos", "--config.train.epochs=6")
     (tmp_path / "elsewhere").mkdir()
