@@ -77,7 +77,8 @@ def train(model, optimizer):
 
 FLAGS = set(define_flags(["main.py"])[0])
 OTHERS = {"help", "noreport", "noname", "name", "append", "write", "subjects", "networks", "batch", "dtype", "rounds",
-          "study", "tiny", "kill", "version"}
+          "study", "tiny", "kill", "signal",
+          "version"}
 """Flags that are negated, stand for others, or belong to other programs."""
 
 
