@@ -98,7 +98,8 @@ def _flags(values: Any, names: Iterable[str]) -> str:
     for name in names:
         flag = values[name]
         choices = getattr(flag.parser, "enum_values", None)
-        own = re.sub(r"^<[^>]*>: |;\s+repeat this option to specify a list of values$", "", flag.help)  # absl's additions
+        # Without what absl adds.
+        own = re.sub(r"^<[^>]*>: |;\s+repeat this option to specify a list of values$", "", flag.help)
         meaning = " ".join(own.split()) + (f" One of `{'`, `'.join(choices)}`." if choices else "")
         default = "" if flag.default in (None, "", []) or name == "config" else f"`{flag.default}`"
         rows.append((f"`--{name}`", default, escape(meaning).replace("&amp;", "&")))

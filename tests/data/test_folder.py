@@ -237,7 +237,7 @@ def test_links_to_directories_below_are_followed_but_not_around(folder, tmp_path
         found.name(index) for index in range(len(found)) if str(cats) in found.name(index))
     (cats / "deep").mkdir()
     (cats / "deep" / "around").symlink_to(cats)
-    assert "around is a link to a directory that it lies in" in mistake(config(folder))
+    assert "around is a link to a directory that contains it" in mistake(config(folder))
 
 
 @pytest.mark.parametrize(("train", "test"), [
