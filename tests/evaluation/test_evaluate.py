@@ -43,15 +43,15 @@ def test_only_the_best_checkpoint_is_called_best_with_the_images_that_chose_it(r
     best = evaluate.evaluate(run, "best")
     assert best["chosen_on"] == "test"
     assert "best test epoch" in evaluate.render(best)
-    assert "published" in evaluate.render(best)
+    assert "as in the paper" in evaluate.render(best)
     for which in ("latest", "10", "20"):  # 10 is the best, and was not asked for as such
         other = evaluate.evaluate(run, which)
         assert other["chosen_on"] is None
         assert "best" not in evaluate.render(other)
-        assert "published" not in evaluate.render(other)
+        assert "as in the paper" not in evaluate.render(other)
     validated = evaluate.render({**best, "chosen_on": "validation"})
     assert "best validation epoch" in validated
-    assert "published" not in validated
+    assert "as in the paper" not in validated
 
 
 def test_the_images_and_the_batch_size_may_change(run: Path, tmp_path: Path) -> None:

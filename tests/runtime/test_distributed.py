@@ -322,7 +322,7 @@ def test_a_process_ends_with_its_own_error_or_with_word_of_the_first_that_has_on
         given.append(bool(value))
         return np.array([False, value, True, True])
     monkeypatch.setattr(multihost_utils, "process_allgather", allgather)
-    with user_error("process 2 cannot go on"), raise_on_all_processes():
+    with user_error("process 2 has stopped with an error"), raise_on_all_processes():
         pass
     with user_error("the user's mistake"), raise_on_all_processes():
         raise UserError("the user's mistake")
@@ -439,7 +439,7 @@ def main(*arguments: str, cwd: Path, **environment: str) -> subprocess.Completed
 def test_a_platform_that_jax_does_not_know_is_told_in_one_line(tmp_path: Path) -> None:
     done = main(cwd=tmp_path, JAX_PLATFORMS="nonsense")
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"error: JAX cannot use the devices: [^\n]*nonsense[^\n]* JAX_PLATFORMS unset\.\n", done.stderr)
+    assert re.fullmatch(r"error: JAX cannot use the devices: [^\n]*nonsense[^\n]* unset JAX_PLATFORMS\.\n", done.stderr)
     assert os.listdir(tmp_path) == []
 
 
