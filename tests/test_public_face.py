@@ -96,28 +96,26 @@ def test_importing_is_light_and_neither_it_nor_loading_a_run_changes_anything_gl
 
 
 def test_the_recipes_are_found_where_pip_has_put_them(tmp_path: Path) -> None:
-    site, data = tmp_path / "lib" / "site-packages", tmp_path / "share" / "configs"
+    site = tmp_path / "site-packages" / "shared_basis"
     for part in ("__init__.py", "errors.py", "config", "cli"):
         copy = shutil.copytree if (ROOT / "shared_basis" / part).is_dir() else shutil.copy
-        (site / "shared_basis").mkdir(parents=True, exist_ok=True)
-        copy(ROOT / "shared_basis" / part, site / "shared_basis" / part)
-    parse = [sys.executable, "-c", "from shared_basis.cli import app; import sys; app.run_and_exit("
-             "lambda: print(app.parse(['shared-basis', *sys.argv[1:]])[0].config.name))"]
+        site.mkdir(parents=True, exist_ok=True)
+        copy(ROOT / "shared_basis" / part, site / part)
+    shutil.copytree(ROOT / "configs", site / "configs")  # as setup.py says
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*parse, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False,
-                              env={**os.environ, "PYTHONPATH": str(site), "PYTHONWARNINGS": "ignore"})
+        program = ("from shared_basis.cli import app; import sys; app.run_and_exit("
+                   "lambda: print(app.parse(['shared-basis', *sys.argv[1:]])[0].config.name))")
+        environment = {**os.environ, "PYTHONPATH": str(site.parent), "PYTHONWARNINGS": "ignore"}
+        return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=tmp_path,
+                              check=False, env=environment)
 
-    shutil.copytree(ROOT / "configs", data)
-    (site / "shared_basis-0.dist-info").mkdir()
-    (site / "shared_basis-0.dist-info" / "METADATA").write_text("Name: shared-basis\nVersion: 0\n")
-    (site / "shared_basis-0.dist-info" / "RECORD").write_text("../../share/configs/digits_resnet.py,,\n")
-    assert call().stdout == "digits_resnet-resnet20-s8u1-double\n"
+    assert call().stdout == "digits_resnet-resnet20-s8u1-double\n", call().stderr
+    assert call("--config=cifar_resnet:resnet20").stdout == "cifar_resnet-resnet20\n"
+    (site / "configs" / "cifar_resnet.py").unlink()
     absent = call("--config=configs/cifar_resnet.py")
     assert absent.returncode == 2
-    assert f"no such file; a recipe is FILE.py[:network], and those of this package lie in {data}" in absent.stderr
-    shutil.rmtree(data)
-    assert "digits_resnet.py: no such file" in call().stderr
+    assert "--config=configs/cifar_resnet.py: no such file, and no recipe of this package" in absent.stderr
 
 
 _STRANGER = """

@@ -580,7 +580,7 @@ def test_one_class_is_too_few(folder, tmp_path, mistake):
 @pytest.mark.parametrize("name", data.SPLITS)
 def test_a_class_without_images_is_named(folder, mistake, name):
     for file in (folder / name / "dog").iterdir():
-        file.rename(file.with_suffix(".heic"))
+        file.rename(file.with_suffix(".svg"))
     message = mistake(config(folder))
     assert f"{folder / name / 'dog'} holds no image" in message
     assert ".jpg" in message
