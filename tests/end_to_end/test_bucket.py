@@ -81,7 +81,8 @@ def test_every_mode_reads_and_writes_buckets(cloud: Emulator, run_json: Any, mod
 
 def test_weights_on_a_disk_become_a_run_in_a_bucket(cloud: Emulator, run_json: Any) -> None:
     run_json("--mode=export", "--format=pytorch", f"--workdir={PLACE}", "--output=weights")
-    run_json("--mode=import", f"{RECIPE}:resnet14-s4u1-double", "--weights=weights", "--workdir=gs://bucket/imported")
+    run_json("--mode=import", f"{RECIPE}:resnet14-s4u1-double", *FEW, "--weights=weights",
+             "--workdir=gs://bucket/imported")
     scores = [run_json("--mode=evaluate", f"--workdir={place}") for place in (PLACE, "gs://bucket/imported")]
     assert scores[0]["test_loss"] == scores[1]["test_loss"]
 
