@@ -15,22 +15,19 @@ import argparse
 import dataclasses
 import datetime
 import functools
-import itertools
 import json
 import math
-import shlex
 import statistics
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.cases import Timed, repeated
-from benchmarks.common import Parser, Table, in_turns, markdown, positive, replace_section
+from benchmarks.common import Parser, Table, in_turns, markdown, positive
 from benchmarks.export import classify, graph_of_run, load_tests, session_of
-from benchmarks.records import ROOT, append, cells, check_file, columns, commit, read
+from benchmarks.records import ROOT, commit
 from configs import cifar_resnet, digits_resnet
 from shared_basis.cli.app import run_and_exit
 from shared_basis.config import Config, from_config_dict, replace
@@ -40,9 +37,7 @@ from shared_basis.runs.trained import Trained
 from shared_basis.runtime.files import write_atomic
 from shared_basis.runtime.reporter import Reporter
 from shared_basis.training import start, train
-
-FILE, PAGE = Path("results") / "compress.csv", Path("docs") / "compress.md"
-"""Below the repository's root."""
+from studies.kept import Kept, RowsOf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +71,6 @@ class CompressionRow:
     """Seconds of one image."""
     latency_over_plain: float
     rounds: int
-
-
-NOTED = ("date", "commit", "command", "latency", "latency_over_plain")
-"""Columns that differ from call to call where all else is the same."""
-SUBJECT = ("data", "plain", "seed", "budget")
-"""Columns that say what was compressed; the latest row of each counts."""
 
 
 def recipe(options: argparse.Namespace, network: str) -> Config:
@@ -158,19 +147,6 @@ def ship(workdirs: Sequence[Path], rounds: int, reporter: Reporter) -> list[dict
              "rounds": rounds} for content, session, seconds in zip(contents[1:], sessions[1:], others, strict=True)]
 
 
-def record(path: Path, row: CompressionRow) -> None:
-    """Adds a row to the file, unless one there finds the same; that keeps the commit that it was found at."""
-    found = [name not in NOTED for name in columns(CompressionRow)]
-    if all(list(itertools.compress(cells(each), found)) != list(itertools.compress(cells(row), found))
-           for each in latest(read(path, CompressionRow))):
-        append(path, [row])
-
-
-def latest(rows: Sequence[CompressionRow]) -> list[CompressionRow]:
-    """Returns the last row of each subject."""
-    return list({tuple(getattr(row, name) for name in SUBJECT): row for row in rows}.values())
-
-
 def tables(rows: Sequence[CompressionRow]) -> str:
     """Returns two tables in Markdown: what was learned, and what is shipped."""
     def percent(value: float) -> str:
@@ -222,8 +198,12 @@ def _budget(text: str) -> float:
     return value
 
 
-def main(arguments: Sequence[str] | None = None, root: Path = ROOT,
-         rows_of: Callable[[argparse.Namespace, str, Reporter], list[CompressionRow]] = measure) -> None:
+STUDY = Kept("compress", CompressionRow, Path("docs") / "compress.md",
+             noted=("date", "commit", "command", "latency", "latency_over_plain"),
+             subject=("data", "plain", "seed", "budget"), table=tables)
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT, rows_of: RowsOf[CompressionRow] = measure) -> None:
     """Measures, keeps the rows below `root`, prints the tables, and writes them to the page if asked to.
 
     Args:
@@ -235,18 +215,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT,
     """
     options = parse(arguments)
     onnx.require_packages()
-    check_file(root / FILE, CompressionRow)  # before what takes hours
-    command = shlex.join(["python", "-m", "studies.compress", *(
-        f"--data={Path(options.data).name}" if word.startswith("--data=") else word
-        for word in (sys.argv[1:] if arguments is None else arguments)
-        if not word.startswith("--runs"))])  # no path of this machine
-    with Reporter(sys.stderr) as reporter:
-        for row in rows_of(options, command, reporter):
-            record(root / FILE, row)
-    text = tables(latest(read(root / FILE, CompressionRow)))
-    print(text)
-    if options.write:
-        replace_section(root / PAGE, "compress", text)
+    STUDY.run(options, arguments, root, rows_of)
 
 
 if __name__ == "__main__":

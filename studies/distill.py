@@ -15,25 +15,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import itertools
 import json
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.common import Parser, Table, markdown, positive, replace_section
-from benchmarks.records import ROOT, append, cells, check_file, columns, commit, read
+from benchmarks.common import Parser, Table, markdown, positive
+from benchmarks.records import ROOT, commit
 from shared_basis.cli.app import run_and_exit
 from shared_basis.config import Config, DistillationConfig, replace
 from shared_basis.runtime.files import write_atomic
 from shared_basis.runtime.reporter import Reporter
 from shared_basis.training import start, train
 from studies.compress import recipe, tuning
-from studies.findings import interval, mean_and_deviation
-
-FILE, PAGE = Path("results") / "distill.csv", Path("docs") / "finetune.md"
-"""Below the repository's root."""
+from studies.findings import mean_and_deviation
+from studies.kept import Kept, by_seed, gain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +53,6 @@ class DistillationRow:
     labels_accuracy: float
     taught_accuracy: float
     test_examples: int
-
-
-NOTED = ("date", "commit", "command")
-"""Columns that differ from call to call where all else is the same."""
-SUBJECT = ("data", "plain", "budget", "tuned_epochs", "weight", "temperature", "train_examples")
-"""Columns that say what was done; the latest row of each, by seed, counts."""
 
 
 def recipes(options: argparse.Namespace, network: str, teacher: Path) -> dict[str, Config]:
@@ -96,40 +85,19 @@ def measure(options: argparse.Namespace, command: str, reporter: Reporter) -> Di
         found["test_examples"])
 
 
-def record(path: Path, row: DistillationRow) -> None:
-    """Adds a row to the file, unless one there finds the same; that keeps the commit that it was found at."""
-    found = [name not in NOTED for name in columns(DistillationRow)]
-    if all(list(itertools.compress(cells(each), found)) != list(itertools.compress(cells(row), found))
-           for each in read(path, DistillationRow)):
-        append(path, [row])
-
-
 def table(rows: Sequence[DistillationRow]) -> str:
     """Returns the table in Markdown: means and deviations over seeds, and the paired difference."""
     if not rows:
         return "\nNot run yet.\n\n"
     lines: Table = [["data, plain network", "budget", "images", "epochs", "plain", "compressed", "labels alone",
                      "with the teacher", "gain, points"]]
-    subjects: dict[tuple[object, ...], dict[int, DistillationRow]] = {}
-    for row in rows:
-        subjects.setdefault(tuple(getattr(row, name) for name in SUBJECT), {})[row.seed] = row
-    for seeds in subjects.values():
-        runs = list(seeds.values())
+    for runs in STUDY.over_seeds(rows):
         accuracies = [mean_and_deviation([100 * getattr(row, f"{name}_accuracy") for row in runs])
                       for name in ("plain", "compressed", "labels", "taught")]
         lines.append([f"{runs[0].data}, {runs[0].plain}", f"{runs[0].budget:g}",
                       f"{runs[0].train_examples:,}" if runs[0].train_examples else "all", str(runs[0].tuned_epochs),
-                      *accuracies, _gain(runs)])
+                      *accuracies, gain([100 * (row.taught_accuracy - row.labels_accuracy) for row in runs])])
     return f"\n{markdown(lines)}\n"
-
-
-def _gain(runs: Sequence[DistillationRow]) -> str:
-    """Returns the mean of the paired differences with its 95 % interval, which takes two seeds."""
-    gains = [100 * (row.taught_accuracy - row.labels_accuracy) for row in runs]
-    if len(gains) < 2:
-        return f"{gains[0]:+.2f}"
-    mean, low, high = interval(gains)
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -150,6 +118,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+STUDY = Kept("distill", DistillationRow, Path("docs") / "finetune.md", noted=("date", "commit", "command"),
+             subject=("data", "plain", "budget", "tuned_epochs", "weight", "temperature", "train_examples", "seed"),
+             table=table)
+
+
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT,
          row_of: Callable[[argparse.Namespace, str, Reporter], DistillationRow] = measure) -> None:
     """Measures, keeps the rows below `root`, prints the table, and writes it to the page if asked to.
@@ -161,19 +134,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT,
       UserError: an option does not fit the data, or the rows cannot be read.
       SystemExit: an option is invalid.
     """
-    options = parse(arguments)
-    check_file(root / FILE, DistillationRow)  # before what takes hours
-    command = shlex.join(["python", "-m", "studies.distill", *(
-        f"--data={Path(options.data).name}" if word.startswith("--data=") else word
-        for word in (sys.argv[1:] if arguments is None else arguments)
-        if not word.startswith("--runs"))])  # no path of this machine
-    with Reporter(sys.stderr) as reporter:
-        for seed in range(options.seeds):
-            record(root / FILE, row_of(argparse.Namespace(**{**vars(options), "seed": seed}), command, reporter))
-    text = table(read(root / FILE, DistillationRow))
-    print(text)
-    if options.write:
-        replace_section(root / PAGE, "distill", text)
+    STUDY.run(parse(arguments), arguments, root, by_seed(row_of))
 
 
 if __name__ == "__main__":

@@ -14,23 +14,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.common import Parser, Table, markdown, positive, replace_section
-from benchmarks.records import ROOT, append, check_file, columns, commit, read
+from benchmarks.common import Parser, Table, markdown, positive
+from benchmarks.records import ROOT, commit
 from configs import cifar_resnet, finetune
 from shared_basis.cli.app import run_and_exit
 from shared_basis.config import Config, from_config_dict, replace
 from shared_basis.errors import UserError
 from shared_basis.runtime.reporter import Reporter
 from shared_basis.training import train
-from studies.findings import interval, mean_and_deviation
-
-FILE, PAGE = Path("results") / "transfer.csv", Path("docs") / "transfer.md"
-"""Below the repository's root."""
+from studies.findings import mean_and_deviation
+from studies.kept import Kept, by_seed, gain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +49,6 @@ class TransferRow:
     source_accuracy: float
     scratch_accuracy: float
     transfer_accuracy: float
-
-
-NOTED = ("date", "commit", "command")
-"""Columns that differ from call to call where all else is the same."""
-SUBJECT = ("data", "network", "source_classes", "source_examples", "source_epochs", "classes", "examples", "epochs")
-"""Columns that say what was done; the latest row of each, by seed, counts."""
 
 
 def divide(images: Path, into: Path, source: int) -> tuple[Path, Path]:
@@ -118,32 +108,18 @@ def measure(options: argparse.Namespace, command: str, reporter: Reporter) -> Tr
         options.epochs, options.seed, *(found[way]["test_accuracy"] for way in ("source", "scratch", "transfer")))
 
 
-def record(path: Path, row: TransferRow) -> None:
-    """Adds a row to the file, unless one there finds the same; that keeps the commit that it was found at."""
-    found = [name for name in columns(TransferRow) if name not in NOTED]
-    if all(any(getattr(each, name) != getattr(row, name) for name in found) for each in read(path, TransferRow)):
-        append(path, [row])
-
-
 def table(rows: Sequence[TransferRow]) -> str:
     """Returns the table in Markdown: means and deviations over seeds, and the paired difference."""
     if not rows:
         return "\nNot run yet.\n\n"
     lines: Table = [["data, network", "classes: images, before", "classes: images, new", "epochs", "before",
                      "new, from nothing", "new, with `--init`", "gain, points"]]
-    subjects: dict[tuple[object, ...], dict[int, TransferRow]] = {}
-    for row in rows:
-        subjects.setdefault(tuple(getattr(row, name) for name in SUBJECT), {})[row.seed] = row
-    for seeds in subjects.values():
-        runs = list(seeds.values())
+    for runs in STUDY.over_seeds(rows):
         accuracies = [mean_and_deviation([100 * getattr(row, f"{name}_accuracy") for row in runs])
                       for name in ("source", "scratch", "transfer")]
-        gains = [100 * (row.transfer_accuracy - row.scratch_accuracy) for row in runs]
-        gain = f"{gains[0]:+.2f}"
-        if len(gains) > 1:  # which an interval takes
-            gain = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*interval(gains))
         lines.append([f"{runs[0].data}, {runs[0].network}", f"{runs[0].source_classes}: {runs[0].source_examples:,}",
-                      f"{runs[0].classes}: {runs[0].examples:,}", str(runs[0].epochs), *accuracies, gain])
+                      f"{runs[0].classes}: {runs[0].examples:,}", str(runs[0].epochs), *accuracies,
+                      gain([100 * (row.transfer_accuracy - row.scratch_accuracy) for row in runs])])
     return f"\n{markdown(lines)}\n"
 
 
@@ -164,6 +140,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+STUDY = Kept("transfer", TransferRow, Path("docs") / "transfer.md", noted=("date", "commit", "command"),
+             subject=("data", "network", "source_classes", "source_examples", "source_epochs", "classes", "examples",
+                      "epochs", "seed"),
+             table=table)
+
+
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT,
          row_of: Callable[[argparse.Namespace, str, Reporter], TransferRow] = measure) -> None:
     """Measures, keeps the rows below `root`, prints the table, and writes it to the page if asked to.
@@ -175,19 +157,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT,
       UserError: the directory does not hold what it must, or the rows cannot be read.
       SystemExit: an option is invalid.
     """
-    options = parse(arguments)
-    check_file(root / FILE, TransferRow)  # before what takes an hour
-    command = shlex.join(["python", "-m", "studies.transfer", *(
-        f"--data={Path(options.data).name}" if word.startswith("--data=") else word
-        for word in (sys.argv[1:] if arguments is None else arguments)
-        if not word.startswith("--runs"))])  # no path of this machine
-    with Reporter(sys.stderr) as reporter:
-        for seed in range(options.seeds):
-            record(root / FILE, row_of(argparse.Namespace(**{**vars(options), "seed": seed}), command, reporter))
-    text = table(read(root / FILE, TransferRow))
-    print(text)
-    if options.write:
-        replace_section(root / PAGE, "transfer", text)
+    STUDY.run(parse(arguments), arguments, root, by_seed(row_of))
 
 
 if __name__ == "__main__":

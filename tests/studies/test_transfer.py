@@ -8,31 +8,15 @@ from pathlib import Path
 
 import pytest
 from helpers import user_error, write_folder
+from study_rows import TRANSFER
 
-from benchmarks.common import section_of
-from benchmarks.records import ROOT, read
-from shared_basis.runtime.reporter import Reporter
-from studies import transfer
-from studies.transfer import TransferRow, divide, parse, recipes, record, table
-
-ROW = TransferRow("2026-11-26", "abc1234", "python -m studies.transfer", "cifar", "resnet20", 5, 10000, 12, 5, 500, 20,
-                  0, 0.8, 0.5, 0.6)
-
-
-def test_a_row_comes_back_whole_and_what_is_found_again_is_not_written(tmp_path: Path) -> None:
-    path = tmp_path / "transfer.csv"
-    record(path, ROW)
-    record(path, dataclasses.replace(ROW, commit="def5678", date="2027-01-01", command="other"))
-    assert read(path, TransferRow) == [ROW]
-    other = dataclasses.replace(ROW, seed=1)
-    record(path, other)
-    assert read(path, TransferRow) == [ROW, other]
+from studies.transfer import divide, parse, recipes, table
 
 
 def test_the_table_pairs_seeds_and_keeps_settings_apart() -> None:
-    rows = [ROW, dataclasses.replace(ROW, seed=1, transfer_accuracy=0.62),
-            dataclasses.replace(ROW, seed=2, scratch_accuracy=0.51, transfer_accuracy=0.62),
-            dataclasses.replace(ROW, examples=1000)]
+    rows = [TRANSFER, dataclasses.replace(TRANSFER, seed=1, transfer_accuracy=0.62),
+            dataclasses.replace(TRANSFER, seed=2, scratch_accuracy=0.51, transfer_accuracy=0.62),
+            dataclasses.replace(TRANSFER, examples=1000)]
     text = table(rows)
     # gains of 10, 12 and 11 points: 11 ± 4.303 · 1 / √3
     assert ("| cifar, resnet20 | 5: 10,000 | 5: 500 | 20 | 80.00 ± 0.00 (3) | 50.33 ± 0.58 (3) | 61.33 ± 1.15 (3) | "
@@ -76,23 +60,3 @@ def test_both_ways_have_the_same_images_and_epochs() -> None:
     for name in ("directory", "train_examples", "validation", "image_size", "pad", "flip"):
         assert getattr(tuned.data, name) == getattr(scratch.data, name)
     assert (configs["source"].data.directory, configs["source"].data.train_examples) == ("first", 10000)
-
-
-def test_each_seed_has_a_row_whose_command_names_no_path_of_the_machine(tmp_path: Path) -> None:
-    def row_of(options: argparse.Namespace, command: str, reporter: Reporter) -> TransferRow:
-        return dataclasses.replace(ROW, command=command, seed=options.seed)
-    transfer.main(["--data=/home/me/images", "--runs=/scratch/runs", "--seeds=2"], tmp_path, row_of)
-    assert [(row.seed, row.command) for row in read(tmp_path / transfer.FILE, TransferRow)] == [
-        (seed, "python -m studies.transfer --data=images --seeds=2") for seed in (0, 1)]
-
-
-def test_the_page_says_what_the_rows_say() -> None:
-    assert table(read(ROOT / transfer.FILE, TransferRow)) == section_of(ROOT / transfer.PAGE, "transfer")
-
-
-@pytest.mark.parametrize("arguments", [[], ["--data=DIR", "--seeds=0"], ["--data=DIR", "--examples=few"]])
-def test_an_invalid_option_ends_with_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        parse(arguments)
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
