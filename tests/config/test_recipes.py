@@ -100,14 +100,14 @@ ALL_IMAGES = {"directory": "", "manual_directory": "", "train_split": "", "test_
 """The published networks were trained on all training images, and the best chosen on the test images."""
 
 
-def agrees(found, published):
+def assert_agrees(found, published):
     """Asserts that `found` holds what is `published`, and in all other fields, later ones too, the defaults."""
     fields, defaults = flatten(found), flatten(to_dict(Config()))
     assert {**defaults, **flatten(published)} == fields
 
 
 def test_cifar_resnet_is_the_published_recipe():
-    agrees(to_dict(from_config_dict(load(CONFIGS / "cifar_resnet.py").get_config("resnet32-s8u1"))), {
+    assert_agrees(to_dict(from_config_dict(load(CONFIGS / "cifar_resnet.py").get_config("resnet32-s8u1"))), {
         "name": "cifar_resnet-resnet32-s8u1",
         "seed": 0,
         "model": {"name": "resnet32-s8u1", "stem": "cifar", "dtype": "float32", "scan_blocks": "auto",
@@ -152,7 +152,7 @@ def test_the_recipes_are_the_published_ones(recipe, variant, published):
              "crop": "center"}
     imagenet = {"name": "imagenet2012", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "pad": 0,
                 "image_size": 224, "crop": "random_resized"}
-    agrees(config, {
+    assert_agrees(config, {
         "name": f"{recipe}-{variant}", "seed": 0, "orthogonality": orthogonality, "optimizer": optimizer,
         "train": train, "data": {**ALL_IMAGES, **(cifar if recipe == "cifar100" else imagenet), "flip": True},
         "model": {"name": variant, "stem": "cifar" if recipe == "cifar100" else "imagenet", "dtype": "float32",
