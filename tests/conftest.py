@@ -25,9 +25,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 BEGAN = time.monotonic()
 
-# The older emitters compile in half of the time; from 0.12 on there are none, and XLA refuses the flag.
+# The older emitters compile in half of the time; from 0.12 on there are none, and XLA refuses the flag. Slow tests have
+# those of users: with the older ones what two programs both compute may differ in the last bit.
 QUICK = "--xla_cpu_use_fusion_emitters=false " if version("jaxlib").startswith(("0.10.", "0.11.")) else ""
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}--xla_force_host_platform_device_count=4".strip()
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
+    os.environ["XLA_FLAGS"] = (f"{os.environ.get('XLA_FLAGS', '')} {'' if 'slow' in sys.argv else QUICK}"
+                               "--xla_force_host_platform_device_count=4").strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
