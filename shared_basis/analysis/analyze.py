@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -47,7 +46,7 @@ def analyze(workdir: Place, which: str = "latest", overrides: Mapping[str, Any] 
     if against:
         path, step = inspect.other_checkpoint(workdir, against)
         runs.append(Trained.open(path, step, overrides))
-    directory = open_files(os.path.expanduser(output) if output else runs[0].run.path / "analysis")
+    directory = open_files(output if output else runs[0].run.path / "analysis")
     try:  # before what takes minutes
         directory.make()
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -42,7 +41,7 @@ def write_spectra(source: str, reporter: Reporter, *, which: str = "latest",
     Raises:
       UserError: as `open_plain`, or a file cannot be written.
     """
-    path = as_path(os.path.expanduser(output)) if output else as_path(source) / "spectra.csv"
+    path = as_path(output) if output else as_path(source) / "spectra.csv"
     if path.suffix != ".csv":
         raise UserError(f"--output={output}: must end in .csv; the picture is put beside it.")
     if output and not open_files(path.parent).is_directory():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any
@@ -149,7 +148,7 @@ def write_files(output: str, default: PurePath, files: Mapping[str, bytes]) -> P
     Raises:
       UserError: one cannot be written.
     """
-    path = as_path(os.path.expanduser(output)) if output else default
+    path = as_path(output) if output else default
     beside = open_files(path.parent)
     try:
         if not output:
@@ -181,7 +180,7 @@ def render(result: Mapping[str, Any]) -> str:
         f"{result['model']} at step {result['step']:,} of {result['workdir']}: {result['file']} "
         f"({size_text(result['bytes'])}), from images uint8 [N, {shape}], normalised inside, to logits "
         f"[N, {len(result['classes'])}]", folded, changes,
-        "not verified, as onnxruntime is not installed: pip install -e '.[export]'" if verified is None else
+        "not verified, as onnxruntime is not installed: pip install 'shared-basis[export]'" if verified is None else
         f"verified by {verified['by']} on {verified['images']} images of random pixels: logits differ by at most "
         f"{verified['difference']:.1e}, the largest is {verified['largest']:.3g}"]
     if result["quantized"]:

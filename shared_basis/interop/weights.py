@@ -36,7 +36,7 @@ def find_weights(source: str) -> tuple[str, str | None]:
         return source, None
     run, step = named_checkpoint(source)
     files = open_files(run)
-    if "run.json" in files.names():
+    if files.exists("run.json"):
         return run, step
     if files.is_directory():
         raise UserError(f"--init={source}: the directory holds no run (no run.json); give the workdir of a trained "

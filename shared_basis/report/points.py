@@ -16,7 +16,7 @@ from shared_basis.config import differences as config_differences
 from shared_basis.config import replace
 from shared_basis.errors import UserError
 from shared_basis.report.run_summary import RunSummary, load_run_summary
-from shared_basis.runtime.files import Files, open_files
+from shared_basis.runtime.files import open_files
 
 LABELS = ("name", "seed", "train.record_gradients", "train.checkpoint_minutes")
 """Fields of the configuration that runs of one point may differ in: what the run is called, the seed, and what is only
@@ -97,21 +97,13 @@ def find_runs(directories: Sequence[str]) -> list[PurePath]:
     """
     found: dict[str, PurePath] = {}
     for files in map(open_files, directories):
-        names = files.names()
-        inside = [files.path] if "run.json" in names else [
-            files.path / name for name in names if _is_run(files, name)]
+        inside = [files.path] if files.exists("run.json") else [
+            files.path / name for name in files.names() if files.exists(f"{name}/run.json")]
         if not inside:
             raise UserError(f"--runs={files.path}: neither a run (no run.json) nor a directory of runs.")
         for path in inside:
             found.setdefault(os.path.realpath(path), path)
     return list(found.values())
-
-
-def _is_run(files: Files, name: str) -> bool:
-    try:
-        return "run.json" in files.names(name)
-    except PermissionError:  # such as lost+found
-        return False
 
 
 def group(runs: Sequence[RunSummary]) -> tuple[list[Point], list[str]]:

@@ -58,6 +58,8 @@ class Checkpoints:
         for path in damaged:
             self._set_aside(path.parent.parent.name, f"{path} is damaged.")
         try:
+            if not read_only:
+                self._files.make(self._directory.name)  # raises where a file has that name, which Orbax does not tell
             self._manager = Manager(absolute(str(directory)), options=options)
         except Exception as error:  # Orbax reads the metadata of all steps
             raise UserError(f"checkpoints in {directory} cannot be opened ({one_line(error)}).") from error

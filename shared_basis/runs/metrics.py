@@ -68,7 +68,7 @@ class MetricsFiles:
         kept = _until(step, self.metrics())
         contents: dict[str, str | bytes] = {"metrics.jsonl": _text(kept), "metrics.csv": _table(kept)}
         with self._writing("metrics.jsonl"):
-            if "gradients.jsonl" in self.files.names():
+            if self.files.exists("gradients.jsonl"):
                 contents["gradients.jsonl"] = _text(_until(step, self.gradients()))
             self.files.write(contents)
         if self._tensorboard:

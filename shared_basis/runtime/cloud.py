@@ -18,8 +18,8 @@ from typing import Any
 
 from google.api_core import exceptions
 
-from shared_basis.runtime.cloud_client import TIMEOUT, ChangedByAnother, CloudError, client, explained, retry
-from shared_basis.runtime.filesystem import Files, in_use, this_process
+from shared_basis.runtime.cloud_client import TIMEOUT, ChangedByAnother, client, explained, retry
+from shared_basis.runtime.filesystem import Files, FilesError, in_use, this_process
 
 LEASE = 40.0
 """Seconds without a sign of life after which a lock may be taken over."""
@@ -78,6 +78,13 @@ class _CloudFiles(Files):
             names = [*(each.name for each in found), *found.prefixes]
         return sorted({name.removeprefix(prefix).rstrip("/") for name in names} - {""})
 
+    def exists(self, name: str) -> bool:
+        with self._explained(name):
+            there: bool = self._blob(name).exists(timeout=TIMEOUT, retry=retry())
+            if not there:
+                list(self._list(max_results=1))  # or is it the bucket that is not there?
+            return there
+
     def size(self, directory: str) -> int:
         with self._explained(directory):
             return sum(each.size for each in self._list(prefix=self._object(f"{directory}/")))
@@ -118,9 +125,8 @@ class _CloudFiles(Files):
             self._lease = None
 
     def require_lock(self) -> None:
-        if self._lease is not None and self._lease.lost:
-            raise CloudError(self.path, f"this process did not reach it for more than {LEASE:.0f} seconds, and another "
-                                        "one has taken over")
+        if self._lease is not None:
+            self._lease.require()
 
     def get(self, name: str) -> tuple[bytes, int]:
         """Returns the content of a file and its generation.
@@ -143,7 +149,7 @@ class _CloudFiles(Files):
           generation: that of the file that is replaced; 0 where there must be none, None for any.
 
         Raises:
-          CloudError: it is of another generation.
+          FilesError: it is of another generation.
         """
         data = content.encode() if isinstance(content, str) else content
         time.sleep(max(0.0, self._written.get(name, -WRITE_INTERVAL) + WRITE_INTERVAL - time.monotonic()))
@@ -191,7 +197,7 @@ class _Lease:
     def __init__(self, files: _CloudFiles) -> None:
         self._files = files
         self._holder = f"{this_process()}, {uuid.uuid4().hex[:8]}"
-        self._generation = 0
+        self._generation, self._renewed = 0, 0.0
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self.lost = False
@@ -209,6 +215,7 @@ class _Lease:
             if not generation or (generation == seen and time.monotonic() - since >= LEASE):
                 with contextlib.suppress(ChangedByAnother):  # who was faster gives signs of life
                     self._generation = self._files.put(LOCK, self._holder, generation)
+                    self._renewed = time.monotonic()
                     self._thread.start()
                     return
             elif not seen:
@@ -218,22 +225,32 @@ class _Lease:
                 raise in_use(self._files.path, _name(holder))
             time.sleep(POLL)
 
+    def require(self) -> None:
+        """Raises `FilesError` if another process has taken it over; asks, if this one was suspended or cut off."""
+        if not self.lost and time.monotonic() - self._renewed >= LEASE:
+            self._renew()
+        if self.lost:
+            raise FilesError(self._files.path, f"this process did not reach it for more than {LEASE:.0f} seconds, and "
+                                               "another one has taken over")
+
     def _beat(self) -> None:
-        while not self._released.wait(BEAT):
-            try:
-                self._generation = self._files.put(LOCK, self._holder, self._generation, BEAT)
-            except ChangedByAnother:
-                self.lost = True
-                return
-            except CloudError:
-                pass  # the next one may come through
+        while not self.lost and not self._released.wait(BEAT):
+            with contextlib.suppress(FilesError):  # the next one may come through
+                self._renew(BEAT)
+
+    def _renew(self, patience: float | None = None) -> None:
+        try:
+            self._generation = self._files.put(LOCK, self._holder, self._generation, patience)
+            self._renewed = time.monotonic()
+        except ChangedByAnother:
+            self.lost = True
 
     def release(self) -> None:
         """Removes the lock."""
         self._released.set()
         self._thread.join()
         if not self.lost:
-            with contextlib.suppress(CloudError):
+            with contextlib.suppress(FilesError):
                 self._files.delete(LOCK, self._generation, BEAT)
 
 
@@ -263,7 +280,6 @@ class _Log(io.StringIO):
                 super().close()
 
     def _put(self) -> None:
-        self._due = time.monotonic() + LOG_INTERVAL
         text = self.getvalue().encode(errors="backslashreplace")
         try:
             self._generation = self._files.put(self._name, text, self._generation, LOG_INTERVAL)
@@ -272,3 +288,5 @@ class _Log(io.StringIO):
             if not text.startswith(there):
                 raise
             self._generation = generation  # of a write whose answer never came: the next one goes on from it
+        finally:
+            self._due = time.monotonic() + LOG_INTERVAL

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import re
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from google.auth import exceptions as auth
 from google.cloud import storage
 from google.cloud.storage.retry import DEFAULT_RETRY
 
-from shared_basis.errors import UserError
+from shared_basis.runtime.filesystem import FilesError
 
 PATIENCE = 300.0
 """Seconds for which a request is repeated while the network is gone, or the storage wants to be spared (429, 503)."""
@@ -29,16 +28,7 @@ TIMEOUT = (10.0, 30.0)
 """Seconds to wait for a connection, and for an answer."""
 
 
-class CloudError(UserError, OSError):
-    """What Cloud Storage cannot do: for those that catch `OSError` with its `strerror`, else for the user as it is."""
-
-    def __init__(self, path: PurePath, why: str) -> None:
-        """Says `why` in one line."""
-        super().__init__(f"{path}: {why}.")
-        self.strerror = why
-
-
-class ChangedByAnother(CloudError):
+class ChangedByAnother(FilesError):
     """Another process has written the file meanwhile."""
 
 
@@ -62,8 +52,6 @@ class _PatientFileSystem(gcsfs.GCSFileSystem):
 @functools.cache
 def client() -> Any:
     """Returns Google's client, the same for all files; from then on Orbax is patient too."""
-    for name in ("gcsfs", "google.auth"):  # which print what is repeated, or told in one line
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     for name in ("gs", "gcs"):
         fsspec.register_implementation(name, _PatientFileSystem, clobber=True)
     return storage.Client(project=None)  # which is needed for making buckets alone
@@ -76,21 +64,21 @@ def retry(patience: float | None = None) -> Any:
 
 @contextlib.contextmanager
 def explained(path: PurePath, bucket: str) -> Iterator[None]:
-    """Turns what Google's packages raise about the file `path` in `bucket` into a `CloudError`."""
+    """Turns what Google's packages raise about the file `path` in `bucket` into a `FilesError`."""
     try:
         yield
     except (auth.DefaultCredentialsError, auth.RefreshError) as error:
-        raise CloudError(path, f"no credentials for Google Cloud ({_short(error)}): run gcloud auth application-"
+        raise FilesError(path, f"no credentials for Google Cloud ({_short(error)}): run gcloud auth application-"
                                "default login, or set GOOGLE_APPLICATION_CREDENTIALS") from error
     except exceptions.NotFound as error:
-        raise CloudError(path, f"there is no bucket {bucket}") from error
+        raise FilesError(path, f"there is no bucket {bucket}") from error
     except (exceptions.Forbidden, exceptions.Unauthorized) as error:
-        raise CloudError(path, f"no permission ({_short(error)}): it takes the role Storage Object User of the bucket "
+        raise FilesError(path, f"no permission ({_short(error)}): it takes the role Storage Object User of the bucket "
                                f"{bucket}") from error
     except exceptions.RetryError as error:
-        raise CloudError(path, f"Cloud Storage cannot be reached ({_short(error.cause or error)})") from error
+        raise FilesError(path, f"Cloud Storage cannot be reached ({_short(error.cause or error)})") from error
     except (exceptions.GoogleAPIError, auth.GoogleAuthError, requests.RequestException) as error:
-        raise CloudError(path, f"Cloud Storage fails ({_short(error)})") from error
+        raise FilesError(path, f"Cloud Storage fails ({_short(error)})") from error
 
 
 def _short(error: Exception) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import IO, Any, TextIO
 
 from shared_basis.errors import UserError
-from shared_basis.runtime.filesystem import Files, in_use, this_process
+from shared_basis.runtime.filesystem import Files, FilesError, in_use, this_process
 
 LOCK_INTERVAL = 0.2
 """Seconds between attempts to take a lock."""
@@ -56,12 +56,17 @@ class _Local(Files):
             return sorted(os.listdir(self.path / directory))
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            raise FilesError(self.path / directory, error.strerror or str(error)) from error
+
+    def exists(self, name: str) -> bool:
+        return os.path.exists(self.path / name)
 
     def size(self, directory: str) -> int:
         return sum(path.stat().st_size for path in (self.path / directory).rglob("*") if path.is_file())
 
     def is_directory(self) -> bool:
-        return self.path.is_dir()
+        return os.path.isdir(self.path)  # Path.is_dir raises where permissions are missing
 
     def make(self, directory: str = "") -> None:
         (self.path / directory).mkdir(parents=True, exist_ok=True)
@@ -126,7 +131,7 @@ def open_files(place: Place) -> Files:
 
 
 def as_path(place: Place) -> PurePath:
-    """Returns the path that `place` names: with parts and parents, and for messages.
+    """Returns the path that `place` names, with the user's home for a ~: with parts and parents, and for messages.
 
     Raises:
       UserError: it is an address other than gs://BUCKET/PATH, or what that needs is not installed.
@@ -134,13 +139,13 @@ def as_path(place: Place) -> PurePath:
     text = os.fspath(place)
     address = re.match("([a-z][a-z0-9+.-]+):/+", text)  # a pathlib.Path has one of the slashes left
     if address is None:
-        return Path(text)
+        return Path(os.path.expanduser(text))
     if address[1] != "gs" or address.end() == len(text):
         raise UserError(f"{text}: must be a directory, or gs://BUCKET/DIRECTORY in Google Cloud Storage; mount other "
                         "storage, and give the directory that it is mounted on.")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{text}: the package gcsfs, which reaches Google Cloud Storage, is not installed; pip install "
-                        "-e '.[gcs]', or give a directory.")
+                        "'shared-basis[gcs]', or give a directory.")
     from etils import epath
     return epath.Path(f"gs://{text[address.end():]}")
 

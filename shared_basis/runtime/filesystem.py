@@ -13,6 +13,15 @@ from typing import TextIO
 from shared_basis.errors import UserError
 
 
+class FilesError(UserError, OSError):
+    """What cannot be done with files: an `OSError` with its `strerror` for who catches that, else for the user."""
+
+    def __init__(self, path: PurePath, why: str) -> None:
+        """Says `why` in one line."""
+        super().__init__(f"{path}: {why}.")
+        self.strerror = why
+
+
 class Files(abc.ABC):
     """The files of a directory. Names are relative to it, with slashes between their parts.
 
@@ -46,6 +55,10 @@ class Files(abc.ABC):
     @abc.abstractmethod
     def names(self, directory: str = "") -> list[str]:
         """Returns the names of what lies directly within `directory`, sorted; none where there is no such directory."""
+
+    @abc.abstractmethod
+    def exists(self, name: str) -> bool:
+        """Returns whether there is such a file."""
 
     @abc.abstractmethod
     def size(self, directory: str) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -201,7 +201,7 @@ def import_weights(config: Config, workdir: Place, file: str, reporter: Reporter
     spec = data.describe(config.data)
     origin = open_file(file, config, spec, classes, reporter)
     start = _make(config, spec, origin, Init(file, classes), reporter)
-    parameters = _write(start, workdir)
+    parameters = _write(start, workdir, reporter)
     return {"workdir": str(workdir), "model": config.model.name, "file": str(file), "parameters": parameters,
             "head": start.init["head"], "compressed": start.report}
 
@@ -228,7 +228,7 @@ def compress_run(config: Config, workdir: Place, source: str, reporter: Reporter
     else:
         origin = open_plain(source, which)
     start = _compress(config, origin, Init(source, "", calibration, budget, measure), reporter)
-    _write(start, workdir)
+    _write(start, workdir, reporter)
     return {"workdir": str(workdir), **(start.report or {})}
 
 
@@ -239,16 +239,17 @@ def require_new(workdir: Place) -> None:
         raise UserError(f"workdir {run.path} holds checkpoints already; choose a new --workdir.")
 
 
-def _write(start: Start, workdir: Place) -> int:
-    return start_run(start.config, workdir, start.network, start.spec, start.variables, start.init)
+def _write(start: Start, workdir: Place, reporter: Reporter) -> int:
+    return start_run(start.config, workdir, start.network, start.spec, start.variables, start.init, reporter.info)
 
 
 def start_run(config: Config, workdir: Place, model: Network, spec: data.Spec, variables: Variables,
-              init: Mapping[str, Any] | None = None) -> int:
+              init: Mapping[str, Any] | None = None, tell: Callable[[str], None] = lambda text: None) -> int:
     """Writes `variables` (`params`, `batch_stats`) of `model` as step 0 of a run of `config`.
 
     Args:
       init: what the record says of where they come from; see `Start`.
+      tell: is told of another process for which it waits.
 
     Returns:
       The number of parameters.
@@ -258,7 +259,7 @@ def start_run(config: Config, workdir: Place, model: Network, spec: data.Spec, v
     """
     record = make_record(config, {"classes": list(spec.classes), "image_shape": list(spec.image_shape)}, init=init)
     run = Workdir(workdir)
-    with run.locked():
+    with run.locked(tell=tell):
         run.claim(record)
         checkpoints = Checkpoints(run.checkpoints)
         save_start(checkpoints, config, model, variables, record)

@@ -136,6 +136,12 @@ def test_a_run_before_its_first_checkpoint_can_be_opened_for_reading(tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_where_checkpoints_are_to_be_is_told_before_training(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with user_error(str(tmp_path / "checkpoints"), "cannot be opened", "File exists"):
+        Checkpoints(tmp_path / "checkpoints")
+
+
 def test_what_was_saved_does_not_change_when_the_state_is_donated(tmp_path: Path) -> None:
     double = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 2 + 1, state), donate_argnums=0)
     checkpoints, state = Checkpoints(tmp_path), make_state(5)

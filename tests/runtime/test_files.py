@@ -54,6 +54,8 @@ def test_files_are_written_read_listed_measured_moved_and_removed(files: Files) 
                  "checkpoints/20/b": b""})
     assert files.names() == ["checkpoints", "run.json"]
     assert files.names("checkpoints") == ["10", "20"]
+    assert [files.exists(name) for name in ("run.json", "checkpoints/20/b", "absent", "absent/b")] == [
+        True, True, False, False]
     assert (files.read("run.json").decode(), files.read("checkpoints/20/b")) == ("λ", b"")
     assert (files.size("checkpoints/10"), files.size("checkpoints/20")) == (8, 0)
     files.write({"run.json": "again"})
@@ -152,6 +154,20 @@ def test_a_process_that_was_taken_for_dead_writes_no_more(storage: Emulator, buc
     assert bucket.read(".lock") == b"another", "it is the other one's"
 
 
+def test_a_process_that_was_suspended_asks_for_its_lock_before_it_writes(
+        storage: Emulator, bucket: Files, hurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared_basis.runtime.cloud.BEAT", 30.0)  # no sign of life, as of a process that is stopped
+    with bucket.locked(0, pytest.fail):
+        time.sleep(0.7)
+        bucket.require_lock()  # nobody has taken it over: it is renewed
+        open_files(bucket.path).write({".lock": "another"})
+        bucket.require_lock()  # renewed just now
+        time.sleep(0.7)
+        with pytest.raises(OSError, match="another one has taken over"):
+            bucket.require_lock()
+    assert bucket.read(".lock") == b"another"
+
+
 def test_the_same_file_is_written_once_a_second(storage: Emulator) -> None:
     files = open_files(f"gs://bucket/files{next(NUMBERS)}")
     began = time.monotonic()
@@ -229,6 +245,23 @@ def test_places_are_paths_with_parts_and_parents(storage: Emulator) -> None:
     assert (absolute("gs://bucket/run:best"), absolute("/a/../b")) == ("gs://bucket/run:best", "/b")
 
 
+def test_a_tilde_is_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    open_files("~/run").make()
+    open_files(Path("~/run")).write({"run.json": "{}"})
+    assert (tmp_path / "run" / "run.json").read_text() == "{}"
+    assert absolute(str(as_path("~/run"))) == absolute("~/run")
+
+
+def test_a_directory_that_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with user_error(str(tmp_path / "loop"), "symbolic links"):
+        open_files(tmp_path / "loop").names()
+    files = open_files(tmp_path)
+    assert not files.exists("loop/run.json")
+    assert not open_files(tmp_path / "loop").is_directory()
+
+
 @pytest.mark.parametrize("address", ["s3://bucket/run", "az://bucket", "file:///tmp/run", "gs://", "hdfs:/one/slash"])
 def test_other_addresses_are_refused(address: str) -> None:
     with user_error(f"{address}: must be a directory, or gs://BUCKET/DIRECTORY", "mount"):
@@ -237,5 +270,5 @@ def test_other_addresses_are_refused(address: str) -> None:
 
 def test_the_missing_package_is_told_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with user_error("gs://bucket/run: the package gcsfs", "'.[gcs]'"):
+    with user_error("gs://bucket/run: the package gcsfs", "'shared-basis[gcs]'"):
         open_files("gs://bucket/run")
