@@ -28,7 +28,7 @@ from PIL import (
 )
 
 from shared_basis.data.examples import Encoded
-from shared_basis.data.listing import HEIF_ADVICE, READS_HEIF
+from shared_basis.data.listing import HEIF_ADVICE
 from shared_basis.errors import UserError
 
 FORMATS: tuple[str, ...] = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -37,13 +37,8 @@ FORMATS: tuple[str, ...] = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _REGISTERED = (BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin)
 """Their modules, which add them to `PIL.Image.OPEN` when they are imported."""
 
-if READS_HEIF:
-    from pillow_heif import register_heif_opener
-
-    register_heif_opener()
-    FORMATS = (*FORMATS, "HEIF")
-
-_HEIF_BEGINNINGS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"mif1", b"msf1"))
+_HEIF_BEGINNINGS = tuple(b"ftyp" + brand for brand in (
+    b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"))
 """Bytes 4 to 12 of the files of phones, whatever their suffix."""
 
 TEST_PART = 7 / 8
@@ -208,7 +203,7 @@ def _open(body: bytes) -> Image.Image:
     As `PIL.Image.open`, but for the warning that this gives of large images, which only a filter of the whole process
     would keep quiet.
     """
-    for kind in FORMATS:
+    for kind in (_heif(),) if body[4:12] in _HEIF_BEGINNINGS else FORMATS:
         factory, accept = Image.OPEN[kind]
         accepted = accept is None or accept(body[:16])
         if accepted and not isinstance(accepted, str):  # a text says what is missing
@@ -216,9 +211,22 @@ def _open(body: bytes) -> Image.Image:
                 return factory(io.BytesIO(body), "")
             except (SyntaxError, IndexError, TypeError, struct.error):  # what it begins like, and is not
                 continue
-    if body[4:12] in _HEIF_BEGINNINGS and not READS_HEIF:
-        raise BrokenImage(f"is an HEIF file; {HEIF_ADVICE}")
     raise UnidentifiedImageError
+
+
+def _heif() -> str:
+    """Returns Pillow's name of the format of phones, after the package that reads it has been added to Pillow.
+
+    Raises:
+      BrokenImage: it is not installed.
+    """
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise BrokenImage(f"is an HEIF file; {HEIF_ADVICE}") from None
+    if "HEIF" not in Image.OPEN:
+        register_heif_opener()
+    return "HEIF"
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
