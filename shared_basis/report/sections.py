@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -165,7 +166,12 @@ def _image(image: Image, classes: Sequence[str]) -> Html:
         "figcaption", element("div", "true ", truth, f" p\u00a0{image.probability_of_label:.3f}"),
         element("div", "predicted ", guess, f" p\u00a0{image.probability:.3f}"),
         element("div", f"loss {image.loss:.3f}"),
-        element("div", "/".join(Path(image.name).parts[-2:]), title=image.name)))
+        element("div", short_name(image.name), title=image.name)))
+
+
+def short_name(name: str) -> str:
+    """Returns class and file of an image that is a file; another is named as it is."""
+    return "/".join(PurePath(name).parts[-2:]) if os.path.isabs(name) else name
 
 
 def _pixels(pixels: np.ndarray, text: str) -> Html:

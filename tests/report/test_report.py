@@ -186,6 +186,13 @@ def test_the_page_stands_alone_and_escapes_names(written: Any) -> None:
     assert len([image for image in page.images if image["class"] == "small"]) == 9
 
 
+@pytest.mark.parametrize(("name", "short"), [
+    ("/data/photos/test/cat/1.png", "cat/1.png"),
+    ("example 12 of 'test' in /root/tensorflow_datasets/cifar10/3.0.2",) * 2, ("12", "12")])
+def test_images_are_named_by_class_and_file_or_as_the_data_set_has_it(name: str, short: str) -> None:
+    assert sections.short_name(name) == short
+
+
 def test_the_page_says_what_the_run_was(run: Path, written: Any) -> None:
     text = Page(written[0] / "report.html").text
     known = Workdir(run).load()[1]["versions"]
@@ -514,6 +521,8 @@ def test_the_comparison_page_holds_points_and_runs(several: Path) -> None:
 def test_runs_are_found_once_and_a_mistake_is_told(several: Path) -> None:
     twice = points_module.find_runs([str(several / "basis"), str(several), str(several / "fast" / ".." / "basis")])
     assert len(twice) == 7
+    (several / "loop").symlink_to("loop")
+    assert len(points_module.find_runs([str(several)])) == 7
     with user_error("--runs=/no/such/directory", "neither a run"):
         points_module.find_runs(["/no/such/directory"])
     (several / "basis" / "run.json").write_text("{")
