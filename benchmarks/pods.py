@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks import records
 from benchmarks.accelerator_rows import AcceleratorRow, newest
-from benchmarks.accelerator_targets import EVALUATION, STEP, TARGETS
+from benchmarks.accelerator_targets import STEP, TARGETS
 from benchmarks.accelerators import FILE
 from benchmarks.common import PAGE, Parser, Table, markdown, replace_section, section_of
 from benchmarks.records import ROOT
@@ -90,7 +90,7 @@ def program_table(rows: Sequence[AcceleratorRow]) -> Table:
               "collectives beside kernels", "arguments, MB", "temporary, MB", "of the device's memory"]]
     for row in rows:
         devices, chip = TARGETS[row.target].devices, CHIPS[row.target]
-        if devices > 1 and not math.isnan(row.argument_bytes) and row.program in (STEP, EVALUATION):
+        if devices > 1 and not math.isnan(row.argument_bytes):
             held = row.argument_bytes + row.temporary_bytes
             table.append([f"{row.network}, {row.image_size}², {row.program}", f"{devices} {chip.name}",
                           f"{row.batch / devices:g}", str(row.all_reduces), str(row.other_collectives),

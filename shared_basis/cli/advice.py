@@ -14,7 +14,7 @@ def on_flag(name: str) -> str:
     """Returns a sentence on an unknown flag that is called like a field of the recipe, or by its initials, as --lr."""
     fields = [field for field in flatten(to_dict(Config())) for last in [field.rpartition(".")[2]]
               if name in (last, "".join(word[0] for word in last.split("_")))]
-    return f" Did you mean --config.{' or --config.'.join(fields)}?" if fields and len(name) > 1 else ""
+    return f". Did you mean --config.{' or --config.'.join(fields)}?" if fields and len(name) > 1 else ""
 
 
 def on_argument(argument: str, values: flags.FlagValues) -> str:

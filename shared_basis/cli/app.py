@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from logging import CRITICAL, getLogger
 from typing import Any, NoReturn
 
 from absl import flags, logging
@@ -35,6 +36,8 @@ def main() -> NoReturn:
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         _print_anything()
     logging.set_verbosity(logging.FATAL)  # failures end in one line
+    for name in ("gcsfs", "google.auth"):  # they print what is repeated
+        getLogger(name).setLevel(CRITICAL)
     _print_notes()
     run_and_exit(lambda: run(*parse(sys.argv)), own_process=own_process)
 
@@ -97,7 +100,8 @@ def _explain(program: str, arguments: Sequence[str]) -> None:
     Raises:
       UserError: help on a mode that there is none of.
     """
-    if "--version" in arguments or "-version" in arguments:
+    asked = {argument.partition("=")[0] for argument in arguments}
+    if asked & {"--version", "-version"}:
         text = help.version()
     elif arguments[:1] == ["help"]:
         topics = [argument.removeprefix("--mode=") for argument in arguments[1:]]
@@ -105,7 +109,7 @@ def _explain(program: str, arguments: Sequence[str]) -> None:
         if unknown or len(topics) > 1:
             raise UserError(f"help {' '.join(topics)}: give one mode, of {', '.join(MODES)}.")
         text = help.render(help.program_name(program), *topics)
-    elif any(argument in ("-h", "-help", "--help", "--helpfull", "--helpshort") for argument in arguments):
+    elif asked & {"-h", "-help", "--help", "--helpfull", "--helpshort"}:
         named = [argument.removeprefix("--mode=") for argument in arguments]
         text = help.render(help.program_name(program), next((name for name in named if name in MODES), ""))
     else:

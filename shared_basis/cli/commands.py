@@ -25,6 +25,7 @@ from shared_basis.report import compare, run_report
 from shared_basis.runs import inspect
 from shared_basis.runs.workdir import Workdir
 from shared_basis.runtime.distributed import is_main_process
+from shared_basis.runtime.files import as_path, open_files
 from shared_basis.runtime.reporter import Reporter
 from shared_basis.training import start, train
 
@@ -95,10 +96,15 @@ def _check_output(mode: str, request: Request) -> None:
     """Refuses an --output that could not be written, before minutes are spent on what it is for.
 
     Raises:
-      UserError: it is a directory where a file is to be written, or a file where a directory is.
+      UserError: it is a directory where a file is to be written, or a file where a directory is, or in no directory.
     """
-    takes_directory = mode in ("analyze", "report")
-    if request.output and os.path.exists(request.output) and os.path.isdir(request.output) != takes_directory:
+    if not request.output:
+        return
+    takes_directory, parent = mode in ("analyze", "report"), as_path(request.output).parent
+    if not takes_directory and not open_files(parent).is_directory():
+        raise UserError(f"--output={request.output}: there is no directory {parent}; make it, or choose another with "
+                        "--output.")
+    if os.path.exists(request.output) and os.path.isdir(request.output) != takes_directory:
         is_one, other = ("file", "directory") if takes_directory else ("directory", "file")
         raise UserError(f"--output={request.output} is a {is_one}, and --mode={mode} writes a {other}; choose another "
                         "with --output.")

@@ -26,8 +26,8 @@ def require_packages() -> None:
     try:
         import onnx  # noqa: F401
     except ImportError as error:
-        raise UserError("--format=onnx needs the package onnx, which is not installed: pip install -e '.[export]'."
-                        ) from error
+        raise UserError("--format=onnx needs the package onnx, which is not installed: "
+                        "pip install 'shared-basis[export]'.") from error
 
 
 def serialise(output: Node, metadata: Mapping[str, Any]) -> dict[str, bytes]:

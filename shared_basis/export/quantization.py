@@ -54,8 +54,8 @@ def check(kind: str, choice: str, tolerance: float) -> None:
     try:
         import onnxruntime  # noqa: F401
     except ImportError as error:
-        raise UserError("--quantize needs the package onnxruntime, which is not installed: pip install -e '.[export]'."
-                        ) from error
+        raise UserError("--quantize needs the package onnxruntime, which is not installed: "
+                        "pip install 'shared-basis[export]'.") from error
 
 
 def quantize(content: bytes, choice: str, tolerance: float, trained: Trained,

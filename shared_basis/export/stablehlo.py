@@ -25,7 +25,7 @@ def require_packages() -> None:
         import flatbuffers  # noqa: F401
     except ImportError as error:
         raise UserError("--format=stablehlo needs the package flatbuffers, which is not installed: "
-                        "pip install -e '.[export]'.") from error
+                        "pip install 'shared-basis[export]'.") from error
 
 
 def serialise(output: Node, metadata: Mapping[str, Any]) -> dict[str, bytes]:

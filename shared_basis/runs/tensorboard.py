@@ -20,7 +20,7 @@ def require() -> None:
     """Raises `UserError` unless the package that writes event files is installed."""
     if importlib.util.find_spec("tensorboardX") is None:
         raise UserError("--tensorboard: the package tensorboardX, which writes event files, is not installed; pip "
-                        "install -e '.[tensorboard]', or leave it out: metrics.csv holds the same.")
+                        "install 'shared-basis[tensorboard]', or leave it out: metrics.csv holds the same.")
 
 
 class Events:

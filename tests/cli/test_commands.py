@@ -39,6 +39,9 @@ def test_an_output_of_the_other_kind_is_refused_before_anything_is_done(mode: st
     monkeypatch.setitem(MODES, mode, lambda _: ({}, "done"))
     assert commands.run(mode, request(output=str(path)))[1] == "done"
     path.mkdir() if output == "directory" else path.touch()
+    if mode not in ("analyze", "report"):
+        with user_error(f"--output={path / 'absent' / 'x'}: there is no directory {path / 'absent'}"):
+            commands.run(mode, request(output=str(path / "absent" / "x")))
     with user_error(f"--output={path} is a {output}", f"--mode={mode} writes a {other}"):
         commands.run(mode, request(output=str(path)))
 

@@ -21,7 +21,8 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str, program: str = 
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("-h",), ("help",), ("--mode=test", "--help")], ids=" ".join)
+@pytest.mark.parametrize("arguments", [("--help",), ("-h",), ("--help=true",), ("help",),
+                                       ("--mode=test", "--help")], ids=" ".join)
 def test_help_names_every_mode_and_flag(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, *arguments)
     for name, mode in MODES.items():

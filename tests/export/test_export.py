@@ -379,7 +379,7 @@ def test_invalid_arguments_are_named(run: Path, tmp_path: Path) -> None:
 def test_a_missing_package_is_named_before_anything_is_read(kind: str, package: str, tmp_path: Path,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with user_error(f"needs the package {package}", "pip install -e '.[export]'"):
+    with user_error(f"needs the package {package}", "pip install 'shared-basis[export]'"):
         export.export(tmp_path, kind)
 
 

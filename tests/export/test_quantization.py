@@ -125,7 +125,7 @@ def test_what_cannot_be_quantised_is_refused_before_anything_is_read(fields: dic
 
 def test_a_missing_onnxruntime_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with user_error("--quantize needs the package onnxruntime", "pip install -e '.[export]'"):
+    with user_error("--quantize needs the package onnxruntime", "pip install 'shared-basis[export]'"):
         export.export(tmp_path, "onnx", quantize="int8")
 
 

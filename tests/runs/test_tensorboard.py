@@ -72,7 +72,7 @@ def test_nothing_is_written_unless_asked_for(tmp_path: Path) -> None:
 
 def test_a_missing_package_is_told_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with user_error("--tensorboard: the package tensorboardX", "'.[tensorboard]'"):
+    with user_error("--tensorboard: the package tensorboardX", "'shared-basis[tensorboard]'"):
         tensorboard.require()
 
 

@@ -73,8 +73,8 @@ def _stock_builder(config: DataConfig) -> Any:
     advice = (f"data.name={config.name!r} is not prepared in {directory}; name the directory where it is with "
               "--config.data.directory=DIR")
     if importlib.util.find_spec("tensorflow") is None:
-        raise UserError(f"{advice}, or install TensorFlow, which preparing this set needs (pip install -e "
-                        "'.[prepare]'), and run --mode=prepare.")
+        raise UserError(f"{advice}, or install TensorFlow, which preparing this set needs (pip install "
+                        "'shared-basis[prepare]'), and run --mode=prepare.")
     try:
         return tfds.builder(name, data_dir=directory)
     except Exception as error:  # an unknown name, configuration or version, each in words of many lines

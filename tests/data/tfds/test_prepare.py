@@ -588,7 +588,7 @@ def test_without_tensorflow_it_is_asked_for(tmp_path, installed, mistake, read):
     config = DataConfig(name="tfds:registered_pets", directory=str(tmp_path / "tfds"), image_size=8)
     message = mistake(config, read)
     for part in (f"data.name='tfds:registered_pets' is not prepared in {tmp_path / 'tfds'}", "install TensorFlow",
-                 "pip install -e '.[prepare]'", "--mode=prepare", "--config.data.directory=DIR"):
+                 "pip install 'shared-basis[prepare]'", "--mode=prepare", "--config.data.directory=DIR"):
         assert part in message
     assert not (tmp_path / "tfds").exists()
 
