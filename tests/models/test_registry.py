@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from shared_basis import create_model
-from shared_basis.config import PARAMETER_LABELS
+from shared_basis.config import PARAMETER_LABELS, is_for_small_images
 from shared_basis.errors import UserError
 from shared_basis.models import Network, registry
 from shared_basis.models.base import global_average, linear_head
@@ -388,3 +388,10 @@ def test_elements_of_other_channel_groups_cannot_be_penalised_together():
         create_model("resnext50_32x4d-s64u4").basis_groups("shared+unique")
     assert len(create_model("resnext50_32x4d-s64u4").basis_groups("shared")) == 4
     assert len(create_model("resnext50_32x4d-s0u4").basis_groups("shared+unique")) == 4
+
+
+def test_recipes_know_by_the_name_which_networks_are_for_small_images_alone():
+    """They import no architecture, so that help and mistakes in flags do not wait for JAX."""
+    for name, family in FAMILIES.items():
+        for form in ("", "w24", "-s4u1"):
+            assert is_for_small_images(name + form) == (family.stems == ("cifar",)), name + form
