@@ -28,7 +28,7 @@ from shared_basis.data import streaming
 from shared_basis.data.batches import EvalBatches
 from shared_basis.data.examples import Encoded, Examples, Source, Spec
 from shared_basis.data.images import BrokenImage, size_of
-from shared_basis.data.layout import split_directories
+from shared_basis.data.layout import count_beside, split_directories
 from shared_basis.data.listing import SUFFIXES, PassedOver, images_of, is_directory, scan, walk
 from shared_basis.errors import UserError
 from shared_basis.runtime.reporter import Reporter
@@ -127,6 +127,10 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
     directories = split_directories(root, names if known else ("train", "test"))
     least = 1 if known else 2  # classes
     others = PassedOver()
+    wanted = {*names, "validation"} if "train" in names else set(names)
+    if directories:
+        count_beside(root, directories.values(), others)
+        directories = {split: path for split, path in directories.items() if not known or split in wanted}
     trees = {split: _list_tree(root, directory, least, others)
              for split, directory in (directories or {"": root}).items()}
     classes = known.classes if known else _common_classes(trees, directories or {"": root})
@@ -136,7 +140,6 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
         parts = _divide(config, parts[""], classes)
     if config.validation == AUTO_VALIDATION and "train" in parts and "validation" not in parts:
         parts |= _hold_out(parts["train"], config.split_seed)
-    wanted = {*names, "validation"} if "train" in names else set(names)
     own_size = known is not None and config.image_size in (0, known.image_shape[0])
     shape = known.image_shape if known and own_size else (*_first_size(config, first), 3)
     return Source(Spec(shape, classes), {split: part for split, part in parts.items() if split in wanted},

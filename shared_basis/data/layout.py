@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from shared_basis.data.listing import images_of, is_directory, scan
+from shared_basis.data.listing import PassedOver, images_of, is_directory, scan, walk
 from shared_basis.errors import UserError
 
 WORDS = {"train": ("train", "training"), "test": ("test", "testing"), "validation": ("val", "valid", "validation")}
@@ -14,12 +14,12 @@ WORDS = {"train": ("train", "training"), "test": ("test", "testing"), "validatio
 
 
 def split_directories(root: Path, needed: Sequence[str]) -> dict[str, Path]:
-    """Returns the directories of the splits, or nothing where one tree holds all images.
+    """Returns the directories of all splits there are, or nothing where one tree holds all images.
 
     Without a test part of its own, the validation part is what is tested on.
 
     Raises:
-      UserError: one of the splits `needed` is missing, or it cannot be told which directories are splits.
+      UserError: some of the splits `needed` are missing, or it cannot be told which directories are splits.
     """
     entries = [Path(entry.path) for entry in scan(root) if is_directory(entry)]
     found = _by_exact_name(entries) or _by_word(root, entries)
@@ -33,8 +33,21 @@ def split_directories(root: Path, needed: Sequence[str]) -> dict[str, Path]:
                 raise UserError(f"{root} holds {path.name}/ and no {lacking}; add it, or name {path} itself to have it "
                                 "divided into a train and a test part.")
         return {}
-    return {split: _unwrapped(directory) for split, directory in directories.items() if directory is not None and
-            (split in needed or (split == "validation" and "train" in needed))}
+    return {split: _unwrapped(directory) for split, directory in directories.items() if directory is not None}
+
+
+def count_beside(root: Path, splits: Collection[Path], others: PassedOver) -> None:
+    """Counts in `others` the files below `root` that lie in none of the directories `splits`."""
+    entries = scan(root)
+    for path in images_of(entries, others):
+        others.add(path)
+    for directory in (Path(entry.path) for entry in entries if is_directory(entry)):
+        if any(split.is_relative_to(directory) for split in splits):
+            if directory not in splits:
+                count_beside(directory, splits, others)
+        else:
+            for path in walk(directory, others):
+                others.add(path)
 
 
 def _by_exact_name(entries: Sequence[Path]) -> dict[str, Path]:

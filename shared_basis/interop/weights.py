@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from shared_basis.interop.pytorch import load_network
 from shared_basis.interop.state_dict import read_metadata
 from shared_basis.models import create_model, plain_counterpart
 from shared_basis.runs.inspect import named_checkpoint
+from shared_basis.runs.nearby import hint, run_around
 from shared_basis.runs.origin import Origin
 from shared_basis.runs.trained import build_model
 from shared_basis.runs.workdir import Workdir
@@ -33,6 +35,9 @@ def find_weights(source: str) -> tuple[str, str | None]:
       UserError: there is no such run or file.
     """
     if os.path.isfile(source):
+        own = run_around(source)
+        if own and (os.path.basename(source) == "run.json" or "checkpoints" in PurePath(source).parts[:-1]):
+            raise UserError(f"--init={source}: is a file of the run in {own}; give the run, --init={own}.")
         return source, None
     run, step = named_checkpoint(source)
     files = open_files(run)
@@ -40,7 +45,7 @@ def find_weights(source: str) -> tuple[str, str | None]:
         return run, step
     if files.is_directory():
         raise UserError(f"--init={source}: the directory holds no run (no run.json); give the workdir of a trained "
-                        "one, or a file of PyTorch weights.")
+                        f"one, or a file of PyTorch weights.{hint(run)}")
     raise UserError(f"--init={source}: there is no such run or file; give RUN, RUN:best or RUN:STEP, where RUN is a "
                     "workdir, or a file of PyTorch weights.")
 

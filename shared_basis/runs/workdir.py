@@ -20,6 +20,7 @@ from typing import Any
 
 from shared_basis.config import FORMAT, Config, from_config_dict, in_present_terms, to_dict
 from shared_basis.errors import UserError
+from shared_basis.runs import nearby
 from shared_basis.runs.continuation import render, require_continuation
 from shared_basis.runs.metrics import MetricsFiles
 from shared_basis.runs.storage import is_finished
@@ -116,7 +117,8 @@ class Workdir(MetricsFiles):
         """
         record = self.read_record()
         if record is None:
-            raise UserError(f"workdir {self.path} holds no run (no run.json); name a trained one with --workdir.")
+            raise UserError(f"workdir {self.path} holds no run (no run.json); name a trained one with --workdir."
+                            f"{nearby.hint(self.path)}")
         try:
             return from_config_dict(record["config"]), record
         except UserError as error:
@@ -157,7 +159,7 @@ class Workdir(MetricsFiles):
         A run that resumes keeps its record, but for the configuration, where that may change.
 
         Raises:
-          UserError: as `require`, or it holds checkpoints without their run, or cannot be written.
+          UserError: as `require`, or it holds checkpoints without their run, or other runs, or cannot be written.
         """
         saved = self.read_record()
         if saved is not None:
@@ -170,6 +172,10 @@ class Workdir(MetricsFiles):
                 raise UserError(f"workdir {self.path} holds checkpoints and no run.json; copy "
                                 f"{self.checkpoints}/<step>/run/metadata to {self.path / 'run.json'}, or choose "
                                 "another --workdir.")
+            if saved is None and (others := nearby.runs_in(self.path)):
+                raise UserError(f"workdir {self.path} contains other runs ({nearby.render(others)}); name one of them "
+                                "to go on with it, or a directory of its own for a new run, such as "
+                                f"{self.path / 'new'}.")
             self.files.make()
             self.files.write({"run.json": json.dumps(record, indent=2) + "\n"})
         except OSError as error:

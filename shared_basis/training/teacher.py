@@ -14,6 +14,7 @@ from shared_basis.config import Config, DataConfig
 from shared_basis.errors import UserError
 from shared_basis.models import Network
 from shared_basis.nn.types import Tree
+from shared_basis.runs import nearby
 from shared_basis.runs.inspect import named_checkpoint
 from shared_basis.runs.trained import Trained
 from shared_basis.runs.workdir import Workdir
@@ -48,7 +49,7 @@ def open_teacher(config: Config, spec: data.Spec, warn: Callable[[str], None] = 
     path, which = named_checkpoint(config.distillation.teacher)
     if Workdir(path).read_record() is None:
         raise UserError(f"{field}: {path} holds no run (no run.json); give the workdir of a trained one, "
-                        "RUN[:latest|best|STEP].")
+                        f"RUN[:latest|best|STEP].{nearby.hint(path)}")
     try:
         trained = Trained.open(path, which)
     except UserError as error:

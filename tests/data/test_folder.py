@@ -286,6 +286,22 @@ def test_what_is_no_image_is_counted_in_one_line(folder):
     assert len(reporter.lines) == 1
 
 
+def test_what_lies_beside_the_splits_is_counted_too(folder):
+    write(folder, "lost.png")
+    (folder / "labels.csv").write_bytes(b"")
+    write(folder / "unlabelled" / "deep", "0.png", "1.png")
+    (folder / "train" / "train").mkdir()  # as archives have it
+    for name in ("cat", "dog"):
+        (folder / "train" / name).rename(folder / "train" / "train" / name)
+    (folder / "train" / "list.txt").write_bytes(b"")
+    for known, names in ((None, ("train", "test")), (data.Spec((4, 6, 3), ("cat", "dog")), ("test",))):
+        reporter = Warnings()
+        source = data.open_source(config(folder), names, known, reporter=reporter)
+        assert set(source.splits) == set(names)
+        assert reporter.lines[0].startswith(f"5 files are not used (3 .png, 1 .csv, 1 .txt), e.g. "
+                                            f"{folder / 'labels.csv'}; images end in")
+
+
 def test_photographs_of_phones_are_counted_with_what_reads_them(folder, monkeypatch, mistake, tmp_path):
     advice = "pip install 'shared-basis[heic]'"
     monkeypatch.setattr(listing, "SUFFIXES", tuple(each for each in listing.SUFFIXES if not each.startswith(".he")))

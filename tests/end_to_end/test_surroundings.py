@@ -113,11 +113,18 @@ def test_all_modes_work_for_such_a_user_and_leave_nothing_elsewhere(bare: tuple[
     here, environment = bare
     if home:
         environment["HOME"] = home
+    package = _files(MAIN.parent / "shared_basis") | _files(MAIN.parent / "configs")
     for arguments in (SMALL, *((f"--mode={mode}",) for mode in ("evaluate", "report", "analyze", "inspect", "export"))):
         done = python(str(MAIN), *arguments, "--workdir=run", cwd=here, without=NAMELESS, **environment)
         assert (done.returncode, done.stderr) == (0, ""), arguments
         assert done.stdout.strip()
     assert [path.name for path in here.iterdir()] == ["run"]
+    assert _files(MAIN.parent / "shared_basis") | _files(MAIN.parent / "configs") == package  # it may be read-only
+
+
+def _files(directory: Path) -> dict[Path, float]:
+    """Returns when each file below `directory` was written, without those that Python compiles."""
+    return {path: path.stat().st_mtime for path in directory.rglob("*") if "__pycache__" not in path.parts}
 
 
 @pytest.mark.slow

@@ -315,6 +315,14 @@ def test_boundaries_of_the_learning_rate_are_named(run: Path) -> None:
     assert loss != none
 
 
+def test_images_that_are_skipped_as_they_are_read_are_not_passed_off_as_seen(run: Path) -> None:
+    said = "less those that cannot be decoded"
+    found = run_summary.load_run_summary(run)
+    skips = dataclasses.replace(found, config=replace(found.config, {"data.on_broken": "skip"}))
+    counted = dataclasses.replace(skips, record={**found.record, "data": {**found.record["data"], "test_broken": 1}})
+    assert [said in sections.run_facts(each) for each in (found, skips, counted)] == [False, True, False]
+
+
 def test_time_is_images_over_speed(run: Path) -> None:
     assert run_summary.load_run_summary(run).seconds == pytest.approx(6 * 4 / 150)
 

@@ -86,6 +86,20 @@ def test_a_workdir_without_a_run_cannot_be_loaded(tmp_path: Path) -> None:
         Workdir(tmp_path).load()
 
 
+def test_runs_near_a_directory_without_one_are_named(run: Workdir, tmp_path: Path) -> None:
+    run.claim(record())
+    with user_error(f"It is part of the run in {run.path}: name that."):
+        Workdir(run.checkpoints / "10").load()
+    above = run.path.parent
+    with user_error(f"{above} holds no run", f"It contains {run.path}: name one of them."):
+        Workdir(above).load()
+    for name in ("z1", "z2", "z3"):
+        Workdir(above / name).claim(record())
+    with user_error(f"{above} contains other runs (", "and 1 more", f"{above / 'new'}"):
+        Workdir(above).claim(record())
+    assert not (above / "run.json").exists()
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"config": {}}', '"text"', "{\"config\": \udcff}"])
 def test_a_damaged_record_is_told_with_where_its_copies_lie(run: Workdir, text: str) -> None:
     (run.path / "run.json").write_bytes(text.encode(errors="surrogateescape"))

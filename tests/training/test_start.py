@@ -137,14 +137,16 @@ def test_another_normalisation_is_warned_of(source: Path) -> None:
 
 @pytest.mark.parametrize(("init", "parts"), [
     (Init("absent"), ("--init=absent", "no such run or file", "RUN:best")),
-    (Init("SOURCE/checkpoints"), ("--init=", "/checkpoints: the directory holds no run", "file of PyTorch weights")),
+    (Init("SOURCE/checkpoints"), ("--init=", "/checkpoints: the directory holds no run", "file of PyTorch weights",
+                                   "part of the run in SOURCE")),
+    (Init("SOURCE/run.json"), ("--init=", "a file of the run in SOURCE; give the run, --init=SOURCE.")),
     (Init("SOURCE:7"), ("checkpoint '7'", "10, 20")), (Init("SOURCE:worst"), ("checkpoint 'worst'",)),
     (Init("SOURCE", classes="list"), ("--classes=list", "knows its own")),
     (Init("SOURCE", calibration=5), ("--calibration=5", "leave it out")),
     (Init("SOURCE", measure="macs"), ("--budget_of=macs", "leave it out")),
     (Init("SOURCE", budget=0.5), ("--budget=0.5 chooses the ranks, which", "tiny"))])
 def test_a_mistake_is_told(source: Path, init: Init, parts: tuple[str, ...]) -> None:
-    with user_error(*parts):
+    with user_error(*(part.replace("SOURCE", str(source)) for part in parts)):
         make(DIGITS, Init(init.source.replace("SOURCE", str(source)), init.classes, init.calibration, init.budget,
                           init.measure), Listener())
 
