@@ -28,25 +28,29 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """What torchvision, timm and the official implementation train with."""
 
 
-def find_weights(source: str) -> tuple[str, str | None]:
+def find_weights(source: str, flag: str = "--init") -> tuple[str, str | None]:
     """Returns the path in `source`, RUN[:best|STEP] or FILE, and of a run the checkpoint: 'latest', 'best' or a step.
+
+    Args:
+      flag: the name of the flag that `source` was given with, for messages.
 
     Raises:
       UserError: there is no such run or file.
     """
+    source = os.path.expanduser(source)
     if os.path.isfile(source):
         own = run_around(source)
         if own and (os.path.basename(source) == "run.json" or "checkpoints" in PurePath(source).parts[:-1]):
-            raise UserError(f"--init={source}: is a file of the run in {own}; give the run, --init={own}.")
+            raise UserError(f"{flag}={source}: is a file of the run in {own}; give the run, {flag}={own}.")
         return source, None
     run, step = named_checkpoint(source)
     files = open_files(run)
     if files.exists("run.json"):
         return run, step
     if files.is_directory():
-        raise UserError(f"--init={source}: the directory holds no run (no run.json); give the workdir of a trained "
+        raise UserError(f"{flag}={source}: the directory holds no run (no run.json); give the workdir of a trained "
                         f"one, or a file of PyTorch weights.{hint(run)}")
-    raise UserError(f"--init={source}: there is no such run or file; give RUN, RUN:best or RUN:STEP, where RUN is a "
+    raise UserError(f"{flag}={source}: there is no such run or file; give RUN, RUN:best or RUN:STEP, where RUN is a "
                     "workdir, or a file of PyTorch weights.")
 
 

@@ -222,11 +222,10 @@ def compress_run(config: Config, workdir: Place, source: str, reporter: Reporter
       UserError: as `shared_basis.compression.compress.compress`, or `workdir` holds checkpoints already.
     """
     require_new(workdir)
+    origin = None if os.path.isfile(source) else open_plain(source, which)
     compressing.check_target(config, budget, measure)
-    if os.path.isfile(source):
+    if origin is None:
         origin = open_file(source, config, data.describe(config.data), "", reporter)
-    else:
-        origin = open_plain(source, which)
     start = _compress(config, origin, Init(source, "", calibration, budget, measure), reporter)
     _write(start, workdir, reporter)
     return {"workdir": str(workdir), **(start.report or {})}

@@ -174,7 +174,7 @@ def assert_mistake(done: subprocess.CompletedProcess[str], *parts: str) -> None:
 
 
 MISTAKES = {  # one a mechanism: those of the command line itself are in tests/cli, those of fields in tests/config
-    "flag": (("--wrokdir=x",), ("'wrokdir'", "Did you mean: workdir", "see --help")),
+    "flag": (("--wrokdir=x",), ("--wrokdir", "Did you mean --workdir?", "see --help")),
     "value of a field": ((RECIPE, "--config.train.epochs=-1"), ("train.epochs=-1", "positive")),
     "network": ((f"{RECIPE}:resnet57",), ("resnet57", "resnet56", "resnet56-s16u1-double")),
     "file of another program": (("--config=foreign.py",), ("batch_size",)),
@@ -186,6 +186,8 @@ MISTAKES = {  # one a mechanism: those of the command line itself are in tests/c
          "--config.data.manual_directory=nowhere"), ("nowhere", "cifar10")),
     "workdir below a file": ((*SMALL, "--workdir=foreign.py/run"), ("workdir foreign.py/run",)),
     "workdir that is an address": ((*SMALL, "--workdir=s3://bucket/run"), ("s3://bucket/run", "gs://BUCKET/DIRECTORY")),
+    "compression of no run": (("--mode=compress", "--source=absent", "--budget=0.5"),
+                              ("--source=absent: there is no such run or file",)),
     "evaluation without a run": ((RECIPE, "--mode=evaluate", "--workdir=absent"), ("absent", "holds no run")),
 }
 
