@@ -66,9 +66,15 @@ def basis_conv(x: Array, basis: Sequence[Array], norm: Norm | Callable[[Array], 
 
 
 class BasisConv(nn.Module):
-    """The one convolution of every variant, with the arguments of `flax.linen.Conv`.
+    """A convolution through a filter basis, which it may share with other layers (Kang & Kim, section 3.1).
 
-    What it is handed, and its ranks, decide what it computes (see `form`):
+        basis = self.param("body", nn.initializers.orthogonal(), (3, 3, 64, 16))    # or init_shared_bases
+        y = BasisConv(64, unique_rank=1, unique_init=nn.initializers.orthogonal())(x, basis, train)
+
+    The arguments are those of `flax.linen.Conv` with two other defaults: `padding=None` adds half of the kernel on each
+    side, as PyTorch's convolutions do (at strides above 1 'SAME' pads differently), and `use_bias=False`.
+
+    The shared array that it is called with, and `unique_rank`, determine what it computes:
 
     - no shared array and no unique elements: an ordinary convolution with its own `kernel [*k, C / groups, T]`;
     - a filter basis: `unique [*k, C / groups, u]` if u > 0, `norm` (scale and bias of R channels) and
@@ -76,7 +82,7 @@ class BasisConv(nn.Module):
     - whole filters `[*k, C, T]` with `whole_filters`: a convolution with them, and no parameter of its own;
     - templates `[*k, C, T, templates]`: a convolution with the kernel that its `coefficients [templates]` combine.
 
-    The owner of shared arrays is the network.
+    The network owns the shared arrays. Layers can share a basis if their kernel sizes and input channels are equal.
     """
 
     features: int
@@ -85,8 +91,7 @@ class BasisConv(nn.Module):
     """k of a square kernel, or its size by axis: `(3,)` and `(3, 3, 3)` are convolutions of one and of three axes."""
     strides: int | Sequence[int] = 1
     unique_rank: int = 0
-    """u, the elements that belong to this layer alone. As published their norms start at √(2C/u), not at 1 as those of
-    shared ones: see `unique_init`."""
+    """u, the elements that belong to this layer alone; see `unique_init`."""
     dtype: Dtype = jnp.float32
     """Compute type."""
     padding: int | str | Sequence[int | tuple[int, int]] | None = None
@@ -102,8 +107,8 @@ class BasisConv(nn.Module):
     use_bias: bool = False
     kernel_dilation: int | Sequence[int] = 1
     norm: str | Callable[..., nn.Module] | None = "batch"
-    """Between basis and coefficients: 'batch' (the method), None, or what makes a layer, such as
-    `functools.partial(nn.GroupNorm, num_groups=4)`."""
+    """Between basis and coefficients: 'batch' (the method), None, or a callable that returns a normalisation module,
+    such as `functools.partial(nn.GroupNorm, num_groups=4)`."""
     use_running_average: bool | None = None
     """As in `flax.linen.BatchNorm`, here or when called; False trains."""
     axis_name: str | None = None
@@ -111,7 +116,8 @@ class BasisConv(nn.Module):
     param_dtype: Dtype = jnp.float32
     kernel_init: Callable[..., Array] = he_normal_fan_out
     unique_init: Callable[..., Array] = he_normal_fan_out
-    """As published; `nn.initializers.orthogonal()` starts unique elements at norm 1, as a penalty on them asks for."""
+    """As published, with which the norms of unique elements start at √(2C/u). In your own network, and wherever the
+    penalty applies to unique elements too, use `nn.initializers.orthogonal()`: norms start at 1, as of shared ones."""
     coefficients_init: Callable[..., Array] = he_normal_fan_out
     bias_init: Callable[..., Array] = nn.initializers.zeros
     groups: int | None = None
@@ -139,7 +145,8 @@ class BasisConv(nn.Module):
           then: the layer that follows; a `shared_basis.BatchNorm` is computed in one step with this one.
 
         Raises:
-          ValueError: `x` or `shared` does not fit this layer, or it was not said whether to train.
+          TypeError: `shared` is not an array.
+          ValueError: `x` or `shared` does not fit this layer, or neither `train` nor `use_running_average` is given.
         """
         size = kernel_shape(self.kernel_size)
         form = self.form(shared)

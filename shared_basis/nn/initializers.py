@@ -21,10 +21,10 @@ orthonormal = initializers.orthogonal()
 
 
 def init_shared_bases(key: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-    """Draws the shared bases of one group with orthonormal elements (section 3.2).
+    """Draws shared bases with orthonormal elements (Kang & Kim, section 3.2): of one group, or of a network.
 
-    Two bases of one shape (double sharing) are one orthonormal set as long as the filter space can hold it; otherwise
-    each is orthonormal by itself. Where a basis has more elements than dimensions, a tight frame takes its place.
+    If all bases have one shape (double sharing), they are one orthonormal set as long as the filter space can hold it;
+    otherwise each is orthonormal by itself. A basis with more elements than dimensions is drawn as a tight frame.
 
     Args:
       shapes: by name, `[k, k, C, elements]`.
