@@ -19,7 +19,7 @@ def request(**fields: Any) -> Request:
 
 
 @pytest.mark.parametrize(("mode", "fields", "parts"), [
-    ("evaluate", {"against": "5"}, ("--against is for --mode=inspect or analyze;", "--mode=evaluate")),
+    ("evaluate", {"against": "5"}, ("--against is only valid with --mode=inspect or analyze,", "--mode=evaluate")),
     ("report", {"against": "5"}, ("--against",)), ("inspect", {"output": "x"}, ("--output",)),
     ("summary", {"checkpoint": "12"}, ("--checkpoint",)), ("inspect", {"images": ["a.png"]}, ("--images", "predict")),
     ("evaluate", {"runs": ["a"]}, ("--runs",)), ("predict", {"fold": "none"}, ("--fold", "export")),
@@ -64,7 +64,7 @@ def test_several_processes_share_training_and_evaluation_alone(monkeypatch: pyte
         if mode in ("train", "evaluate"):
             assert commands.run(mode, request()) == ({}, "done")
         else:
-            with user_error(f"--mode={mode} is for one process"):
+            with user_error(f"--mode={mode} runs in one process"):
                 commands.run(mode, request())
 
 

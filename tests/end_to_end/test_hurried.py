@@ -52,7 +52,7 @@ HURRIED = {
     "import": (("--mode=import", "--weights=FILE"), ("--mode=import --weights=none.pth", "No such file"),
                ("--mode=import --weights=w.pth --workdir=new", "not a readable state dict"),
                ("--mode=import --weights=runs/a --workdir=new", "Is a directory"),
-               ("--mode=import w.pth", "by the flag that it is for")),
+               ("--mode=import w.pth", "pass a path with its flag")),
     "compress": (("--mode=compress", "--source=RUN"), ("--mode=compress --source=runs/none", "holds no run"),
                  ("--mode=compress --source=runs/plain", "--budget=0.5"),
                  ("--mode=compress --source=runs/plain --budget=50", "at most 1"),
