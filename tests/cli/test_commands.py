@@ -40,7 +40,7 @@ def test_an_output_of_the_other_kind_is_refused_before_anything_is_done(mode: st
     assert commands.run(mode, request(output=str(path)))[1] == "done"
     path.mkdir() if output == "directory" else path.touch()
     if mode not in ("analyze", "report"):
-        with user_error(f"--output={path / 'absent' / 'x'}: there is no directory {path / 'absent'}"):
+        with user_error(f"--output={path / 'absent' / 'x'}: the directory {path / 'absent'} does not exist"):
             commands.run(mode, request(output=str(path / "absent" / "x")))
     with user_error(f"--output={path} is a {output}", f"--mode={mode} writes a {other}"):
         commands.run(mode, request(output=str(path)))
