@@ -255,7 +255,7 @@ def test_a_run_learns_from_another_and_from_no_other(finished: Path, tmp_path: P
     record = json.loads(file.read_text())
     assert record["data"]["teacher"].startswith(f"{TINY} at step ")
     file.write_text(json.dumps({**record, "data": {**record["data"], "teacher": f"{TINY} at step 10, 0123456789ab"}}))
-    with user_error("another data (teacher: ", "0123456789ab"):  # as if the one of this name had been trained on
+    with user_error("other data (teacher: ", "0123456789ab"):  # as if the one of this name had been trained on
         train(taught, tmp_path / "taught", Watcher())
     other = replace(taught, {"distillation.teacher": str(tmp_path / "taught")})
     with user_error("distillation.teacher: ", "another configuration"):
@@ -283,7 +283,7 @@ def test_a_run_with_functions_of_ones_own_resumes_with_them_alone(tmp_path: Path
     own = {"optimizer": optax.adabelief, "loss": optax.losses.poly_loss_cross_entropy, "augment": lighter}
     with pytest.raises(Interrupted, match="saved at step 3 of 5"):
         train(config, tmp_path / "run", Watcher(at=[2], signum=signal.SIGTERM), **own)
-    with user_error("another choice of your own functions", "loss: None now", "poly_loss_cross_entropy' there"):
+    with user_error("other functions of your own", "loss: None now", "poly_loss_cross_entropy' there"):
         train(config, tmp_path / "run", Watcher(), optimizer=optax.adabelief, augment=lighter)
     train(config, tmp_path / "run", Watcher(), **own)
     train(config, tmp_path / "whole", Watcher(), **own)
