@@ -127,7 +127,7 @@ def _require_fit(origin: Origin, arrays: Mapping[Path, Any], wanted: Mapping[Pat
         return "missing" if shape is None else str(list(shape))
 
     found = {path: np.shape(array) for path, array in arrays.items()}
-    differing = [f"{'/'.join(path)} is {shown(found.get(path))} there, {shown(wanted.get(path))} here"
+    differing = [f"{'/'.join(path)} is {shown(found.get(path))} there and {shown(wanted.get(path))} here"
                  for path in sorted({*wanted, *found}, key=lambda path: (path[0] != "params", path))
                  if found.get(path) != wanted.get(path)]
     if differing:
