@@ -57,8 +57,8 @@ def export(workdir: Place, kind: str, choice: str = "auto", which: str = "latest
 
     Returns:
       `workdir`, `step`, `model`, `classes`, `image_shape`, `format`, `file`, its `bytes`, `fold`; `layers`: the numbers
-      of basis layers that stay `basis` or are `composed`; `norms_left`: the number of batch normalisations that remain as
-      scale and offset; `macs` per image and `parameters`, of the `network` and as `exported`; and `verified`: `by`
+      of basis layers that stay `basis` or are `composed`; `norms_left`: the number of batch normalisations that remain
+      as scale and offset; `macs` per image and `parameters`, of the `network` and as `exported`; and `verified`: `by`
       which runtime, the number of `images`, the largest `difference` of logits and the `largest` logit; None without
       onnxruntime. `quantized` is None, or the comparison from `quantization.quantize`; all other entries except `bytes`
       describe the file before quantisation.

@@ -141,7 +141,7 @@ def test_another_normalisation_is_warned_of(source: Path) -> None:
                                    "part of the run in SOURCE")),
     (Init("SOURCE/run.json"), ("--init=", "a file of the run in SOURCE; give the run, --init=SOURCE.")),
     (Init("SOURCE:7"), ("checkpoint '7'", "10, 20")), (Init("SOURCE:worst"), ("checkpoint 'worst'",)),
-    (Init("SOURCE", classes="list"), ("--classes=list", "knows its own")),
+    (Init("SOURCE", classes="list"), ("--classes=list", "has class names")),
     (Init("SOURCE", calibration=5), ("--calibration=5", "omit it")),
     (Init("SOURCE", measure="macs"), ("--budget_of=macs", "omit it")),
     (Init("SOURCE", budget=0.5), ("--budget=0.5 chooses the ranks, which", "tiny"))])
