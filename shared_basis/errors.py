@@ -1,4 +1,4 @@
-"""The exception that carries a message for the user, and the note on an earlier name."""
+"""The exception for errors that the user can correct, and the warning about renamed options."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import warnings
 
 
 def printable(text: str, also: str = "") -> str:
-    """Returns `text` in one line, with what cannot be printed written out, but for the characters `also`."""
+    """Returns `text` on one line: unprintable characters are escaped, except those in `also`."""
     return "".join(char if char.isprintable() or char in also else repr(char)[1:-1] for char in text)
 
 
 class UserError(ValueError):
-    """Something invalid that the user can correct; `main.py` prints the message alone, without traceback, and exits 2.
+    """An error that the user can correct; `main.py` prints only its message, without a traceback, and exits with 2.
 
-    The message says what was wrong, what is allowed and what to do. It is one line, whatever names it holds.
+    The message states what is invalid, what is allowed and what to do. It is always a single line.
     """
 
     def __init__(self, message: str) -> None:
@@ -21,10 +21,10 @@ class UserError(ValueError):
 
 
 class RenamedWarning(FutureWarning):
-    """Something was used by an earlier name; `main.py` prints it as a note of one line."""
+    """A deprecated name was used; `main.py` prints this as a one-line note."""
 
 
 def note_renamed(old: str, new: str, stacklevel: int = 2) -> None:
-    """Warns that `old` is now called `new`; `stacklevel` is that of the line to change, as seen by the caller."""
-    warnings.warn(RenamedWarning(f"{old} is now {new}; the old name goes with the next version"),
+    """Warns that `old` is now called `new`; `stacklevel` selects the line to change, counted from the caller."""
+    warnings.warn(RenamedWarning(f"{old} is now {new}; the old name will be removed in the next version"),
                   stacklevel=stacklevel + 1)

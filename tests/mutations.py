@@ -516,7 +516,7 @@ MUTATIONS = (
     Mutation("signals-ignored", "if not ignored and (", "if (", ("test_loop",)),
     Mutation("screen-encoding", 'text.encode(self._encoding, "backslashreplace")', 'text.encode("utf-8")',
              ("reporter",)),
-    Mutation("screen-closed", "except (OSError, ValueError):  # of a file", "except ValueError:  # of a file",
+    Mutation("screen-closed", "except (OSError, ValueError):  # closed", "except ValueError:  # closed",
              ("reporter",)),
     Mutation("steps-groups", "jnp.mean(x, 0).astype(x.dtype), moved)", "x[0], moved)", ("test_steps",)),
     Mutation("steps-group-keys", "jax.random.split(key, len(groups)))", "jnp.stack([key] * len(groups)))",

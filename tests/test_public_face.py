@@ -115,7 +115,7 @@ def test_the_recipes_are_found_where_pip_has_put_them(tmp_path: Path) -> None:
     (site / "configs" / "cifar_resnet.py").unlink()
     absent = call("--config=configs/cifar_resnet.py")
     assert absent.returncode == 2
-    assert "--config=configs/cifar_resnet.py: no such file, and no recipe of this package" in absent.stderr
+    assert "--config=configs/cifar_resnet.py: no such file or recipe" in absent.stderr
 
 
 _STRANGER = """

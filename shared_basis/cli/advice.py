@@ -1,4 +1,4 @@
-"""What a user probably meant by an argument that the command line does not take."""
+"""Suggestions for arguments that the command line does not accept."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def on_flag(name: str) -> str:
 
 
 def on_argument(argument: str, values: flags.FlagValues) -> str:
-    """Returns what to do about an argument that belongs to no flag."""
+    """Returns what to do about a positional argument, since none is accepted."""
     if argument in MODES:
         return f"give the mode as --mode={argument}"
     for flag in FLAGS:
         if flag.kind is list and values[flag.name].present:
-            return f"of several values each has a flag of its own: --{flag.name}={argument}"
+            return f"repeat the flag for each value: --{flag.name}={argument}"
     if os.path.exists(argument):
-        return f"give a path by the flag that it is for, such as --workdir={argument} or --images={argument}"
+        return f"pass a path with its flag, such as --workdir={argument} or --images={argument}"
     return "flags look like --mode=train"

@@ -22,32 +22,32 @@ from shared_basis.errors import RenamedWarning, UserError, note_renamed
 
 
 def main() -> NoReturn:
-    """Is the program: reads `sys.argv`, runs what it asks for, and ends the process.
+    """Entry point of the program: parses `sys.argv`, runs the requested mode, and exits.
 
-    Where another program runs it (runpy, `%run` in a notebook), that goes on: it is left with a `SystemExit`.
+    When called from within another program (runpy, `%run` in a notebook), it raises `SystemExit` to return to it.
     """
     started = sys.orig_argv[-len(sys.argv):]
-    own_process = started == sys.argv or started == ["shared_basis", *sys.argv[1:]]  # the latter by python -m
+    own_process = started == sys.argv or started == ["shared_basis", *sys.argv[1:]]  # the latter with python -m
     if own_process:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it at once and silently while packages are imported
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C exits silently during imports
         # Huge pages save a tenth of a step on CPU; glibc reads this when a process starts (see benchmarks/README.md).
         if sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
             os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         _print_anything()
     logging.set_verbosity(logging.FATAL)  # failures end in one line
-    for name in ("gcsfs", "google.auth"):  # they print what is repeated
+    for name in ("gcsfs", "google.auth"):  # they log each attempt that is retried
         getLogger(name).setLevel(CRITICAL)
     _print_notes()
     run_and_exit(lambda: run(*parse(sys.argv)), own_process=own_process)
 
 
 def _print_anything() -> None:
-    """Lets the process print where its output is closed, or in an encoding that lacks a letter."""
+    """Makes printing safe if an output stream is closed or its encoding lacks a character."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # open as long as the process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # stays open until exit
         else:
             stream.reconfigure(errors="backslashreplace")
 
@@ -56,17 +56,17 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     """Returns the values of all flags, and the names of those that are fields of `shared_basis.cli.commands.Request`.
 
     Args:
-      argv: the command line, the program first.
+      argv: the command line, including the program name.
 
     Raises:
-      UserError: with one line, for any invalid argument.
-      SystemExit: help or the version was asked for, and is printed.
+      UserError: an argument is invalid.
+      SystemExit: help or the version was requested and has been printed.
     """
     program, *arguments = map(_renamed, _joined(argv))
     _explain(program, arguments)
     files = [f"--config={recipes.locate(argument.partition('=')[2])}" for argument in arguments if _is_recipe(argument)]
     ordered = [program, *(files or [f"--config={recipes.locate(_default_recipe(arguments))}"]),
-               *(argument for argument in arguments if not _is_recipe(argument))]  # the fields that these set
+               *(argument for argument in arguments if not _is_recipe(argument))]  # the fields that they override
     values, options = define_flags(ordered)
     for argument in arguments:
         name = argument.lstrip("-").split("=")[0]
@@ -74,18 +74,18 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
             check_field(name.removeprefix("config."))
     try:
         rest = values(ordered)
-        values.config.to_dict()  # a configuration file that is missing shows only on use
+        values.config.to_dict()  # a missing configuration file is only detected on access
     except flags.UnrecognizedFlagError as error:
         meant = advice.on_flag(error.flagname)
-        raise UserError(f"unknown flag --{error.flagname}{meant} (see --help; fields of the recipe are set like "
+        raise UserError(f"unknown flag --{error.flagname}{meant} (see --help; set a field of the recipe with "
                         "--config.seed=1).") from error
     except Exception as error:  # a configuration file is code and may raise anything
         text = str(error).replace("\\n", "\n") or type(error).__name__
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         raise UserError(" ".join(dict.fromkeys((lines[0], lines[-1], *files[-1:])))) from error
-    values["config"].present = len(files)  # whether the user has named a recipe
+    values["config"].present = len(files)  # whether the user named a recipe
     if values.quiet and values.verbose:
-        raise UserError("--quiet --verbose: choose one of the two.")
+        raise UserError("--quiet and --verbose exclude each other; give one of them.")
     if rest[1:]:
         raise UserError(f"unexpected argument {rest[1]!r}: {advice.on_argument(rest[1], values)}; see --help.")
     return values, options
@@ -96,10 +96,10 @@ def _is_recipe(argument: str) -> bool:
 
 
 def _explain(program: str, arguments: Sequence[str]) -> None:
-    """Prints the help or the version, and ends, if that is what is asked for.
+    """Prints the help or the version and exits, if either was requested.
 
     Raises:
-      UserError: help on a mode that there is none of.
+      UserError: help was requested for an unknown mode.
     """
     asked = {argument.partition("=")[0] for argument in arguments}
     if asked & {"--version", "-version"}:
@@ -108,7 +108,7 @@ def _explain(program: str, arguments: Sequence[str]) -> None:
         topics = [argument.removeprefix("--mode=") for argument in arguments[1:]]
         unknown = [topic for topic in topics if topic not in MODES]
         if unknown or len(topics) > 1:
-            raise UserError(f"help {' '.join(topics)}: give one mode, of {', '.join(MODES)}.")
+            raise UserError(f"help {' '.join(topics)}: give exactly one mode out of {', '.join(MODES)}.")
         text = help.render(help.program_name(program), *topics)
     elif asked & {"-h", "-help", "--help", "--helpfull", "--helpshort"}:
         named = [argument.removeprefix("--mode=") for argument in arguments]
@@ -131,14 +131,14 @@ def _joined(argv: Sequence[str]) -> list[str]:
 
 
 def _default_recipe(arguments: Sequence[str]) -> str:
-    """Returns the recipe of a command line that names none: that of folders where images are given to train on."""
+    """Returns the recipe to use if none is named: the folder recipe if --images gives training images."""
     given = dict(argument.lstrip("-").partition("=")[::2] for argument in arguments if argument.startswith("-"))
     about_folder = "images" in given and given.get("mode", "train") in ("train", "summary", "prepare", "import")
     return "folder.py" if about_folder else "digits_resnet.py"
 
 
 def _renamed(argument: str) -> str:
-    """Returns an argument that sets a field by its name of an earlier version with the present one, with a note."""
+    """Returns `argument` with a deprecated field name replaced by the current one; prints a note if it was replaced."""
     flag, equals, value = argument.partition("=")
     dashes = flag[:len(flag) - len(flag.lstrip("-"))]
     old = flag.removeprefix(f"{dashes}config.")
@@ -149,7 +149,7 @@ def _renamed(argument: str) -> str:
 
 
 def _print_notes() -> None:
-    """Has notes on earlier names printed in one line, as other warnings are not."""
+    """Prints `RenamedWarning`s as one-line notes; other warnings are shown as before."""
     others = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
@@ -162,15 +162,15 @@ def _print_notes() -> None:
 
 
 def _expand_user(value: Any) -> Any:
-    """Returns a flag's value with the user's home for a ~, which no shell expands after a =."""
+    """Returns a flag's value with a leading ~ expanded, which shells do not do after a =."""
     if isinstance(value, list):
         return [_expand_user(each) for each in value]
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def run(values: flags.FlagValues, options: Sequence[str]) -> None:
-    """Does what the flags `values` say, and prints the result; `options` are those that are fields of `Request`."""
-    from shared_basis.cli import commands, configuration  # here, so that errors in flags do not wait for these imports
+    """Runs the mode that the flags `values` select and prints the result; `options` are the fields of `Request`."""
+    from shared_basis.cli import commands, configuration  # imported late, so that flag errors appear at once
     from shared_basis.runtime import distributed
 
     with distributed.jax_runtime(values.distributed, values.coordinator, values.processes, values.process,
@@ -188,26 +188,26 @@ def _print_result(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         raise
-    except OSError as error:  # such as a full disk that output is directed to
+    except OSError as error:  # e.g. output is redirected to a full disk
         raise UserError(f"the result cannot be written to standard output: {error.strerror}.") from error
 
 
 def run_and_exit(*commands: Callable[[], None], own_process: bool = True) -> NoReturn:
-    """Runs `commands` and ends the process, or where it is another program's raises `SystemExit`.
+    """Runs `commands`, then exits the process, or raises `SystemExit` if the process belongs to another program.
 
-    The exit code is 0; 2 for a `UserError`, which is printed in one line; 1, silently, where nobody reads what is
-    printed; or 128 + the number of the signal that stopped it (130 for Ctrl-C, 143 for SIGTERM; training catches them,
-    to save). A `SystemExit` goes on as it is.
+    The exit code is 0 on success; 2 after a `UserError`, which is printed as one line; 1, without a message, if the
+    reader of standard output has closed it; or 128 + the signal number if interrupted (130 for Ctrl-C, 143 for SIGTERM;
+    training catches both to save a checkpoint). A `SystemExit` from a command is passed on.
     """
     if own_process:
-        sys.unraisablehook = lambda unraisable: None  # writes and reads that Orbax abandons print tracebacks by it
+        sys.unraisablehook = lambda unraisable: None  # Orbax's abandoned I/O would print tracebacks
     code = 0
     try:
         for command in commands:
             command()
         sys.stdout.flush()
     except UserError as error:
-        # Threads of a restore that failed may still print tracebacks: not between these words, nor at the end.
+        # Threads of a failed restore may still print tracebacks; keep them out of the message and out of the exit.
         stderr = sys.stderr
         if own_process:
             sys.stderr = io.StringIO()
@@ -218,9 +218,9 @@ def run_and_exit(*commands: Callable[[], None], own_process: bool = True) -> NoR
         if own_process:
             os._exit(2)
         code = 2
-    except BrokenPipeError:  # who reads this, such as head, has read enough
+    except BrokenPipeError:  # the reader, such as head, closed the pipe
         if own_process:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
         code = 1
     except KeyboardInterrupt as interrupt:
         print(*interrupt.args or ["stopped"], file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The modes of the command line, as functions of plain arguments."""
+"""The modes of the command line, as functions of a `Request`."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from shared_basis.training import start, train
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the command line asks for."""
+    """What the command line requests."""
 
     config: Config
-    """The recipe; of a trained run, which has its own, only `overrides` count."""
+    """The recipe. Modes that read a trained run use that run's configuration, changed by `overrides`."""
     overrides: Mapping[str, Any]
     """The fields that the user set, by dotted path."""
     workdir: str
     workdir_given: bool
-    """Whether the user named `workdir`; it is the recipe's default otherwise."""
+    """Whether the user gave --workdir; otherwise `workdir` is the recipe's default."""
     json: bool = False
     quiet: bool = False
     verbose: bool = False
@@ -67,7 +67,7 @@ class Request:
 
     @functools.cached_property
     def reporter(self) -> Reporter:
-        """Shows lines and progress, in the first process alone: where the result is to be JSON, on standard error."""
+        """Prints lines and progress in the main process only; to standard error if the result is printed as JSON."""
         if not is_main_process():
             return Reporter(io.StringIO(), "quiet", jax.process_index())
         return Reporter(sys.stderr if self.json else sys.stdout,
@@ -75,48 +75,48 @@ class Request:
 
 
 Result = tuple[dict[str, Any], str]
-"""The result of a mode as plain data, and human-readable."""
+"""The result of a mode, as plain data and as human-readable text."""
 
 
 def run(mode: str, request: Request) -> Result:
     """Runs one of `MODES`.
 
     Raises:
-      UserError, KeyboardInterrupt: as the mode.
+      UserError, KeyboardInterrupt: raised by the mode.
     """
     if jax.process_count() > 1 and mode not in ("train", "evaluate"):
-        raise UserError(f"--distributed: --mode={mode} is for one process; only train and evaluate are shared.")
+        raise UserError(f"--distributed: --mode={mode} runs in one process; only train and evaluate are distributed.")
     for name, modes in MODES_BY_FLAG.items():
-        if mode not in modes and getattr(request, name) not in (getattr(Request, name), []):  # no files is () or []
-            raise UserError(f"--{name} is for --mode={' or '.join(modes)}; --mode={mode} does not take it.")
+        if mode not in modes and getattr(request, name) not in (getattr(Request, name), []):  # () or [] by default
+            raise UserError(f"--{name} is only valid with --mode={' or '.join(modes)}, not with --mode={mode}.")
     _check_output(mode, request)
     return MODES[mode](request)
 
 
 def _check_output(mode: str, request: Request) -> None:
-    """Refuses an --output that could not be written, before minutes are spent on what it is for.
+    """Checks before a long computation that --output can be written.
 
     Raises:
-      UserError: it is a directory where a file is to be written, or a file where a directory is, or in no directory.
+      UserError: --output is a directory instead of a file or vice versa, or its parent directory does not exist.
     """
     if not request.output:
         return
     takes_directory, parent = mode in ("analyze", "report"), as_path(request.output).parent
     if not takes_directory and not open_files(parent).is_directory():
-        raise UserError(f"--output={request.output}: there is no directory {parent}; make it, or choose another with "
+        raise UserError(f"--output={request.output}: the directory {parent} does not exist; create it, or change "
                         "--output.")
     if os.path.exists(request.output) and os.path.isdir(request.output) != takes_directory:
         is_one, other = ("file", "directory") if takes_directory else ("directory", "file")
-        raise UserError(f"--output={request.output} is a {is_one}, and --mode={mode} writes a {other}; choose another "
-                        "with --output.")
+        raise UserError(f"--output={request.output} is a {is_one}, but --mode={mode} writes a {other}; "
+                        "choose another path.")
 
 
 def _train(request: Request) -> Result:
     for name in ("classes", "calibration", "budget", "budget_of"):
         if not request.init and getattr(request, name) != getattr(Request, name):
             also = "import" if name == "classes" else "compress"
-            raise UserError(f"--{name} is for training with --init, and for --mode={also}; give --init too, or leave "
-                            "it out.")
+            raise UserError(f"--{name} requires --init in --mode=train, or --mode={also}; add --init, or omit "
+                            f"--{name}.")
     init = start.Init(request.init, request.classes, request.calibration, request.budget, request.budget_of)
     with request.reporter:
         result = train.train(request.config, request.workdir, request.reporter, tensorboard=request.tensorboard,
@@ -142,7 +142,7 @@ def _predict(request: Request) -> Result:
 def _export(request: Request) -> Result:
     if request.format == "pytorch":
         if request.fold != Request.fold:
-            raise UserError(f"--fold={request.fold}: --format=pytorch writes the unchanged weights; leave --fold out.")
+            raise UserError(f"--fold={request.fold}: --format=pytorch writes the weights unchanged; omit --fold.")
         quantization.check(request.format, request.quantize, request.tolerance)
         result = pytorch.export_weights(request.workdir, request.checkpoint, request.overrides, request.output)
         return result, pytorch.render(result)
@@ -155,7 +155,7 @@ def _export(request: Request) -> Result:
 def _report(request: Request) -> Result:
     if request.runs:
         if request.overrides or request.checkpoint != "latest":
-            raise UserError("--runs compares metrics.jsonl of runs: give neither --checkpoint nor --config.")
+            raise UserError("--runs compares the metrics.jsonl of runs; omit --checkpoint and --config.")
         own = [request.workdir] if request.workdir_given else []
         result = compare.compare([*own, *request.runs], request.output or "comparison")
         return result, compare.render(result)
@@ -177,7 +177,7 @@ def _analyze(request: Request) -> Result:
 def _summary(request: Request) -> Result:
     config = request.config
     if request.workdir_given:
-        Workdir(request.workdir).load()  # it must hold a run
+        Workdir(request.workdir).load()  # raises if there is no run
     spec = data.describe(config.data)
     result = summary.compare_with_plain(config.model, len(spec.classes), spec.image_shape)
     return result, summary.render(result)
@@ -212,7 +212,7 @@ def _compress(request: Request) -> Result:
                                            output=request.output)
         return result, spectra.render(result)
     if request.output:
-        raise UserError("--output: the file of --spectra; the run of --mode=compress goes to --workdir.")
+        raise UserError("--output only applies to --spectra; set the directory of the compressed run with --workdir.")
     workdir = request.workdir if request.workdir_given else f"{request.workdir}-compressed"
     with request.reporter:
         result = start.compress_run(

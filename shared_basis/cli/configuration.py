@@ -1,4 +1,4 @@
-"""Which configuration a command line means: a recipe's, or that of the run that it names."""
+"""Determines the configuration for a command line: that of a recipe, or that of an existing run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from shared_basis.interop.weights import find_weights
 from shared_basis.runs.workdir import stored_config
 
 RUN_OF = {"train": "workdir", "summary": "workdir", "prepare": "workdir", "compress": "source"}
-"""By mode, the flag of the run whose configuration is meant where no recipe is named."""
+"""By mode, the flag naming the run whose configuration is used if no recipe is given."""
 
 
 class Configuration(NamedTuple):
-    """What a command line says of fields."""
+    """The configuration, its overrides and the workdir."""
 
     config: Config
     overrides: dict[str, Any]
@@ -30,15 +30,15 @@ class Configuration(NamedTuple):
 
 
 def read(values: flags.FlagValues, trained: bool) -> Configuration:
-    """Returns the configuration that the flags `values` mean, and the workdir.
+    """Returns the configuration and the workdir that the flags `values` select.
 
     Args:
-      trained: whether the mode is one of a trained run, whose own configuration counts: what is set of it need suit
-        that run alone.
+      trained: whether the mode reads a trained run; its stored configuration is then used instead of a recipe, and
+        overrides are validated against it later.
 
     Raises:
-      UserError: a field has an invalid value, --source is neither a run nor a file, or --images is not the
-        one folder that it must be.
+      UserError: a field has an invalid value, --source is neither a run nor a file, or --images is not a single
+        directory.
     """
     set_by_user = config_flags.get_override_values(values["config"])
     images = _images(values, set_by_user)
@@ -63,34 +63,34 @@ def read(values: flags.FlagValues, trained: bool) -> Configuration:
 
 
 def _names_recipe(values: flags.FlagValues) -> bool:
-    """Returns whether the user has named a recipe; see `shared_basis.cli.app.parse`."""
+    """Returns whether the user named a recipe; see `shared_basis.cli.app.parse`."""
     return bool(values["config"].present)
 
 
 def _images(values: flags.FlagValues, set_by_user: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields that --images=DIR stands for."""
+    """Returns the fields that --images=DIR sets, by dotted path."""
     if not values.images or values.mode not in FOLDER_MODES:
         return {}
     if len(values.images) > 1:
         raise UserError(f"--images={values.images[1]}: --mode={values.mode} takes one directory of images; "
-                        "--mode=predict alone takes several.")
+                        "only --mode=predict takes several.")
     directory = os.path.expanduser(values.images[0])
     if not os.path.isdir(directory):
         problem = "is a file, and" if os.path.exists(directory) else "cannot be found;"
-        raise UserError(f"--images={values.images[0]}: {problem} --mode={values.mode} takes a directory that holds "
-                        "train/<class>/* and test/<class>/*, or <class>/* alone.")
+        raise UserError(f"--images={values.images[0]}: {problem} --mode={values.mode} takes a directory containing "
+                        "train/<class>/* and test/<class>/*, or only <class>/*.")
     fields = folder_fields(directory)
     for field in ("data.name", "data.directory"):
         if set_by_user.get(field, fields[field]) != fields[field]:
-            raise UserError(f"--config.{field}={set_by_user[field]} and --images={directory}, which stands for "
-                            f"--config.{field}={fields[field]}: give one of the two.")
+            raise UserError(f"--config.{field}={set_by_user[field]} conflicts with --images={directory}, which sets "
+                            f"--config.{field}={fields[field]}; give only one of them.")
     return fields
 
 
 def _workdir(values: flags.FlagValues, name: str, images: Mapping[str, Any]) -> str:
-    """Returns the workdir; where none is given, that of the recipe `name`."""
+    """Returns the workdir; by default, the one that the recipe `name` implies."""
     if values.workdir:
         return os.path.expanduser(values.workdir)
     if FOLDER in name and not images:
-        raise UserError("this recipe names its runs after the folder of images: give --workdir=RUN, or --images=DIR.")
+        raise UserError("this recipe names its runs after the folder of images; give --workdir=RUN or --images=DIR.")
     return os.path.join("runs", named_after(name, images.get("data.directory", "")))

@@ -1,6 +1,6 @@
-"""The modes and flags of the command line: one table, from which they are defined, checked and explained.
+"""The modes and flags of the command line in one table, which defines, validates and documents them.
 
-It imports no JAX, so that help and errors in flags do not wait for it.
+Imports no JAX, so that help and flag errors appear at once.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from ml_collections import config_flags
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """What a value of --mode does."""
+    """A value of --mode."""
 
     purpose: str
     examples: tuple[tuple[str, str], ...]
-    """Arguments, and what a call with them does."""
+    """Pairs of example arguments and a description of what they do."""
     trained: bool = False
-    """Whether it is about a trained run, which has a recipe of its own."""
+    """Whether the mode reads a trained run, which has its own stored configuration."""
 
 
 MODES = {
@@ -29,8 +29,8 @@ MODES = {
         ("", "trains the embedded default"),
         ("--images=DIR", "trains on a folder of photographs, DIR/<class>/*"),
         ("--workdir=DIR", "resumes the run there"),
-        ("--config=configs/cifar_resnet.py:resnet56", "another recipe and network"),
-        ("--init=RUN --config=... --workdir=DIR", "starts from the weights of a run, or of a file"))),
+        ("--config=configs/cifar_resnet.py:resnet56", "uses another recipe and network"),
+        ("--init=RUN --config=... --workdir=DIR", "starts from the weights of a run or of a file"))),
     "evaluate": Mode("Score a trained run.", (
         ("--mode=evaluate --workdir=DIR", "on its own test images"),
         ("--mode=evaluate --workdir=DIR --images=PATH", "on other images")), trained=True),
@@ -38,14 +38,14 @@ MODES = {
         ("--mode=predict --workdir=DIR --images=PATH", "PATH is a file, or a directory of files"),), trained=True),
     "export": Mode("Write a run as a file for other programs.", (
         ("--mode=export --workdir=DIR", "its function, as ONNX"),
-        ("--mode=export --workdir=DIR --quantize=int8", "the same with kernels of 8 bits"),
+        ("--mode=export --workdir=DIR --quantize=int8", "the same with 8-bit kernels"),
         ("--mode=export --workdir=DIR --format=pytorch", "its weights")), trained=True),
-    "inspect": Mode("Show what a run holds, without loading its arrays.", (
+    "inspect": Mode("Show the contents of a run without loading its arrays.", (
         ("--mode=inspect --workdir=DIR", "parameters, checkpoints, configuration"),
         ("--mode=inspect --workdir=DIR --against=OTHER", "and how two checkpoints differ")), trained=True),
-    "analyze": Mode("Draw and measure the bases and gradients of a run.", (
-        ("--mode=analyze --workdir=DIR", "pictures and numbers"),), trained=True),
-    "report": Mode("Write a page on a run, or a comparison of several.", (
+    "analyze": Mode("Measure and plot the bases and gradients of a run.", (
+        ("--mode=analyze --workdir=DIR", "writes plots and tables"),), trained=True),
+    "report": Mode("Write an HTML report on a run, or compare several runs.", (
         ("--mode=report --workdir=DIR", "one run"),
         ("--mode=report --runs=DIR --runs=DIR", "several runs")), trained=True),
     "summary": Mode("Count parameters and multiply-accumulates, without data.", (
@@ -53,18 +53,18 @@ MODES = {
     "prepare": Mode("Download and prepare a data set, or check a folder of images.", (
         ("--mode=prepare --config=configs/cifar_resnet.py", "CIFAR-10"),
         ("--mode=prepare --images=DIR", "decodes every image once"))),
-    "import": Mode("Make a run of published PyTorch weights.", (
-        ("--mode=import --weights=FILE.pth --config=... --workdir=DIR", "to evaluate, export or train on"),)),
-    "compress": Mode("Make a run with shared bases of a trained plain one.", (
-        ("--mode=compress --source=RUN --budget=0.5", "half its parameters"),
-        ("--mode=compress --source=RUN --spectra", "how much could be shared; writes no run"))),
+    "import": Mode("Create a run from published PyTorch weights.", (
+        ("--mode=import --weights=FILE.pth --config=... --workdir=DIR", "for evaluation, export or fine-tuning"),)),
+    "compress": Mode("Create a run with shared bases from a trained plain run.", (
+        ("--mode=compress --source=RUN --budget=0.5", "keeps half of its parameters"),
+        ("--mode=compress --source=RUN --spectra", "reports how much could be shared; creates no run"))),
 }
 
 TRAINED_MODES = tuple(name for name, mode in MODES.items() if mode.trained)
-"""Modes of a run, which has a recipe of its own."""
+"""Modes that read a trained run, which has its own stored configuration."""
 
 FOLDER_MODES = ("train", "evaluate", "export", "analyze", "report", "summary", "prepare", "import", "compress")
-"""Modes in which --images names the folder of the data set, and not files to classify."""
+"""Modes in which --images names a data set folder rather than files to classify."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,25 +73,25 @@ class Flag:
 
     name: str
     default: Any
-    """Of a flag that may be repeated, a list."""
+    """A list if the flag may be repeated."""
     text: str
     modes: tuple[str, ...] = tuple(MODES)
-    """The modes that take it."""
+    """The modes that accept the flag."""
     kind: type = str
     choices: tuple[str, ...] = ()
     placeholder: str = "VALUE"
     option: bool = True
-    """Whether it is a field of `shared_basis.cli.commands.Request`."""
+    """Whether the flag is a field of `shared_basis.cli.commands.Request`."""
 
     @property
     def usage(self) -> str:
-        """Returns how it is written."""
+        """Returns the flag as written on the command line, with its placeholder or choices."""
         if self.kind is bool:
             return f"--[no]{self.name}" if self.default else f"--{self.name}"
         return f"--{self.name}={'|'.join(self.choices) or self.placeholder}"
 
     def define(self, values: flags.FlagValues) -> None:
-        """Defines it."""
+        """Defines the flag in `values`."""
         if self.choices:
             flags.DEFINE_enum(self.name, self.default, self.choices, self.text, flag_values=values)
         else:
@@ -103,11 +103,11 @@ class Flag:
 _SHARED = ("train", "evaluate")
 _FROM_PLAIN = ("train", "compress")
 
-CONFIG = Flag("config", None, "Recipe: a file of your own, or the name of one that is installed, and after a colon the "
-              "network. Default: the recipe of the run in --workdir; folder.py with --images; else digits_resnet.py. "
-              "--config.FIELD=VALUE sets a field of it, such as --config.train.epochs=30.",
+CONFIG = Flag("config", None, "Recipe: a file, or the name of an installed recipe, with an optional network after a "
+              "colon. Default: the recipe of the run in --workdir; folder.py with --images; else digits_resnet.py. "
+              "--config.FIELD=VALUE overrides a field, e.g. --config.train.epochs=30.",
               placeholder="FILE.py[:NETWORK]", option=False)
-"""It is ml_collections that defines this one."""
+"""Only documents --config; ml_collections defines the flag."""
 
 FLAGS = (
     Flag("help", False, "Show this help; also: help MODE.", kind=bool, option=False),
@@ -116,60 +116,60 @@ FLAGS = (
     Flag("workdir", None, "Directory of the run. Default: runs/<name of the recipe>.", placeholder="DIR", option=False),
     Flag("json", False, "Print the result as one JSON object; other lines go to standard error.", kind=bool),
     Flag("quiet", False, "Print warnings and the result only.", kind=bool),
-    Flag("verbose", False, "Print details too, such as each step.", kind=bool),
-    Flag("debug_nans", False, "Stop at the operation that gives the first NaN; slow.", kind=bool, option=False),
+    Flag("verbose", False, "Also print details, such as each training step.", kind=bool),
+    Flag("debug_nans", False, "Stop at the operation that produces the first NaN; slow.", kind=bool, option=False),
     Flag("distributed", False, "Train with the other processes of this TPU pod or SLURM, MPI or Kubernetes job.",
          _SHARED, bool, option=False),
-    Flag("coordinator", None, "Address of process 0, where it cannot be detected.", _SHARED, placeholder="HOST:PORT",
+    Flag("coordinator", None, "Address of process 0, if it cannot be detected.", _SHARED, placeholder="HOST:PORT",
          option=False),
-    Flag("processes", None, "Number of processes, where it cannot be detected.", _SHARED, int, placeholder="N",
+    Flag("processes", None, "Number of processes, if it cannot be detected.", _SHARED, int, placeholder="N",
          option=False),
-    Flag("process", None, "Number of this process, from 0, where it cannot be detected.", _SHARED, int,
+    Flag("process", None, "Index of this process, from 0, if it cannot be detected.", _SHARED, int,
          placeholder="I", option=False),
-    Flag("images", [], "The folder of images to train or to evaluate on. Of predict: an image file or a directory of "
-         "them; may be repeated.", ("predict", *FOLDER_MODES), list, placeholder="DIR"),
-    Flag("checkpoint", "latest", "The checkpoint of the run: latest, best or a step.",
+    Flag("images", [], "The folder of images to train or evaluate on; for predict, an image file or a directory of "
+         "images. May be repeated.", ("predict", *FOLDER_MODES), list, placeholder="DIR"),
+    Flag("checkpoint", "latest", "Checkpoint of the run to load: latest, best or a step.",
          ("evaluate", "predict", "export", "inspect", "analyze", "report", "import", "compress"), placeholder="STEP"),
-    Flag("output", "", "Where the result goes: the file of predict, export and compress --spectra, the directory of "
+    Flag("output", "", "Where to write the result: a file for predict, export and compress --spectra, a directory for "
          "analyze and report.", ("predict", "compress", "export", "analyze", "report"), placeholder="PATH"),
-    Flag("init", "", "Start from these weights: RUN, RUN:best, RUN:STEP, or a file of PyTorch weights.", ("train",),
+    Flag("init", "", "Start from the weights of RUN, RUN:best, RUN:STEP, or a file of PyTorch weights.", ("train",),
          placeholder="RUN"),
-    Flag("tensorboard", False, "Write metrics as TensorBoard event files too.", ("train",), bool),
+    Flag("tensorboard", False, "Also write metrics as TensorBoard event files.", ("train",), bool),
     Flag("report", True, "Write report.html at the end of training.", kind=bool),
-    Flag("classes", "", "File with the names of the outputs of PyTorch weights (--init, --weights), one a line.",
+    Flag("classes", "", "File with the class names of the PyTorch weights (--init, --weights), one per line.",
          ("train", "import"), placeholder="FILE"),
-    Flag("calibration", None, "Training images to measure on when a plain network is factorised; 0 for none.",
+    Flag("calibration", None, "Number of training images for calibration when factorising a plain network; 0 for none.",
          _FROM_PLAIN, int, placeholder="N"),
-    Flag("budget", None, "Choose the ranks to keep this part of the plain network, such as 0.5.", _FROM_PLAIN, float,
+    Flag("budget", None, "Choose the ranks to keep this fraction of the plain network, e.g. 0.5.", _FROM_PLAIN, float,
          placeholder="PART"),
-    Flag("budget_of", "parameters", "What --budget limits: parameters or macs.", _FROM_PLAIN,
+    Flag("budget_of", "parameters", "The quantity that --budget limits: parameters or macs.", _FROM_PLAIN,
          placeholder="MEASURE"),
-    Flag("source", "", "The workdir of a trained plain network, or a file of its weights.", ("compress",),
+    Flag("source", "", "Workdir of a trained plain network, or a file with its weights.", ("compress",),
          placeholder="RUN"),
-    Flag("spectra", False, "Report how much can be shared, and write no run.", ("compress",), bool),
-    Flag("weights", "", "The file, of torch.save or safetensors.", ("import",), placeholder="FILE"),
-    Flag("format", "onnx", "What to write.", ("export",), choices=("onnx", "stablehlo", "pytorch")),
-    Flag("fold", "auto", "How batch normalisation and bases are merged; see docs/export.md.", ("export",),
+    Flag("spectra", False, "Only report how much can be shared; create no run.", ("compress",), bool),
+    Flag("weights", "", "File of weights, from torch.save or safetensors.", ("import",), placeholder="FILE"),
+    Flag("format", "onnx", "Format of the exported file.", ("export",), choices=("onnx", "stablehlo", "pytorch")),
+    Flag("fold", "auto", "How to fold batch normalisation and bases; see docs/export.md.", ("export",),
          choices=("auto", "basis", "composed", "none")),
-    Flag("quantize", "none", "Kernels of 8 or 16 bits, in ONNX.", ("export",), choices=("none", "int8", "float16")),
+    Flag("quantize", "none", "Kernel precision of ONNX files.", ("export",), choices=("none", "int8", "float16")),
     Flag("tolerance", 1.0, "Percentage points of accuracy that --quantize may lose.", ("export",), float,
          placeholder="POINTS"),
-    Flag("against", "", "Compare with this step, or WORKDIR or WORKDIR:STEP.", ("inspect", "analyze"),
+    Flag("against", "", "Compare with this checkpoint: STEP, WORKDIR or WORKDIR:STEP.", ("inspect", "analyze"),
          placeholder="STEP"),
-    Flag("runs", [], "Runs, or directories of them; may be repeated.", ("report",), list, placeholder="DIR"),
+    Flag("runs", [], "Runs, or directories of runs; may be repeated.", ("report",), list, placeholder="DIR"),
 )
 
 MODES_BY_FLAG = {flag.name: flag.modes for flag in FLAGS if flag.option and flag.modes != tuple(MODES)}
-"""The modes that a field of `Request` is for; the others are for all modes."""
+"""For each field of `Request` that only some modes accept, those modes."""
 
 
 def define_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     """Returns all flags, and the names of those that are fields of `shared_basis.cli.commands.Request`.
 
     Args:
-      argv: the command line, to which ml_collections looks for fields of the recipe.
+      argv: the command line, which ml_collections searches for overrides of recipe fields.
     """
-    values = flags.FlagValues()  # and not absl's global ones, which belong to the program that imports this package
+    values = flags.FlagValues()  # absl's global flags belong to the importing program
     config_flags.DEFINE_config_file("config", None, CONFIG.text, flag_values=values, sys_argv=list(argv))
     for flag in FLAGS:
         flag.define(values)

@@ -1,4 +1,4 @@
-"""What --help, help MODE and --version print."""
+"""The text that --help, help MODE and --version print."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WIDEST = 100
 
 
 def program_name(path: str) -> str:
-    """Returns how a user calls the program that lies at `path`."""
+    """Returns how a user calls the program at `path`."""
     name = os.path.basename(path)
     if name == "__main__.py":
         return "python -m shared_basis"
@@ -23,17 +23,17 @@ def program_name(path: str) -> str:
 
 
 def render(program: str, mode: str = "") -> str:
-    """Returns the help of all modes, or of one."""
+    """Returns the help for all modes, or for `mode`."""
     return "\n".join(_overview(program) if not mode else _one_mode(program, mode))
 
 
 def version() -> str:
-    """Returns the versions of this package, and of what it stands on, in one line."""
+    """Returns one line with the versions of this package, of its main dependencies and of Python."""
     found = {}
     for name in ("shared-basis", "jax", "flax"):
         try:
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        except importlib.metadata.PackageNotFoundError:  # a checkout without installation
             found[name] = "(not installed)"
     own, *others = (f"{name} {number}" for name, number in found.items())
     return f"{own} ({', '.join(others)}, Python {platform.python_version()})"
@@ -74,14 +74,14 @@ def _flags(members: Iterable[Flag]) -> list[str]:
 
 
 def _default(flag: Flag) -> str:
-    """Returns the default value in words, where there is one to name."""
+    """Returns the help's sentence on the default value, or an empty string if there is none to show."""
     if flag.kind is bool:
         return " Default: yes." if flag.default else ""
     return f" Default: {flag.default}." if flag.default not in (None, "", []) else ""
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """Returns rows of a short name and a text, the text in lines of the terminal's width."""
+    """Returns rows of a name and a text, with the text wrapped to the width of the terminal."""
     width, column = min(shutil.get_terminal_size().columns, _WIDEST), 26
     lines = []
     for name, text in rows:

@@ -1,4 +1,4 @@
-"""Where the recipes lie: in configs/ of the repository, or as installed; and the file that --config means."""
+"""Finds recipes: in configs/ of the repository or of the installed package, or in the file given by --config."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shared_basis.errors import UserError
 
 
 def _directory() -> Path:
-    """Returns the directory of the recipes: within the package as it is installed, beside it in a checkout."""
+    """Returns the directory of the recipes: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
@@ -27,11 +27,11 @@ def names() -> list[str]:
 def locate(recipe: str) -> str:
     """Returns `FILE.py[:network]` with the path of an existing file.
 
-    Where there is no such file, `NAME`, `NAME.py` and `configs/NAME.py` mean a recipe of this package, so that the
-    commands of the documentation work in every directory.
+    If that file does not exist, `NAME`, `NAME.py` and `configs/NAME.py` refer to a recipe of this package, so that the
+    commands in the documentation work in any directory.
 
     Raises:
-      UserError: there is none.
+      UserError: neither a file nor a recipe has that name.
     """
     given, colon, network = recipe.partition(":")
     file = os.path.expanduser(given)
@@ -43,5 +43,5 @@ def locate(recipe: str) -> str:
         return f"{DIRECTORY / name}.py{colon}{network}"
     close = difflib.get_close_matches(name, names(), 1)
     meant = f" Did you mean {close[0]}?" if close else ""
-    raise UserError(f"--config={given}: no such file, and no recipe of this package; these are {', '.join(names())}, "
-                    f"and one of your own is FILE.py; a network follows a colon, as in cifar_resnet:resnet56.{meant}")
+    raise UserError(f"--config={given}: no such file or recipe. Give FILE.py or one of {', '.join(names())}; a network "
+                    f"follows a colon, as in cifar_resnet:resnet56.{meant}")

@@ -1,7 +1,7 @@
 """The configuration: frozen dataclasses that hold every default, their validation, and their conversion to plain data.
 
-A configuration file (`configs/*.py`) builds a `Config`, hands it to ml_collections as a `ConfigDict` so that
-`--config.a.b=value` can override any field, and `from_config_dict` turns the result back into a checked `Config`.
+A configuration file (`configs/*.py`) builds a `Config` and converts it to an ml_collections `ConfigDict`, so that
+`--config.a.b=value` can override any field; `from_config_dict` converts the result back to a validated `Config`.
 """
 
 from shared_basis.config.checks import split

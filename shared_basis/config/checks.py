@@ -1,4 +1,4 @@
-"""How a field that holds an invalid value is refused: in one line, with what is allowed."""
+"""Checks that reject invalid field values with a one-line message that states what is allowed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shared_basis.errors import UserError
 
 
 def split(text: str) -> tuple[str, ...]:
-    """Returns what is separated by commas in `text`."""
+    """Returns the entries of the comma-separated list `text`."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
@@ -21,7 +21,7 @@ def require(condition: bool, field: str, value: Any, allowed: str) -> None:
 
 
 def require_choice(field: str, value: str, choices: Sequence[str], *others: str) -> None:
-    """Raises `UserError` with the nearest choice unless `value` is one of `choices`; `others` are mentioned too."""
+    """Raises `UserError`, suggesting the closest choice, unless `value` is in `choices`; lists `others` as well."""
     if value not in choices:
         near = difflib.get_close_matches(value, choices, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""

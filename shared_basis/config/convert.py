@@ -1,4 +1,4 @@
-"""Configurations to and from plain data: dotted paths, `ConfigDict`, JSON."""
+"""Converts configurations to and from plain data: dotted paths, `ConfigDict`, JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared_basis.errors import UserError
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Returns `config` as nested plain dicts that JSON can hold (tuples become lists)."""
+    """Returns `config` as nested, JSON-serialisable dicts (tuples become lists)."""
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: plain(item) for key, item in value.items()}
@@ -26,17 +26,17 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
-    """Returns `config` as the mutable, type-checked `ConfigDict` that a `get_config` returns."""
+    """Returns `config` as the mutable, type-checked `ConfigDict` that `get_config` functions return."""
     return ml_collections.ConfigDict(dataclasses.asdict(config))
 
 
 def from_config_dict(tree: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
     """Builds a validated `Config` from nested mappings, e.g. a `ConfigDict` or parsed JSON.
 
-    Absent fields take their defaults. Names of version 0.1 are taken, in a `ConfigDict` with a note.
+    Missing fields take their defaults. Field names of version 0.1 are accepted; a `ConfigDict` with them prints a note.
 
     Raises:
-      UserError: a key is unknown (with the nearest known one), a value has the wrong type, or it is not allowed.
+      UserError: a key is unknown (the message suggests the closest one), or a value has the wrong type or is invalid.
     """
     if isinstance(tree, ml_collections.ConfigDict):
         return _build(Config, tree.to_dict(), "", recipe=True)
@@ -44,10 +44,10 @@ def from_config_dict(tree: Mapping[str, Any] | ml_collections.ConfigDict) -> Con
 
 
 def replace(config: Config, values: Mapping[str, Any]) -> Config:
-    """Returns `config` with fields given by dotted path replaced, e.g. `{'train.epochs': 3}`; checked like any other.
+    """Returns `config` with the given dotted paths replaced and validated, e.g. `{'train.epochs': 3}`.
 
     Raises:
-      UserError: as `from_config_dict`.
+      UserError: see `from_config_dict`.
     """
     tree = dataclasses.asdict(config)
     for path, value in values.items():
@@ -61,16 +61,16 @@ def replace(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def check_field(path: str) -> None:
-    """Raises `UserError` with the nearest field unless the dotted `path` names a field of `Config`."""
+    """Raises `UserError`, suggesting the closest field, unless the dotted `path` names a field of `Config`."""
     known = sorted(flatten(dataclasses.asdict(Config())))
     if path not in known:
         raise UserError(_unknown(path, known))
 
 
 def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns `{dotted path: (value, other value)}` for the fields that differ, `LOCATION_FIELDS` apart.
+    """Returns `{dotted path: (value, other value)}` for all fields that differ, ignoring `LOCATION_FIELDS`.
 
-    Boundaries of the schedule that are the same epochs do not differ, whether given as such or as parts of the run.
+    Schedule boundaries are compared as epochs, so fractions of the run equal the epochs that they stand for.
     """
     mine, theirs = flatten(dataclasses.asdict(config)), flatten(dataclasses.asdict(other))
     if config.optimizer.boundary_epochs(config.train.epochs) == other.optimizer.boundary_epochs(other.train.epochs):
@@ -80,7 +80,7 @@ def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the leaves of nested mappings by dotted path."""
+    """Returns the leaves of nested mappings, keyed by dotted path."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
@@ -103,7 +103,7 @@ OTHER_TRAINERS = {
 
 
 def _unknown(path: str, known: Sequence[str]) -> str:
-    """Returns what to say of a field that is none of the `known`; its section is taken as given."""
+    """Returns the message about an unknown field; its section must exist."""
     section, _, name = path.rpartition(".")
     beside = [field for field in known if section and field.rpartition(".")[0] == section]
     elsewhere = [field for field in known if field.rpartition(".")[2] == name]
@@ -117,13 +117,13 @@ def _unknown(path: str, known: Sequence[str]) -> str:
 
 
 def _nearest(name: str, fields: Sequence[str], cutoff: float) -> list[str]:
-    """Returns the one of the `fields` whose last part is nearest to `name`, or nothing."""
-    last = {field.rpartition(".")[2]: field for field in fields}  # a whole path would match by its section alone
+    """Returns a list of the field whose last component is closest to `name`; empty if none is close."""
+    last = {field.rpartition(".")[2]: field for field in fields}  # full paths would match on the section
     return [last[near] for near in difflib.get_close_matches(name, last, n=1, cutoff=cutoff)]
 
 
 def _build(cls: type, tree: Any, prefix: str, recipe: bool) -> Any:
-    """Builds the dataclass `cls` from the mapping `tree`, of a `recipe` or not; `prefix` is its dotted path."""
+    """Builds the dataclass `cls` from `tree`; `prefix` is its dotted path, `recipe` whether to note renamed fields."""
     if not isinstance(tree, Mapping):
         raise UserError(f"{prefix.rstrip('.')}={tree!r}: must hold the fields of {cls.__name__}.")
     hints = typing.get_type_hints(cls)
@@ -142,7 +142,7 @@ def _build(cls: type, tree: Any, prefix: str, recipe: bool) -> Any:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    """Returns `value` as the type `hint` (bool, int, float, str or a tuple of one of them), or raises `UserError`."""
+    """Returns `value` as type `hint`: bool, int, float, str or a tuple of one of them; raises `UserError` otherwise."""
     if isinstance(hint, types.GenericAlias):
         item = typing.get_args(hint)[0]
         items = value if isinstance(value, (list, tuple)) else (value,)

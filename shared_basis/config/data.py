@@ -1,4 +1,4 @@
-"""The section `data` of a configuration: which images, and what is done to them before the network sees them."""
+"""The section `data` of a configuration: which images to use and how to preprocess them."""
 
 from __future__ import annotations
 
@@ -11,77 +11,79 @@ from shared_basis.config.checks import require, require_choice
 from shared_basis.errors import UserError
 
 DATA_NAMES = ("digits", "folder", "cifar10", "cifar100", "fashion_mnist", "imagenet2012")
-"""The data sets that `data.name` accepts, beside those that begin with `TFDS_PREFIX`."""
+"""The values that `data.name` accepts, besides names with the prefix `TFDS_PREFIX`."""
 
 TFDS_PREFIX = "tfds:"
 
 SPLIT_FIELDS = ("train_split", "test_split", "validation_split")
-"""Fields that name splits of TFDS."""
+"""Fields that name TFDS splits."""
 
 AUTO_VALIDATION = -1.0
-"""The value of `data.validation` that lets a folder decide."""
+"""The value of `data.validation` that selects the default of a folder of images."""
 
 
 _FOR_SMALL_IMAGES = re.compile(r"resnet(14|20|32|44|56|110)(?!\d)|densenet|resnext")
 
 
 def is_for_small_images(network: str) -> bool:
-    """Returns whether the network of this name, which may share or be narrow, has a form for images of 32×32 alone."""
+    """Returns whether the named network, shared or narrow variants included, exists for 32×32 images only."""
     return _FOR_SMALL_IMAGES.match(network) is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The images, and what is done to them before the network sees them."""
+    """Which images to use, and how to preprocess them."""
 
     name: str = "digits"
     """'digits' (embedded), 'folder' (a directory of images), 'cifar10', 'cifar100', 'fashion_mnist' or 'imagenet2012'
-    (by TFDS), or 'tfds:<name>[/<config>]', anything that TFDS finds prepared as ArrayRecord."""
+    (from TFDS), or 'tfds:<name>[/<config>]', any data set that TFDS finds prepared as ArrayRecord."""
     directory: str = ""
-    """folder: holds train/<class>/* and test/<class>/* (or val/), or <class>/* alone; --images=DIR is short for it.
-    TFDS names: its data directory; empty is TFDS's default."""
+    """folder: the directory, with train/<class>/* and test/<class>/* (or val/), or only <class>/*; also set by
+    --images=DIR. TFDS: the data directory; empty for TFDS's default."""
     manual_directory: str = ""
-    """TFDS names: holds source files downloaded by hand, for preparing the data set without a network."""
+    """TFDS: directory with manually downloaded source files, to prepare the data set without network access."""
     train_split: str = ""
-    """TFDS names: the split to train on, e.g. 'train[:90%]'; empty is 'train'."""
+    """TFDS: the split to train on, e.g. 'train[:90%]'; empty for 'train'."""
     test_split: str = ""
-    """TFDS names: the split to test on; empty is 'test', or 'validation' where there is no labelled 'test'."""
+    """TFDS: the split to test on; empty for 'test', or 'validation' if there is no labelled 'test'."""
     validation_split: str = ""
-    """TFDS names: a split to choose the best checkpoint on; empty is none."""
+    """TFDS: the split used to choose the best checkpoint; empty for none."""
     validation: float = 0.0
-    """The part of the training images that is held out, to choose the best checkpoint on. At 0, and where the data set
-    has no validation images of its own, it is chosen on the test images, as published. folder: -1 is a tenth of each
-    class, or those in val/ where there is test/ too."""
+    """Fraction of the training images to hold out for choosing the best checkpoint. If 0, and if the data set has no
+    validation images of its own, the best checkpoint is chosen on the test images, as published. folder: -1 holds out
+    a tenth of each class, or uses the images in val/ if test/ exists too."""
     test: float = 0.2
-    """folder, without train/ and test/: the part of each class that is held out to test on."""
+    """folder without train/ and test/: fraction of each class to hold out for testing."""
     split_seed: int = 0
-    """Seeds what `validation` and `test` draw; apart from `seed`, so that runs of several seeds can be compared."""
+    """Seed for drawing the images of `validation` and `test`; separate from `seed`, so that runs with different seeds
+    are comparable."""
     image_size: int = 0
-    """Height and width in pixels that images are brought to, by `crop`; 0 keeps their size."""
+    """Height and width in pixels to which `crop` brings the images; 0 keeps their size."""
     crop: str = "center"
-    """'center': the shorter side is scaled to image_size and the centre cut out. 'random_resized' (ImageNet): training
-    images are random parts, of 8 to 100 % of the area, scaled to image_size; test images are scaled to 8/7 of it, and
-    the centre is cut out."""
+    """'center': scale the shorter side to image_size and cut out the centre. 'random_resized' (ImageNet): scale random
+    crops with 8 to 100 % of the area to image_size for training; for testing, scale images to 8/7 of it and cut out
+    the centre."""
     on_broken: str = "fail"
-    """'fail' at an image that cannot be decoded, or 'skip' it, with a warning."""
+    """What to do with an image that cannot be decoded: 'fail', or 'skip' it with a warning."""
     placement: str = "auto"
-    """'device': decoded images are kept on the device. 'stream': they are read from disk during training. 'auto'
-    decides by their size."""
+    """'device': keep decoded images on the device. 'stream': read them from disk during training. 'auto': choose by
+    their size."""
     workers: int = -1
-    """Processes that read and decode streamed images; 0 uses threads of the main process; −1 decides by the cores."""
+    """Number of processes that read and decode streamed images; 0 uses threads of the main process, −1 chooses by the
+    number of cores."""
     train_examples: int = 0
-    """Train on this many images, a fixed random subset that does not depend on the seed; 0 is all of them."""
+    """Number of training images to use, a fixed random subset that does not depend on the seed; 0 for all."""
     test_examples: int = 0
-    """Test on this many images, a fixed random subset that does not depend on the seed; 0 is all of them."""
+    """Number of test images to use, a fixed random subset that does not depend on the seed; 0 for all."""
     mean: tuple[float, ...] = (0.5,)
-    """Subtracted from each channel of an image in [0, 1]; one value per channel, or one for all. If it and
-    `std` are empty, they are measured on the training images when training begins, and recorded."""
+    """Subtracted from each channel of an image in [0, 1]; one value per channel, or one for all. If `mean` and `std`
+    are empty, they are measured on the training images when training begins, and recorded."""
     std: tuple[float, ...] = (0.5,)
-    """Divides each channel after that; one value per channel, or one for all."""
+    """Divisor of each channel after subtracting `mean`; one value per channel, or one for all."""
     pad: int = 0
-    """Training only: zero pixels added on each side before a random crop to the original size."""
+    """Training only: zero padding in pixels on each side before a random crop to the original size."""
     flip: bool = False
-    """Training only: mirror left and right with probability one half."""
+    """Training only: mirror images horizontally with probability 1/2."""
 
     def __post_init__(self) -> None:
         if not self.name.startswith(TFDS_PREFIX):
@@ -106,34 +108,34 @@ class DataConfig:
         require(-1 <= self.workers <= 512, "data.workers", self.workers, "-1, or 0 to 512")
         if self.crop == "random_resized":
             require(self.image_size > 0, "data.image_size", self.image_size,
-                    "positive when data.crop='random_resized'; usual is 224")
+                    "positive when data.crop='random_resized'; 224 is usual")
             require(self.placement != "device", "data.placement", self.placement,
-                    "auto or stream when data.crop='random_resized', which cuts a new part out of the original image "
-                    "each time")
+                    "auto or stream when data.crop='random_resized', which needs the original images for each new "
+                    "crop")
         for field in ("mean", "std"):
             value = getattr(self, field)
             require(len(value) in (0, 1, 3), f"data.{field}", value, "one value, or one for each of three channels")
             require(all(abs(v) <= 1e30 for v in value), f"data.{field}", value, "numbers up to 1e30")
         require(all(v >= 1e-6 for v in self.std), "data.std", self.std, "positive, at least 1e-6")
         require(bool(self.mean) == bool(self.std), "data.std", self.std,
-                f"{'given' if self.mean else 'empty'} when data.mean={self.mean} is: both are measured, or neither")
+                f"{'given' if self.mean else 'empty'} when data.mean={self.mean}; leave both empty to measure them")
         require(self.pad <= 1024, "data.pad", self.pad, "at most 1024 pixels")
         self._require_no_other_fields()
 
     @property
     def is_measured(self) -> bool:
-        """Whether mean and deviation are known, and not yet to be measured."""
+        """Whether mean and standard deviation are set, by the user or by a measurement."""
         return bool(self.mean)
 
     def _require_no_other_fields(self) -> None:
-        """Raises `UserError` if a field is set that the data set does not read: it would have no effect."""
+        """Raises `UserError` if a field is set that the data set ignores."""
         for field in ignored_fields(self.name):
             value = getattr(self, field)
             if value != DEFAULTS[field]:
-                why = ", which is for splits of TFDS" if field in SPLIT_FIELDS else ""
-                advice = (" To train on a folder of images give --images=DIR, or set --config.data.name=folder too."
+                why = ", which only applies to TFDS" if field in SPLIT_FIELDS else ""
+                advice = (" To train on a folder of images, give --images=DIR or also set --config.data.name=folder."
                           if field == "directory" else "")
-                raise UserError(f"data.{field}={value!r}: data.name={self.name!r} does not read it{why}; leave it out."
+                raise UserError(f"data.{field}={value!r}: data.name={self.name!r} ignores this field{why}; omit it."
                                 f"{advice}")
 
 
@@ -142,31 +144,31 @@ DEFAULTS = {field.name: field.default for field in dataclasses.fields(DataConfig
 
 
 def ignored_fields(name: str) -> tuple[str, ...]:
-    """Returns the fields that say which images are meant, and that the data set `name` does not read."""
+    """Returns the fields for selecting images that the data set `name` ignores."""
     if name == "digits":
         return ("directory", "manual_directory", *SPLIT_FIELDS, "test")
     return ("manual_directory", *SPLIT_FIELDS) if name == "folder" else ("test",)
 
 
 def folder_fields(directory: str) -> dict[str, Any]:
-    """Returns the fields, by dotted path, that make a data set the folder of images `directory`, whatever it was."""
+    """Returns the fields, by dotted path, that select the folder of images `directory` and reset other selections."""
     ignored = {field: DEFAULTS[field] for field in ignored_fields("folder")}
     return {f"data.{field}": value for field, value in {"name": "folder", "directory": directory, **ignored}.items()}
 
 
 def named_after(name: str, directory: str) -> str:
-    """Returns the `name` of a run with the last part of the path `directory` in place of {folder}.
+    """Returns the run name `name` with {folder} replaced by the last component of the path `directory`.
 
     Raises:
-      UserError: it asks for a directory, and there is none.
+      UserError: `name` contains {folder} and `directory` is empty.
     """
     if FOLDER not in name:
         return name
-    require(bool(directory), "name", name, "without {folder} unless data.directory names one: give --images=DIR")
+    require(bool(directory), "name", name, "without {folder} unless data.directory is set: give --images=DIR")
     last = os.path.basename(os.path.abspath(os.path.expanduser(directory)))
     proper = "".join(char if char.isprintable() and char not in "/\\" else "_" for char in last).lstrip(".")
     return name.replace(FOLDER, proper or "images")
 
 
 FOLDER = "{folder}"
-"""What stands in the name of a recipe's run for the last part of data.directory."""
+"""The placeholder in a recipe's run name for the last component of data.directory."""

@@ -1,4 +1,4 @@
-"""Records of runs of earlier versions, in the terms of this one."""
+"""Converts configurations recorded by earlier versions to the current format."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from shared_basis.config.data import DEFAULTS, ignored_fields
 
 FORMAT = 2
-"""Of the records that this version writes. In those of 1, which do not say so, all boundaries were epochs, and a data
-set might have fields that it does not read."""
+"""The format of records that this version writes. Format 1 is not marked in the record: all boundaries were epochs,
+and fields that the data set ignores could be set."""
 
 
 def in_present_terms(config: Any, record_format: int) -> Any:
-    """Returns the configuration of a record, nested mappings as JSON has them, as this version means it.
+    """Returns a recorded configuration, given as nested JSON mappings, converted to the current format.
 
-    What is not as it should be stays as it is: it is for the validation of the configuration to say so.
+    Invalid values are left unchanged; the validation of the configuration reports them.
     """
     if record_format >= FORMAT or not isinstance(config, Mapping):
         return config

@@ -1,4 +1,4 @@
-"""Fields that had another name in version 0.1, which goes on working for one version, with a note."""
+"""Fields renamed since version 0.1; their old names are accepted for one more version, with a note."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ RENAMED = {
     "optimizer.accumulate": "optimizer.grad_accumulation_steps",
     "optimizer.decay": "optimizer.weight_decay_labels",
 }
-"""The present names by the earlier ones, as dotted paths."""
+"""The current names, keyed by old name, as dotted paths."""
 
 _Class = TypeVar("_Class", bound=type)
 
 
 def takes_old_names(section: str) -> Callable[[_Class], _Class]:
-    """Returns a decorator by which the dataclass of a `section` of the configuration takes earlier names, too."""
+    """Returns a decorator that makes the dataclass of a configuration `section` accept old field names too."""
     def decorate(cls: _Class) -> _Class:
         init = cls.__init__  # type: ignore[misc]
 
@@ -33,12 +33,12 @@ def takes_old_names(section: str) -> Callable[[_Class], _Class]:
 
 
 def with_present_names(fields: Mapping[str, Any], prefix: str, *, note: bool) -> dict[str, Any]:
-    """Returns the `fields` of a section by their present names; `prefix` is its dotted path.
+    """Returns the `fields` of a section with old names replaced by current ones; `prefix` is its dotted path.
 
-    A field that is there by both of its names has the value that the earlier one has.
+    If a field is given by both names, the value given by the old name is used.
 
     Args:
-      note: whether an earlier name is noted: in recipes it is to be changed, in the record of a run it need not.
+      note: whether to print a note for each old name: yes for recipes, no for recorded configurations.
     """
     old = {name: RENAMED[prefix + name].removeprefix(prefix) for name in fields if prefix + name in RENAMED}
     for name, present in old.items() if note else ():

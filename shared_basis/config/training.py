@@ -1,4 +1,4 @@
-"""The fields that say how long and on what a run trains, what of it stays fixed, and what it learns from a teacher."""
+"""The fields for the length of training, batches, evaluation, frozen parameters, regularisation and distillation."""
 
 from __future__ import annotations
 
@@ -9,44 +9,44 @@ from shared_basis.config.checks import require, split
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The length of training, the batches, how often a run is evaluated and saved, and what it learns from."""
+    """Length of training, batches, evaluation and checkpoints, frozen parameters, and regularisation by targets."""
 
     epochs: int = 300
-    """Passes over the training images."""
+    """Number of passes over the training images."""
     batch_size: int = 256
-    """Images a step, over all devices together. An incomplete last batch of an epoch is left out. 0
-    chooses a batch that fits the number of training images when training begins, and records it."""
+    """Images per step, over all devices. The incomplete last batch of an epoch is dropped. 0 chooses a batch size
+    for the number of training images when training begins, and records it."""
     eval_batch_size: int = 1000
-    """Images a step in evaluation."""
+    """Images per step of an evaluation."""
     evaluate_every: int = 1
-    """Epochs between evaluations; each is followed by a checkpoint. The last epoch always counts."""
+    """Epochs between evaluations, each of which saves a checkpoint. The last epoch is always evaluated."""
     checkpoint_minutes: float = 0.0
-    """Minutes after which a run is saved between evaluations too, so that of a long epoch no more than that is lost; 0
-    is never. Of these checkpoints the latest two are kept, beside the best and the latest two that were evaluated."""
+    """Minutes between additional checkpoints, to limit what is lost if a long epoch is interrupted; 0 for none. The
+    latest two of these are kept, besides the best and the latest two evaluated checkpoints."""
     record_gradients: bool = False
-    """Whether each evaluation adds a line to gradients.jsonl: the norm of the cross entropy's gradient with respect to
-    each basis, coefficients and kernel, averaged over the steps of the epoch (--mode=analyze draws them). What is
-    trained does not change; the averages belong to the optimizer's state, so that they survive a stop."""
+    """Whether each evaluation appends to gradients.jsonl the gradient norm of the cross entropy with respect to each
+    basis, coefficients and kernel, averaged over the steps of the epoch (plotted by --mode=analyze). Training is
+    unaffected; the averages are part of the optimizer state, so that they survive an interruption."""
     freeze: str = ""
-    """Parameters that are not trained: kinds (basis, coefficients, kernel, norm, bias) and globs of paths such as
-    group1/**, with commas between them. Of several that match a parameter the last one counts, and one that begins with
-    ! lets it train: **,!head/** leaves the head alone to be trained."""
+    """Parameters to freeze: comma-separated kinds (basis, coefficients, kernel, norm, bias) and globs of paths such as
+    group1/**. If several match a parameter, the last one applies; a leading ! unfreezes: **,!head/** trains only the
+    head."""
     freeze_epochs: float = 0.0
-    """Epochs after which the parameters of `freeze` are trained too, fractions allowed; 0 is never."""
+    """Epochs after which the parameters of `freeze` are trained too (fractional values allowed); 0 for never."""
     freeze_statistics: bool = False
-    """Whether the network computes as in evaluation: batch normalisation by running statistics, which stay as they are,
-    and without dropout."""
+    """Whether to train with the network in evaluation mode: batch normalisation uses its running statistics without
+    updating them, and dropout is disabled."""
     label_smoothing: float = 0.0
-    """The part of the target that is spread evenly over all classes (Szegedy et al. 2016); usual is 0.1."""
+    """Label smoothing: fraction of the target spread evenly over all classes (Szegedy et al. 2016); 0.1 is usual."""
     mixup: float = 0.0
-    """α of mixup (Zhang et al. 2018): pairs of images are blended, λ ~ Beta(α, α); usual is 0.2; 0 is none."""
+    """α of mixup (Zhang et al. 2018), which blends pairs of images with λ ~ Beta(α, α); 0.2 is usual, 0 disables it."""
     cutmix: float = 0.0
-    """α of CutMix (Yun et al. 2019): a rectangle comes from another image; usual is 1; 0 is none. Where both are set,
-    each image is drawn one of the two."""
+    """α of CutMix (Yun et al. 2019), which pastes a rectangle of another image; 1 is usual, 0 disables it. If mixup is
+    enabled too, one of the two is drawn for each image."""
     ema_decay: float = 0.0
-    """Decay a step of an exponential moving average of parameters and batch statistics, which is what is evaluated,
-    exported and by which the best checkpoint is chosen; usual is 0.999 to 0.9999; 0 is none. At step t it is at most
-    (1 + t) / (10 + t), so that short runs are not held back by what they began with."""
+    """Decay per step of an exponential moving average (EMA) of parameters and batch statistics; the average is used for
+    evaluation, export and choosing the best checkpoint. 0.999 to 0.9999 is usual, 0 disables it. At step t the decay is
+    at most (1 + t) / (10 + t), so that the initial values do not dominate short runs."""
 
     def __post_init__(self) -> None:
         for field in ("epochs", "eval_batch_size", "evaluate_every"):
@@ -70,15 +70,15 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistillationConfig:
-    """What is learned from a trained network beside the labels (Hinton et al. 2015)."""
+    """Knowledge distillation: training on the outputs of a trained network besides the labels (Hinton et al. 2015)."""
 
     teacher: str = ""
-    """The run of the teacher, RUN[:latest|best|STEP], for images of the same shape and classes; empty is none. It sees
-    the images as they are augmented, in evaluation mode."""
+    """The teacher's run, RUN[:latest|best|STEP], for images of the same shape and classes; empty for none. The
+    teacher runs in evaluation mode on the augmented images."""
     weight: float = 0.9
     """The loss is (1 − weight) · cross entropy + weight · temperature² · KL(teacher ‖ network)."""
     temperature: float = 4.0
-    """Divides the logits of both for the divergence: the higher, the more weight the smaller probabilities have."""
+    """Divisor of both networks' logits in the divergence; higher values give small probabilities more weight."""
 
     def __post_init__(self) -> None:
         require(0 < self.weight <= 1, "distillation.weight", self.weight, "above 0 and at most 1")

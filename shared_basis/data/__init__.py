@@ -1,4 +1,4 @@
-"""Data sets by name, and how their images reach the devices."""
+"""Data sets by name, and the input pipelines that bring their images to the devices."""
 
 from shared_basis.data.examples import SPLITS, Progress, Source, Spec, Split, epoch_order, no_progress
 from shared_basis.data.folder import fingerprint

@@ -1,4 +1,4 @@
-"""What is done to a batch on the devices: normalisation, random crops and mirroring."""
+"""Preprocessing of a batch on the devices: normalisation, random crops and mirroring."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from shared_basis.nn.types import Array
 
 
 def normalize(images: Array, config: DataConfig) -> Array:
-    """Maps uint8 images `[N, H, W, C]` to float32: scaled to [0, 1], less `mean`, over `std`."""
+    """Normalises uint8 images `[N, H, W, C]` to float32: scales to [0, 1], subtracts `mean`, divides by `std`."""
     return (images.astype(jnp.float32) / 255 - jnp.asarray(config.mean)) / jnp.asarray(config.std)
 
 
 def augment(images: Array, key: Array, config: DataConfig) -> Array:
-    """Returns images `[N, H, W, C]`, each padded with zeros, cropped at random and mirrored at random."""
+    """Pads each of the images `[N, H, W, C]` with zeros, then crops and mirrors it at random."""
     count, height, width, _ = images.shape
     if config.pad:
         pad = config.pad

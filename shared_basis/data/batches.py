@@ -1,4 +1,4 @@
-"""Batches by number: which images the batch of a step or of an evaluation holds, a pure function of seed and number."""
+"""Batches by number: the images in a training or evaluation batch, a pure function of the seed and the number."""
 
 from __future__ import annotations
 
@@ -15,50 +15,50 @@ from shared_basis.data.in_memory import Region, decode_error, eval_crop, read_im
 from shared_basis.errors import UserError
 
 TRIES = 100
-"""Images in a row that may be broken before a stream gives up looking for one that is not."""
+"""Number of consecutive broken images after which a stream fails instead of substituting the next one."""
 
 
 class Batch(NamedTuple):
-    """One process's part of a batch, or the reason why there is none."""
+    """This process's part of a batch, or the error that prevented reading it."""
 
     images: np.ndarray
     """uint8 [B, H, W, C]."""
     labels: np.ndarray
-    """int32 [B]; −1 marks an image that does not count."""
+    """int32 [B]; −1 marks padding and broken images, which do not count."""
     skipped: list[str]
-    """What is wrong with images that were skipped."""
+    """Descriptions of the images that were skipped."""
     error: str
-    """What stops the stream; otherwise empty. Exceptions do not survive the way from a worker."""
+    """The error that ends the stream, or empty. A string, as worker processes cannot pass exceptions on."""
 
 
 class Batches(Protocol):
-    """Batches by number; can be pickled."""
+    """Picklable batches by number."""
 
     warned: set[str]
-    """Warnings given: one for each skipped image, also where it is read again and again."""
+    """Number of warnings so far: one for each skipped image, even if it is read repeatedly."""
 
     def __len__(self) -> int:
         """Returns the number of batches."""
 
     def __getitem__(self, number: int) -> Batch:
-        """Returns a batch."""
+        """Returns the batch `number`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Which part of every batch this process reads: that of process `index` of `count`."""
+    """The part of every batch that this process reads: part `index` of `count`."""
 
     index: int = 0
     count: int = 1
 
     def of(self, batch_size: int) -> range:
-        """Returns the rows of a batch that this process reads."""
+        """Returns the rows of a batch of `batch_size` that this process reads."""
         rows = batch_size // self.count
         return range(self.index * rows, (self.index + 1) * rows)
 
 
 WHOLE = Shard()
-"""All of every batch."""
+"""The whole of every batch."""
 
 
 class TrainingBatches:
@@ -91,8 +91,8 @@ class TrainingBatches:
         return Batch(images, labels, skipped, "")
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Returns the order of `epoch`; two are kept, as threads work on both sides of an epoch's end."""
-        orders = self._orders  # another thread may replace it meanwhile
+        """Returns the order of `epoch`; caches two, as threads read ahead into the next epoch."""
+        orders = self._orders  # another thread may replace the attribute
         if epoch not in orders:
             kept = {known: order for known, order in orders.items() if known == epoch - 1}
             self._orders = orders = {**kept, epoch: epoch_order(self._seed, epoch, len(self._examples))}
@@ -111,7 +111,7 @@ class TrainingBatches:
 
     def _substitute(self, order: np.ndarray, place: int, region: Region,
                     skipped: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the image and label that follow in the epoch's order; a function of the seed and the step too."""
+        """Returns the next intact image and its label in the epoch's order; deterministic given seed and step."""
         for other in range(place + 1, place + 1 + TRIES):
             images, labels, broken = self._read([int(order[other % len(order)])], [region])
             if not broken:
@@ -124,9 +124,9 @@ class TrainingBatches:
 
 
 class EvalBatches:
-    """The batches of an evaluation: every image once, in order, and the last batch filled with what does not count."""
+    """The batches of an evaluation: every image once, in order; the last batch is padded with images labelled −1."""
 
-    __test__ = False  # not one of pytest's
+    __test__ = False  # not a pytest class
 
     def __init__(self, examples: Examples, spec: Spec, config: DataConfig, *, batch_size: int,
                  shard: Shard = WHOLE) -> None:
@@ -154,5 +154,5 @@ class EvalBatches:
 
 
 def without_images(error: str = "") -> Batch:
-    """Returns a batch of nothing, or the reason why there is none."""
+    """Returns an empty batch that carries `error`, if any."""
     return Batch(np.zeros(0, np.uint8), np.zeros(0, np.int32), [], error)

@@ -1,4 +1,4 @@
-"""The embedded data set: 1,797 real handwritten digits, 8×8 pixels, which scikit-learn ships."""
+"""The embedded data set: 1,797 handwritten digits of 8×8 pixels from scikit-learn."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from shared_basis.data.examples import ArrayExamples, Source, Spec
 from shared_basis.runtime.reporter import Reporter
 
 TEST_EVERY = 5
-"""Of every class, each fifth image is a test image; the rest are for training."""
+"""Every fifth image of a class is a test image; the others are training images."""
 
 CLASSES = tuple("0123456789")
 
 
 def describe(config: DataConfig) -> Spec:
-    """Returns the spec; only the size of the images can be chosen."""
+    """Returns the spec; only the image size is configurable."""
     return Spec((config.image_size or 8, config.image_size or 8, 1), CLASSES)
 
 
 def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = None) -> Source:
-    """Opens the splits `names`; the original grey values 0..16 become 0..255, rounded."""
-    from sklearn.datasets import load_digits  # importing scikit-learn takes a second that other data sets don't need
+    """Opens the splits `names`; grey values 0..16 are rescaled to 0..255 and rounded."""
+    from sklearn.datasets import load_digits  # slow to import, and only needed here
 
     del known
     digits = load_digits()
@@ -34,13 +34,13 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
 
 
 def prepare(config: DataConfig, reporter: Reporter) -> str:
-    """Returns that there is nothing to do."""
+    """Returns a message that no preparation is needed."""
     del config, reporter
     return "the digits come with scikit-learn: nothing to prepare"
 
 
 def _split(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the indices of the train and the test images: the 5th, 10th, ... image of a class is a test image."""
+    """Returns the indices of the train and the test images: the 5th, 10th, ... image of each class is a test image."""
     is_test = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         is_test[np.flatnonzero(labels == label)[TEST_EVERY - 1::TEST_EVERY]] = True

@@ -1,4 +1,4 @@
-"""What the data sets have in common: their spec, their splits, and which images belong to a run."""
+"""What all data sets share: spec, splits, and the selection of the images for a run."""
 
 from __future__ import annotations
 
@@ -16,58 +16,58 @@ SPLITS = ("train", "test")
 """The splits that every data set has. Some runs have a third, 'validation'."""
 
 Encoded = bytes | str | np.ndarray
-"""An image as it is stored: the bytes of a file, the path of one, or pixels uint8 [H, W, C]."""
+"""A stored image: the bytes of a file, the path of a file, or pixels uint8 [H, W, C]."""
 
 Progress = Callable[[int, int], None]
-"""A function of how many are done, and of how many."""
+"""A callback with the number of items done and the total."""
 
 
 def no_progress(done: int, total: int) -> None:
-    """Is a `Progress` that shows nothing."""
+    """A `Progress` that shows nothing."""
 
 
 def warn_on_stderr(text: str) -> None:
-    """Prints a warning, where no reporter is given that would log it too."""
+    """Prints a warning to standard error; the default where no reporter is passed."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What is known of a data set without loading its images: `image_shape` (H, W, C) and the `classes` by label."""
+    """Metadata of a data set, known without loading its images: `image_shape` (H, W, C) and the `classes` by label."""
 
     image_shape: tuple[int, int, int]
     classes: tuple[str, ...]
 
 
 class Examples(Protocol):
-    """The encoded images and labels of one split, by index. Can be pickled, so that worker processes can read too."""
+    """The encoded images and labels of a split, by index; picklable, so that worker processes can read it."""
 
     def __len__(self) -> int:
         """Returns the number of images."""
 
     def take(self, indices: np.ndarray) -> Examples:
-        """Returns the examples `indices` alone."""
+        """Returns the subset with the given `indices`."""
 
     def read(self, indices: Sequence[int]) -> list[tuple[Encoded, int]]:
-        """Returns images, still encoded, and labels."""
+        """Returns pairs of an encoded image and its label."""
 
     def name(self, index: int) -> str:
-        """Returns the path or number by which the image can be found."""
+        """Returns the path or number that identifies the image."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set that is open for reading; `splits` holds 'train' and 'test', and may hold 'validation'."""
+    """An open data set; `splits` contains 'train' and 'test', and optionally 'validation'."""
 
     spec: Spec
     splits: Mapping[str, Examples]
     note: str = ""
-    """What a reader should know of it, in a line."""
+    """A remark for the user on one line, or empty."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayExamples:
-    """Examples that lie in memory: `images`, uint8 [N, H, W, C], and `labels`, int32 [N]."""
+    """Examples in memory: `images`, uint8 [N, H, W, C], and `labels`, int32 [N]."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -76,15 +76,15 @@ class ArrayExamples:
         return len(self.labels)
 
     def take(self, indices: np.ndarray) -> ArrayExamples:
-        """Returns the examples `indices` alone."""
+        """Returns the subset with the given `indices`."""
         return ArrayExamples(self.images[indices], self.labels[indices])
 
     def read(self, indices: Sequence[int]) -> list[tuple[Encoded, int]]:
-        """Returns images and labels."""
+        """Returns pairs of an image and its label."""
         return [(self.images[index], int(self.labels[index])) for index in indices]
 
     def name(self, index: int) -> str:
-        """Returns the number of the image."""
+        """Returns the index of the image as a string."""
         return f"image {index}"
 
 
@@ -92,7 +92,7 @@ class ArrayExamples:
 class Split:
     """`images`, uint8 [N, H, W, C] in C order, and their `labels`, int32 [N], which index `Spec.classes`.
 
-    A label of −1 marks an image that is broken and does not count.
+    A label of −1 marks a broken image, which does not count.
     """
 
     images: np.ndarray
@@ -100,29 +100,29 @@ class Split:
 
 
 def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
-    """Returns the order int32 `[examples]` in which `epoch` visits the training images.
+    """Returns the order, int32 `[examples]`, in which `epoch` visits the training images.
 
-    A pure function of its arguments, and of NumPy alone: worker processes compute it too.
+    A pure function of its arguments that only uses NumPy, since worker processes compute it too.
     """
     return np.random.default_rng((seed, 0, epoch)).permutation(examples).astype(np.int32)
 
 
 def crop_generator(seed: int, position: int) -> np.random.Generator:
-    """Returns the generator of the random crop at `position`, the number of images trained on before this one."""
+    """Returns the random generator for the crop at `position`, the number of images trained on before this one."""
     return np.random.default_rng((seed, 1, position))
 
 
 def select(config: DataConfig, splits: Mapping[str, Examples]) -> dict[str, Examples]:
-    """Returns the parts of `splits` that a run uses: holds out validation images, then chooses the subsets asked for.
+    """Returns the examples of each split that a run uses: holds out validation images, then selects the subsets.
 
-    The validation images are a random `config.validation` of train, drawn with `config.split_seed`, whatever the run's
-    seed, so that runs of several seeds are chosen on the same images. A subset is the beginning of one fixed
-    permutation (NumPy's generator with seed 0), sorted back into the original order: a smaller subset lies within a
-    larger one.
+    The validation images are a random fraction `config.validation` of train, drawn with `config.split_seed`, which is
+    independent of the run's seed: runs with different seeds use the same validation images. A subset is a prefix of one
+    fixed permutation (NumPy's generator with seed 0), sorted back into the original order, so a smaller subset is
+    contained in a larger one.
 
     Raises:
-      UserError: more images are wanted than exist, the data set has validation images of its own and
-        `config.validation` asks for others, or one part would be empty.
+      UserError: more images are requested than exist, `config.validation` is set although the data set has its own
+        validation images, or a part would be empty.
     """
     parts = dict(splits)
     if config.validation > 0 and "train" in parts:
@@ -138,7 +138,7 @@ def select(config: DataConfig, splits: Mapping[str, Examples]) -> dict[str, Exam
 
 
 def _hold_out(config: DataConfig, splits: Mapping[str, Examples]) -> dict[str, Examples]:
-    """Returns train without its validation images, and these."""
+    """Returns train without the held-out images, and these as validation."""
     if "validation" in splits:
         raise UserError(f"data.validation={config.validation}: the data set has validation images of its own; leave "
                         "data.validation at 0 to use them.")

@@ -1,4 +1,4 @@
-"""How images reach the devices: decoded and resident there, or streamed in batches; and which of the two."""
+"""Input pipelines: images decoded and resident on the devices, or streamed in batches; and the choice between them."""
 
 from __future__ import annotations
 
@@ -24,51 +24,51 @@ from shared_basis.runtime.reporter import Reporter, count, size_text
 Inputs = tuple[jax.Array, ...]
 
 DEVICE_SHARE = 4
-"""Resident images may take this part of a device's memory: 1/4; activations need the rest."""
+"""Resident images may take 1/4 of a device's memory; the rest is for activations."""
 
 HOST_SHARE = 2
-"""While they are loaded, they may take this part of the host's available memory: 1/2."""
+"""While being loaded, resident images may take 1/2 of the host's available memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """What the compiled step reads beside the state."""
+    """The inputs of the compiled step besides the state."""
 
     batches: Callable[[int], Generator[Inputs, None, None]]
-    """Yields the inputs of each step, from the given one on."""
+    """Yields the inputs of each step, starting with the given step."""
     abstract: tuple[Any, ...]
     """Shapes, dtypes and shardings of the inputs."""
     select: Callable[..., tuple[jax.Array, jax.Array]]
-    """From the step's number and its inputs, inside the compiled step: images uint8 [B, H, W, C], labels int32 [B]."""
+    """Maps step number and inputs, inside the compiled step, to images uint8 [B, H, W, C] and labels int32 [B]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """The splits of a run: `Split`s in memory, or `Examples` to be streamed."""
+    """The splits of a run: `Split`s in memory, or `Examples` to stream."""
 
     spec: Spec
     splits: Mapping[str, Split | Examples]
     config: DataConfig
     warn: Callable[[str], None] = warn_on_stderr
-    """Gets a line about each streamed image that is skipped."""
+    """Called with a line about each streamed image that is skipped."""
 
     def count(self, name: str) -> int:
-        """Returns the number of images of the split `name`, broken ones that are skipped among them."""
+        """Returns the number of images in the split `name`, including broken ones that are skipped."""
         part = self.splits[name]
         return len(part.labels) if isinstance(part, Split) else len(part)
 
     def broken(self, name: str) -> int:
-        """Returns how many of them are known to be broken; of images that are streamed, 0."""
+        """Returns the number of images in the split `name` known to be broken; 0 for streamed images."""
         part = self.splits[name]
         return int((part.labels < 0).sum()) if isinstance(part, Split) else 0
 
     @property
     def are_streamed(self) -> bool:
-        """Whether images are decoded as they are needed."""
+        """Whether images are decoded during training rather than before."""
         return any(not isinstance(part, Split) for part in self.splits.values())
 
     def describe(self) -> str:
-        """Returns in words how many images each split has, and of which shape."""
+        """Returns a human-readable description: the number of images per split and their shape."""
         *parts, last = (f"{count(self.count(name) - self.broken(name))} {'training' if name == 'train' else name}"
                         for name in self.splits)
         broken = sum(map(self.broken, self.splits))
@@ -78,7 +78,7 @@ class Images:
         return f"{', '.join(parts)} and {last} images of {'×'.join(map(str, self.spec.image_shape))}{without}"
 
     def bytes_on_device(self, feed: Feed, mesh: Mesh) -> int:
-        """Returns what the images take on each device: resident ones of all splits, or two batches of a stream."""
+        """Returns the bytes per device for images: resident ones of all splits, or two batches of a stream."""
         if self.are_streamed:
             return 2 * memory.bytes_on_device(feed.abstract)
         scored = sum(part.images.nbytes + part.labels.nbytes for name, part in self.splits.items()
@@ -92,10 +92,10 @@ class Images:
             part, self.spec, config, mesh, self.warn)
 
     def batches(self, name: str, batch_size: int, mesh: Mesh) -> Callable[[], Iterable[Inputs]]:
-        """Returns a function that gives the images and labels of a split in batches for an evaluation.
+        """Returns a function that yields the images and labels of a split in batches for an evaluation.
 
-        Batches have about `batch_size` images, divided among the devices; the last one is filled with images that do
-        not count, whose label is −1.
+        Batches have about `batch_size` images, sharded over the devices; the last one is padded with images that do not
+        count, whose label is −1.
         """
         part = self.splits[name]
         size = scored_at_once(batch_size, self.count(name), mesh.size)
@@ -110,12 +110,12 @@ class Images:
 
 
 def scored_at_once(batch_size: int, count: int, devices: int) -> int:
-    """Returns the size of an evaluation's batch: `batch_size`, or all if there are fewer, filled up for the devices."""
+    """Returns the batch size of an evaluation: `batch_size`, at most `count`, rounded up to a multiple of `devices`."""
     return -(-min(batch_size, count) // devices) * devices
 
 
 def load(source: Source, config: DataConfig, mesh: Mesh, reporter: Reporter) -> Images:
-    """Chooses where the images of `source` wait, says so in one line, and decodes them if they are to be resident.
+    """Decides whether images are resident or streamed, logs the decision, and decodes them if resident.
 
     Raises:
       UserError: resident images do not fit into memory, or cannot be decoded.
@@ -134,25 +134,25 @@ def load(source: Source, config: DataConfig, mesh: Mesh, reporter: Reporter) -> 
 
 
 def choose(source: Source, config: DataConfig, mesh: Mesh, host: int | None) -> tuple[bool, str]:
-    """Returns whether images are to be streamed, and why, in one line; the same in all processes.
+    """Returns whether to stream the images, and the reason on one line; the same in all processes.
 
     Args:
-      host: the bytes of memory that are available on this machine; None where that is not known.
+      host: the bytes of memory available on this machine; None if unknown.
 
     Raises:
-      UserError: they are to be resident and do not fit into memory.
+      UserError: `config` asks for resident images that do not fit into memory.
     """
     needed = in_memory.resident_bytes(source.splits, source.spec)
     device = mesh.local_mesh.devices.flat[0]
     on_host = device.platform == "cpu"
-    copies = 1 + (mesh.local_mesh.size if on_host else 0)  # the decoded array, and one for each device that is the host
+    copies = 1 + (mesh.local_mesh.size if on_host else 0)  # the decoded array, and one per CPU device
     limit = None if on_host else (device.memory_stats() or {}).get("bytes_limit")
     fits = (host is None or needed * copies <= host) and (limit is None or needed <= limit)
     fits_well = (host is None or needed * copies * HOST_SHARE <= host) and (
         limit is None or needed * DEVICE_SHARE <= limit)
     known = (("{} of memory are free", host), ("the device has {}", limit))
     found = ", ".join(text.format(size_text(value)) for text, value in known if value is not None)
-    times = f" ({size_text(needed * copies)} with a copy for each device)" if copies > 1 else ""
+    times = f" ({size_text(needed * copies)} with one copy per device)" if copies > 1 else ""
     size = f"decoded, the images take {size_text(needed)}{times}; {found or 'the memory is not known'}"
     if config.placement == "device" and not fits:
         raise UserError(f"data.placement='device': {size}. Set --config.data.placement=stream, a smaller "
@@ -193,17 +193,17 @@ def _resident_feed(split: Split, config: Config, mesh: Mesh) -> Feed:
 
 def select_batch(step: Array, images: Array, labels: Array, order: Array, *, batch_size: int,
                  batch_sharding: NamedSharding) -> tuple[Array, Array]:
-    """Takes the batch of `step` from images that lie on the devices.
+    """Selects the batch of `step` from images on the devices.
 
     Args:
-      step: updates made before this one.
+      step: number of updates made before this one.
       images: all training images, uint8 `[N, H, W, C]`.
       labels: their classes, int32 `[N]`.
-      order: `shared_basis.data.epoch_order` of the epoch that `step` lies in, `[N]`.
-      batch_sharding: how a batch lies on the devices.
+      order: `shared_basis.data.epoch_order` of the epoch that contains `step`, `[N]`.
+      batch_sharding: the sharding of a batch.
 
     Returns:
-      Images uint8 `[B, H, W, C]` and labels int32 `[B]`. Images left over at the end of an epoch's order are not used.
+      Images uint8 `[B, H, W, C]` and labels int32 `[B]`. The incomplete last batch of an epoch is not used.
     """
     first = step % (order.shape[0] // batch_size) * batch_size
     chosen = jax.lax.with_sharding_constraint(jax.lax.dynamic_slice(order, (first,), (batch_size,)), batch_sharding)
@@ -226,7 +226,7 @@ def _streamed_feed(examples: Examples, spec: Spec, config: Config, mesh: Mesh, w
 
 
 def without(broken: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Returns `order` with the image that follows, as in `TrainingBatches`, for each that is `broken`."""
+    """Returns `order` with each `broken` image replaced by the next intact one, as in `TrainingBatches`."""
     substituted = order.copy()
     for at in np.flatnonzero(broken[order]):
         following = np.roll(order, -at)
@@ -239,11 +239,11 @@ def _shard() -> Shard:
 
 
 def _place(batch: Batch, mesh: Mesh) -> Inputs:
-    """Returns images and labels as global arrays, of which this process gives its part."""
+    """Returns images and labels as global arrays, to which this process contributes its part."""
     return cast(Inputs, tuple(jax.make_array_from_process_local_data(batch_sharding(mesh), part)
                               for part in (batch.images, batch.labels)))
 
 
 def _filled(array: np.ndarray, size: int, fill: int) -> np.ndarray:
-    """Returns `array`, [N, ...], with entries `fill` up to `size` of them."""
+    """Returns `array`, [N, ...], padded with `fill` to [size, ...]."""
     return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1), constant_values=fill)

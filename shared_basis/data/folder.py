@@ -1,13 +1,13 @@
-"""A directory of image files: which files there are, of which class, in which split.
+"""A directory of image files: their classes and splits.
 
-    DIR/train/<class>/*  DIR/test/<class>/*    or val, valid, validation in place of test; with test and val, val is
-                                               the validation part, which the best checkpoint is chosen on (training
-                                               and testing are understood too, in small or capital letters, and
-                                               names such as training_set and seg_test)
-    DIR/<class>/*                              one tree, of which `data.test` becomes the test part
+    DIR/train/<class>/*  DIR/test/<class>/*    or val, valid, validation instead of test. With both test and val, val is
+                                               used as validation images, to choose the best checkpoint. training,
+                                               testing and names such as training_set and seg_test are accepted too,
+                                               in upper or lower case
+    DIR/<class>/*                              a single tree; a fraction `data.test` is held out for testing
 
-Below a class directory, images may lie in further directories. Where there are images and no directories at all, the
-class of an image is its file name up to the number at its end: cat.0.jpg, cat.1.jpg, dog.0.jpg, ...
+Images may be in nested directories below a class directory. Without any directories, the class of an image is its
+file name without the trailing number: cat.0.jpg, cat.1.jpg, dog.0.jpg, ...
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from shared_basis.errors import UserError
 from shared_basis.runtime.reporter import Reporter
 
 VALIDATION_PART = 0.1
-"""Of each class, what is held out of the training images where `data.validation` lets a folder decide."""
+"""Fraction of each class to hold out for validation if `data.validation` selects the folder's default."""
 
 SIZED = 200
-"""Files of each split whose sizes tell a folder from others."""
+"""Number of files per split whose sizes enter the fingerprint."""
 
 CHECKED_AT_ONCE = 64
-"""Images of a batch when a folder is checked."""
+"""Batch size when a folder is checked."""
 
 _LAYOUT = ("it must hold train/<class>/* and test/<class>/* (or val/), or <class>/* alone, or files named "
            f"<class><number> with the suffix {', '.join(SUFFIXES)}")
@@ -49,20 +49,20 @@ _NUMBER = re.compile(r"[\s._()-]*\d+[\s._()-]*$")
 
 @dataclasses.dataclass(frozen=True)
 class FileExamples:
-    """Image files and their labels, int32 [N]. Paths are kept as one string: millions of them travel to workers."""
+    """Image files and their labels, int32 [N]. Paths are stored in one string, as millions are sent to workers."""
 
     root: str
     names: bytes
-    """The paths below `root`, one after another."""
+    """The paths relative to `root`, concatenated."""
     ends: np.ndarray
-    """int64 [M]: where each path of `names` ends."""
+    """int64 [M]: the end offset of each path in `names`."""
     files: np.ndarray
-    """int32 [N]: which paths these examples are."""
+    """int32 [N]: indices of the paths that belong to these examples."""
     labels: np.ndarray
 
     @classmethod
     def of(cls, root: str, paths: Sequence[str], labels: np.ndarray) -> FileExamples:
-        """Returns the examples of `paths` below `root`."""
+        """Returns the examples for `paths`, relative to `root`."""
         encoded = [os.fsencode(path) for path in paths]
         ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
         return cls(root, b"".join(encoded), ends, np.arange(len(paths), dtype=np.int32), labels)
@@ -71,25 +71,24 @@ class FileExamples:
         return len(self.labels)
 
     def take(self, indices: np.ndarray) -> FileExamples:
-        """Returns the examples `indices` alone."""
+        """Returns the subset with the given `indices`."""
         return dataclasses.replace(self, files=self.files[indices], labels=self.labels[indices])
 
     def read(self, indices: Sequence[int]) -> list[tuple[Encoded, int]]:
-        """Returns paths and labels."""
+        """Returns pairs of a path and a label."""
         return [(self.name(index), int(self.labels[index])) for index in indices]
 
     def name(self, index: int) -> str:
-        """Returns the path."""
+        """Returns the path of the image."""
         file = self.files[index]
         begin = self.ends[file - 1] if file else 0
         return os.path.join(self.root, os.fsdecode(self.names[begin:self.ends[file]]))
 
 
 def fingerprint(splits: Mapping[str, Examples]) -> str | None:
-    """Returns what tells the images of `splits` from others of equal number: a digest of the paths of their files, and
-    of the sizes of some; None unless they are files.
+    """Returns a digest that identifies the images of `splits`, or None if they are not files.
 
-    It is the same wherever the folder lies.
+    It covers the relative paths of all files and the sizes of some, so it does not change if the folder is moved.
     """
     digest = hashlib.sha256()
     for name, part in sorted(splits.items()):
@@ -97,31 +96,31 @@ def fingerprint(splits: Mapping[str, Examples]) -> str | None:
             return None
         digest.update(name.encode() + part.names + part.files.astype("<i4").tobytes())
         for index in np.unique(np.linspace(0, len(part) - 1, SIZED).astype(int)) if len(part) else ():
-            with contextlib.suppress(OSError):  # a dangling link, which reading it reports
+            with contextlib.suppress(OSError):  # a dangling link, is reported when it is read
                 digest.update(os.path.getsize(part.name(index)).to_bytes(8, "little"))
     return digest.hexdigest()[:16]
 
 
 def describe(config: DataConfig) -> Spec:
-    """Returns the names of the classes, and the shape that the first training image comes to.
+    """Returns the spec: the names of the classes, and the shape of the first training image after preprocessing.
 
     Raises:
-      UserError: the directory is not laid out as it must be, or that image is broken.
+      UserError: the directory layout is invalid, or that image is broken.
     """
     return open_source(config, ("train", "test")).spec
 
 
 def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = None) -> Source:
-    """Lists the images of the splits `names`, and of a validation split if there is one and train is asked for.
+    """Lists the images of the splits `names`, and of the validation split if it exists and 'train' is requested.
 
-    The order is that of class names and then paths, by code point, the same on every machine.
+    Examples are sorted by class name and then path, by code point, so that all machines use the same order.
 
     Args:
-      known: the spec of a run that is evaluated on this directory. Labels are then those of its classes, some of which
-        may be absent here, and only the splits `names` need exist.
+      known: the spec of a run to evaluate on this directory. Labels then index its classes, some of which may be absent
+        here, and only the splits `names` are required.
 
     Raises:
-      UserError: the directory is not laid out as it must be, or holds other classes than `known`.
+      UserError: the directory layout is invalid, or there are classes that `known` lacks.
     """
     root = _root(config)
     directories = split_directories(root, names if known else ("train", "test"))
@@ -147,10 +146,10 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
 
 
 def prepare(config: DataConfig, reporter: Reporter) -> str:
-    """Decodes every image once and returns what the directory holds; nothing has to be written.
+    """Decodes every image once and returns a summary of the directory; nothing is written.
 
     Raises:
-      UserError: as `open_source`, or images are broken, each of which a warning has named, and may not be skipped.
+      UserError: see `open_source`; or images are broken (a warning names each) and `config.on_broken` is 'fail'.
     """
     lenient = dataclasses.replace(config, on_broken="skip", crop="center")
     source = open_source(lenient, ("train", "test"))
@@ -166,7 +165,7 @@ def prepare(config: DataConfig, reporter: Reporter) -> str:
             progress(done + min(number * CHECKED_AT_ONCE, len(part)), total)
         done += len(part)
     if broken and config.on_broken == "fail":
-        raise UserError(f"{broken} image{'s' * (broken > 1)} in {config.directory} cannot be decoded, named above; "
+        raise UserError(f"{broken} image{'s' * (broken > 1)} in {config.directory} cannot be decoded, see above; "
                         "replace or remove, or set --config.data.on_broken=skip.")
     counts = ", ".join(f"{len(part):,} {name}" for name, part in source.splits.items())
     return (f"{config.directory}: {counts} images of {len(source.spec.classes)} classes, "
@@ -175,7 +174,7 @@ def prepare(config: DataConfig, reporter: Reporter) -> str:
 
 def _root(config: DataConfig) -> Path:
     root = Path(os.path.expanduser(config.directory))
-    if not os.path.isdir(root):  # unlike Path.is_dir, False where permissions are missing
+    if not os.path.isdir(root):  # unlike Path.is_dir, False if permissions are missing
         problem = "is not a directory" if os.path.exists(root) else "cannot be found"
         raise UserError(f"data.directory={config.directory!r}: {root} {problem}; {_LAYOUT}. If it has moved, give "
                         "--images=DIR.")
@@ -183,15 +182,15 @@ def _root(config: DataConfig) -> Path:
 
 
 def _list_tree(root: Path, directory: Path, least: int, others: PassedOver) -> dict[str, list[str]]:
-    """Returns the paths below `root` of the images in `directory`, sorted, by class, sorted; `least` classes.
+    """Returns the sorted paths of the images in `directory`, relative to `root`, by class; at least `least` classes.
 
-    Names of classes are in Unicode's composed form, whichever one the file system keeps.
+    Class names are normalised to Unicode's composed form, independently of the file system.
     """
     entries = scan(directory)
     folders = [entry for entry in entries if is_directory(entry)]
     tree: dict[str, list[str]] = {}
     if folders:
-        for path in images_of(entries, others):  # of no class
+        for path in images_of(entries, others):  # outside of all classes
             others.add(path)
         for folder in folders:
             name = unicodedata.normalize("NFC", folder.name)
@@ -217,7 +216,7 @@ def _list_tree(root: Path, directory: Path, least: int, others: PassedOver) -> d
 
 
 def _common_classes(trees: Mapping[str, Mapping[str, object]], directories: Mapping[str, Path]) -> tuple[str, ...]:
-    """Returns the classes, after checking that all splits hold the same."""
+    """Returns the classes after checking that all splits have the same ones."""
     for split in trees:
         for here, there in ((split, "train"), ("train", split)):
             if split not in ("", "train") and (extra := trees[here].keys() - trees[there].keys()):
@@ -228,7 +227,7 @@ def _common_classes(trees: Mapping[str, Mapping[str, object]], directories: Mapp
 
 def _examples(root: Path, tree: Mapping[str, Sequence[str]], classes: Sequence[str],
               config: DataConfig) -> FileExamples:
-    """Returns the examples of `tree`, whose classes are among `classes`."""
+    """Returns the examples of `tree`; raises `UserError` if one of its classes is not in `classes`."""
     labels = {name: label for label, name in enumerate(classes)}
     for name in tree:
         if name not in labels:
@@ -240,7 +239,7 @@ def _examples(root: Path, tree: Mapping[str, Sequence[str]], classes: Sequence[s
 
 
 def _divide(config: DataConfig, tree: FileExamples, classes: Sequence[str]) -> dict[str, FileExamples]:
-    """Returns one tree's train and test part: of each class `config.test`, drawn with `config.split_seed`."""
+    """Holds out a fraction `config.test` of each class of a single tree as test, drawn with `config.split_seed`."""
     test = np.zeros(len(tree), bool)
     for label, order in _drawn(tree, config.split_seed):
         held = max(1, round(len(order) * config.test))
@@ -254,7 +253,7 @@ def _divide(config: DataConfig, tree: FileExamples, classes: Sequence[str]) -> d
 
 
 def _hold_out(train: FileExamples, split_seed: int) -> dict[str, FileExamples]:
-    """Returns the training images without `VALIDATION_PART` of each class, and these; none where a class has one."""
+    """Holds out `VALIDATION_PART` of each class as validation images; none for a class with a single image."""
     held = np.zeros(len(train), bool)
     for _, order in _drawn(train, split_seed, 1):
         held[order[:max(1, round(len(order) * VALIDATION_PART)) if len(order) > 1 else 0]] = True
@@ -270,7 +269,7 @@ def _drawn(tree: FileExamples, split_seed: int, *stream: int) -> Iterator[tuple[
 
 
 def _first_size(config: DataConfig, examples: FileExamples) -> tuple[int, int]:
-    """Returns the height and width that images come to: the configured ones, or those of the first image."""
+    """Returns height and width of preprocessed images: as configured, or those of the first readable image."""
     if config.image_size:
         return config.image_size, config.image_size
     for index in range(len(examples)):

@@ -1,10 +1,10 @@
-"""Images from their encoded form to pixels: decoding, conversion, cropping and scaling, one image at a time.
+"""Converts one encoded image at a time to pixels: decoding, colour conversion, cropping and scaling.
 
 Pillow decodes and scales. Its JPEG decoder is libjpeg-turbo with the accurate inverse transform and smooth upsampling;
-simplejpeg and OpenCV wrap the same one, give the same pixels, and gain nothing worth having on the way to 224×224
-(benchmarks/README.md). All scaling is Pillow's bilinear filter, whose support grows with the reduction (antialiased),
-as in the published recipes. JPEG files at least four times as large as needed are decoded at 1/2, 1/4 or 1/8 of their
-size, so that twice what is needed is left for the filter.
+simplejpeg and OpenCV wrap the same decoder, give the same pixels, and are not noticeably faster at 224×224
+(benchmarks/README.md). All scaling uses Pillow's bilinear filter, whose support grows with the reduction
+(antialiasing), as in the published recipes. JPEG files at least four times as large as
+needed are decoded at 1/2, 1/4 or 1/8 of their size, leaving at least twice the needed size for the filter.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from shared_basis.data.listing import HEIF_ADVICE
 from shared_basis.errors import UserError
 
 FORMATS: tuple[str, ...] = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""The decoders of Pillow that may run. Its many others stay closed to files that merely carry a familiar suffix."""
+"""The Pillow decoders in use. All others are disabled, since a file's suffix may not match its contents."""
 
 _REGISTERED = (BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin)
-"""Their modules, which add them to `PIL.Image.OPEN` when they are imported."""
+"""The modules of these decoders, which register themselves in `PIL.Image.OPEN` when imported."""
 
 _HEIF_BEGINNINGS = tuple(b"ftyp" + brand for brand in (
     b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"))
-"""Bytes 4 to 12 of the files of phones, whatever their suffix."""
+"""Bytes 4 to 12 of HEIF files from phones, independent of their suffix."""
 
 TEST_PART = 7 / 8
-"""The part of the shorter side that a test image of the published ImageNet recipe keeps: 224 pixels of 256."""
+"""Fraction of the shorter side that the published ImageNet recipe keeps of a test image: 224 of 256 pixels."""
 
 _ORIENTATION = 0x0112
-"""The EXIF tag that says how a photograph is to be turned, by a value of `_TURNS`."""
+"""The EXIF tag for the orientation of a photograph, a key of `_TURNS`."""
 
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
           8: Image.Transpose.ROTATE_90}
 
 _SPARE = 2
-"""What a reduced decoding leaves, in multiples of the size that is needed."""
+"""Minimum size after reduced JPEG decoding, as a multiple of the needed size."""
 
 Box = tuple[float, float, float, float]
 """Left, upper, right, lower, in pixels."""
@@ -62,27 +62,27 @@ class BrokenImage(UserError):
 
 
 def whole(height: int, width: int) -> Box:
-    """Returns the box that is the whole image."""
+    """Returns the box of the whole image."""
     return 0, 0, width, height
 
 
 def central(part: float, aspect: float) -> Callable[[int, int], Box]:
-    """Returns a function of height and width: the largest central box of `aspect` (width/height), scaled by `part`.
+    """Returns a function from height and width to the largest central box of `aspect` (width/height), scaled by `part`.
 
-    Scaling this box to a size is to scale the image until its shorter side is size/part, and to cut out the centre.
+    Scaling this box to `size` equals scaling the shorter side of the image to size/part and cutting out the centre.
     """
     def box(height: int, width: int) -> Box:
         rows = min(height, width / aspect) * part
-        columns = min(rows * aspect, width)  # not a rounding error more
+        columns = min(rows * aspect, width)  # guards against rounding errors
         return (width - columns) / 2, (height - rows) / 2, (width + columns) / 2, (height + rows) / 2
     return box
 
 
 def random_resized(generator: np.random.Generator) -> Callable[[int, int], Box]:
-    """Returns a function of height and width: a random box, as the published ImageNet recipes cut it out for training.
+    """Returns a function from height and width to a random box, the training crop of the published ImageNet recipes.
 
-    Its area is 8 to 100 % of the image, uniformly, its aspect 3/4 to 4/3, uniformly in the logarithm; after ten boxes
-    that do not fit, it is the largest central one with an aspect in that range.
+    The area is uniform in 8 to 100 % of the image, the aspect ratio log-uniform in 3/4 to 4/3. After ten boxes that do
+    not fit, it is the largest central box with an aspect ratio in that range.
     """
     def box(height: int, width: int) -> Box:
         for _ in range(10):
@@ -98,10 +98,10 @@ def random_resized(generator: np.random.Generator) -> Callable[[int, int], Box]:
 
 
 def size_of(encoded: Encoded) -> tuple[int, int]:
-    """Returns height and width as shown.
+    """Returns the height and width after applying the EXIF orientation.
 
     Raises:
-      BrokenImage: as `decode`.
+      BrokenImage: see `decode`.
     """
     if isinstance(encoded, np.ndarray):
         return encoded.shape[0], encoded.shape[1]
@@ -113,17 +113,17 @@ def decode(encoded: Encoded, channels: int, size: tuple[int, int] | None = None,
            choose: Callable[[int, int], Box] = whole) -> np.ndarray:
     """Returns the pixels uint8 [H, W, channels] of an image.
 
-    Colours become RGB (`channels` 3) or grey (1): transparency is laid over white, 16 bits are scaled to 8, an EXIF
-    orientation is applied.
+    Colours are converted to RGB (`channels` 3) or grey (1), transparent pixels are blended with white, 16 bits are
+    scaled to 8, and the EXIF orientation is applied.
 
     Args:
       channels: 1 or 3.
-      size: height and width to scale to; None keeps the image's own.
-      choose: what to scale, a function of the image's height and width.
+      size: height and width to scale to; None keeps the image's size.
+      choose: maps the image's height and width to the box to scale.
 
     Raises:
-      BrokenImage: it is damaged, or not of a kind in `FORMATS`, or larger than `PIL.Image.MAX_IMAGE_PIXELS`. The
-        message does not name the image.
+      BrokenImage: the image is damaged, not in one of `FORMATS`, or larger than `PIL.Image.MAX_IMAGE_PIXELS`. The
+        message does not include the image's name.
     """
     if isinstance(encoded, np.ndarray):
         if size is None and encoded.shape[2] == channels:
@@ -133,7 +133,7 @@ def decode(encoded: Encoded, channels: int, size: tuple[int, int] | None = None,
     with _Opened(encoded) as opened:
         box = choose(opened.height, opened.width)
         reduction = opened.reduce(_reduction(box, size))
-        left, upper, right, lower = (side / reduction for side in box)  # the last pixels may stand for a part alone
+        left, upper, right, lower = (side / reduction for side in box)  # the last pixels may be partial
         image = opened.load()
         return _finish(image, channels, size, (left, upper, min(right, image.width), min(lower, image.height)))
 
@@ -147,7 +147,7 @@ def _finish(image: Image.Image, channels: int, size: tuple[int, int] | None, box
 
 
 def _reduction(box: Box, size: tuple[int, int] | None) -> int:
-    """Returns by how much a JPEG may be decoded smaller."""
+    """Returns the factor by which a JPEG may be reduced while decoding."""
     if size is None:
         return 1
     spare = min((box[3] - box[1]) / size[0], (box[2] - box[0]) / size[1]) / _SPARE
@@ -155,7 +155,7 @@ def _reduction(box: Box, size: tuple[int, int] | None) -> int:
 
 
 class _Opened:
-    """An image whose header has been read; turns what Pillow raises into `BrokenImage`, also while it is decoded."""
+    """An image whose header has been read; converts Pillow's exceptions, also while decoding, to `BrokenImage`."""
 
     def __init__(self, encoded: bytes | str) -> None:
         self._encoded = encoded
@@ -169,7 +169,7 @@ class _Opened:
             if self._image.mode == "F" or (self._image.mode == "I" and self._image.format == "TIFF"):
                 raise BrokenImage("has pixels of 32 bits, whose range is not known; convert it to 8 or 16 bits")
             if self._image.format == "PNG":
-                self._image.load()  # its orientation may follow the pixels
+                self._image.load()  # the orientation may be stored after the pixels
         except Exception as error:
             raise _broken(error) from error
         self._turn = _turn(self._image)
@@ -179,7 +179,7 @@ class _Opened:
         return self
 
     def reduce(self, factor: int) -> int:
-        """Lets a JPEG file be decoded at 1/`factor` of its size, and returns the factor by which it will be."""
+        """Requests decoding of a JPEG at 1/`factor` of its size, and returns the factor that will be used."""
         if factor > 1:
             width, height = self._image.size
             self._image.draft(self._image.mode, (width // factor, height // factor))
@@ -187,7 +187,7 @@ class _Opened:
         return 1
 
     def load(self) -> Image.Image:
-        """Returns the image, decoded and as shown."""
+        """Returns the decoded image with its orientation applied."""
         self._image.load()
         return self._image.transpose(self._turn) if self._turn is not None else self._image
 
@@ -198,27 +198,27 @@ class _Opened:
 
 
 def _open(body: bytes) -> Image.Image:
-    """Returns the image whose header begins `body`, with no pixels decoded.
+    """Opens the image whose header is at the start of `body`, without decoding pixels.
 
-    As `PIL.Image.open`, but for the warning that this gives of large images, which only a filter of the whole process
-    would keep quiet.
+    Like `PIL.Image.open`, but without its warning about large images, which could only be silenced by a process-wide
+    filter.
     """
     for kind in (_heif(),) if body[4:12] in _HEIF_BEGINNINGS else FORMATS:
         factory, accept = Image.OPEN[kind]
         accepted = accept is None or accept(body[:16])
-        if accepted and not isinstance(accepted, str):  # a text says what is missing
+        if accepted and not isinstance(accepted, str):  # a string says what is missing
             try:
                 return factory(io.BytesIO(body), "")
-            except (SyntaxError, IndexError, TypeError, struct.error):  # what it begins like, and is not
+            except (SyntaxError, IndexError, TypeError, struct.error):  # the prefix matches another format
                 continue
     raise UnidentifiedImageError
 
 
 def _heif() -> str:
-    """Returns Pillow's name of the format of phones, after the package that reads it has been added to Pillow.
+    """Returns Pillow's name of the HEIF format after registering its plugin.
 
     Raises:
-      BrokenImage: it is not installed.
+      BrokenImage: the plugin is not installed.
     """
     try:
         from pillow_heif import register_heif_opener
@@ -230,10 +230,10 @@ def _heif() -> str:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Returns how `image` is to be turned by its EXIF data; None for not at all, or where they cannot be read.
+    """Returns the transposition for the EXIF orientation of `image`; None if there is none or it cannot be read.
 
-    `PIL.ImageOps.exif_transpose` decodes first, while the turn decides what is cropped before that, and fails on EXIF
-    data that are damaged in other places.
+    `PIL.ImageOps.exif_transpose` decodes first, but the crop must be chosen before decoding; it also fails if unrelated
+    EXIF data are damaged.
     """
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
@@ -242,7 +242,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _broken(error: Exception) -> BrokenImage:
-    """Returns what is wrong with an image in words; Pillow's decoders raise many types for broken data."""
+    """Returns a `BrokenImage` that describes `error`; Pillow's decoders raise many types for broken data."""
     if isinstance(error, BrokenImage):
         return error
     if isinstance(error, UnidentifiedImageError):
@@ -260,7 +260,7 @@ def _to_grey(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Returns `image` in RGB: transparent pixels on white, 16 bits of grey scaled to 8."""
+    """Returns `image` in RGB, with transparent pixels blended with white and 16-bit grey scaled to 8 bits."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
@@ -272,7 +272,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Returns a grey image in mode L; Pillow's own conversion of 16 bits clips at 255."""
+    """Returns a grey image in mode L; Pillow's own conversion clips 16-bit values at 255."""
     if not image.mode.startswith("I"):
         return image.convert("L")
     deep = np.asarray(image).astype(np.uint32)

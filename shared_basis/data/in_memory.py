@@ -1,4 +1,4 @@
-"""From encoded examples to batches of pixels: what in-memory loading and streaming have in common, and the former."""
+"""Decodes encoded examples to batches of pixels, for loading into memory and for streaming; loads whole splits."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from shared_basis.data.images import TEST_PART, Box, BrokenImage, central, decod
 from shared_basis.errors import UserError
 
 BLOCK = 1000
-"""Images that are read at once: TFDS is faster so than one by one, and all of them are not held twice."""
+"""Images read per call: faster for TFDS than single reads, without holding two copies of the data set."""
 
 Region = Callable[[int, int], Box]
-"""What is kept of an image: a function of its height and width."""
+"""The region of an image to keep, as a function of its height and width."""
 
 
 def eval_crop(config: DataConfig, shape: tuple[int, int, int]) -> Region:
-    """Returns what is kept of an image where no chance is involved: all of it, or its centre."""
+    """Returns the region to keep without random cropping: the whole image or its centre."""
     return central(kept_part(config), shape[1] / shape[0]) if config.image_size else whole
 
 
 def kept_part(config: DataConfig) -> float:
-    """Returns the part of the shorter side that an image keeps where no chance is involved."""
+    """Returns the fraction of the shorter side to keep without random cropping."""
     return TEST_PART if config.crop == "random_resized" else 1.0
 
 
@@ -33,14 +33,14 @@ def read_images(examples: Examples, indices: Sequence[int], spec: Spec, config: 
     """Reads and decodes the examples `indices`.
 
     Args:
-      regions: what is kept of each image; where one stands for all, it is repeated.
+      regions: the region to keep of each image; a single one applies to all.
 
     Returns:
-      Images uint8 [N, H, W, C]; labels int32 [N]; and by row what is wrong with images that cannot be decoded, whose
-      pixels are 0 and whose label is −1.
+      Images uint8 [N, H, W, C]; labels int32 [N]; and, by row, the problem with each image that cannot be decoded;
+      its pixels are 0 and its label is −1.
 
     Raises:
-      UserError: images differ in size and `config.image_size` is 0, or a label is none.
+      UserError: images differ in size and `config.image_size` is 0, or a label is invalid.
     """
     shape, size = spec.image_shape, spec.image_shape[:2] if config.image_size else None
     images = np.zeros((len(indices), *shape), np.uint8)
@@ -76,10 +76,10 @@ def load_split(examples: Examples, spec: Spec, config: DataConfig, warn: Callabl
                progress: Progress = no_progress) -> Split:
     """Decodes a whole split into images uint8 [N, H, W, C] and labels int32 [N].
 
-    With `config.on_broken='skip'` broken images, each of which `warn` gets a line about, have the label −1.
+    With `config.on_broken='skip'`, `warn` is called for each broken image, which gets the label −1.
 
     Raises:
-      UserError: as `read_images`, or an image is broken and may not be skipped.
+      UserError: see `read_images`; or an image is broken and `config.on_broken` is 'fail'.
     """
     images = np.empty((len(examples), *spec.image_shape), np.uint8)
     labels = np.empty(len(examples), np.int32)
@@ -96,5 +96,5 @@ def load_split(examples: Examples, spec: Spec, config: DataConfig, warn: Callabl
 
 
 def resident_bytes(splits: Mapping[str, Examples], spec: Spec) -> int:
-    """Returns the bytes that all images of `splits` take as pixels."""
+    """Returns the bytes that all images of `splits` take as decoded pixels."""
     return sum(len(part) for part in splits.values()) * int(np.prod(spec.image_shape))

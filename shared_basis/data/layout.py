@@ -1,4 +1,4 @@
-"""Which directories of a folder of images are its splits, and which its classes."""
+"""Detects the splits and classes among the directories of a folder of images."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from shared_basis.data.listing import PassedOver, images_of, is_directory, scan,
 from shared_basis.errors import UserError
 
 WORDS = {"train": ("train", "training"), "test": ("test", "testing"), "validation": ("val", "valid", "validation")}
-"""By split, what its directory may be called, or have in its name as in training_set and seg_train."""
+"""The directory names of each split; also accepted as a part of a name, as in training_set and seg_train."""
 
 
 def split_directories(root: Path, needed: Sequence[str]) -> dict[str, Path]:
-    """Returns the directories of all splits there are, or nothing where one tree holds all images.
+    """Returns the directory of each split, or an empty dict if a single tree contains all images.
 
-    Without a test part of its own, the validation part is what is tested on.
+    If there is no test directory, the validation directory is used for testing.
 
     Raises:
-      UserError: some of the splits `needed` are missing, or it cannot be told which directories are splits.
+      UserError: one of the splits `needed` is missing, or the split directories are ambiguous.
     """
     entries = [Path(entry.path) for entry in scan(root) if is_directory(entry)]
     found = _by_exact_name(entries) or _by_word(root, entries)
@@ -28,7 +28,7 @@ def split_directories(root: Path, needed: Sequence[str]) -> dict[str, Path]:
                    "validation": validation if own_test else None}
     if any(directories[split] is None for split in needed):
         for path in directories.values():
-            if path is not None and any(map(is_directory, scan(path))):  # one that holds images is a class
+            if path is not None and any(map(is_directory, scan(path))):  # a directory of images is a class
                 lacking = "test/ or val/" if path == directories["train"] else "train/"
                 raise UserError(f"{root} holds {path.name}/ and no {lacking}; add it, or name {path} itself to have it "
                                 "divided into a train and a test part.")
@@ -37,7 +37,7 @@ def split_directories(root: Path, needed: Sequence[str]) -> dict[str, Path]:
 
 
 def count_beside(root: Path, splits: Collection[Path], others: PassedOver) -> None:
-    """Counts in `others` the files below `root` that lie in none of the directories `splits`."""
+    """Adds to `others` the files below `root` that are not in one of the directories `splits`."""
     entries = scan(root)
     for path in images_of(entries, others):
         others.add(path)
@@ -56,10 +56,10 @@ def _by_exact_name(entries: Sequence[Path]) -> dict[str, Path]:
 
 
 def _by_word(root: Path, entries: Sequence[Path]) -> dict[str, Path]:
-    """Returns the splits where directories are named like training_set and test_set; nothing where they are not.
+    """Returns the splits if directories are named like training_set and test_set; an empty dict otherwise.
 
     Raises:
-      UserError: some are, and others are not, or two are of one split.
+      UserError: only some directories have such names, or two match the same split.
     """
     words = {path: set(re.split(r"[\W_]+", path.name.lower())) for path in entries}
     named: dict[str, list[Path]] = {split: [path for path in entries if words[path] & set(names)]
@@ -76,7 +76,7 @@ def _by_word(root: Path, entries: Sequence[Path]) -> dict[str, Path]:
 
 
 def _unwrapped(directory: Path) -> Path:
-    """Returns the directory of the same name that alone lies in `directory`, as archives of data sets have it."""
+    """Returns `directory`, or its only subdirectory if that has the same name, as in unpacked archives."""
     entries = scan(directory)
     inside = [entry for entry in entries if is_directory(entry)]
     if len(inside) == 1 and inside[0].name == directory.name and not any(images_of(entries)):

@@ -1,4 +1,4 @@
-"""What a directory holds: image files and directories, in an order that is the same on every machine."""
+"""Lists image files and directories in an order that is the same on every machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from shared_basis.errors import UserError
 
 HEIF_SUFFIXES = (".heic", ".heif")
-"""Photographs of phones, which a further package reads."""
+"""Suffixes of HEIF files from phones, which need an optional package."""
 
 HEIF_ADVICE = "pip install 'shared-basis[heic]' reads these, or convert them to JPEG"
 
@@ -20,18 +20,18 @@ READS_HEIF = importlib.util.find_spec("pillow_heif") is not None
 
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
             *(HEIF_SUFFIXES if READS_HEIF else ()))
-"""Files with other suffixes are passed over and counted, hidden ones passed over."""
+"""Suffixes of image files; other files are ignored and counted, hidden ones ignored."""
 
 OTHERS_DIRECTORIES = ("@eadir", ".@__thumb", "__macosx", "$recycle.bin", "#recycle", "@recycle", "lost+found")
-"""Directories of thumbnails and rubbish that other programs keep, in small letters."""
+"""Directories of thumbnails and metadata that other programs create, in lower case."""
 
 
 @dataclasses.dataclass
 class PassedOver:
-    """Counts the files of a directory that are no images."""
+    """Counts the files of a directory that are not images."""
 
     kinds: Counter[str] = dataclasses.field(default_factory=Counter)
-    """By suffix, in small letters."""
+    """Count by lower-case suffix."""
     example: str = ""
 
     def add(self, path: str) -> None:
@@ -40,7 +40,7 @@ class PassedOver:
         self.example = self.example or path
 
     def render(self) -> str:
-        """Returns a line for a reader, or nothing where no file was passed over."""
+        """Returns a one-line summary, or an empty string if no file was ignored."""
         if not self.kinds:
             return ""
         several = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common(5))
@@ -50,13 +50,13 @@ class PassedOver:
 
     @property
     def advice(self) -> str:
-        """What to do about photographs of phones that no installed package reads; nothing where there are none."""
+        """How to read HEIF files if the package is not installed; empty if there are none."""
         unread = [suffix for suffix in HEIF_SUFFIXES if suffix in self.kinds]
         return f"; {', '.join(unread)}: {HEIF_ADVICE}" if unread else ""
 
 
 def scan(directory: Path) -> list[os.DirEntry[str]]:
-    """Returns what `directory` holds, hidden entries apart, sorted by name."""
+    """Returns the visible entries of `directory`, sorted by name."""
     try:
         with os.scandir(directory) as entries:
             return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
@@ -69,7 +69,7 @@ def images_of(entries: Sequence[os.DirEntry[str]], others: PassedOver | None = N
     for entry in entries:
         if entry.name.lower().endswith(SUFFIXES) and (_is_file(entry) or (
                 entry.is_symlink() and not os.path.exists(entry.path))):
-            yield entry.path  # not a pipe, which would wait; a dangling link is reported when it is read
+            yield entry.path  # no pipes, which would block; dangling links fail on reading
         elif others is not None and _is_file(entry):
             others.add(entry.path)
 
@@ -82,7 +82,7 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 
 
 def is_directory(entry: os.DirEntry[str]) -> bool:
-    """Returns whether `entry` is a directory of the user's, or a link to one."""
+    """Returns whether `entry` is a directory, or a link to one, that is not created by another program."""
     try:
         return entry.is_dir() and entry.name.lower() not in OTHERS_DIRECTORIES
     except OSError:
@@ -90,14 +90,14 @@ def is_directory(entry: os.DirEntry[str]) -> bool:
 
 
 def walk(directory: Path, others: PassedOver | None = None, above: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Yields the paths of the images in `directory` and below it, also behind links to directories.
+    """Yields the paths of all images in and below `directory`, following links to directories.
 
     Args:
-      others: counts the files that are no images.
-      above: the real paths of the directories that it lies in.
+      others: counts the files that are not images.
+      above: the real paths of the parent directories.
 
     Raises:
-      UserError: a directory cannot be read, or holds a link to one that it lies in.
+      UserError: a directory cannot be read, or contains a link to one of its parents.
     """
     real = os.path.realpath(directory)
     if real in above:

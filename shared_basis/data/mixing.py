@@ -1,4 +1,4 @@
-"""Targets that are no single class: mixup, CutMix, label smoothing. Pure functions of images, targets and a key."""
+"""Soft targets: mixup, CutMix, label smoothing. Pure functions of images, targets and a key."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from shared_basis.config import TrainConfig
 from shared_basis.nn.types import Array
 
 Mix = Callable[[Array, Array, Array], tuple[Array, Array]]
-"""From images `[N, H, W, C]`, targets and a key to images and targets."""
+"""Maps images `[N, H, W, C]`, targets and a key to images and targets."""
 
 
 def mixup(images: Array, targets: Array, key: Array, alpha: float) -> tuple[Array, Array]:
-    """Blends each image with the one before it in the batch (Zhang et al. 2018, mixup).
+    """Blends each image with the previous one of the batch (mixup, Zhang et al. 2018).
 
-    λ ~ Beta(α, α) is drawn for each image: λ · image + (1 − λ) · other, and targets alike.
+    λ ~ Beta(α, α) is drawn per image: λ · image + (1 − λ) · other; targets are blended with the same λ.
 
     Args:
       images: float32 `[N, H, W, C]`.
@@ -31,10 +31,10 @@ def mixup(images: Array, targets: Array, key: Array, alpha: float) -> tuple[Arra
 
 
 def cutmix(images: Array, targets: Array, key: Array, alpha: float) -> tuple[Array, Array]:
-    """Replaces a rectangle of each image by that of the one before it in the batch (Yun et al. 2019, CutMix).
+    """Replaces a rectangle of each image by that of the previous one of the batch (CutMix, Yun et al. 2019).
 
-    Its sides are √(1 − λ) of the image's, λ ~ Beta(α, α), its centre is uniform, and what lies outside is cut off.
-    Targets are blended by the area that is left.
+    The sides are √(1 − λ) times those of the image, λ ~ Beta(α, α); the centre is uniform, and the rectangle is clipped
+    to the image. Targets are blended by the remaining area.
 
     Args:
       images: float32 `[N, H, W, C]`.
@@ -53,7 +53,7 @@ def cutmix(images: Array, targets: Array, key: Array, alpha: float) -> tuple[Arr
 
 
 def either(mixes: Sequence[Mix], images: Array, targets: Array, key: Array) -> tuple[Array, Array]:
-    """Does to each image one of `mixes`, drawn evenly."""
+    """Applies to each image one of `mixes`, chosen uniformly at random."""
     chosen = jax.random.randint(jax.random.fold_in(key, 0), (len(images),), 0, len(mixes))
     result = images, targets
     for index, mix in enumerate(mixes):
@@ -64,10 +64,10 @@ def either(mixes: Sequence[Mix], images: Array, targets: Array, key: Array) -> t
 
 
 def make_mix(config: TrainConfig, num_classes: int, probabilities: bool = False) -> Mix:
-    """Returns the function from images, classes int32 `[N]` and a key to images and targets that `config` asks for.
+    """Returns the function that `config` selects, from images, classes int32 `[N]` and a key to images and targets.
 
-    Targets are the classes as they are, or float32 `[N, classes]` where they are mixed or smoothed, or `probabilities`
-    are asked for.
+    Targets remain classes if they are neither mixed nor smoothed and `probabilities` is false; otherwise they are
+    probabilities float32 `[N, classes]`.
     """
     mixes = [functools.partial(mix, alpha=alpha)
              for mix, alpha in ((mixup, config.mixup), (cutmix, config.cutmix)) if alpha]
@@ -88,6 +88,6 @@ def _blend(share: Array, arrays: Array) -> Array:
 
 
 def _within(size: int, centre: Array, side: Array) -> Array:
-    """Returns which of `size` pixels lie within `side` around `centre`, both `[N, 1]` and parts of it: `[N, size]`."""
+    """Returns a mask `[N, size]` of pixels within `side` around `centre`, both `[N, 1]` and fractions of `size`."""
     middle = (jnp.arange(size) + 0.5) / size
     return jnp.abs(middle - centre) < side / 2

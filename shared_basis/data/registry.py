@@ -1,11 +1,11 @@
-"""Named data sets: `describe` gives shapes and classes, `prepare` writes or checks, `open_source` opens for reading.
+"""Named data sets: `describe` returns shapes and classes, `prepare` writes or checks, `open_source` opens for reading.
 
     digits                                          scikit-learn's 8×8 digits; nothing to download
     folder                                          a directory of image files
     cifar10, cifar100, fashion_mnist, imagenet2012  TensorFlow Datasets (TFDS), without TensorFlow
-    tfds:<name>[/<config>]                          anything that TFDS finds prepared as ArrayRecord
+    tfds:<name>[/<config>]                          any data set that TFDS finds prepared as ArrayRecord
 
-`shared_basis.data.streaming` reads batches with worker processes; `shared_basis.data.feeds` brings images to devices.
+`shared_basis.data.streaming` reads batches with worker processes; `shared_basis.data.feeds` moves images to devices.
 """
 
 from __future__ import annotations
@@ -22,45 +22,44 @@ from shared_basis.errors import UserError
 from shared_basis.runtime.reporter import Reporter
 
 LOCAL = {"digits": digits, "folder": folder}
-"""The data sets that are not of TFDS."""
+"""The data sets that do not use TFDS."""
 
 
 def describe(config: DataConfig) -> Spec:
-    """Returns the shape of the images and the names of the classes; reads one image at most.
+    """Returns the shape of the images and the names of the classes; reads at most one image.
 
     Raises:
-      UserError: a folder of images is not laid out as it must be, or a data set that only its metadata describes is not
+      UserError: the layout of a folder of images is invalid, or a TFDS data set whose spec is not built in is not
         prepared.
     """
     return LOCAL.get(config.name, tfds_reader).describe(config)
 
 
 def prepare(config: DataConfig, reporter: Reporter | None = None) -> str:
-    """Makes the data set ready for training, if that takes more than opening it, and returns what is there.
+    """Prepares the data set for training, if needed, and returns a summary.
 
     Args:
-      reporter: shows progress and warnings; None for one that prints to standard error. Downloads show the bars of
-        TFDS.
+      reporter: shows progress and warnings; None prints to standard error. Downloads show the progress bars of TFDS.
 
     Raises:
-      UserError: source files are missing, damaged or not the published ones, or it cannot be written.
+      UserError: source files are missing, damaged or not the published ones, or the data set cannot be written.
     """
     return LOCAL.get(config.name, tfds_prepare).prepare(config, reporter or Reporter(sys.stderr))
 
 
 def open_source(config: DataConfig, names: Sequence[str] = SPLITS, known: Spec | None = None,
                 reporter: Reporter | None = None) -> Source:
-    """Opens the splits `names` of a data set, and the validation images if 'train' is among them and there are any.
+    """Opens the splits `names` of a data set, and its validation images, if any, when 'train' is requested.
 
-    A data set of TFDS that is not prepared is prepared first.
+    A TFDS data set is prepared first if necessary.
 
     Args:
-      known: the spec of the run that is evaluated, which the data must fit.
-      reporter: as in `prepare`.
+      known: the spec of the run to evaluate, which the data must match.
+      reporter: see `prepare`.
 
     Raises:
-      UserError: the data cannot be found, opened or prepared, is not that of `known`, or has fewer images than
-        `config` asks for.
+      UserError: the data cannot be found, opened or prepared, does not match `known`, or has fewer images than `config`
+        requests.
     """
     for name in names:
         if name not in SPLITS:

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of training images, by which they are normalised where the configuration gives none."""
+"""Per-channel mean and standard deviation of the training images, for normalisation if `config` gives none."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from shared_basis.data.in_memory import decode_error, eval_crop, read_images
 from shared_basis.errors import UserError
 
 MEASURED = 1000
-"""Images that are looked at; of more, a fixed random subset."""
+"""Maximum number of images to measure; a fixed random subset is used if there are more."""
 
 AT_ONCE = 100
-"""Images that are decoded before they are added up."""
+"""Number of images to decode per accumulation."""
 
 LEAST_DEVIATION = 1 / 255
-"""Of a channel: one that is the same everywhere is not divided by 0."""
+"""Lower bound of the standard deviation, to avoid division by 0 for a constant channel."""
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation of each channel, of images in [0, 1]."""
+"""Mean and standard deviation of each channel, for images in [0, 1]."""
 
 
 def measure(examples: Examples, spec: Spec, config: DataConfig, warn: Callable[[str], None],
             progress: Progress = no_progress) -> Statistics:
-    """Returns the `Statistics` over all pixels of `examples`, cropped as for an evaluation, to four digits.
+    """Returns the `Statistics` over all pixels of `examples`, cropped as for evaluation, rounded to four digits.
 
-    A pure function of the images: every process, and every run on them, has the same.
+    A pure function of the images, so all processes and all runs on them get the same values.
 
     Args:
-      warn: gets a line about each image that is skipped.
+      warn: called with a line about each image that is skipped.
 
     Raises:
-      UserError: an image cannot be decoded and may not be skipped, or none can.
+      UserError: an image cannot be decoded and `config.on_broken` is 'fail', or no image can be decoded.
     """
     chosen = np.sort(np.random.default_rng(0).permutation(len(examples))[:MEASURED])
     count, total, squares = 0, np.zeros(spec.image_shape[2]), np.zeros(spec.image_shape[2])

@@ -1,12 +1,12 @@
-"""Batches read and decoded as they are needed, by Grain: for images that do not fit into memory, or are cut at random.
+"""Streams batches with Grain, for images that do not fit into memory or need random crops of the original.
 
-The batch of a step is a pure function of the seed and the step: neither the number of workers nor where a run was
-interrupted shows in it. Without random crops it is the batch that `shared_basis.data.feeds.select_batch` takes from
-images in memory, pixel by pixel.
+The batch of a step is a pure function of the seed and the step; it depends neither on the number of workers nor on
+interruptions. Without random crops it equals, pixel by pixel, the batch that `shared_basis.data.feeds.select_batch`
+takes from images in memory.
 
-Memory: each worker holds the batch it makes and up to `AHEAD` finished ones, and this process one more for each, so
-about (2 + AHEAD) · workers · batch bytes in all, whatever the size of the data set (a batch of 256 images of
-224×224×3 has 37 MiB), beside the list of files or the index of the records, which every worker has.
+Memory: each worker holds the batch in progress and up to `AHEAD` finished ones, and the main process one more per
+worker: about (2 + AHEAD) · workers · batch bytes in total, independent of the size of the data set (a batch of 256
+images of 224×224×3 takes 37 MiB), plus the list of files or the index of records in every worker.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ AHEAD = 1
 """Finished batches that each worker keeps ready."""
 
 ENOUGH_THREADS_UP_TO = 4
-"""Cores: decoding and scaling leave Python's lock, so that on two cores threads read as fast as processes do, without
-their memory and their start (benchmarks/README.md); where that ends has not been measured."""
+"""Maximum number of cores for reading by threads. Decoding and scaling release the GIL, so on two cores threads are
+as fast as processes and need less memory and start-up time (benchmarks/README.md); not measured on more cores."""
 
 MOST_WORKERS = 16
-"""Without being asked for more."""
+"""Maximum number of worker processes chosen automatically."""
 
 
 def workers_of(config: DataConfig) -> int:
-    """Returns the number of worker processes, by the cores that this process may use if it is not configured."""
+    """Returns the configured number of worker processes, or one derived from the number of usable cores."""
     if config.workers >= 0:
         return config.workers
     return min(cores(), MOST_WORKERS) if cores() > ENOUGH_THREADS_UP_TO else 0
@@ -51,13 +51,13 @@ def cores() -> int:
 
 
 def read(batches: Batches, workers: int, warn: Callable[[str], None], start: int = 0) -> Generator[Batch, None, None]:
-    """Yields the batches from number `start` on, read ahead by `workers` processes, or by threads if that is 0.
+    """Yields the batches from number `start` on, prefetched by `workers` processes, or by threads if `workers` is 0.
 
     Args:
-      warn: gets a line about each image that is skipped, once.
+      warn: called once with a line about each image that is skipped.
 
     Raises:
-      UserError: an image is broken and may not be skipped, the data is damaged, or a worker was killed.
+      UserError: an image is broken and `on_broken` is 'fail', the data is damaged, or a worker was killed.
     """
     if start >= len(batches):
         return
@@ -72,21 +72,21 @@ def read(batches: Batches, workers: int, warn: Callable[[str], None], start: int
                     if problem not in batches.warned:
                         batches.warned.add(problem)
                         warn(f"skipped: {problem}")
-                # Copies, as JAX lets go of what it was given at a time of its own, and the workers' shared memory must
-                # not outlive this iterator.
+                # Copies, since JAX may release its inputs later, and the workers' shared memory must not outlive this
+                # iterator.
                 yield batch._replace(images=np.array(batch.images), labels=np.array(batch.labels))
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise
             raise UserError(_killed(str(error))) from error
         finally:
-            batch = None  # before the workers end, so that the memory it shares with them is freed meanwhile
+            batch = None  # frees shared memory before the workers end
             iterator.close()
 
 
 def _killed(text: str) -> str:
-    """Returns the message for the end of a worker, of which Grain says `text`."""
-    no_page = -getattr(signal, "SIGBUS", 7)  # how a process learns that there is no more shared memory
+    """Returns the message for the termination of a worker, given Grain's error `text`."""
+    no_page = -getattr(signal, "SIGBUS", 7)  # raised if shared memory is exhausted
     if f"exit code {no_page}" in text:
         return ("a process that reads images ran out of shared memory (/dev/shm); give the container more (docker run "
                 "--shm-size=8g), or read by threads: --config.data.workers=0.")
@@ -95,10 +95,10 @@ def _killed(text: str) -> str:
 
 
 class _Endless:
-    """Batches that are followed by empty ones without end, so that Grain's workers never come to theirs.
+    """Batches followed by infinitely many empty ones, so that Grain's workers never reach the end.
 
-    What Grain raises there forms reference cycles that hold shared memory and pipes of each worker until all of the
-    heap is collected, which takes seconds.
+    The exceptions that Grain raises there form reference cycles which keep each worker's shared memory and pipes alive
+    until a full garbage collection, which takes seconds.
     """
 
     def __init__(self, batches: Batches) -> None:
@@ -112,7 +112,7 @@ class _Endless:
 
 
 def _iterate(batches: Batches, workers: int, start: int) -> Any:
-    """Returns Grain's iterator over the batches, which does not end."""
+    """Returns Grain's infinite iterator over the batches."""
     import grain  # slow to import
 
     threads = 1 if workers else cores()
@@ -126,13 +126,13 @@ def _iterate(batches: Batches, workers: int, start: int) -> Any:
 
 @contextlib.contextmanager
 def _readable_grain_flags() -> Iterator[None]:
-    """Lets Grain read its own absl flags where the program has not parsed any: they count as given meanwhile."""
-    import grain  # noqa: F401  # defines them
+    """Makes Grain's absl flags readable if the program has not parsed any, by marking them as given."""
+    import grain  # noqa: F401  # defines the flags
     from absl import flags
 
     own = [flags.FLAGS[name] for name in flags.FLAGS if name.startswith("grain_")]
     for flag in own:
-        flag.present += 1  # a count, so that streams may end in any order
+        flag.present += 1  # a counter, so that streams may end in any order
     try:
         yield
     finally:
@@ -141,14 +141,14 @@ def _readable_grain_flags() -> Iterator[None]:
 
 
 def _first(iterator: Any) -> Batch:
-    """Returns the first batch; until it is there, which takes workers some seconds, signals wait.
+    """Returns the first batch; blocks signals until it arrives, which takes workers some seconds.
 
-    Every process of a terminal or a job gets its signals, and a worker that does not ignore them yet would end.
+    Signals of a terminal or a job reach all processes, and would kill a worker that does not ignore them yet.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         return next(iterator)
-    # Threads and processes that are started inherit it, Python's resource tracker too; starting that lets Ctrl-C and
-    # SIGTERM through.
+    # Child threads and processes inherit the mask, including Python's resource tracker; starting the tracker unblocks
+    # Ctrl-C and SIGTERM.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOPPING) - {signal.SIGINT, signal.SIGTERM})
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
@@ -159,7 +159,7 @@ def _first(iterator: Any) -> Batch:
 
 
 def _follow_main_process(_: int, __: int) -> None:
-    """Makes a worker process leave signals to the main process, and end with it, even if that is killed."""
+    """Makes a worker process ignore signals, and exit when the main process exits, even if that is killed."""
     for signum in STOPPING:
         signal.signal(signum, signal.SIG_IGN)
     parent = os.getppid()

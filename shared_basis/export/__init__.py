@@ -1,1 +1,1 @@
-"""Inference functions as files."""
+"""Exports trained networks to files for inference."""

@@ -1,4 +1,4 @@
-"""The mode `export`: a trained network's inference function as a file, for runtimes that do not need this package."""
+"""The mode `export`: writes a trained network's inference function as a file for runtimes without this package."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from shared_basis.runtime.files import Place, as_path, open_files
 from shared_basis.runtime.reporter import Reporter, count, size_text
 
 FORMATS = {"onnx": onnx, "stablehlo": stablehlo}
-"""By format, the module that writes it."""
+"""The modules that write each format."""
 
 STAGES = 4
-"""Of an export: restored, folded, serialised, verified."""
+"""Number of progress steps of an export: restored, folded, serialised, verified."""
 CHECKED = 8
-"""Images of random pixels on which the file is compared with the network."""
+"""Number of images of random pixels on which the file is compared with the network."""
 TOLERANCE = 1e-3
-"""How far logits may differ, over the largest of them or 1: far more than by rounding, far less than by a fault."""
+"""Tolerance of logits relative to the largest, or to 1: well above rounding errors, well below any real fault."""
 
 Run = Callable[[bytes, np.ndarray], tuple[np.ndarray, str] | None]
-"""Computes the logits of uint8 images `[N, H, W, C]` from a file, and names what has computed them; or cannot."""
+"""Computes logits of uint8 images `[N, H, W, C]` from a file and names the runtime; None if it is not installed."""
 
 
 def export(workdir: Place, kind: str, choice: str = "auto", which: str = "latest",
@@ -44,30 +44,31 @@ def export(workdir: Place, kind: str, choice: str = "auto", which: str = "latest
            tolerance: float = quantization.TOLERANCE, reporter: Reporter | None = None) -> dict[str, Any]:
     """Writes a checkpoint of `workdir` as a function from images uint8 `[N, H, W, C]` to logits float32 `[N, classes]`.
 
-    Normalisation is inside, N is any number, and arithmetic is float32 whatever the run computed in.
+    The function includes normalisation, accepts any N, and computes in float32 regardless of the run's dtype.
 
     Args:
       kind: one of `FORMATS`.
       choice: one of `folding.CHOICES`.
-      which, overrides: as in `Trained.open`.
+      which, overrides: see `Trained.open`.
       output: the file; by default WORKDIR/export/model.onnx (quantised: model-int8.onnx) or model.stablehlo.
-      quantize: one of `quantization.CHOICES`; the others than 'none' are for ONNX.
-      tolerance: how many points of test accuracy, of 100, quantisation may cost.
-      reporter: shows the progress; None shows nothing.
+      quantize: one of `quantization.CHOICES`; values other than 'none' require ONNX.
+      tolerance: percentage points of test accuracy that quantisation may lose.
+      reporter: shows progress; None shows nothing.
 
     Returns:
-      `workdir`, `step`, `model`, `classes`, `image_shape`, `format`, `file`, its `bytes`, `fold`; `layers`: how many
-      basis layers stay `basis` and how many are `composed`; `norms_left`: batch normalisations that stay scale and
-      offset; `macs` of an image, and `parameters`, of the `network` and as `exported`; and `verified`: `by` what, on
-      how many `images`, the largest `difference` of logits, and the `largest` logit; None without onnxruntime.
-      `quantized` is None, or what `quantization.quantize` returns; all else but `bytes` is of the file before that.
+      `workdir`, `step`, `model`, `classes`, `image_shape`, `format`, `file`, its `bytes`, `fold`; `layers`: the numbers
+      of basis layers that stay `basis` or are `composed`; `norms_left`: the number of batch normalisations that remain
+      as scale and offset; `macs` per image and `parameters`, of the `network` and as `exported`; and `verified`: `by`
+      which runtime, the number of `images`, the largest `difference` of logits and the `largest` logit; None without
+      onnxruntime. `quantized` is None, or the comparison from `quantization.quantize`; all other entries except `bytes`
+      describe the file before quantisation.
 
     Raises:
-      UserError: as `Trained.open`, a package is missing, the file cannot be written, or it would not compute what the
-        network does, or loses more than `tolerance`.
+      UserError: see `Trained.open`; or a package is missing, the file cannot be written, its logits differ from the
+        network's, or quantisation loses more than `tolerance`.
     """
     if kind not in FORMATS or choice not in CHOICES:
-        raise UserError(f"format {kind!r}, fold {choice!r}: a format is one of {', '.join(FORMATS)}, fold is one of "
+        raise UserError(f"format={kind!r}, fold={choice!r}: format must be one of {', '.join(FORMATS)}, fold one of "
                         f"{', '.join(CHOICES)}.")
     writer = FORMATS[kind]
     writer.require_packages()
@@ -102,7 +103,7 @@ def export(workdir: Place, kind: str, choice: str = "auto", which: str = "latest
 
 
 def _count(trained: Trained, graph: Node) -> dict[str, dict[str, int]]:
-    """Returns `macs` of an image and `parameters`, of the `network` and as `exported`."""
+    """Returns `macs` per image and `parameters`, of the `network` and as `exported`."""
     macs = network_macs(trained.model, trained.variables, trained.spec.image_shape)
     parameters = network_parameters(trained.variables["params"])
     return {"macs": {"network": sum(macs.values()), "exported": graph_macs(graph)},
@@ -110,10 +111,10 @@ def _count(trained: Trained, graph: Node) -> dict[str, dict[str, int]]:
 
 
 def resizing(config: DataConfig, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Returns how images of other sizes become the network's input, as plain data; docs/export.md has it as code.
+    """Returns how to resize images to the network's input, as plain data; docs/export.md has it as code.
 
-    It is what `shared_basis.evaluation.predict.predict` does: the largest central box of the input's aspect, scaled by
-    `part`, is scaled to `height` and `width`, in the image's own pixels, by `filter`.
+    Describes the preprocessing of `shared_basis.evaluation.predict.predict`: the largest central box with the input's
+    aspect ratio, scaled by `part`, is resized to `height` and `width` with `filter`, before normalisation.
     """
     part = kept_part(config)
     return {"height": shape[0], "width": shape[1], "color": "RGB" if shape[2] == 3 else "L", "crop": "center",
@@ -121,10 +122,10 @@ def resizing(config: DataConfig, shape: tuple[int, int, int]) -> dict[str, Any]:
 
 
 def _verify(run: Run, file: bytes, trained: Trained) -> dict[str, Any] | None:
-    """Returns how far the logits that `run` computes from `file` are from the network's; None if it cannot run.
+    """Compares logits that `run` computes from `file` with the network's; returns None if `run` is not installed.
 
     Raises:
-      UserError: too far.
+      UserError: the logits differ too much.
     """
     images = np.random.default_rng(0).integers(0, 256, (CHECKED, *trained.spec.image_shape), dtype=np.uint8)
     computed = run(file, images)
@@ -132,21 +133,21 @@ def _verify(run: Run, file: bytes, trained: Trained) -> dict[str, Any] | None:
         return None
     (logits, by), expected = computed, np.asarray(trained.classifier()(images))
     difference, largest = float(np.abs(logits - expected).max()), float(np.abs(expected).max())
-    if not difference <= TOLERANCE * max(1.0, largest):  # NaN neither
-        raise UserError(f"nothing is written: {by} computes logits from the file that differ from the network's by "
-                        f"{difference:.3g}, where the largest is {largest:.3g}. This is a fault of the export; please "
+    if not difference <= TOLERANCE * max(1.0, largest):  # also true for NaN
+        raise UserError(f"no file was written: the logits that {by} computes from it differ from the network's by "
+                        f"{difference:.3g}, with a largest logit of {largest:.3g}. This is a bug in the export; please "
                         "report it, and try --fold=none.")
     return {"by": by, "images": CHECKED, "difference": difference, "largest": largest}
 
 
 def write_files(output: str, default: PurePath, files: Mapping[str, bytes]) -> PurePath:
-    """Writes the contents of `files`, each beside the path that it returns with its suffix, when all are complete.
+    """Writes the contents of `files`, keyed by suffix, next to the path that it returns, once all are complete.
 
     Args:
-      output: the path; empty is `default`, whose directory is made.
+      output: the path; if empty, `default` is used and its directory created.
 
     Raises:
-      UserError: one cannot be written.
+      UserError: a file cannot be written.
     """
     path = as_path(output) if output else default
     beside = open_files(path.parent)
@@ -160,7 +161,7 @@ def write_files(output: str, default: PurePath, files: Mapping[str, bytes]) -> P
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Returns `export`'s result as human-readable lines."""
+    """Returns the result of `export` as human-readable lines."""
     layers, verified = result["layers"], result["verified"]
     shape = ", ".join(map(str, result["image_shape"]))
     folded = f"--fold={result['fold']}: "
@@ -173,14 +174,14 @@ def render(result: Mapping[str, Any]) -> str:
                 folded += " (a file with --fold=basis may be smaller)"
     else:
         folded += "there are no basis layers"
-    folded += f"; {result['norms_left']} batch normalisations are not merged"
+    folded += f"; {result['norms_left']} batch normalisations are not folded"
     changes = "; ".join(f"{name} {count(result[key]['network'])} → {count(result[key]['exported'])}"
                         for name, key in (("multiply-accumulates", "macs"), ("parameters", "parameters")))
     lines = [
         f"{result['model']} at step {result['step']:,} of {result['workdir']}: {result['file']} "
         f"({size_text(result['bytes'])}), from images uint8 [N, {shape}], normalised inside, to logits "
         f"[N, {len(result['classes'])}]", folded, changes,
-        "not verified, as onnxruntime is not installed: pip install 'shared-basis[export]'" if verified is None else
+        "not verified, since onnxruntime is not installed: pip install 'shared-basis[export]'" if verified is None else
         f"verified by {verified['by']} on {verified['images']} images of random pixels: logits differ by at most "
         f"{verified['difference']:.1e}, the largest is {verified['largest']:.3g}"]
     if result["quantized"]:

@@ -1,16 +1,16 @@
-"""Folding: batch normalisation goes into neighbouring linear maps, and a basis layer may become one convolution.
+"""Folding: merges batch normalisation into adjacent linear layers, and optionally a basis layer into one convolution.
 
-At inference batch normalisation is x · scale + offset. Folded into the convolution behind or before it, with a kernel
-K and a bias b,
+At inference, batch normalisation is x · scale + offset. It is folded into the next or previous convolution, with
+kernel K and bias b:
 
-    (x · scale + offset) ∗ K         =  x ∗ (scale · K)  +  Σ offset · K     where there is no padding, or no offset
+    (x · scale + offset) ∗ K         =  x ∗ (scale · K)  +  Σ offset · K     without padding or without offset
     (x ∗ K + b) · scale + offset     =  x ∗ (K · scale)  +  b · scale + offset
 
-so that a basis layer is its basis convolution and one 1×1 convolution with a bias. The two composed,
+so that a basis layer becomes its basis convolution and one 1×1 convolution with a bias. Composing the two,
 
     (x ∗ B) @ A  =  x ∗ (B @ A)      for a basis B [k, k, C, R] and coefficients A [R, T]
 
-are one convolution of k²CT multiply-accumulates a pixel in place of k²CR + RT, fewer from about R = T on.
+gives one convolution with k²CT multiply-accumulates per pixel instead of k²CR + RT, which is fewer for R ≳ T.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ CHOICES = {
     "composed": "every layer is one convolution with a kernel of its own",
     "none": "nothing is folded",
 }
-"""What can be asked for, and what it means."""
+"""The values of --fold and their meanings."""
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What folding has done."""
+    """The result of folding."""
 
     layers: dict[str, int] = dataclasses.field(default_factory=lambda: {"basis": 0, "composed": 0})
-    """How many basis layers are now basis and 1×1, and how many one convolution; ReLU inside forbids the latter."""
+    """Numbers of basis layers by form: basis and 1×1, or one convolution; a ReLU in between prevents the latter."""
     norms_left: int = 0
-    """Batch normalisations that remain as scale and offset: no linear map of one layer's own is next to them."""
+    """Number of batch normalisations left as scale and offset, since no unshared linear layer is adjacent."""
 
 
 def fold(output: Node, choice: str) -> tuple[Node, Outcome]:
-    """Returns the graph folded as one of `CHOICES`, with float32 constants, and what was done."""
+    """Returns the folded graph, for one of `CHOICES`, with float32 constants, and the outcome."""
     outcome = Outcome()
     if choice != "none":
         uses = Counter(id(node.arrays["kernel"]) for node in ordered(output) if node.op == "conv")
@@ -77,7 +77,7 @@ def _into_next(node: Node, alone: Callable[[Node], bool], shared: Collection[int
 
 
 def _by_group(constant: np.ndarray, groups: int, features: int) -> np.ndarray:
-    """Returns what `constant [C]` is to the kernel's axes `[C / groups, T]`."""
+    """Reshapes `constant [C]` to broadcast against the kernel's axes `[C / groups, T]`."""
     return constant.reshape(groups, -1).repeat(features // groups, axis=0).T
 
 
@@ -94,7 +94,7 @@ def _into_previous(node: Node, alone: Callable[[Node], bool], shared: Collection
 
 
 def _compose(node: Node, alone: Callable[[Node], bool], choice: str, outcome: Outcome) -> Node:
-    """Makes one convolution of a basis layer, where that can be done and is asked for or cheaper."""
+    """Merges a basis layer into one convolution, if possible and either requested or cheaper."""
     parts = _basis(node)
     if not parts:
         return node
@@ -107,7 +107,7 @@ def _compose(node: Node, alone: Callable[[Node], bool], choice: str, outcome: Ou
 
 
 def _join(node: Node, alone: Callable[[Node], bool]) -> Node:
-    """Makes one convolution of two whose results are concatenated; their kernels stay two, as one may be shared."""
+    """Merges two convolutions whose results are concatenated; keeps two kernel arrays, as one may be shared."""
     parts = node.inputs
     if node.op != "concat" or len(parts) != 2 or not all(
             part.op == "conv" and alone(part) and part.arrays.keys() == {"kernel"} and part.inputs == parts[0].inputs
@@ -118,9 +118,9 @@ def _join(node: Node, alone: Callable[[Node], bool]) -> Node:
 
 
 def _basis(node: Node) -> tuple[Node, ...]:
-    """Returns the convolutions by basis elements whose results `node` combines by coefficients; none if it does not.
+    """Returns the basis convolutions whose results `node` combines with coefficients; empty if there are none.
 
-    They belong to one module: two layers that only follow each other stay two.
+    They must belong to the same module: two consecutive layers are not merged.
     """
     if node.op != "conv" or node.arrays["kernel"].shape[:2] != (1, 1):
         return ()
@@ -132,7 +132,7 @@ def _basis(node: Node) -> tuple[Node, ...]:
 
 
 def _composed(node: Node, parts: Sequence[Node]) -> Node | None:
-    """Returns one convolution in place of `node` and its basis; None where something else stands between, or groups."""
+    """Returns one convolution that replaces `node` and its basis; None if other operations or groups are in between."""
     first = parts[0]
     plain = all(part.attributes == first.attributes and part.attributes["groups"] == 1 and "bias" not in part.arrays
                 for part in parts)
@@ -144,7 +144,7 @@ def _composed(node: Node, parts: Sequence[Node]) -> Node | None:
 
 
 def _rounded(output: Node) -> Node:
-    """Returns the graph with float32 constants, without factors that are 1 and offsets that are 0."""
+    """Returns the graph with float32 constants, without factors of 1 and offsets of 0."""
     rounded: dict[int, np.ndarray] = {}
 
     def rule(node: Node, alone: Callable[[Node], bool]) -> Node:

@@ -1,23 +1,23 @@
-"""A network at inference as a graph of plain operations: what is folded, and what both kinds of file are written from.
+"""A network at inference as a graph of plain operations, which is folded and then written as ONNX or StableHLO.
 
-Shapes are those of one image, `[H, W, C]` and in the end `[C]`: no operation mixes images. By name:
+Shapes are those of one image, `[H, W, C]` and finally `[C]`: no operation mixes images. Operations:
 
     input    images, uint8, as float32
     affine   x · scale + offset, each [C] and each optional
-    conv     by kernel [k, k, C / groups, T], plus bias [T] if there is one; strides, padding, groups. A kernel may be
-             in two arrays, kernel and kernel_more, one after the other on the last axis
-    linear   x [C] by kernel [C, T], likewise
+    conv     with kernel [k, k, C / groups, T] and an optional bias [T]; strides, padding, groups. The kernel may be
+             split into two arrays, kernel and kernel_more, concatenated along the last axis
+    linear   x [C] times kernel [C, T], with an optional bias [T]
     add      of two inputs
-    multiply of two inputs; the second may be [1, 1, C], a factor for each channel
+    multiply of two inputs; the second may be [1, 1, C], one factor per channel
     clip     to [low, high]; ReLU is low 0, high ∞
     sigmoid
     concat   of channels
-    slice    starts, limits and strides of [H, W, C]
+    slice    with starts, limits and strides for [H, W, C]
     pad      with zeros, (before, after) of [H, W, C]
-    max_pool, average_pool    window, strides, padding; zeros of the padding count in averages
+    max_pool, average_pool    window, strides, padding; averages include padding zeros
     mean     over height and width
-    reshape  of the axes behind height and width, [H, W, C] to [H, W, a, b] or back; or of [C] to [1, 1, C]
-    transpose    of the axes behind height and width: order, of all axes
+    reshape  of the axes after height and width, [H, W, C] to [H, W, a, b] or back; or of [C] to [1, 1, C]
+    transpose    of the axes after height and width; order lists all axes
 
 Strides and windows are (height, width), padding is ((above, below), (left, right)).
 """
@@ -37,20 +37,20 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Node:
-    """One operation and its result; a graph is the node of its output."""
+    """An operation and its result; a graph is represented by its output node."""
 
     op: str
     shape: tuple[int, ...]
     inputs: tuple[Node, ...] = ()
     arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    """Constants by role. An array that several operations use is one object, and is stored once."""
+    """Constants by role. An array used by several operations is one object and is stored once."""
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scope: str = ""
-    """Path of the module that computes it, e.g. group1/block2/first."""
+    """Path of the module that the operation belongs to, e.g. group1/block2/first."""
 
 
 def ordered(output: Node) -> list[Node]:
-    """Returns all nodes that `output` needs, each after its inputs."""
+    """Returns all nodes that `output` depends on, in topological order."""
     done: dict[Node, None] = {}
     waiting = [output]
     while waiting:
@@ -64,11 +64,11 @@ def ordered(output: Node) -> list[Node]:
 
 
 Rule = Callable[[Node, Callable[[Node], bool]], Node]
-"""Returns what takes the place of a node; the function that it is given says whether nothing else uses an input."""
+"""Maps a node to its replacement; the second argument tests whether an input has no other consumer."""
 
 
 def rewrite(output: Node, rule: Rule) -> Node:
-    """Returns the graph in which `rule` has replaced each node, from the input on."""
+    """Returns the graph with `rule` applied to each node, starting from the input."""
     users = Counter(source for node in ordered(output) for source in node.inputs)
     new: dict[Node, Node] = {}
     uses: dict[Node, int] = {}
@@ -93,22 +93,22 @@ def kernel_roles(node: Node) -> list[str]:
 
 
 def count_macs(output: Node) -> int:
-    """Returns the multiply-accumulates of convolutions and matrix products for one image."""
+    """Returns the multiply-accumulates of all convolutions and matrix products for one image."""
     return sum(map(macs, ordered(output)))
 
 
 def arrays(output: Node) -> dict[int, np.ndarray]:
-    """Returns the distinct constants by identity."""
+    """Returns the distinct constants, keyed by identity."""
     return {id(array): array for node in ordered(output) for array in node.arrays.values()}
 
 
 def count_numbers(output: Node) -> int:
-    """Returns how many numbers the constants hold, those that several operations share once."""
+    """Returns the number of elements in all constants, counting shared arrays once."""
     return sum(array.size for array in arrays(output).values())
 
 
 def compute(output: Node, images: jax.Array) -> jax.Array:
-    """Returns what the graph computes, in JAX, of `images` uint8 `[N, H, W, C]`: `[N, …]` of the output."""
+    """Evaluates the graph in JAX on `images` uint8 `[N, H, W, C]`; returns the output, `[N, …]`."""
     constants = {key: jnp.asarray(array, jnp.float32) for key, array in arrays(output).items()}
     values: dict[Node, jax.Array] = {}
     for node in ordered(output):

@@ -1,4 +1,4 @@
-"""From a Flax network to a graph: its traced program (jaxpr) is read, so that no network is described twice."""
+"""Converts a Flax network to a graph by reading its traced program (jaxpr), so that networks are defined only once."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from shared_basis.export.graph import Node
 from shared_basis.nn import ops
 
 Value = Node | np.ndarray
-"""Of a variable of the program: it depends on the images, or is known."""
+"""A value in the program: a node that depends on the images, or a known constant."""
 
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-"""The parameters by which an equation calls another program."""
+"""The parameters of equations that call another program."""
 _IDENTITIES = ("convert_element_type", "copy", "name", "reduce_precision", "stop_gradient")
-"""Primitives that hand on a float32 array as it is."""
+"""Primitives that return a float32 array unchanged."""
 
 
 def trace(model: nn.Module, variables: Mapping[str, Any], image_shape: tuple[int, int, int],
           preprocess: Callable[[jax.Array], jax.Array]) -> Node:
     """Returns the graph of `model.apply(variables, preprocess(images), train=False)` for images uint8 `[N, H, W, C]`.
 
-    What does not depend on the images is computed: composed kernels, factors of batch normalisation.
+    Values that do not depend on the images are computed: composed kernels, factors of batch normalisation.
 
     Args:
       model: a network that computes in float32, without loops over blocks.
-      variables: `params` and `batch_stats`, as NumPy arrays. Kernels that are used as they are stay these very arrays.
+      variables: `params` and `batch_stats`, as NumPy arrays. Kernels used unchanged remain the same objects.
 
     Raises:
-      UserError: the network has an operation that a graph cannot hold.
+      UserError: the network contains an operation that a graph cannot represent.
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
     with ops.portable():
         program = jax.make_jaxpr(lambda variables, images: model.apply(variables, preprocess(images), train=False))(
             variables, images)
-    # Constants are computed where rounding is that of float32: matrix products of accelerators may have fewer bits.
+    # Constants are computed on CPU in full float32; accelerators may use fewer bits for matrix products.
     with jax.default_device(jax.devices("cpu")[0]):
         inputs: list[Value] = [*jax.tree.leaves(variables), Node("input", image_shape)]
         output, = _Reader(type(model).__name__).read(program.jaxpr, list(map(np.asarray, program.consts)), inputs, "")
@@ -52,14 +52,14 @@ def trace(model: nn.Module, variables: Mapping[str, Any], image_shape: tuple[int
 
 
 class _Reader:
-    """Reads equations, one after the other."""
+    """Converts equations one after another."""
 
     def __init__(self, network: str) -> None:
-        """Takes the name of the network's class, with which scopes begin."""
+        """Sets the name of the network's class, with which scopes begin."""
         self._network = network
 
     def read(self, jaxpr: Any, consts: Sequence[Value], inputs: Sequence[Value], scope: str) -> list[Value]:
-        """Returns the results of the program `jaxpr` for `inputs`."""
+        """Returns the outputs of the program `jaxpr` for `inputs`."""
         values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
         for eqn in jaxpr.eqns:
             arguments = [np.asarray(var.val) if hasattr(var, "val") else values[var] for var in eqn.invars]
@@ -86,13 +86,13 @@ class _Reader:
                             "be exported.") from error
 
     def _module(self, scope: str) -> str:
-        """Returns the module's path: scopes are Network/group1/first/first._convolve, with a dot before methods."""
+        """Returns the module's path for a scope like Network/group1/first/first._convolve: methods follow a dot."""
         parts = [part for part in scope.split("/") if part and "." not in part]
         return "/".join(parts[1:] if parts[:1] == [self._network] else parts)
 
 
 class _Unreadable(Exception):
-    """An operation has parameters that a graph cannot hold."""
+    """An operation has parameters that a graph cannot represent."""
 
 
 def _require(condition: bool) -> None:
@@ -129,7 +129,7 @@ def _convolution(x: Node, kernel: np.ndarray, shape: tuple[int, ...], scope: str
 
 
 def _dot(eqn: Any, inputs: Sequence[Value], shape: tuple[int, ...], scope: str) -> Node:
-    """Reads channels times a matrix: as a 1×1 convolution where there are pixels."""
+    """Reads a product of channels and a matrix; with spatial axes it becomes a 1×1 convolution."""
     x, matrix = _node(inputs[0]), _constant(inputs[1])
     _require(matrix.ndim == 2 and len(x.shape) in (1, 3))
     _require(eqn.params["dimension_numbers"] == (((len(x.shape),), (0,)), ((), ())))
@@ -139,7 +139,7 @@ def _dot(eqn: Any, inputs: Sequence[Value], shape: tuple[int, ...], scope: str) 
 
 
 def _arithmetic(eqn: Any, inputs: Sequence[Value], shape: tuple[int, ...], scope: str) -> Node:
-    """Reads +, −, · and /: of two results only sum and product, of a result and a constant for each channel any."""
+    """Reads +, −, · and /: any of them with a constant per channel, but only + and · between two nodes."""
     (x, y), name = inputs, eqn.primitive.name
     if isinstance(x, Node) and isinstance(y, Node):
         if name == "mul":
@@ -160,7 +160,7 @@ def _arithmetic(eqn: Any, inputs: Sequence[Value], shape: tuple[int, ...], scope
 
 
 def _product(x: Node, y: Node, shape: tuple[int, ...], scope: str) -> Node:
-    """Reads the product of two results, one of which may be a factor for each channel."""
+    """Reads the product of two nodes, one of which may be a factor per channel."""
     if x.shape != shape:
         x, y = y, x
     _require(x.shape == shape and y.shape in (shape, (1, 1, *shape[2:])))
@@ -168,14 +168,14 @@ def _product(x: Node, y: Node, shape: tuple[int, ...], scope: str) -> Node:
 
 
 def _by_channel(constant: Value, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns a constant `[1, 1, 1, C]`, or a single number, as float64 `[C]`."""
+    """Returns a constant `[1, 1, 1, C]`, or a scalar, as float64 `[C]`."""
     array = np.asarray(_constant(constant), np.float64)
     _require(array.size == 1 or array.size == array.shape[-1])
     return np.broadcast_to(array.reshape(-1), shape[-1:])
 
 
 def _affine(x: Node, scale: np.ndarray | float, offset: np.ndarray | float, scope: str) -> Node:
-    """Returns x · scale + offset, as one with what has computed x if that is affine too; in float64, to round once."""
+    """Returns x · scale + offset, merged with `x` if that is affine; in float64, so that it is rounded only once."""
     if x.op == "affine":
         scale, offset, x = x.arrays["scale"] * scale, x.arrays["offset"] * scale + offset, x.inputs[0]
     channels = x.shape[-1:]
@@ -184,7 +184,7 @@ def _affine(x: Node, scale: np.ndarray | float, offset: np.ndarray | float, scop
 
 
 def _clip(eqn: Any, inputs: Sequence[Value], shape: tuple[int, ...], scope: str) -> Node:
-    """Reads the maximum, or minimum, of a result and one number; both make one clip."""
+    """Reads the maximum or minimum of a node and a scalar; two of them merge into one clip."""
     first, second = sorted(inputs, key=lambda value: not isinstance(value, Node))
     x, bound, name = _node(first), _constant(second), eqn.primitive.name
     _require(bound.size == 1)
@@ -219,7 +219,7 @@ def _pad(eqn: Any, inputs: Sequence[Value], shape: tuple[int, ...], scope: str) 
 
 
 def _pool(eqn: Any, inputs: Sequence[Value], shape: tuple[int, ...], scope: str) -> Node:
-    """Reads a pooling; the sum over windows is their average times their size, which what follows takes up."""
+    """Reads a pooling; a sum over windows becomes an average times the window size, folded into what follows."""
     given = eqn.params
     window, strides, padding = given["window_dimensions"], given["window_strides"], given["padding"]
     _require(len(window) == 4 and {window[0], window[3], strides[0], strides[3]} == {1})
@@ -241,11 +241,11 @@ def _sigmoid(eqn: Any, inputs: Sequence[Value], shape: tuple[int, ...], scope: s
 
 
 def _reshape(eqn: Any, inputs: Sequence[Value], shape: tuple[int, ...], scope: str) -> Node:
-    """Reads a reshape of the axes behind height and width, or of `[C]` to `[1, 1, C]`."""
+    """Reads a reshape of the axes after height and width, or of `[C]` to `[1, 1, C]`."""
     x = _node(inputs[0])
     behind = min(len(x.shape), len(shape)) >= 3 and x.shape[:2] == shape[:2]
     _require(math.prod(x.shape) == math.prod(shape) and (behind or shape == (1, 1, *x.shape)))
-    if x.op == "affine" and x.shape[-1] == shape[-1]:  # channels stay, and what follows may join with it
+    if x.op == "affine" and x.shape[-1] == shape[-1]:  # channels are unchanged, so later affine maps can merge with it
         return dataclasses.replace(x, shape=shape, inputs=(Node("reshape", shape, x.inputs, scope=scope),))
     return Node("reshape", shape, (x,), scope=scope)
 

@@ -1,4 +1,4 @@
-"""A graph as an ONNX model: images uint8 [N, H, W, C] in, logits float32 [N, classes] out, NCHW in between."""
+"""Writes a graph as an ONNX model from images uint8 [N, H, W, C] to logits float32 [N, classes], NCHW internally."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from shared_basis.errors import UserError
 from shared_basis.export.graph import Node, kernel_roles, ordered
 
 OPSET = 17
-"""Of 2022, which runtimes have long known; nothing newer is needed."""
+"""The opset, from 2022, which runtimes support widely; newer operators are not needed."""
 IR_VERSION = 8
-"""The file format that goes with it."""
+"""The IR version that corresponds to the opset."""
 
 _TO_CHANNELS_FIRST = {4: (3, 2, 0, 1)}
-"""By rank: kernels [k, k, C / groups, T] become [T, C / groups, k, k]."""
+"""Kernel axes by rank: [k, k, C / groups, T] becomes [T, C / groups, k, k]."""
 
 
 def require_packages() -> None:
@@ -31,7 +31,7 @@ def require_packages() -> None:
 
 
 def serialise(output: Node, metadata: Mapping[str, Any]) -> dict[str, bytes]:
-    """Returns the model of the graph, by the suffix '' of its file; `metadata` are its metadata_props, in JSON."""
+    """Returns the serialised model with suffix '' as key; `metadata` is stored as JSON in its metadata_props."""
     import onnx
     from onnx import TensorProto, helper
 
@@ -52,7 +52,7 @@ def serialise(output: Node, metadata: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def run(model: bytes, images: np.ndarray) -> tuple[np.ndarray, str] | None:
-    """Returns the logits of uint8 `images` and what computed them; None where onnxruntime is not installed."""
+    """Returns the logits of uint8 `images` and the runtime's name; None if onnxruntime is not installed."""
     try:
         import onnxruntime
     except ImportError:
@@ -68,13 +68,13 @@ class _Writer:
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
         self.names: dict[Node, str] = {}
-        """By node, the name of its result."""
+        """The name of each node's result."""
         self._stored: dict[Any, str] = {}
-        """By an array's identity and layout, the name of its initialiser."""
+        """The initialiser's name for each array, keyed by identity and layout."""
         self._used: set[str] = set()
 
     def write(self, node: Node) -> None:
-        """Adds the operations of `node`."""
+        """Adds the ONNX operations of `node`."""
         scope, given = node.scope or "preprocessing", node.attributes
         inputs = [self.names[source] for source in node.inputs]
         spatial = (-1, 1, 1) if len(node.shape) == 3 else (-1,)
@@ -91,7 +91,7 @@ class _Writer:
             case "conv":
                 names = [self._add("Conv", [*inputs, *self._weights(node, role)], scope, strides=given["strides"],
                                    pads=_pads(given["padding"]), group=given["groups"]) for role in kernel_roles(node)]
-                # A kernel in two arrays is two convolutions: tools look for kernels among the initialisers.
+                # A kernel in two arrays becomes two convolutions, since tools expect kernels among the initialisers.
                 name = names[0] if len(names) == 1 else self._add("Concat", names, scope, axis=1)
             case "linear":
                 name = self._add("Gemm", [*inputs, *self._weights(node, "kernel")], scope)
@@ -104,7 +104,7 @@ class _Writer:
                 name = self._add("Clip", [*inputs, *(self._constant(bound, f"{bound:g}") for bound in bounds)], scope)
             case "concat":
                 name = self._add("Concat", inputs, scope, axis=1)
-            case "reshape":  # where 0 is N
+            case "reshape":  # 0 keeps N
                 name = self._add("Reshape", [*inputs, self._integers((0, *_channels_first(node.shape)))], scope)
             case "transpose":
                 axes = _channels_first(tuple(range(len(given["order"]))))
@@ -136,7 +136,7 @@ class _Writer:
         return name
 
     def _weights(self, node: Node, role: str) -> list[str]:
-        """Returns the names of the kernel `role` and, if there is one, of a bias."""
+        """Returns the names of the kernel `role` and of the bias, if there is one."""
         return [self._constant(node.arrays[each], f"{node.scope}/{each}") for each in (role, "bias")
                 if each in node.arrays]
 
@@ -144,7 +144,7 @@ class _Writer:
         return self._constant(np.asarray(values, np.int64), ",".join(map(str, values)))
 
     def _constant(self, array: np.ndarray, name: str, shape: tuple[int, ...] | None = None) -> str:
-        """Returns the name of the initialiser that holds `array`, which is stored once however many use it."""
+        """Returns the name of the initialiser for `array`, which is stored only once."""
         from onnx import numpy_helper
 
         key = (id(array), shape) if array.ndim and array.dtype == np.float32 else name
@@ -165,7 +165,7 @@ class _Writer:
 
 
 def _channels_first(values: Sequence[int]) -> tuple[int, ...]:
-    """Returns values for [H, W, C] in the order [C, H, W], likewise where several axes take the place of C."""
+    """Reorders values for [H, W, C] to [C, H, W]; also if several axes stand for C."""
     height, width, *channels = values
     return *channels, height, width
 

@@ -1,4 +1,4 @@
-"""The weights of a trained network as a state dict, for PyTorch's users."""
+"""Exports the weights of a trained network as a PyTorch state dict."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from shared_basis.runtime.reporter import size_text
 
 def export_weights(workdir: Place, which: str = "latest", overrides: Mapping[str, Any] | None = None,
                    output: str = "") -> dict[str, Any]:
-    """Writes a checkpoint of `workdir` as the state dict of the same network in PyTorch, a file of safetensors.
+    """Writes a checkpoint of `workdir` as a safetensors file with the state dict of the same network in PyTorch.
 
-    Plain networks that torchvision has are in its layout, all others in the official implementation's. Before the
-    file gets its name it is read again: every array must be the run's own.
+    Plain networks that torchvision provides use its layout, all others that of the official implementation. Before the
+    file is renamed into place, it is read back and every array is compared with the run's.
 
     Args:
-      which, overrides: as in `Trained.open`.
+      which, overrides: see `Trained.open`.
       output: the file; by default WORKDIR/export/model.safetensors.
 
     Returns:
@@ -36,7 +36,7 @@ def export_weights(workdir: Place, which: str = "latest", overrides: Mapping[str
       and of the network's `parameters`.
 
     Raises:
-      UserError: as `Trained.open`, there is no such network in PyTorch, or the file cannot be written.
+      UserError: see `Trained.open`; or there is no such network in PyTorch, or the file cannot be written.
     """
     trained = Trained.open(workdir, which, overrides)
     variables = jax.device_get(dict(trained.variables))
@@ -55,17 +55,17 @@ def export_weights(workdir: Place, which: str = "latest", overrides: Mapping[str
 
 
 def _verify(tensors: Mapping[str, np.ndarray], trained: Trained, variables: Tree) -> None:
-    """Raises `UserError` unless the importer reads from `tensors` what was exported, bit for bit."""
+    """Raises `UserError` unless importing `tensors` reproduces the exported variables bit for bit."""
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
     again = convert_official(tensors, trained.model, shapes)
     if not all(jax.tree.leaves(jax.tree.map(lambda one, other: np.array_equal(one, other, equal_nan=True), again,
                                             variables))):
-        raise UserError("nothing is written: read again, the weights are not those of the network. This is a fault of "
-                        "the export; please report it.")
+        raise UserError("no file was written: the weights differ when read back. This is a bug in the export; "
+                        "please report it.")
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Returns `export_weights`' result as human-readable lines."""
+    """Returns the result of `export_weights` as human-readable lines."""
     return (f"{result['model']} at step {result['step']:,} of {result['workdir']}: {result['file']} "
             f"({size_text(result['bytes'])}), {result['tensors']} tensors, {result['parameters']:,} parameters; read "
             "again, they are identical")

@@ -1,8 +1,8 @@
-"""Small files to ship: an ONNX model with kernels of 8 or 16 bits, held to the float32 one on all test images.
+"""Quantisation of ONNX models to 8 or 16 bits, verified against float32 on all test images.
 
-Both keep input and output as they are. In int8 (Jacob et al. 2018, static) activations are quantised too, with ranges
-measured on training images, and kernels by output channel; arithmetic is of integers where the runtime has it. In
-float16 kernels alone are; runtimes make float32 of them when they load the file.
+Inputs and outputs are unchanged. int8 (static quantisation, Jacob et al. 2018) quantises activations, with ranges
+measured on training images, and kernels per output channel; runtimes that support it use integer arithmetic. float16
+only stores kernels in 16 bits; runtimes convert them to float32 when loading the file.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from shared_basis.runs.trained import Trained
 from shared_basis.runtime.reporter import Reporter, size_text
 
 CHOICES = ("none", "int8", "float16")
-"""What can be asked for."""
+"""The values of --quantize."""
 
 TOLERANCE = 1.0
-"""Points of accuracy, of 100, that a file may lose unless the user says otherwise."""
+"""Default for the percentage points of accuracy that quantisation may lose."""
 CALIBRATION_IMAGES = 512
-"""Training images, at most, on which the ranges of activations are measured."""
+"""Maximum number of training images for measuring the ranges of activations."""
 ROUNDS = 21
-"""Timed calls of each model, in turns; the median counts."""
+"""Number of timed calls of each model, alternating; the median is reported."""
 
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]
-"""Images uint8 `[N, H, W, C]` and their classes `[N]`."""
+"""Batches of images uint8 `[N, H, W, C]` and their classes `[N]`."""
 
 
 def check(kind: str, choice: str, tolerance: float) -> None:
-    """Raises `UserError` unless files of the format `kind` can be quantised so, and here."""
+    """Raises `UserError` unless files of format `kind` can be quantised this way in this installation."""
     if choice not in CHOICES:
         raise UserError(f"--quantize={choice}: must be one of {', '.join(CHOICES)}.")
-    if not 0 <= tolerance <= 100:  # NaN neither
-        raise UserError(f"--tolerance={tolerance:g}: must be from 0 to 100, the points of accuracy that --quantize may "
-                        "cost.")
+    if not 0 <= tolerance <= 100:  # also true for NaN
+        raise UserError(f"--tolerance={tolerance:g}: must be 0 to 100, the points of accuracy that --quantize may "
+                        "lose.")
     if choice == "none":
         if tolerance != TOLERANCE:
-            raise UserError("--tolerance is for --quantize=int8 or float16; give that too, or leave it out.")
+            raise UserError("--tolerance requires --quantize=int8 or float16; add it, or omit --tolerance.")
         return
     if kind != "onnx":
-        raise UserError(f"--quantize={choice} is for --format=onnx; --format={kind} is not quantised, leave one out.")
+        raise UserError(f"--quantize={choice} requires --format=onnx; omit it for --format={kind}.")
     try:
         import onnxruntime  # noqa: F401
     except ImportError as error:
@@ -60,14 +60,14 @@ def check(kind: str, choice: str, tolerance: float) -> None:
 
 def quantize(content: bytes, choice: str, tolerance: float, trained: Trained,
              reporter: Reporter) -> tuple[bytes, dict[str, Any]]:
-    """Returns the ONNX model `content` of `trained` quantised as `choice`, and how it compares with what it was.
+    """Quantises the ONNX model `content` of `trained` as `choice`, and compares the result with the original.
 
     Returns:
-      The model, and `choice`; `calibration`, the number of training images used; `test_examples`; by 'float32' and
-      `choice`, the `test_accuracy`, the `bytes` and the `latency`, in seconds for one image; and `by` what computed.
+      The model, and a dict with `choice`; `calibration`, the number of training images used; `test_examples`; for
+      'float32' and `choice`, `test_accuracy`, `bytes` and `latency`, in seconds per image; and `by`, the runtime.
 
     Raises:
-      UserError: the model loses more than `tolerance` points of accuracy, or the run's images cannot be opened.
+      UserError: the model loses more than `tolerance` percentage points, or the run's images cannot be opened.
     """
     import onnxruntime
 
@@ -86,8 +86,8 @@ def quantize(content: bytes, choice: str, tolerance: float, trained: Trained,
     if lost > tolerance:
         other = "or --quantize=float16" if choice == "int8" else "or leave --quantize out"
         raise UserError(
-            f"nothing is written: of {examples:,} test images {choice} classifies {100 * accuracy[choice]:.2f} % "
-            f"correctly and float32 {100 * accuracy['float32']:.2f} %, which is {lost:.2f} points less where "
+            f"no file was written: on {examples:,} test images, {choice} classifies {100 * accuracy[choice]:.2f} % "
+            f"correctly and float32 {100 * accuracy['float32']:.2f} %, a loss of {lost:.2f} points, but only "
             f"--tolerance={tolerance:g} is allowed; give --tolerance={np.ceil(lost):g}, {other}.")
     return small, {"choice": choice, "calibration": calibration, "test_examples": examples, "test_accuracy": accuracy,
                    "bytes": {name: len(model) for name, model in contents.items()},
@@ -96,10 +96,10 @@ def quantize(content: bytes, choice: str, tolerance: float, trained: Trained,
 
 
 def _load(trained: Trained, wanted: int, reporter: Reporter) -> tuple[int, Callable[[str], Batches]]:
-    """Opens the test images, and `wanted` of the training images as far as there are so many.
+    """Opens the test images, and up to `wanted` training images.
 
     Returns:
-      The number of training images, and a function from a split's name to its batches.
+      The number of training images, and a function that returns the batches of a split, given its name.
     """
     splits, calibration = {"test": trained.open_source(reporter).splits["test"]}, 0
     if wanted:
@@ -112,21 +112,21 @@ def _load(trained: Trained, wanted: int, reporter: Reporter) -> tuple[int, Calla
     def batches(name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for batch in images.batches(name, trained.config.train.eval_batch_size, trained.mesh)():
             pixels, labels = map(np.asarray, batch)
-            if (known := labels >= 0).any():  # broken images have no label, nor what the last batch is filled up with
+            if (known := labels >= 0).any():  # broken images and padding have no label
                 yield pixels[known], labels[known]
     return calibration, batches
 
 
 def _to_int8(content: bytes, batches: Batches) -> bytes:
-    """Returns the model with quantisation of kernels, by channel, and of activations around every operation (QDQ).
+    """Returns the model with QDQ quantisation of kernels, per channel, and of activations around every operation.
 
-    Scales and offsets by channel, of batch normalisation and of pixels, stay float32: they have one range for all.
+    Per-channel scales and offsets, of batch normalisation and pixels, remain float32, since ranges are per tensor.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]  # Any, where onnxruntime is not installed
-        """Gives the batches one by one."""
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # Any if onnxruntime is not installed
+        """Yields the calibration batches one by one."""
 
         def __init__(self) -> None:
             self.batches = iter(batches)
@@ -141,8 +141,8 @@ def _to_int8(content: bytes, batches: Batches) -> bytes:
                   if node.op_type in ("Add", "Mul") and constants.intersection(node.input)]
     with tempfile.TemporaryDirectory() as directory, _without_advice():
         file = Path(directory) / "model.onnx"
-        # On x86 onnxruntime computes few operations of signed activations in integers, and sums of 8 bits saturate on
-        # older processors. Logits stay as they are: of 256 values two classes would often have the same.
+        # On x86, onnxruntime has few integer kernels for signed activations, and 8-bit sums saturate on older CPUs.
+        # Logits are not quantised: with 256 values, two classes would often be equal.
         quantize_static(model, file, Reader(), per_channel=True, nodes_to_exclude=by_channel,
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, reduce_range=True,
                         extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]})
@@ -150,7 +150,7 @@ def _to_int8(content: bytes, batches: Batches) -> bytes:
 
 
 def _to_float16(content: bytes) -> bytes:
-    """Returns the model with kernels in float16, each made float32 again by one operation however many use it."""
+    """Returns the model with float16 kernels, each cast to float32 by one operation, even if used several times."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -158,7 +158,7 @@ def _to_float16(content: bytes) -> bytes:
     casts = {}
     for tensor in model.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) in (2, 4):
-            with np.errstate(over="ignore"):  # logits that are not finite count as wrong
+            with np.errstate(over="ignore"):  # non-finite logits count as incorrect
                 half = numpy_helper.to_array(tensor).astype(np.float16)
             name = f"{tensor.name}/float32"
             casts[tensor.name] = helper.make_node("Cast", [tensor.name], [name], name, to=TensorProto.FLOAT)
@@ -173,7 +173,7 @@ def _to_float16(content: bytes) -> bytes:
 
 
 def _labelled(model: Any, choice: str) -> bytes:
-    """Returns the serialised model, whose metadata now say how it was quantised."""
+    """Returns the serialised model with the kind of quantisation added to its metadata."""
     model.metadata_props.add(key="quantize", value=choice)
     content: bytes = model.SerializeToString()
     return content
@@ -181,7 +181,7 @@ def _labelled(model: Any, choice: str) -> bytes:
 
 @contextlib.contextmanager
 def _without_advice() -> Iterator[None]:
-    """Silences what onnxruntime's quantisation warns of: that the graph be simplified first, which it is."""
+    """Silences onnxruntime's warnings to simplify the graph before quantisation, which is already done."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -191,7 +191,7 @@ def _without_advice() -> Iterator[None]:
 
 
 def _score(sessions: dict[str, Any], batches: Batches) -> tuple[dict[str, float], int]:
-    """Returns the accuracy of each model, from 0 to 1, and on how many images."""
+    """Returns the accuracy of each model, in [0, 1], and the number of images."""
     correct, examples = dict.fromkeys(sessions, 0), 0
     for pixels, labels in batches:
         examples += len(labels)
@@ -202,11 +202,11 @@ def _score(sessions: dict[str, Any], batches: Batches) -> tuple[dict[str, float]
 
 
 def _latency(sessions: dict[str, Any], image: np.ndarray) -> dict[str, float]:
-    """Returns the median seconds that each model takes, called in turns."""
+    """Returns the median seconds per call of each model, called alternately."""
     seconds: dict[str, list[float]] = {name: [] for name in sessions}
     for _ in range(ROUNDS):
         for name, session in sessions.items():
-            session.run(None, {"images": image})  # first one that is not timed: the other has had the caches
+            session.run(None, {"images": image})  # untimed warm-up, since the other model used the caches
             began = time.perf_counter()
             session.run(None, {"images": image})
             seconds[name].append(time.perf_counter() - began)
@@ -214,11 +214,11 @@ def _latency(sessions: dict[str, Any], image: np.ndarray) -> dict[str, float]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """Returns `quantize`'s comparison as one human-readable line."""
+    """Returns the comparison from `quantize` as a human-readable line."""
     choice, milliseconds = result["choice"], {name: 1000 * value for name, value in result["latency"].items()}
     measured = f", calibrated on {result['calibration']:,} training images" if result["calibration"] else ""
     accuracy, size = result["test_accuracy"], result["bytes"]
     return (f"float32 → {choice}{measured}: accuracy {100 * accuracy['float32']:.2f} → {100 * accuracy[choice]:.2f} % "
             f"of {result['test_examples']:,} test images; file {size_text(size['float32'])} → "
-            f"{size_text(size[choice])}; latency {milliseconds['float32']:.2f} → {milliseconds[choice]:.2f} ms for an "
+            f"{size_text(size[choice])}; latency {milliseconds['float32']:.2f} → {milliseconds[choice]:.2f} ms per "
             f"image, by {result['by']}, median of {ROUNDS} calls")

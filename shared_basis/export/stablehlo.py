@@ -1,4 +1,4 @@
-"""A graph as StableHLO, serialised by `jax.export`: for JAX on any platform, without this package."""
+"""Writes a graph as StableHLO, serialised by `jax.export`, for JAX on any platform without this package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared_basis.errors import UserError
 from shared_basis.export.graph import Node, compute, ordered
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-"""What the program is lowered for, wherever it is written."""
+"""The platforms that the program is lowered for, independent of the current one."""
 
 
 def require_packages() -> None:
@@ -29,7 +29,7 @@ def require_packages() -> None:
 
 
 def serialise(output: Node, metadata: Mapping[str, Any]) -> dict[str, bytes]:
-    """Returns the program from images uint8 `[N, H, W, C]` to logits, and `metadata` as JSON, by suffix of the file."""
+    """Returns the program from images uint8 `[N, H, W, C]` to logits, and `metadata` as JSON, keyed by file suffix."""
     batch, = jax.export.symbolic_shape("N")
     images = jax.ShapeDtypeStruct((batch, *ordered(output)[0].shape), jnp.uint8)
     with _without_paths():
@@ -39,7 +39,7 @@ def serialise(output: Node, metadata: Mapping[str, Any]) -> dict[str, bytes]:
 
 @contextlib.contextmanager
 def _without_paths() -> Iterator[None]:
-    """Within it, programs do not hold where the source code lies that they come from: files are given to others."""
+    """Omits source file paths from programs within this context, as exported files are published."""
     name = "jax_traceback_in_locations_limit"
     limit = jax.config.values[name]
     jax.config.update(name, 0)
@@ -50,7 +50,7 @@ def _without_paths() -> Iterator[None]:
 
 
 def run(program: bytes, images: np.ndarray) -> tuple[np.ndarray, str]:
-    """Returns the logits of uint8 `images`, computed on CPU, and what computed them."""
+    """Returns the logits of uint8 `images`, computed on CPU, and the runtime's name."""
     call = jax.export.deserialize(bytearray(program)).call
     with jax.default_device(jax.devices("cpu")[0]):
         return np.asarray(jax.jit(call)(images)), f"jax {jax.__version__}"

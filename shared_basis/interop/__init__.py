@@ -1,1 +1,1 @@
-"""Weights of PyTorch, in and out."""
+"""Import and export of PyTorch weights."""

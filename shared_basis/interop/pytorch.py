@@ -1,9 +1,8 @@
-"""PyTorch weights, in and out: the official implementation's networks, and torchvision's plain ones.
+"""Import and export of PyTorch weights, for the official implementation's networks and torchvision's plain ones.
 
-The mapping is complete both ways: every tensor of the file is consumed exactly once, and every variable of the network
-is filled. The path of a variable maps to the tensor that holds it and to the copies of that tensor that the file has in
-the blocks that share it; each may have one of several names. Which names those are the architecture says
-(`Network.published_names`).
+The mapping is complete in both directions: every tensor of the file is used exactly once, and every variable of the
+network is filled. The path of a variable maps to its tensor and to the copies of that tensor in the blocks that share
+it; each may have one of several names, which the architecture defines (`Network.published_names`).
 """
 
 from __future__ import annotations
@@ -23,51 +22,51 @@ from shared_basis.models.parameters import abstract_variables
 from shared_basis.nn.types import Path, Tree
 
 TensorAliases = tuple[str, ...]
-"""The names that a tensor may have; exactly one of them is expected."""
+"""The possible names of a tensor, exactly one of which must exist."""
 
 WRAPPERS = ("module", "_orig_mod", "model", "net", "network", "backbone", "ema_model")
-"""What trainers put before all names, nested in any order: DataParallel, torch.compile, Lightning and others."""
+"""Prefixes that trainers add to all names, possibly nested: DataParallel, torch.compile, Lightning and others."""
 
 _STEM, _HEAD = ("params", "stem", "kernel"), ("params", "head", "kernel")
-"""The first and the last layer of every network that has published weights."""
+"""The first and last layer of every network with published weights."""
 
 
 def load_pytorch_weights(path: str | os.PathLike[str], model: Network) -> dict[str, Any]:
     """Returns `{'params': …, 'batch_stats': …}` of `model`, read from a published state dict as float32 NumPy arrays.
 
-    Plain ResNets and MobileNetV2 load from the layouts of torchvision and timm too. Their MobileNetV2 has ReLU6 where
-    the paper's has ReLU inside the blocks, so that its outputs are only reproduced while no activation exceeds 6.
+    Plain ResNets and MobileNetV2 also load from the layouts of torchvision and timm. Their MobileNetV2 uses ReLU6 where
+    the paper's uses ReLU inside the blocks, so its outputs are only reproduced as long as no activation exceeds 6.
 
     Args:
-      path: a file of safetensors or of `torch.save` (either format); nothing in it is executed.
-      model: the network that the file is said to hold, e.g. `create_model('resnet32-s16u1-double')`.
+      path: a safetensors file, or one from `torch.save` (either format); nothing in it is executed.
+      model: the network stored in the file, e.g. `create_model('resnet32-s16u1-double')`.
 
     Raises:
-      UserError: the file cannot be read, or a tensor is missing, extra, misshapen, or differs from its alias.
+      UserError: the file cannot be read, or a tensor is missing, extra, of the wrong shape, or differs from its alias.
     """
     tensors = read_state_dict(path)
     return _naming(path, lambda: convert_official(tensors, model))
 
 
 def load_official(path: str | os.PathLike[str], model: Network) -> dict[str, Any]:
-    """Returns `load_pytorch_weights`, by its name in version 0.1."""
+    """Calls `load_pytorch_weights`; deprecated name of version 0.1."""
     note_renamed("load_official", "load_pytorch_weights")
     return load_pytorch_weights(path, model)
 
 
 def load_network(path: str | os.PathLike[str], model: Network, plain: Network) -> tuple[Network, dict[str, Any]]:
-    """Returns the network that a published state dict holds, with as many outputs as it has there, and its variables.
+    """Returns the network stored in a published state dict, with as many outputs as in the file, and its variables.
 
-    The network is that of `model` or, where the file has none of its bases, of `plain`, its plain counterpart; the
-    images may have any number of channels.
+    The network is `model` or, if the file has none of its bases, its plain counterpart `plain`; the images may have any
+    number of channels.
 
     Raises:
-      UserError: as `load_pytorch_weights`.
+      UserError: see `load_pytorch_weights`.
     """
     tensors, _ = _unwrap(read_state_dict(path))
 
     def read() -> tuple[Network, dict[str, Any]]:
-        model.published_names()  # for its error
+        model.published_names()  # raises if there is no published layout
         found = model if model.sharing == plain.sharing or any(name in tensors for name in _own_names(model)) else plain
         adapted = found.adapt_published(tensors)[0]
 
@@ -81,14 +80,14 @@ def load_network(path: str | os.PathLike[str], model: Network, plain: Network) -
 
 
 def _own_names(model: Network) -> set[str]:
-    """Returns the names of all tensors of a shared network that its plain counterpart has not."""
+    """Returns the names of all tensors of a shared network that its plain counterpart lacks."""
     paths = (path for path in flatten_dict(dict(abstract_variables(model, (32, 32, 3))))
              if path[1] == "bases" or path[-1] in ("unique", "coefficients"))
     return {name for path in paths for names in aliases_of(path, model) for name in names}
 
 
 def _naming(path: str | os.PathLike[str], read: Callable[[], Any]) -> Any:
-    """Returns what `read` does, whose errors then name the file."""
+    """Returns the result of `read`, and adds the file name to its errors."""
     try:
         return read()
     except UserError as error:
@@ -96,7 +95,7 @@ def _naming(path: str | os.PathLike[str], read: Callable[[], Any]) -> Any:
 
 
 def _unwrap(tensors: Tensors) -> tuple[dict[str, np.ndarray], str]:
-    """Returns the tensors without the `WRAPPERS` that most of their names begin with, and these."""
+    """Strips `WRAPPERS` that most tensor names begin with; returns the tensors and the stripped prefix."""
     found, prefix = dict(tensors), ""
     while wrapper := next((f"{word}." for word in WRAPPERS if found and
                            2 * sum(name.startswith(f"{word}.") for name in found) > len(found)), ""):
@@ -105,22 +104,22 @@ def _unwrap(tensors: Tensors) -> tuple[dict[str, np.ndarray], str]:
             break
         found, prefix = bare, prefix + wrapper
     if prefix:
-        found.pop("n_averaged", None)  # which torch.optim.swa_utils.AveragedModel counts beside its module
+        found.pop("n_averaged", None)  # the counter of torch.optim.swa_utils.AveragedModel
     return found, prefix
 
 
 def convert_official(tensors: Tensors, model: Network, shapes: Tree = None) -> dict[str, Any]:
-    """Returns the variables of `model` from a published state dict; see `load_pytorch_weights`.
+    """Converts a published state dict to the variables of `model`; see `load_pytorch_weights`.
 
     Args:
-      shapes: the result of `abstract_variables` for `model`, where the caller has it: it takes seconds.
+      shapes: the result of `abstract_variables` for `model`, if already computed, as it takes seconds.
     """
     shapes = abstract_variables(model, (32, 32, 3)) if shapes is None else shapes
     bare, prefix = _unwrap(tensors)
     left, renamed = model.adapt_published(bare)
 
     def source_name(name: str) -> str:
-        """Returns the name in the file, quoted."""
+        """Returns the quoted name in the file."""
         module, _, leaf = name.rpartition(".")
         whole = f"{renamed.get(module, module)}.{leaf}"
         return repr(prefix + whole if prefix + whole in tensors or whole not in tensors else whole)
@@ -139,8 +138,8 @@ def convert_official(tensors: Tensors, model: Network, shapes: Tree = None) -> d
         for names in copies:
             alias, copy = take(names, "/".join(path))
             if not np.array_equal(copy, tensor, equal_nan=True):
-                raise UserError(f"tensor {source_name(alias)} differs from {source_name(name)}, whose alias it is.")
-        if path[-1] == "var":  # counts batches beside each pair of running statistics; nothing needs it
+                raise UserError(f"tensor {source_name(alias)} differs from {source_name(name)}; aliases must be equal.")
+        if path[-1] == "var":  # the batch counter next to running statistics, which is unused
             left.pop(name.removesuffix("running_var") + "num_batches_tracked", None)
         array = to_jax_layout(tensor, leaf.ndim)
         if array.shape != leaf.shape:
@@ -155,16 +154,16 @@ def convert_official(tensors: Tensors, model: Network, shapes: Tree = None) -> d
 
 
 def to_published(variables: Tree, model: Network, batches: int = 0) -> dict[str, np.ndarray]:
-    """Returns the state dict of `model`, which `convert_official` reads: the inverse of that function.
+    """Converts variables to the state dict of `model`; the inverse of `convert_official`.
 
-    Plain networks that torchvision has are in its layout, all others in the official implementation's. Whatever is
-    shared stands there once more for each block that shares it, as the official implementation has it.
+    Plain networks that torchvision provides use its layout, all others that of the official implementation, where
+    shared arrays are repeated for each block that uses them.
 
     Args:
-      batches: the number of batches that running statistics have seen, which PyTorch keeps beside them.
+      batches: the number of batches that the running statistics have seen, which PyTorch stores next to them.
 
     Raises:
-      UserError: there is no published layout of this network.
+      UserError: there is no published layout for this network.
     """
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in flatten_dict(jax.device_get(dict(variables))).items():
@@ -176,21 +175,21 @@ def to_published(variables: Tree, model: Network, batches: int = 0) -> dict[str,
 
 
 def to_pytorch_layout(array: np.ndarray, path: Path, name: str) -> np.ndarray:
-    """Returns the array of the variable at `path` as the tensor `name` has it: the inverse of `to_jax_layout`."""
+    """Converts the variable at `path` to the layout of the tensor `name`; the inverse of `to_jax_layout`."""
     if array.ndim == 4:
         array = array.transpose(3, 2, 0, 1)
     elif array.ndim == 2:
         array = array.T
-        if path[-1] == "coefficients" or name == "conv2.weight":  # 1×1 convolutions there
+        if path[-1] == "coefficients" or name == "conv2.weight":  # 1×1 convolutions in PyTorch
             array = array[:, :, None, None]
     return np.ascontiguousarray(array)
 
 
 def to_jax_layout(tensor: np.ndarray, ndim: int) -> np.ndarray:
-    """Returns a PyTorch weight in this package's layout.
+    """Converts a PyTorch weight to this package's layout.
 
-    Convolutions `[T, C, k, k]` become `[k, k, C, T]`; matrices, and 1×1 convolutions where a matrix is asked for
-    (`ndim` 2), `[T, C]` become `[C, T]`; anything else stays as it is.
+    Convolutions `[T, C, k, k]` become `[k, k, C, T]`; matrices `[T, C]`, and 1×1 convolutions where a matrix is needed
+    (`ndim` 2), become `[C, T]`; other arrays are unchanged.
     """
     if tensor.ndim == 4 and ndim == 2 and tensor.shape[2:] == (1, 1):
         tensor = tensor[:, :, 0, 0]
@@ -204,7 +203,7 @@ _LEAVES = {"kernel": "weight", "unique": "weight", "coefficients": "weight", "bi
 
 
 def aliases_of(path: Path, model: Network) -> list[TensorAliases]:
-    """Returns the names of the tensor of the variable at `path` (its collection first), then of each copy of it."""
+    """Returns the tensor names of the variable at `path` (starting with its collection), then those of each copy."""
     _, top, *rest = path
     if top == "bases":
         return _shared_aliases(rest[0], rest[1], model)
@@ -215,14 +214,14 @@ def aliases_of(path: Path, model: Network) -> list[TensorAliases]:
     module = "/".join(inner if inner[-1] in ("unique", "coefficients") else inner[:-1])
     has_basis = model.sharing.factorised and block in model.sharing_blocks().get(top, ())
     if has_basis and not names.factorised:
-        raise UserError("there are no published weights with bases of it; import the plain network and compress it.")
+        raise UserError("there are no published weights with bases for it; import the plain network and compress it.")
     in_block = names.factorised if has_basis else names.plain
     return [tuple(f"{prefix}.{name}.{leaf}" for prefix in model.published_blocks(top, block)
                   for name in in_block[module].split("|"))]
 
 
 def _shared_aliases(group: str, name: str, model: Network) -> list[TensorAliases]:
-    """Returns the names of a shared array: the network's own, and a copy in each block that uses it."""
+    """Returns the names of a shared array: that of the network, and of the copy in each block that uses it."""
     if not model.sharing.orthonormal:
         raise UserError("the official implementation has no such network.")
     arrays = sorted(model.shared_shapes()[group])

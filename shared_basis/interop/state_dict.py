@@ -1,4 +1,4 @@
-"""Reading PyTorch state dicts, without PyTorch and without executing anything in the file."""
+"""Reads PyTorch state dicts without PyTorch and without executing code from the file."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ _SAFETENSORS_TYPES: dict[str, Any] = {
     "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
 _KEYS = ("net_state_dict", "state_dict", "model_state_dict", "model", "net", "network", "state_dict_ema", "model_ema",
          "ema_state_dict", "ema")
-"""Where trainers keep the state dict in what they save; of several the first one counts, averages last."""
+"""Keys under which trainers save the state dict; if several exist, the first one is used, so averages come last."""
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Returns the tensors of a state dict by name; nothing in the file is executed.
+    """Returns the tensors of a state dict by name; no code from the file is executed.
 
-    The file is one of safetensors or of `torch.save`, whatever its suffix: `.safetensors`, `.pth`, `.pt`, `.th`,
-    `.ckpt`, `.bin`, `.pth.tar`. What `torch.save` wrote may be the state dict itself or a dict with it under one of
-    the usual keys, such as `state_dict`, `model` or `ema`.
+    The file is in safetensors or `torch.save` format, whatever its suffix: `.safetensors`, `.pth`, `.pt`, `.th`,
+    `.ckpt`, `.bin`, `.pth.tar`. A `torch.save` file may contain the state dict itself, or a dict with it under a usual
+    key, such as `state_dict`, `model` or `ema`.
 
     Raises:
-      UserError: the file is absent, unreadable, damaged, of another kind, or holds other objects than tensors, which
-        would have to be executed.
+      UserError: the file is missing, unreadable, damaged, of another format, or contains objects other than tensors,
+        which would require executing code.
     """
     path = Path(path)
     try:
@@ -57,23 +57,23 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
     except _NotTensorsError as error:
         raise UserError(
-            f"{path}: not a readable state dict: {first_line(error)}. Where you trust the file, save its tensors "
-            f"alone: import torch; c = torch.load({str(path)!r}, weights_only=False, map_location='cpu'); "
-            "torch.save(c['model'], 'tensors.pth'), with the key that it has in place of 'model', or c.state_dict() "
-            "where c is a whole network.") from error
+            f"{path}: not a readable state dict: {first_line(error)}. If you trust the file, save only its tensors: "
+            f"import torch; c = torch.load({str(path)!r}, weights_only=False, map_location='cpu'); "
+            "torch.save(c['model'], 'tensors.pth'), using the file's key instead of 'model', or c.state_dict() "
+            "if c is a whole network.") from error
     except Exception as error:  # a damaged file can fail anywhere in its decoding
         raise UserError(f"{path}: not a readable state dict: {first_line(error)}.") from error
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns what a file of safetensors says beside its tensors, of this package's exports `classes` and others.
+    """Returns the metadata of a safetensors file; this package's exports store `classes` and others there.
 
-    Values are read as JSON; what is none is left out. Files of other kinds, and damaged ones, say nothing.
+    Values are parsed as JSON, and invalid ones omitted. Returns an empty dict for other formats and damaged files.
     """
     try:
         with safetensors.safe_open(os.fspath(path), "numpy") as file:
             metadata = file.metadata() or {}
-    except Exception:  # `read_state_dict` says what is wrong with it
+    except Exception:  # `read_state_dict` reports the problem
         return {}
     found = {}
     for name, value in metadata.items():
@@ -83,21 +83,21 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 class _NotTensorsError(ValueError):
-    """The file holds something else than a dict of tensors."""
+    """The file contains something other than a dict of tensors."""
 
 
 def _begins_as_safetensors(path: Path) -> bool:
-    """Returns whether the header of JSON is there, after its length in 8 bytes."""
+    """Returns whether the file starts with a safetensors header: its length in 8 bytes, then JSON."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{" and not zipfile.is_zipfile(path)
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Returns the tensors; `safetensors.numpy` knows no bfloat16."""
+    """Returns the tensors; `safetensors.numpy` does not support bfloat16."""
     tensors = {}
     for name, view in safetensors.deserialize(path.read_bytes()):
         if view["dtype"] not in _SAFETENSORS_TYPES:
-            raise ValueError(f"tensor {printable(name)} is of type {printable(str(view['dtype']))}, and must be of "
+            raise ValueError(f"tensor {printable(name)} is of type {printable(str(view['dtype']))}; must be one of "
                              f"{', '.join(_SAFETENSORS_TYPES)}")
         array = np.frombuffer(view["data"], _SAFETENSORS_TYPES[view["dtype"]])
         tensors[name] = array.reshape(view["shape"])
@@ -105,8 +105,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _state_dict(content: Any) -> dict[str, np.ndarray]:
-    """Returns the state dict in what `torch.save` wrote."""
-    for _ in range(3):  # {'model': {'state_dict': …}} and the like
+    """Returns the state dict inside the contents of a `torch.save` file."""
+    for _ in range(3):  # may be nested: {'model': {'state_dict': …}}
         inner = [content[key] for key in _KEYS if isinstance(content, Mapping) and
                  isinstance(content.get(key), Mapping)]
         content = inner[0] if inner else content
@@ -116,32 +116,32 @@ def _state_dict(content: Any) -> dict[str, np.ndarray]:
 
 
 class _Ignored:
-    """Stands for a scalar of NumPy, such as the accuracy that a trainer notes beside the tensors; holds nothing."""
+    """Placeholder for a NumPy scalar, such as an accuracy saved by a trainer; discards its value."""
 
     def __init__(self, *_: Any) -> None:
-        """Takes what would make the scalar, and does nothing with it."""
+        """Ignores the arguments of the scalar's constructor."""
 
     def __setstate__(self, state: Any) -> None:
-        """Takes the state of its type."""
+        """Ignores the state of the scalar's dtype."""
 
 
 _IGNORED = {("numpy", "dtype"), ("_codecs", "encode"),
             *((f"numpy.{core}.multiarray", "scalar") for core in ("core", "_core"))}
-"""What a scalar of NumPy is made by in a pickle."""
+"""The functions and classes by which pickles create NumPy scalars."""
 
 
 class _Storage:
-    """The flat memory that tensors of a `.pth` file view; filled after the pickle is read (legacy format)."""
+    """The flat buffer that tensors of a `.pth` file view; filled after the pickle is read (legacy format)."""
 
     def __init__(self, dtype: Any, size: int) -> None:
         self.array = np.empty(size, dtype)
 
     def __setstate__(self, state: Any) -> None:
-        raise ValueError("it alters a storage")
+        raise ValueError("it modifies a storage")
 
 
 def _tensor(storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> np.ndarray:
-    """Stands in for PyTorch's tensor constructor: a view of `storage`, checked to lie inside it."""
+    """Replaces PyTorch's tensor constructor: returns a view of `storage`, after checking its bounds."""
     if not isinstance(storage, _Storage):
         raise ValueError("a tensor has no storage")
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
@@ -155,7 +155,7 @@ def _tensor(storage: _Storage, offset: int, shape: tuple[int, ...], strides: tup
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds dicts, tensors and numbers; refuses every other class or function, so that no code is executed."""
+    """Creates dicts, tensors and numbers; rejects all other classes and functions, so that no code is executed."""
 
     def __init__(self, file: BinaryIO, load_storage: Any) -> None:
         super().__init__(file, encoding="utf-8")
@@ -172,7 +172,7 @@ class _Unpickler(pickle.Unpickler):
             return _STORAGE_TYPES[name]
         if (module, name) in _IGNORED:
             return _Ignored
-        raise _NotTensorsError(f"it asks for {printable(f'{module}.{name}')}, which a state dict does not need")
+        raise _NotTensorsError(f"it refers to {printable(f'{module}.{name}')}, which a state dict does not need")
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, size, *view = pid
@@ -182,18 +182,18 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _checked(pickled: BinaryIO) -> None:
-    """Raises `ValueError` at what would fill the memory, or the stack; leaves the file behind the pickle."""
+    """Raises `ValueError` for pickles that could exhaust memory or the stack; leaves the file after the pickle."""
     counts: Counter[str] = Counter()
     for opcode, argument, position in pickletools.genops(pickled):
         counts[opcode.name] += 1
         if opcode.name in ("LONG_BINPUT", "PUT") and int(argument or 0) > int(position or 0) + 1:
-            raise ValueError("it has a memo that it does not need")
+            raise ValueError("its memo has more entries than a state dict needs")
         if opcode.name.startswith("TUPLE") and counts[opcode.name] > 10_000:
             raise ValueError("it has more tuples than a state dict needs")
 
 
 def _read_torch(path: Path) -> Any:
-    """Returns the content of a file written by `torch.save`, its tensors as NumPy arrays."""
+    """Returns the contents of a `torch.save` file, with tensors as NumPy arrays."""
     if zipfile.is_zipfile(path):
         return _read_torch_zip(path)
     with io.BytesIO(path.read_bytes()) as file:
@@ -216,10 +216,10 @@ def _read_torch(path: Path) -> Any:
         if not read().get("little_endian", True) or sys.byteorder != "little":
             raise ValueError("it is not in this machine's byte order")
         content = read()
-        for key in read():  # the storages follow in this order, each after its number of elements
+        for key in read():  # storages follow in this order, each preceded by its size
             array = storages[str(key)].array
             if int.from_bytes(file.read(8), "little") != array.size:
-                raise ValueError(f"storage {key} has not the declared size")
+                raise ValueError(f"storage {key} does not have the declared size")
             if file.readinto(array.data) != array.nbytes:  # type: ignore[attr-defined]
                 raise ValueError("it is truncated")
         return content
@@ -231,7 +231,7 @@ def _read_torch_zip(path: Path) -> Any:
         root = pickled.removesuffix("data.pkl")
         if any(info.compress_type != zipfile.ZIP_STORED or info.file_size > info.compress_size
                for info in archive.infolist()):
-            raise ValueError("it is compressed, as torch.save leaves no file")
+            raise ValueError("it is compressed, which torch.save never does")
         if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
             raise ValueError("it is not in this machine's byte order")
         storages: dict[str, _Storage] = {}
@@ -239,7 +239,7 @@ def _read_torch_zip(path: Path) -> Any:
         def load(dtype: Any, key: str, size: int) -> _Storage:
             if key not in storages:
                 if archive.getinfo(f"{root}data/{key}").file_size != size * np.dtype(dtype).itemsize:
-                    raise ValueError(f"storage {key} has not the declared size")
+                    raise ValueError(f"storage {key} does not have the declared size")
                 storages[key] = _Storage(dtype, 0)
                 storages[key].array = np.frombuffer(archive.read(f"{root}data/{key}"), dtype)
             return storages[key]

@@ -1,4 +1,4 @@
-"""Weights by the name that the user gives them: a run, or a file of PyTorch's."""
+"""Opens weights by the name that the user gives: a run or a file of PyTorch weights."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from shared_basis.runtime.files import open_files
 from shared_basis.runtime.reporter import Reporter
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""What torchvision, timm and the official implementation train with."""
+"""The normalisation of torchvision, timm and the official implementation."""
 
 
 def find_weights(source: str, flag: str = "--init") -> tuple[str, str | None]:
-    """Returns the path in `source`, RUN[:best|STEP] or FILE, and of a run the checkpoint: 'latest', 'best' or a step.
+    """Splits `source`, RUN[:best|STEP] or FILE, into its path and a run's checkpoint: 'latest', 'best' or a step.
 
     Args:
       flag: the name of the flag that `source` was given with, for messages.
@@ -41,7 +41,7 @@ def find_weights(source: str, flag: str = "--init") -> tuple[str, str | None]:
     if os.path.isfile(source):
         own = run_around(source)
         if own and (os.path.basename(source) == "run.json" or "checkpoints" in PurePath(source).parts[:-1]):
-            raise UserError(f"{flag}={source}: is a file of the run in {own}; give the run, {flag}={own}.")
+            raise UserError(f"{flag}={source} is a file of the run in {own}; give the run: {flag}={own}.")
         return source, None
     run, step = named_checkpoint(source)
     files = open_files(run)
@@ -49,18 +49,18 @@ def find_weights(source: str, flag: str = "--init") -> tuple[str, str | None]:
         return run, step
     if files.is_directory():
         raise UserError(f"{flag}={source}: the directory holds no run (no run.json); give the workdir of a trained "
-                        f"one, or a file of PyTorch weights.{hint(run)}")
-    raise UserError(f"{flag}={source}: there is no such run or file; give RUN, RUN:best or RUN:STEP, where RUN is a "
+                        f"run, or a file of PyTorch weights.{hint(run)}")
+    raise UserError(f"{flag}={source}: no such run or file; give RUN, RUN:best or RUN:STEP, where RUN is a "
                     "workdir, or a file of PyTorch weights.")
 
 
 def normalization_of(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns the mean and the standard deviation with which the weights in `source` were trained.
 
-    Most files do not say; the published ones have ImageNet's.
+    Most files do not store them; ImageNet's are assumed, as used for the published weights.
 
     Raises:
-      UserError: as `find_weights`, or the directory holds no run.
+      UserError: see `find_weights`; or the directory holds no run.
     """
     path, which = find_weights(source)
     if which is None:
@@ -71,7 +71,7 @@ def normalization_of(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def _said(path: str) -> dict[str, Any]:
-    """Returns what a file says of itself, as those of --mode=export --format=pytorch do: `classes`, `mean`, `std`."""
+    """Returns the metadata in a file, as written by --mode=export --format=pytorch: `classes`, `mean`, `std`."""
     found = read_metadata(path)
     kinds = {"classes": str, "mean": float, "std": float}
     return {name: tuple(found[name]) for name, kind in kinds.items() if isinstance(found.get(name), list)
@@ -79,25 +79,25 @@ def _said(path: str) -> dict[str, Any]:
 
 
 def open_weights(source: str, config: Config, spec: data.Spec, classes: str, reporter: Reporter) -> Origin:
-    """Opens the weights in `source`, as of `find_weights`, for a run of `config` on data of `spec`.
+    """Opens the weights in `source` (see `find_weights`) for a run of `config` on data of `spec`.
 
     Args:
-      classes: a file that names the outputs of a file of weights, see `read_classes`; empty for none.
+      classes: a file with the class names of a file of weights, see `read_classes`; empty for none.
 
     Raises:
-      UserError: there are none, a file holds neither the network of `config` nor its plain counterpart, or `classes`
-        are given for a run.
+      UserError: there are no such weights, a file contains neither the network of `config` nor its plain counterpart,
+        or `classes` is given for a run.
     """
     path, which = find_weights(source)
     if which is None:
         return open_file(path, config, spec, classes, reporter)
     if classes:
-        raise UserError(f"--classes={classes}: names the outputs of a file; the run in {path} knows its own.")
+        raise UserError(f"--classes={classes} only applies to files of weights; the run in {path} has class names.")
     return Origin.of_run(path, which)
 
 
 def open_file(path: str, config: Config, spec: data.Spec, classes: str, reporter: Reporter) -> Origin:
-    """Opens the file of weights `path`, as `open_weights` does; says in which order the outputs are taken."""
+    """Opens the file of weights `path` like `open_weights`; logs the assumed order of the outputs."""
     names = read_classes(classes) if classes else None
     target, plain, said = build_model(config, spec), plain_counterpart(config.model.name), _said(path)
     network, variables = load_network(path, target, create_model(plain, stem=config.model.stem))
@@ -110,7 +110,7 @@ def open_file(path: str, config: Config, spec: data.Spec, classes: str, reporter
     elif len(outputs) != count:
         outputs = ()
         if count == len(spec.classes) and config.data.name == "folder":
-            note = describe_order(spec.classes, path)  # data sets have an order, that of published weights for them
+            note = describe_order(spec.classes, path)  # data sets define an order, which published weights use
             (reporter.warn if note.surprising else reporter.info)(note.text)
     return Origin(path, None, config, data.Spec((*spec.image_shape[:2], channels),
                                                 outputs or tuple(map(str, range(count)))), bool(outputs),

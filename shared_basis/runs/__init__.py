@@ -1,1 +1,1 @@
-"""A run on disk: its directory, checkpoints and metrics."""
+"""The directory of a run, its checkpoints and its metrics."""

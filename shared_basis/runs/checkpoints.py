@@ -1,7 +1,7 @@
-"""Checkpoints of a run: a thin layer over Orbax, whose plain tools can open every one of them.
+"""Checkpoints of a run: a thin layer over Orbax; plain Orbax can open every checkpoint.
 
     workdir/checkpoints/<step>/state    the training state (StandardSave)
-    workdir/checkpoints/<step>/run      the run's record: configuration, versions, data facts (JsonSave)
+    workdir/checkpoints/<step>/run      the run's record: configuration, versions, metadata of the data (JsonSave)
     workdir/checkpoints/<step>/metrics  the evaluation at that step
 """
 
@@ -26,9 +26,9 @@ from shared_basis.runtime.files import Place, absolute, as_path, one_line, open_
 
 
 class Checkpoints:
-    """The checkpoints in `directory`: saved asynchronously. The latest two, the latest two evaluated and the best stay.
+    """The checkpoints in `directory`, saved asynchronously. Keeps the latest two, the latest two evaluated, the best.
 
-    Where there are several processes, each calls every method that writes or restores, in the same order.
+    With several processes, all must call every method that writes or restores, in the same order.
     """
 
     def __init__(self, directory: Place, *, read_only: bool = False, aside: PurePath | None = None,
@@ -36,7 +36,7 @@ class Checkpoints:
         """Opens `directory`; creates it unless `read_only`.
 
         Args:
-          aside: where damaged checkpoints are moved, beside `directory`, and `tell` is told; with None they are errors.
+          aside: directory to which damaged checkpoints are moved, after calling `tell`; None raises errors instead.
         """
         self._directory, self._aside, self._tell = as_path(directory), aside, tell
         self._files = open_files(self._directory.parent)
@@ -50,33 +50,33 @@ class Checkpoints:
         ])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep, best_fn=metric, create=not read_only, read_only=read_only,
-            cleanup_tmp_directories=not read_only)  # what a killed process has left of a save: the run is locked
-        damaged = self._damaged_metrics()  # Orbax reads those of all steps at once
+            cleanup_tmp_directories=not read_only)  # removes partial saves of killed processes; the run is locked
+        damaged = self._damaged_metrics()  # Orbax reads the metrics of all steps at once
         if damaged and aside is None:
             raise UserError(f"the metrics of a checkpoint in {directory} are damaged: {damaged[0]}; delete that file, "
-                            "the state beside it is not affected.")
+                            "the state next to it is not affected.")
         for path in damaged:
             self._set_aside(path.parent.parent.name, f"{path} is damaged.")
         try:
             if not read_only:
-                self._files.make(self._directory.name)  # raises where a file has that name, which Orbax does not tell
+                self._files.make(self._directory.name)  # raises if it is a file, which Orbax does not report
             self._manager = Manager(absolute(str(directory)), options=options)
         except Exception as error:  # Orbax reads the metadata of all steps
             raise UserError(f"checkpoints in {directory} cannot be opened ({one_line(error)}).") from error
 
     @property
     def steps(self) -> list[int]:
-        """The steps that have a complete checkpoint, rising."""
+        """The steps with a complete checkpoint, in increasing order."""
         return sorted(self._manager.all_steps())
 
     def describe(self) -> str:
-        """Returns which checkpoints there are, for a message."""
+        """Returns a description of the existing checkpoints, for messages."""
         steps = self.steps
         return (f"checkpoint{'s' * (len(steps) > 1)} {', '.join(map(str, steps))} in {self._manager.directory}" if steps
                 else "no checkpoint yet")
 
     def find(self, which: str) -> int:
-        """Returns the step meant by `which`: 'latest', 'best' or a number.
+        """Returns the step that `which` refers to: 'latest', 'best' or a number.
 
         Raises:
           UserError: there is no such checkpoint.
@@ -95,34 +95,34 @@ class Checkpoints:
         return int(which)
 
     def save(self, step: int, state: Tree, record: Mapping[str, Any], metrics: Mapping[str, float] | None) -> None:
-        """Starts saving `state` and `record` under `step`; returns as soon as both are copied.
+        """Starts saving `state` and `record` as `step`; returns once both are copied.
 
-        Does nothing if they are there, unless they were saved without the `metrics` that there are now.
+        Does nothing if that checkpoint exists, unless it was saved without `metrics` and these are now given.
 
         Raises:
-          UserError: this save, or the one before, failed.
+          UserError: this save or the previous one failed.
         """
         try:
             if metrics is not None and step in self.steps and self.metrics(step) is None:
-                self._manager.delete(step)  # the checkpoint before it is there until this one is
+                self._manager.delete(step)  # the previous checkpoint remains until this one is complete
             self._manager.save(step, metrics=None if metrics is None else dict(metrics), args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(dict(record))))
-        except Exception as error:  # also that of the save before, which went on in the background
+        except Exception as error:  # may come from the previous save, in the background
             raise self._unsaved(error) from error
 
     def restore(self, step: int, target: Tree) -> Tree:
         """Returns the state of `step` with the shapes, dtypes and shardings of the abstract `target`.
 
         Raises:
-          UserError: the checkpoint is damaged or holds other arrays than `target`.
+          UserError: the checkpoint is damaged or its arrays do not match `target`.
         """
         return self._read(step, target, whole=True)
 
     def restore_latest(self, target: Tree) -> Tree:
-        """Returns the state of the latest checkpoint that can be restored; damaged ones after it are set aside.
+        """Returns the latest checkpoint that can be restored, and sets later, damaged ones aside.
 
         Raises:
-          UserError: there is none, and nothing was moved; or it cannot be moved.
+          UserError: none can be restored, and nothing was moved; or a damaged one cannot be moved.
         """
         failures: dict[int, UserError] = {}
         state = None
@@ -147,7 +147,7 @@ class Checkpoints:
         return self._manager.directory / str(step) / "state"
 
     def _set_aside(self, step: str, why: str) -> None:
-        """Moves a checkpoint out of the way, so that its step can be saved anew."""
+        """Moves a damaged checkpoint away, so that its step can be saved again."""
         assert self._aside is not None
         with raise_on_all_processes():
             if is_main_process():
@@ -161,7 +161,7 @@ class Checkpoints:
                 self._tell(f"{why} Checkpoint {step} is set aside as {self._aside / new}.")
 
     def _damaged_metrics(self) -> list[PurePath]:
-        """Returns the files of metrics that do not hold the accuracy that chooses the best checkpoint."""
+        """Returns the metrics files without the accuracy that determines the best checkpoint."""
         damaged = []
         for step in self._files.names(self._directory.name):
             name = f"{self._directory.name}/{step}/metrics/metrics"
@@ -170,7 +170,7 @@ class Checkpoints:
                 if not isinstance(metrics[f"{chosen_on(metrics)}_accuracy"], float):
                     damaged.append(self._files.path / name)
             except (FileNotFoundError, NotADirectoryError):
-                pass  # it was not evaluated
+                pass  # not evaluated
             except OSError as error:
                 raise UserError(f"{self._files.path / name} cannot be read: {error.strerror}.") from error
             except (ValueError, LookupError, TypeError, RecursionError):
@@ -178,32 +178,32 @@ class Checkpoints:
         return damaged
 
     def _compare(self, step: int, target: Tree, *, whole: bool) -> None:
-        """Raises `ValueError` unless the checkpoint holds arrays of the shapes and dtypes of `target`, by name.
+        """Raises `ValueError` unless the checkpoint's arrays have the names, shapes and dtypes of `target`.
 
-        Orbax itself would convert them: a run would go on in another precision.
+        Orbax itself would convert dtypes, and a run would continue in another precision.
         """
         stored = self._arrays(step)
         wanted = ocp.tree.to_flat_dict(target)
         for path in [*wanted, *(stored if whole else ())]:
             name = "/".join(path)
             if path not in stored or path not in wanted:
-                raise ValueError(f"{name} is {'missing' if path in wanted else 'not of this network'}")
+                raise ValueError(f"{name} is {'missing' if path in wanted else 'not part of this network'}")
             for what in ("shape", "dtype"):
                 there, here = getattr(stored[path], what), getattr(wanted[path], what)
                 if there != here:
-                    advice = "; is JAX_ENABLE_X64 set otherwise than it was?" if what == "dtype" else ""
+                    advice = "; check that JAX_ENABLE_X64 is set as before" if what == "dtype" else ""
                     raise ValueError(f"the {what} of {name} is {there} there and {here} here{advice}")
 
     def restore_variables(self, step: int, target: Tree) -> Tree:
-        """Returns `params` and `batch_stats` of `step` like `target`, leaving the optimizer's state unread.
+        """Returns `params` and `batch_stats` of `step` like `target`, without reading the optimizer state.
 
         Raises:
-          UserError: as `restore`.
+          UserError: see `restore`.
         """
         return self._read(step, target, whole=False)
 
     def _read(self, step: int, target: Tree, *, whole: bool) -> Tree:
-        """Returns the arrays of `target`, which are all that the checkpoint holds if it is the `whole`."""
+        """Restores the arrays of `target`; if `whole`, the checkpoint must not contain any others."""
         arguments = ocp.args.PyTreeRestore(
             target, restore_args=jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding), target),
             partial_restore=not whole)
@@ -211,7 +211,7 @@ class Checkpoints:
             with ocp.Checkpointer(tree_handler()) as checkpointer:
                 self._compare(step, target, whole=whole)
                 return checkpointer.restore(self._state(step), arguments)
-        except Exception as error:  # Orbax and its storage raise many kinds
+        except Exception as error:  # Orbax and storage layers raise many types
             raise self._damaged(step, error) from error
 
     def _damaged(self, step: int, error: Exception) -> UserError:
@@ -220,7 +220,7 @@ class Checkpoints:
                          f"other checkpoints there: {others or 'none'}.")
 
     def arrays(self, step: int) -> dict[tuple[str, ...], Any]:
-        """Returns by path what Orbax knows of each array of `step` (its shape, its dtype), without reading any.
+        """Returns Orbax's metadata of each array of `step` (shape, dtype), keyed by path, without reading the arrays.
 
         Raises:
           UserError: the checkpoint is damaged.
@@ -234,11 +234,11 @@ class Checkpoints:
         return ocp.tree.to_flat_dict(tree_handler().metadata(self._state(step)).tree)
 
     def metrics(self, step: int) -> dict[str, float] | None:
-        """Returns the evaluation saved with `step`, if there was one."""
+        """Returns the evaluation saved with `step`, or None."""
         return self._manager.metrics(step)
 
     def wait(self) -> None:
-        """Returns when everything saved so far is complete on disk.
+        """Waits until all saves are complete on disk.
 
         Raises:
           UserError: a save failed.
@@ -252,7 +252,7 @@ class Checkpoints:
         return UserError(f"a checkpoint cannot be saved ({one_line(error)}); complete: {self.describe()}.")
 
     def close(self) -> None:
-        """Waits for saves to finish and lets go of the directory.
+        """Waits for pending saves and releases the directory.
 
         Raises:
           UserError: a save failed.

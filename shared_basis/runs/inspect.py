@@ -1,4 +1,4 @@
-"""What a run holds, described without loading its arrays."""
+"""Describes the contents of a run without loading its arrays."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from shared_basis.runtime.files import Place, align, open_files
 from shared_basis.runtime.reporter import size_text
 
 SHOWN = ("test_accuracy", "test_loss", "validation_accuracy", "train_loss", "penalty", "coherence")
-"""The metrics of a checkpoint that the listing shows, where it has them; the result holds all."""
+"""The metrics of a checkpoint to show in the listing, if present; the result contains all metrics."""
 
 
 def inspect(workdir: Place, which: str = "latest", against: str = "") -> dict[str, Any]:
-    """Describes a run, and one of its checkpoints array by array, from metadata alone.
+    """Describes a run and the arrays of one of its checkpoints, reading only metadata.
 
     Args:
-      which: the checkpoint: 'latest', 'best' or the number of a step.
-      against: another one to compare it with: a step of this run, or a workdir, or WORKDIR:STEP; empty for none.
+      which: the checkpoint: 'latest', 'best' or a step number.
+      against: a checkpoint to compare with: a step of this run, a workdir, or WORKDIR:STEP; empty for none.
 
     Returns:
-      `workdir`, `model`, `config` (all fields), `changed` (those that are not the defaults), `data`, `versions` and
-      `init` (where the weights come from that it began with, or None) of the run; `checkpoints`: `step`, `bytes` on
-      disk and `metrics` of each; `step`, the one described, and `arrays`: `path`, `shape`, `dtype` and `bytes` of each
-      of its arrays, with the totals `bytes` by top-level name; with `against` the `differences` from it: see `compare`.
+      `workdir`, `model`, `config` (all fields), `changed` (fields that are not the defaults), `data`, `versions` and
+      `init` (the origin of the initial weights, or None) of the run; `checkpoints`: `step`, `bytes` on disk and
+      `metrics` of each; `step`, the described one, and `arrays`: `path`, `shape`, `dtype` and `bytes` of each of
+      its arrays, with the totals `bytes` by top-level name; with `against`, the `differences` from it: see `compare`.
 
     Raises:
       UserError: there is no such run or checkpoint, or it is damaged.
@@ -42,11 +42,11 @@ def inspect(workdir: Place, which: str = "latest", against: str = "") -> dict[st
 
 
 def compare(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what differs between two results of `inspect`.
+    """Returns the differences between two results of `inspect`.
 
     Returns:
-      By path, pairs of what `one` and what `other` has (None where it has none): `config`, `versions`, `metrics` and
-      `arrays` (as 'dtype[shape]').
+      Pairs of the values in `one` and `other` (None if absent), keyed by path, for each of `config`, `versions`,
+      `metrics` and `arrays` (as 'dtype[shape]').
     """
     config = differences(from_config_dict(one["config"]), from_config_dict(other["config"]))
     return {"config": {path: list(pair) for path, pair in config.items()},
@@ -69,14 +69,14 @@ def _kind(array: Mapping[str, Any]) -> str:
 
 
 def other_checkpoint(workdir: Place, against: str) -> tuple[Place, str]:
-    """Returns the workdir and the checkpoint that `against` means, for the run in `workdir`."""
+    """Returns the workdir and the checkpoint that `against` refers to, for the run in `workdir`."""
     if against in ("best", "latest") or against.isdecimal():
         return workdir, against
     return named_checkpoint(against)
 
 
 def named_checkpoint(text: str) -> tuple[str, str]:
-    """Returns the workdir and the checkpoint that WORKDIR or WORKDIR:CHECKPOINT means; 'latest' where it names none."""
+    """Splits WORKDIR or WORKDIR:CHECKPOINT into workdir and checkpoint, by default 'latest'."""
     path, colon, which = text.rpartition(":")
     names_one = colon and "/" not in which and not open_files(text).names()
     return (path, which) if names_one else (text, "latest")
@@ -111,22 +111,22 @@ def _size(run: Workdir, step: int) -> int:
 
 
 def render(found: Mapping[str, Any]) -> str:
-    """Returns `inspect`'s result as human-readable lines."""
+    """Returns the result of `inspect` as human-readable lines."""
     data, total = found["data"], sum(found["bytes"].values())
     lines = [f"{found['workdir']}: {found['model']}, {'×'.join(map(str, data['image_shape']))} images of "
              f"{len(data['classes'])} classes",
              f"with {', '.join(f'{name} {version}' for name, version in found['versions'].items())}"]
     if init := found["init"]:
         step = "" if init["step"] is None else f"step {init['step']:,} of "
-        lines.append(f"began with {step}{init['source']}; the classifier was {init['head']}")
+        lines.append(f"started from {step}{init['source']}; the classifier was {init['head']}")
     lines.append("")
     lines += _table([(f"  {path}", repr(value)) for path, value in found["changed"].items()],
-                      "configuration, where it is not the default:")
+                      "configuration, non-default fields:")
     lines += _table([(f"  {entry['step']:,}", size_text(entry["bytes"]), _scores(entry["metrics"]))
                        for entry in found["checkpoints"]], "checkpoints: step, size on disk, scores")
     lines += _table([(f"  {array['path']}", array["dtype"], "×".join(map(str, array["shape"])) or "scalar",
                         size_text(array["bytes"])) for array in found["arrays"]],
-                      f"arrays of checkpoint {found['step']:,}: {size_text(total)}, of these "
+                      f"arrays of checkpoint {found['step']:,}: {size_text(total)}, of which "
                       + ", ".join(f"{name} {size_text(size)}" for name, size in found["bytes"].items()))
     return "\n".join([*lines, *_render_differences(found)]).rstrip()
 
@@ -137,7 +137,7 @@ def _render_differences(found: Mapping[str, Any]) -> list[str]:
     title = f"differences from {found['differences']['against']}"
     rows = [(f"  {kind} {path}", _shown(one), _shown(other)) for kind in ("config", "versions", "metrics", "arrays")
             for path, (one, other) in found["differences"][kind].items()]
-    return _table(rows, f"{title}, which is on the right:") if rows else [f"{title}: none"]
+    return _table(rows, f"{title} (right column):") if rows else [f"{title}: none"]
 
 
 def _shown(value: Any) -> str:
@@ -151,5 +151,5 @@ def _scores(metrics: Mapping[str, Any] | None) -> str:
 
 
 def _table(rows: Sequence[tuple[str, ...]], title: str) -> list[str]:
-    """Returns the rows in columns below `title`, and an empty line."""
+    """Returns the rows as aligned columns below `title`, followed by an empty line."""
     return [title, *align(rows), ""]

@@ -1,9 +1,9 @@
-"""The metrics of a run: its files, what makes a line of them valid, and what several lines say.
+"""The metrics files of a run: reading, writing, validating and summarising their lines.
 
-    metrics.jsonl    one JSON object for each evaluation
+    metrics.jsonl    one JSON object per evaluation
     metrics.csv      the same as a table
-    gradients.jsonl  norms of gradients, a JSON object for each evaluation, if recorded
-    tensorboard/     the metrics as event files, if asked for
+    gradients.jsonl  gradient norms, one JSON object per evaluation, if recorded
+    tensorboard/     the metrics as event files, if enabled
 """
 
 from __future__ import annotations
@@ -23,20 +23,19 @@ Line = Mapping[str, Any]
 
 
 class MetricsFiles:
-    """The files of metrics in the directory of a run.
+    """The metrics files in the directory of a run.
 
-    Lines of the JSON files that are damaged, as a run that was killed may leave one, are passed over. `step` orders
-    the others.
+    Damaged lines of the JSON files, which a killed run may leave, are ignored. Valid lines are ordered by `step`.
     """
 
     def __init__(self, path: Place, tensorboard: bool = False) -> None:
-        """Names the directory; touches nothing.
+        """Sets the directory; does not access it.
 
         Args:
-          tensorboard: whether metrics are also written as event files.
+          tensorboard: whether to write metrics as event files too.
 
         Raises:
-          UserError: as `open_files`.
+          UserError: see `open_files`.
         """
         self.files = open_files(path)
         self.path = self.files.path
@@ -52,18 +51,18 @@ class MetricsFiles:
         return self.read_metrics()[0]
 
     def read_metrics(self) -> tuple[list[dict[str, Any]], int]:
-        """Returns likewise the lines, and how many the file has with those that are damaged."""
+        """Returns the lines of metrics.jsonl and the number of all lines, including damaged ones."""
         return _read(self.files, "metrics.jsonl")
 
     def gradients(self) -> list[dict[str, Any]]:
-        """Returns likewise the lines of gradients.jsonl: `step`, `epoch`, and `norms` by path of the parameter."""
+        """Returns the lines of gradients.jsonl: `step`, `epoch`, and `norms` by parameter path."""
         return _read(self.files, "gradients.jsonl")[0]
 
     def rewind_metrics(self, step: int) -> None:
-        """Drops the metrics, and norms of gradients, after `step`: a run that resumes there computes them again.
+        """Drops metrics and gradient norms after `step`, which a run that resumes there computes again.
 
         Raises:
-          UserError: a file cannot be read or written; none has changed, or all but the event files.
+          UserError: a file cannot be read or written; either nothing was changed, or everything but the event files.
         """
         kept = _until(step, self.metrics())
         contents: dict[str, str | bytes] = {"metrics.jsonl": _text(kept), "metrics.csv": _table(kept)}
@@ -76,7 +75,7 @@ class MetricsFiles:
                 self._events = Events(self.files, "tensorboard", kept, step)
 
     def append_metrics(self, line: Line) -> None:
-        """Adds one JSON object to metrics.jsonl, and writes metrics.csv anew: the two are never of different states.
+        """Appends one JSON object to metrics.jsonl and rewrites metrics.csv, so that the two stay consistent.
 
         Raises:
           UserError: a file cannot be written.
@@ -89,7 +88,7 @@ class MetricsFiles:
                 self._events.add(line)
 
     def append_gradients(self, line: Line) -> None:
-        """Adds likewise one JSON object to gradients.jsonl."""
+        """Appends one JSON object to gradients.jsonl."""
         self._append("gradients.jsonl", line)
 
     def _append(self, name: str, line: Line) -> None:
@@ -98,7 +97,7 @@ class MetricsFiles:
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:
-        """Turns a failure to write into a message."""
+        """Converts a write error to a `UserError`."""
         try:
             yield
         except OSError as error:
@@ -107,13 +106,13 @@ class MetricsFiles:
 
 
 def _read(files: Files, name: str) -> tuple[list[dict[str, Any]], int]:
-    """Returns the lines of a file that are JSON objects with a `step`, and the number of all lines."""
+    """Returns the lines of a file that are JSON objects with a `step`, and the total number of lines."""
     try:
         text = files.read(name).decode(errors="replace")
     except FileNotFoundError:
         return [], 0
     except OSError as error:
-        raise UserError(f"{files.path / name} cannot be read: {error.strerror}; mend or remove it.") from error
+        raise UserError(f"{files.path / name} cannot be read: {error.strerror}; repair or remove it.") from error
     written = [line for line in text.splitlines() if line.strip()]
     lines = []
     for line in written:
@@ -133,16 +132,16 @@ def _text(lines: Sequence[Line]) -> str:
 
 
 def _table(lines: Sequence[Line]) -> str:
-    """Returns the lines as CSV; empty without any."""
+    """Returns the lines as CSV; empty if there are none."""
     names = list(dict.fromkeys(name for line in lines for name in line))
     return csv_text(names, ([line.get(name, "") for name in names] for line in lines)) if lines else ""
 
 
 def evaluations(lines: Sequence[Line]) -> list[Line]:
-    """Returns the `lines` of metrics.jsonl, which anyone may have edited, that hold all that makes an evaluation.
+    """Returns the valid evaluations among `lines` of metrics.jsonl, which users may have edited.
 
-    These are whole numbers `step` ≥ `epoch` ≥ 1, and the finite numbers `test_accuracy`, `test_loss`,
-    `images_per_second` and the accuracy by which the last of them chooses the best epoch.
+    A valid evaluation has whole numbers `step` ≥ `epoch` ≥ 1, and finite `test_accuracy`, `test_loss`,
+    `images_per_second` and the accuracy by which the last line chooses the best epoch.
     """
     valid = [line for line in lines if _is_evaluation(line)]
     chooses = f"{chosen_on(valid[-1])}_accuracy" if valid else ""
@@ -156,32 +155,32 @@ def _is_evaluation(line: Line) -> bool:
 
 
 def number(value: Any) -> float:
-    """Returns a value of a line as a finite float; NaN if it is none."""
+    """Returns a value of a line as a float; NaN if it is not a finite number."""
     known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if known else math.nan
 
 
 def chosen_on(metrics: Line) -> str | None:
-    """Returns the images whose accuracy chooses the best checkpoint.
+    """Returns the split whose accuracy determines the best checkpoint.
 
-    'validation' if there are such images in `metrics`; otherwise 'test', the published protocol, whose figure is
-    optimistically biased, as the test images take part in model selection; None if `metrics` holds neither.
+    'validation' if `metrics` contains it; otherwise 'test', the published protocol, whose result is optimistically
+    biased, as it selects the model on the test images; None if `metrics` contains neither.
     """
     return next((name for name in ("validation", "test") if f"{name}_accuracy" in metrics), None)
 
 
 def last_and_best(lines: Sequence[Line]) -> dict[str, Any]:
-    """Returns the last of `lines`, one at least, with `chosen_on` and the best one's epoch and test accuracy.
+    """Returns the last of `lines` (at least one), with `chosen_on` and the best line's epoch and test accuracy.
 
-    These are `best_epoch` and `best_test_accuracy`.
+    The latter are `best_epoch` and `best_test_accuracy`.
     """
     chosen = chosen_on(lines[-1])
-    best = max(reversed(lines), key=lambda line: line[f"{chosen}_accuracy"])  # of equal ones the last, as Orbax
+    best = max(reversed(lines), key=lambda line: line[f"{chosen}_accuracy"])  # the last one on ties, like Orbax
     return {**lines[-1], "chosen_on": chosen, "best_epoch": best["epoch"], "best_test_accuracy": best["test_accuracy"]}
 
 
 def render_line(line: Mapping[str, Any], epochs: int) -> str:
-    """Returns a line of metrics.jsonl as a human-readable line, for a run of so many `epochs`."""
+    """Returns a line of metrics.jsonl as human-readable text, for a run of `epochs` epochs."""
     penalty = f"  penalty {line['penalty']:.1e}" if "penalty" in line else ""
     validation = (f"  validation accuracy {100 * line['validation_accuracy']:.2f} %" if "validation_accuracy" in line
                   else "")
@@ -191,7 +190,7 @@ def render_line(line: Mapping[str, Any], epochs: int) -> str:
 
 
 def render_outcome(outcome: Mapping[str, Any]) -> str:
-    """Returns `last_and_best` of a run, with the name of its `model`, as a human-readable line."""
+    """Returns the result of `last_and_best`, with the `model` name added, as human-readable text."""
     protocol = ("best validation epoch" if outcome["chosen_on"] == "validation" else
                 "best test epoch, chosen on the test images as in the paper")
     return (f"{outcome['model']}: {100 * outcome['test_accuracy']:.2f} % test accuracy after {outcome['epoch']} epochs"

@@ -1,4 +1,4 @@
-"""The weights that a new run begins with: those of another run, or of a file, made to fit its network and classes."""
+"""The initial weights of a new run, from another run or a file, fitted to its network and classes."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from shared_basis.nn.types import Array, Path
 from shared_basis.runs.trained import Trained, Variables
 
 SHOWN = 4
-"""Paths that a message lists, of those that do not fit."""
+"""Maximum number of mismatched paths to list in a message."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """A network with its weights: a checkpoint of a run, or a file."""
+    """A network with weights, from a checkpoint of a run or a file."""
 
     path: str
     """The run's workdir, or the file."""
     step: int | None
-    """Of the checkpoint; None for a file."""
+    """The step of the checkpoint; None for a file."""
     config: Config
-    """The run's; for a file the new run's, with the network that the file holds."""
+    """The run's configuration; for a file, the new run's, with the network stored in the file."""
     spec: data.Spec
-    """The shape of the images, and a name for each output."""
+    """The shape of the images and a name for each output."""
     named: bool
-    """Whether the outputs are known by these names; otherwise they are numbered."""
+    """Whether `spec` contains real class names; otherwise the outputs are numbered."""
     mesh: Mesh
     model: Network
     variables: Variables
@@ -45,10 +45,10 @@ class Origin:
     @classmethod
     def of_run(cls, workdir: str | os.PathLike[str], which: str = "latest",
                overrides: Mapping[str, Any] | None = None) -> Origin:
-        """Opens the checkpoint `which` of the run in `workdir`; see `Trained.open`.
+        """Opens the checkpoint `which` of the run in `workdir`.
 
         Raises:
-          UserError: as `Trained.open`.
+          UserError: see `Trained.open`.
         """
         trained = Trained.open(os.fspath(workdir), which, overrides)
         return cls(str(trained.run.path), trained.step, trained.config, trained.spec, True, trained.mesh,
@@ -56,29 +56,29 @@ class Origin:
 
     @property
     def where(self) -> str:
-        """What messages call it."""
+        """The description of the origin for messages."""
         return f"the file {self.path}" if self.step is None else f"the run in {self.path}"
 
 
 class Fitted(NamedTuple):
-    """Weights that fit a network."""
+    """Weights fitted to a network."""
 
     variables: dict[str, Any]
     kept: bool
-    """Whether the classifier is kept, or else drawn anew."""
+    """Whether the classifier was kept; otherwise it was initialised at random."""
     head: str
-    """What became of the classifier, human-readable."""
+    """How the classifier was initialised, as human-readable text."""
 
 
 def fit(origin: Origin, variables: Variables, network: Network, spec: data.Spec, seed: int) -> Fitted:
-    """Returns `variables`, those of `origin` or made of them, as the variables of `network` for the classes of `spec`.
+    """Fits `variables`, from `origin` or derived from it, to `network` and the classes of `spec`.
 
-    The classifier is whatever has another shape for another number of classes. Its outputs are found by the names of
-    the classes, so that their order may differ, and may be some of those of `origin`; where not all classes are among
-    them, and where outputs without names are not as many, it is drawn anew, as training from nothing would with `seed`.
+    The classifier consists of all arrays whose shapes depend on the number of classes. Its outputs are matched by class
+    name, so order may differ and a subset of the classes is allowed. If a class is missing, or unnamed outputs differ
+    in number, the classifier is initialised at random with `seed`, as in training from scratch.
 
     Raises:
-      UserError: something else does not fit; the message lists paths and shapes.
+      UserError: other arrays do not match; the message lists their paths and shapes.
     """
     arrays = flatten_dict(jax.device_get(dict(variables)))
     shapes = _shapes(network, spec)
@@ -102,13 +102,13 @@ def _shapes(network: Network, spec: data.Spec) -> dict[Path, tuple[int, ...]]:
 
 
 def _class_axes(shapes: Mapping[Path, tuple[int, ...]], wider: Mapping[Path, tuple[int, ...]]) -> dict[Path, int]:
-    """Returns by path of what depends on the number of classes the axis that does."""
+    """Returns, by path, the axis of each array that depends on the number of classes."""
     return {path: next(axis for axis, sizes in enumerate(zip(shape, wider[path], strict=True)) if len({*sizes}) > 1)
             for path, shape in shapes.items() if shape != wider[path]}
 
 
 def _find_outputs(origin: Origin, spec: data.Spec) -> tuple[list[int] | None, str]:
-    """Returns the number of the output for each class, or None where the classifier is drawn anew, and why."""
+    """Returns the output index for each class, or None if the classifier must be initialised, and the reason."""
     there, here = origin.spec.classes, spec.classes
     if not origin.named:
         if len(there) == len(here):
@@ -122,7 +122,7 @@ def _find_outputs(origin: Origin, spec: data.Spec) -> tuple[list[int] | None, st
 
 
 def _require_fit(origin: Origin, arrays: Mapping[Path, Any], wanted: Mapping[Path, tuple[int, ...]]) -> None:
-    """Raises `UserError` with paths and shapes unless the arrays have the shapes that are `wanted`."""
+    """Raises `UserError` with paths and shapes unless the arrays have the shapes `wanted`."""
     def shown(shape: Sequence[int] | None) -> str:
         return "missing" if shape is None else str(list(shape))
 
@@ -133,14 +133,14 @@ def _require_fit(origin: Origin, arrays: Mapping[Path, Any], wanted: Mapping[Pat
     if differing:
         more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
         raise UserError(f"{origin.where} holds {origin.config.model.name}, which does not fit: "
-                        f"{'; '.join(differing[:SHOWN])}{more}. Only the classifier may differ; choose the same "
-                        "network, stem and channels of the images.")
+                        f"{'; '.join(differing[:SHOWN])}{more}. Only the classifier may differ; use the same "
+                        "network, stem and number of image channels.")
 
 
 def _draw(network: Network, paths: Sequence[Path], spec: data.Spec, seed: int) -> dict[Path, np.ndarray]:
-    """Returns new arrays of `paths`, those that training from nothing begins with."""
+    """Returns newly initialised arrays for `paths`, as in training from scratch."""
     @jax.jit
-    def draw(key: Array) -> list[Array]:  # what is not asked for is not computed
+    def draw(key: Array) -> list[Array]:  # unused arrays are eliminated by XLA
         made = flatten_dict(dict(init_variables(network, key, spec.image_shape)))
         return [made[path] for path in paths]
     return dict(zip(paths, map(np.asarray, draw(jax.random.key(seed))), strict=True))

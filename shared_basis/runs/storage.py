@@ -1,4 +1,4 @@
-"""Parts of Orbax that behave otherwise than its own."""
+"""Subclasses of Orbax components with modified behaviour."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 
 class Manager(ocp.CheckpointManager):
-    """Does not ask JAX whether to stop, as `shared_basis.runtime.preemption` does.
+    """Disables Orbax's own preemption checks, which `shared_basis.runtime.preemption` replaces.
 
-    JAX agrees on the number of a question at which all processes are told to stop, from the last number it was asked.
-    Orbax asks by steps, from the thread that ends a save too: with both, it can be a number that never comes again.
+    JAX synchronises preemption on the numbers of such checks: all processes stop at an agreed one after the latest.
+    Orbax numbers them by step, also from the thread that finishes a save; with both, the agreed one may never come.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -27,21 +27,21 @@ class Manager(ocp.CheckpointManager):
 
 @dataclasses.dataclass
 class LatestEvaluated(preservation_policy.PreservationPolicy):
-    """Keeps the latest `n` checkpoints that were evaluated, or that the run began with: not those saved in between."""
+    """Keeps the latest `n` checkpoints that were evaluated or are initial, rather than saved in between."""
 
     n: int
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """Returns whether each of `checkpoints`, by rising step, is kept."""
+        """Returns whether to keep each of `checkpoints`, sorted by step."""
         evaluated = [info.step for info in checkpoints if info.metrics is not None or info.step == 0]
         return [info.step in evaluated[-self.n:] for info in checkpoints]
 
 
 class _ArrayHandler(ocp.type_handlers.ArrayHandler):
-    """Ends no read before all that began with it have ended.
+    """Waits for all concurrent reads to finish before it raises.
 
-    Where one array cannot be read, Orbax leaves the reads of the others to threads, which print tracebacks once the
-    event loop that they report to is closed.
+    If one array cannot be read, Orbax leaves the other reads to threads, which print tracebacks once their event loop
+    is closed.
     """
 
     async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[jax.Array]:
@@ -63,11 +63,11 @@ async def _with_all_it_began(work: Awaitable[Sequence[Any]]) -> Sequence[Any]:
 
 
 def is_finished(checkpoint: os.PathLike[str]) -> bool:
-    """Returns whether the save of a checkpoint was finished: on a disk by renaming it, in a bucket by its last file."""
+    """Returns whether a checkpoint is complete: on disk by its final name, in a bucket by its commit file."""
     return bool(ocp.utils.is_checkpoint_finalized(os.fspath(checkpoint)))
 
 
 def tree_handler() -> ocp.PyTreeCheckpointHandler:
-    """Returns what reads a tree of arrays, such as a training state."""
+    """Returns the handler for trees of arrays, such as a training state."""
     return ocp.PyTreeCheckpointHandler(
         type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, _ArrayHandler())))

@@ -19,15 +19,15 @@ _BASES = ("penalty", "norm_min", "norm_mean", "norm_max", "coherence")
 def require() -> None:
     """Raises `UserError` unless the package that writes event files is installed."""
     if importlib.util.find_spec("tensorboardX") is None:
-        raise UserError("--tensorboard: the package tensorboardX, which writes event files, is not installed; pip "
-                        "install 'shared-basis[tensorboard]', or leave it out: metrics.csv holds the same.")
+        raise UserError("--tensorboard: the package tensorboardX is not installed; pip "
+                        "install 'shared-basis[tensorboard]', or omit the flag: metrics.csv holds the same values.")
 
 
 class Events:
-    """Event files in a directory, to which lines of metrics.jsonl are added."""
+    """Event files in a directory, to which lines of metrics.jsonl are appended."""
 
     def __init__(self, files: Files, directory: str, lines: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Goes on after `step`, up to which the run has `lines`; what `directory` holds of later steps is void.
+        """Continues after `step`, with `lines` up to it; later steps that `directory` contains are superseded.
 
         Raises:
           OSError: the directory cannot be written.
@@ -44,15 +44,15 @@ class Events:
                       *(event for line in lines if new for event in _events(line))])
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Adds the numbers of a line of metrics.jsonl, at its step.
+        """Appends the numbers of a line of metrics.jsonl at its step.
 
         Raises:
-          OSError: they cannot be written.
+          OSError: the file cannot be written.
         """
         self._append(_events(line))
 
     def _append(self, events: Sequence[Any]) -> None:
-        # Not its SummaryWriter, a thread of which may lose what was written last when the process ends.
+        # Not the SummaryWriter, whose thread may lose the last events when the process ends.
         self._files.append(self._name, b"".join(_framed(event.SerializeToString()) for event in events))
 
 
@@ -66,7 +66,7 @@ def _events(line: Mapping[str, Any]) -> list[Any]:
 
 
 def _framed(data: bytes) -> bytes:
-    """Returns a record of the format TFRecord: its length and itself, each with a checksum."""
+    """Returns `data` as a TFRecord: its length and contents, each with a checksum."""
     from tensorboardX.record_writer import masked_crc32c
 
     length = struct.pack("<Q", len(data))
@@ -74,7 +74,7 @@ def _framed(data: bytes) -> bytes:
 
 
 def _tag(name: str) -> str:
-    """Returns the name of a metric with the section of TensorBoard's page that it belongs to."""
+    """Returns the name of a metric prefixed with its section in TensorBoard."""
     part, _, rest = name.partition("_")
     if part in ("train", "validation", "test") and rest:
         return f"{rest}/{part}"

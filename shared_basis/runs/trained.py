@@ -1,4 +1,4 @@
-"""A trained network: a checkpoint of a run, opened."""
+"""A trained network, opened from a checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ def build_model(config: Config, spec: data.Spec) -> Network:
     """Returns the network of `config` for data of `spec`.
 
     Raises:
-      UserError: as `create_model`, or the normalisation does not fit the channels of the images.
+      UserError: see `create_model`; or the normalisation does not match the channels of the images.
     """
     channels = spec.image_shape[2]
     for field in ("mean", "std"):
         values = getattr(config.data, field)
         if not values:
-            raise UserError(f"data.{field} is measured only when training begins; give it here; published weights "
+            raise UserError(f"data.{field} is empty, and only measured when training begins; set it. Published weights "
                             "use ImageNet's, --config.data.mean='(0.485,0.456,0.406)' "
                             "--config.data.std='(0.229,0.224,0.225)'.")
         if len(values) not in (1, channels):
-            raise UserError(f"data.{field}={values}: the images have {channels} channel{'s' * (channels > 1)}; give "
-                            "one value, or one for each channel.")
+            raise UserError(f"data.{field}={values}: the images have {channels} channel{'s' * (channels > 1)}; set "
+                            "one value, or one per channel.")
     return create_model(config.model.name, num_classes=len(spec.classes), stem=config.model.stem,
                         dtype=jnp.dtype(config.model.dtype),
                         scan_blocks={"auto": None, "yes": True, "no": False}[config.model.scan_blocks])
 
 
 def predict_logits(model: nn.Module, variables: Variables, images: jax.Array, config: DataConfig) -> jax.Array:
-    """Returns the logits float32 `[N, classes]` of images uint8 `[N, H, W, C]`, normalised as `config` says.
+    """Returns logits, float32 `[N, classes]`, of images uint8 `[N, H, W, C]`, normalised as in `config`.
 
     Args:
-      variables: `params` and `batch_stats`, the running statistics that batch normalisation uses.
+      variables: `params` and `batch_stats`, whose running statistics are used.
     """
     logits: Any = model.apply(variables, normalize(images, config), train=False)
     return logits
@@ -68,37 +68,37 @@ class Trained:
 
     run: Workdir
     config: Config
-    """The run's, with what the caller overrides."""
+    """The run's configuration with the caller's overrides."""
     spec: data.Spec
     mesh: Mesh
     checkpoints: Checkpoints
     step: int
-    """Of the checkpoint."""
+    """The step of the checkpoint."""
     model: Network
     variables: Variables
     """`params` and `batch_stats`."""
     own_images: DataConfig
-    """Where the run's own images lie, and how they were divided."""
+    """The run's own data configuration: where its images are and how they were split."""
     images: DataConfig
-    """The images to be scored: those of `config`; see `open_source`."""
+    """The data configuration of the images to score, from `config`; see `open_source`."""
 
     @classmethod
     def open(cls, workdir: Place, which: str = "latest", overrides: Mapping[str, Any] | None = None) -> Trained:
-        """Restores the checkpoint `which` ('latest', 'best' or the number of a step) of the run in `workdir`.
+        """Restores the checkpoint `which` ('latest', 'best' or a step number) of the run in `workdir`.
 
         Args:
-          overrides: fields of the run's configuration to replace by dotted path: those of `data`, where the images lie
-            elsewhere now, and `train.eval_batch_size`. See `open_source` for what another folder means.
+          overrides: fields of the run's configuration to replace, by dotted path: those of `data`, e.g. if the images
+            have moved, and `train.eval_batch_size`. See `open_source` for the effect of another folder.
 
         Raises:
-          UserError: no such run or checkpoint, or it is damaged or of another network, or other overrides.
+          UserError: no such run or checkpoint, or it is damaged or of a different network, or an override is invalid.
         """
         run = Workdir(workdir)
         config, record = run.load()
         for path in overrides or {}:
             if not path.startswith("data.") and path != "train.eval_batch_size":
-                raise UserError(f"--config.{path} cannot be changed for the trained run in {run.path}; only fields of "
-                                "data, and train.eval_batch_size, can.")
+                raise UserError(f"--config.{path} cannot be changed for the trained run in {run.path}; only the fields "
+                                "of data and train.eval_batch_size can.")
         own, config = config.data, replace(config, overrides or {})
         mesh = make_mesh()
         with memory.oom_as_user_error(config, "train.eval_batch_size"):
@@ -115,34 +115,34 @@ class Trained:
         """Restores another checkpoint of the same run.
 
         Raises:
-          UserError: it is damaged.
+          UserError: the checkpoint is damaged.
         """
         variables = _restore(self.checkpoints, step, self.config, self.model, self.spec, self.mesh)
         return dataclasses.replace(self, step=step, variables=variables)
 
     def open_source(self, reporter: Reporter | None = None) -> data.Source:
-        """Opens the run's test images, or those of another folder that its configuration was overridden with.
+        """Opens the run's test images, or those of another folder given by the overrides.
 
-        All images of such a folder are test images, unless it has directories for the splits or `data.test` is
-        overridden too. They come to the run's size and channels.
+        All images of another folder are test images, unless it has split directories or `data.test` is overridden too.
+        They are resized to the run's size and converted to its channels.
 
         Raises:
-          UserError: as `data.open_source`; the images must have the run's classes.
+          UserError: see `data.open_source`; the images must have the run's classes.
         """
         source = data.open_source(self.images, ("test",), self.spec, reporter)
         if reporter is not None and self.images is not self.config.data:
             own = self.own_images
             gone = own.name == "folder" and not os.path.isdir(os.path.expanduser(own.directory))
-            moved = (f"; if it is that one, moved, --config.data.test={own.test:g} scores its test part alone"
+            moved = (f"; if it is the same folder, moved, --config.data.test={own.test:g} scores only its test part"
                      if gone else "")
             reporter.info(f"{self.images.directory} is another folder than the run's own ({own.directory or own.name}):"
-                          f" all its images are scored, or those in test/ or val/ where it has them{moved}")
+                          f" all its images are scored, or those in test/ or val/ if present{moved}")
         return source
 
     def on_cpu(self) -> Trained:
-        """Returns the same network on one CPU device, in float32 whatever the run computed in, its blocks unrolled.
+        """Returns the same network on one CPU device, in float32 regardless of the run's dtype, with unrolled blocks.
 
-        What is written for other runtimes is compared with this one.
+        Serves as the reference for exported files.
         """
         mesh = Mesh(np.array(jax.local_devices(backend="cpu")[:1]), ("data",))
         model = self.model.clone(dtype=jnp.float32, scan_blocks=False)
@@ -158,10 +158,10 @@ class Trained:
 
 
 class LoadedRun(NamedTuple):
-    """What `load_run` returns: `model, variables, classes = load_run(workdir)`."""
+    """The result of `load_run`: `model, variables, classes = load_run(workdir)`."""
 
     model: Network
-    """Maps images float32 `[N, H, W, C]`, normalised as the run's are, to logits `[N, classes]`."""
+    """Maps images float32 `[N, H, W, C]`, normalised like the run's, to logits `[N, classes]`."""
     variables: Variables
     """`params` and `batch_stats` (empty without batch normalisation), on all devices."""
     classes: tuple[str, ...]
@@ -174,24 +174,24 @@ def load_run(workdir: str | os.PathLike[str], checkpoint: str | int = "latest") 
         model, variables, classes = load_run("runs/digits_resnet-resnet20-s8u1-double", "best")
         logits = model.apply(variables, images, train=False)
 
-    The images are `(pixels / 255 - mean) / std` with the `data.mean` and `data.std` of the run's configuration, which
-    `run.json` holds. A network of your own must be registered first, see `register_network`.
+    Images must be normalised as `(pixels / 255 - mean) / std` with `data.mean` and `data.std` of the run's
+    configuration, stored in `run.json`. A user-defined network must be registered first; see `register_network`.
 
     Args:
-      checkpoint: 'latest', 'best' or the number of a step.
+      checkpoint: 'latest', 'best' or a step number.
 
     Raises:
-      UserError: no such run or checkpoint, or it is damaged or of a network that is unknown.
+      UserError: there is no such run or checkpoint, it is damaged, or its network is unknown.
     """
     trained = Trained.open(os.fspath(workdir), str(checkpoint))
     return LoadedRun(trained.model, trained.variables, trained.spec.classes)
 
 
 def _is_another_folder(config: DataConfig, own: DataConfig, files: str | None) -> bool:
-    """Returns whether the images of `config` are a folder other than the run's `own` images, moved or not.
+    """Returns whether the images of `config` are a different folder from the run's `own`, which may have been moved.
 
     Args:
-      files: what tells the run's folder from others; runs of earlier versions did not note it.
+      files: the fingerprint of the run's folder; None for runs of earlier versions.
     """
     def place(images: DataConfig) -> str:
         return os.path.realpath(os.path.expanduser(images.directory)) if images.name == "folder" else ""
@@ -200,12 +200,12 @@ def _is_another_folder(config: DataConfig, own: DataConfig, files: str | None) -
         return False
     try:
         return not files or data.fingerprint(data.open_source(config).splits) != files
-    except UserError:  # it cannot be trained on, and may well be scored
+    except UserError:  # not valid for training, but possibly for scoring
         return True
 
 
 def _all_of_it(config: DataConfig, spec: data.Spec, overrides: Mapping[str, Any]) -> DataConfig:
-    """Returns `config` for all images of its folder, brought to the size of `spec`, but for what is overridden."""
+    """Returns `config` for all images of its folder, resized to the size of `spec`, unless overridden."""
     fields: dict[str, Any] = {"test": 1.0, "test_examples": 0, "image_size": config.image_size or spec.image_shape[0]}
     return dataclasses.replace(config, **{field: value for field, value in fields.items()
                                           if f"data.{field}" not in overrides})
@@ -213,7 +213,7 @@ def _all_of_it(config: DataConfig, spec: data.Spec, overrides: Mapping[str, Any]
 
 def _restore(checkpoints: Checkpoints, step: int, config: Config, model: Network, spec: data.Spec,
              mesh: Mesh) -> Variables:
-    """Returns the variables of `step` that are evaluated: their moving averages where the run has them."""
+    """Returns the variables of `step` to evaluate: their moving averages if the run has them."""
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
                           dict(abstract_variables(model, spec.image_shape)))
     if config.train.ema_decay:

@@ -1,10 +1,10 @@
-"""The directory of a run: its record, its metrics, its checkpoints.
+"""The directory of a run: its record, metrics and checkpoints.
 
-    run.json        configuration, versions, data facts: all that evaluation needs beside a checkpoint
-    metrics.jsonl   the evaluations; this and further files of metrics: see `shared_basis.runs.metrics`
-    log.txt         what was printed, with time, process and step; log-1.txt that of process 1, …
+    run.json        configuration, versions, metadata of the data: all that evaluation needs besides a checkpoint
+    metrics.jsonl   the evaluations; for this and other metrics files see `shared_basis.runs.metrics`
+    log.txt         printed lines with time, process and step; log-1.txt for process 1, …
     checkpoints/    see `shared_basis.runs.checkpoints`
-    damaged/        checkpoints that could not be restored, set aside
+    damaged/        checkpoints that could not be restored
     .lock           held by the process that writes
 """
 
@@ -28,32 +28,32 @@ from shared_basis.runtime.distributed import from_main_process, is_main_process,
 from shared_basis.runtime.files import Place, absolute
 
 FILES = "names_and_sizes_of_files"
-"""The data fact of a run on a folder that tells it from others: see `shared_basis.data.fingerprint`."""
+"""The metadata entry that identifies a folder of images: see `shared_basis.data.fingerprint`."""
 
 PACKAGES = ("shared-basis", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that a run's figures depend on."""
+    """Returns the versions of Python and of the packages that affect a run's results."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # used from a checkout that is not installed
+        except importlib.metadata.PackageNotFoundError:  # a checkout without installation
             found[package] = "unknown"
     return found
 
 
 def make_record(config: Config, data: Mapping[str, Any], devices: str | None = None,
                 own: Mapping[str, str] | None = None, init: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the record of a run: plain data that JSON can hold.
+    """Returns the record of a run as JSON-serialisable data.
 
-    Directories are absolute in it: later commands may come from another one.
+    Its directories are absolute, as later commands may run in another working directory.
 
     Args:
-      devices: those that it begins on.
-      own: the names of the user's own functions, by what they are for.
-      init: where the weights come from that it begins with, if it does not begin anew; see `training.start.Start`.
+      devices: the devices on which the run begins.
+      own: the names of user-supplied functions, by purpose.
+      init: the origin of the given initial weights, if any; see `training.start.Start`.
     """
     tree = to_dict(config)
     for field in ("directory", "manual_directory"):
@@ -73,30 +73,30 @@ class Workdir(MetricsFiles):
 
     @property
     def damaged(self) -> PurePath:
-        """The directory of checkpoints that were set aside."""
+        """The directory to which damaged checkpoints are moved."""
         return self.path / "damaged"
 
     def read_record(self) -> dict[str, Any] | None:
-        """Returns the run's record, or None where there is no run.
+        """Returns the run's record, or None if there is no run.
 
         Raises:
-          UserError: the record cannot be read, or is damaged.
+          UserError: the record cannot be read or is damaged.
         """
         try:
             record = json.loads(self.files.read("run.json"))
             if not all(isinstance(record["data"][key], list) for key in ("classes", "image_shape")):
-                raise TypeError("its data facts are not lists")
+                raise TypeError("its data entries are not lists")
             shape = record["data"]["image_shape"]
             if len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape):
-                raise TypeError("its image shape is none")
+                raise TypeError("its image shape is invalid")
             if not isinstance(record["versions"], dict):
-                raise TypeError("its versions are no dict")
-            devices, init = record.get("devices"), record.get("init")  # runs of earlier versions did not note them,
-            written = record.get("format", 1)  # nor their format
+                raise TypeError("its versions are not a dict")
+            devices, init = record.get("devices"), record.get("init")  # absent in runs of earlier versions,
+            written = record.get("format", 1)  # as is the format
             if not isinstance(written, int):
-                raise TypeError("its format is no number")
+                raise TypeError("its format is not a number")
             if init is not None and not isinstance(init["source"], str):
-                raise TypeError("what it began with has no source")
+                raise TypeError("its init has no source")
             return {"config": in_present_terms(record["config"], written),
                     **{key: record[key] for key in ("data", "versions")},
                     "devices": devices if isinstance(devices, str) else None, "own": dict(record.get("own", {})),
@@ -106,18 +106,18 @@ class Workdir(MetricsFiles):
         except OSError as error:
             raise UserError(f"workdir {self.path} cannot be read: {error.strerror}.") from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{self.path / 'run.json'} is damaged ({error}); its copies lie in "
+            raise UserError(f"{self.path / 'run.json'} is damaged ({error}); copies are in "
                             f"{self.checkpoints}/<step>/run/metadata.") from error
 
     def load(self) -> tuple[Config, dict[str, Any]]:
         """Returns the configuration and the record of the run in this directory.
 
         Raises:
-          UserError: there is no run, or its record is damaged or of another version of this package.
+          UserError: there is no run, or its record is damaged or from another version of this package.
         """
         record = self.read_record()
         if record is None:
-            raise UserError(f"workdir {self.path} holds no run (no run.json); name a trained one with --workdir."
+            raise UserError(f"workdir {self.path} holds no run (no run.json); pass a trained run with --workdir."
                             f"{nearby.hint(self.path)}")
         try:
             return from_config_dict(record["config"]), record
@@ -126,24 +126,24 @@ class Workdir(MetricsFiles):
 
     @property
     def saved_steps(self) -> list[int]:
-        """The steps whose save was finished, rising; their checkpoints may be damaged."""
+        """The steps whose saves finished, in increasing order; their checkpoints may be damaged."""
         return sorted(int(name) for name in self.files.names("checkpoints")
                       if name.isdecimal() and is_finished(self.checkpoints / name))
 
     @property
     def latest_step(self) -> int:
-        """The latest of `saved_steps`; 0 where there is none."""
+        """The latest of `saved_steps`; 0 if there is none."""
         return max(self.saved_steps, default=0)
 
     @contextlib.contextmanager
     def locked(self, patience: float = 2.0, tell: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-        """Makes the directory and keeps it from other processes that would write to it, until the context ends.
+        """Creates the directory and locks it against other processes that write, until the context ends.
 
         Args:
-          patience, tell: as of `Files.locked`: what a killed run leaves behind may take a moment to end.
+          patience, tell: see `Files.locked`; waits briefly, as processes of a killed run may take a moment to end.
 
         Raises:
-          UserError: another process holds it, or the directory cannot be written.
+          UserError: another process holds the lock, or the directory cannot be written.
         """
         with contextlib.ExitStack() as held:
             try:
@@ -154,12 +154,12 @@ class Workdir(MetricsFiles):
             yield
 
     def claim(self, record: Mapping[str, Any]) -> None:
-        """Makes the directory that of the run `record`, whether it is new or resumes.
+        """Assigns the directory to the run `record`, whether new or resumed.
 
-        A run that resumes keeps its record, but for the configuration, where that may change.
+        A resumed run keeps its record, except for configuration fields that may change.
 
         Raises:
-          UserError: as `require`, or it holds checkpoints without their run, or other runs, or cannot be written.
+          UserError: see `require`; or the directory holds checkpoints but no run.json, or other runs, or is read-only.
         """
         saved = self.read_record()
         if saved is not None:
@@ -173,8 +173,8 @@ class Workdir(MetricsFiles):
                                 f"{self.checkpoints}/<step>/run/metadata to {self.path / 'run.json'}, or choose "
                                 "another --workdir.")
             if saved is None and (others := nearby.runs_in(self.path)):
-                raise UserError(f"workdir {self.path} contains other runs ({nearby.render(others)}); name one of them "
-                                "to go on with it, or a directory of its own for a new run, such as "
+                raise UserError(f"workdir {self.path} contains other runs ({nearby.render(others)}); use one of them "
+                                "to resume it, or a separate directory for a new run, such as "
                                 f"{self.path / 'new'}.")
             self.files.make()
             self.files.write({"run.json": json.dumps(record, indent=2) + "\n"})
@@ -182,20 +182,20 @@ class Workdir(MetricsFiles):
             raise self._unwritable(error) from error
 
     def require(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the record in the directory, after making sure that it is that of the run `record`.
+        """Returns the stored record after checking that it belongs to the run `record`.
 
         Raises:
-          UserError: it holds a run that cannot go on so (see `require_continuation`) or one on other data, or none, as
-            where processes of several machines do not see one directory.
+          UserError: the directory holds a run that cannot resume like this (see `require_continuation`), a run on other
+            data, or no run, e.g. because machines do not share the directory.
         """
         if self.read_record() is None:
             raise UserError(f"workdir {self.path} holds no run.json here, though the first process has written it: it "
-                            "must lie on a file system that all machines share; choose another --workdir.")
+                            "must be on a file system that all machines share; choose another --workdir.")
         config, saved = self.load()
         require_continuation(self.path, from_config_dict(record["config"]), config,
                              record["data"].get("train_examples", 0), self.latest_step)
         ours, theirs = record.get("own", {}), saved["own"]
-        self._require_same("choice of your own functions", {
+        self._require_same("functions of your own", {
             name: (ours.get(name), theirs.get(name)) for name in ours | theirs if ours.get(name) != theirs.get(name)})
         self._require_same("data", {key: (_short(record["data"][key]), _short(saved["data"][key]))
                                     for key in record["data"].keys() & saved["data"].keys()
@@ -204,21 +204,21 @@ class Workdir(MetricsFiles):
 
     def _require_same(self, what: str, differing: Mapping[str, tuple[Any, Any]]) -> None:
         if differing:
-            raise UserError(f"workdir {self.path} holds a run of another {what} ({render(differing)}); choose another "
-                            "--workdir, or the same values.")
+            raise UserError(f"workdir {self.path} holds a run with other {what} ({render(differing)}); choose another "
+                            "--workdir, or use the same values.")
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"workdir {self.path} cannot be written: {error.strerror}; choose another with --workdir.")
 
 
 def stored_config(workdir: Place) -> Config | None:
-    """Returns the configuration of the run in `workdir`, or None where there is none; the same in all processes.
+    """Returns the configuration of the run in `workdir`, or None if there is none; the same in all processes.
 
-    The first process alone looks for it: a network's file system may hide a file from those that have looked for it
-    in vain.
+    Only the first process looks for the record, since a network file system may hide a new file from processes that
+    looked for it before it existed.
 
     Raises:
-      UserError: as `Workdir.load`.
+      UserError: see `Workdir.load`.
     """
     text = ""
     with raise_on_all_processes():
@@ -230,5 +230,5 @@ def stored_config(workdir: Place) -> Config | None:
 
 
 def _short(value: Any) -> Any:
-    """Returns `value`, a long list cut down to what a message of one line can hold."""
+    """Returns `value`, with long lists abbreviated for a one-line message."""
     return [*value[:3], f"… {len(value)} in all"] if isinstance(value, list) and len(value) > 5 else value

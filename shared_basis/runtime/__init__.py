@@ -1,1 +1,1 @@
-"""The process: devices, memory, signals, output and files."""
+"""Process-level support: devices, memory, signals, output and files."""

@@ -1,6 +1,6 @@
-"""The files of a directory in a bucket of Google Cloud Storage, and the lock there.
+"""Files and locks of a directory in a Google Cloud Storage bucket.
 
-Our own files go by Google's client, which knows preconditions; Orbax reaches its own by etils, gcsfs and tensorstore.
+This package uses Google's client, which supports preconditions; Orbax uses etils, gcsfs and tensorstore.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from shared_basis.runtime.cloud_client import TIMEOUT, ChangedByAnother, client,
 from shared_basis.runtime.filesystem import Files, FilesError, in_use, this_process
 
 LEASE = 40.0
-"""Seconds without a sign of life after which a lock may be taken over."""
+"""Seconds without a renewal after which a lock may be taken over."""
 
 BEAT = 10.0
-"""Seconds between signs of life."""
+"""Seconds between renewals of a lock."""
 
 POLL = 1.0
-"""Seconds between looks at a lock that another process holds."""
+"""Seconds between checks of a lock held by another process."""
 
 WRITE_INTERVAL = 1.0
-"""Seconds between writes of the same file, of which Cloud Storage takes no more."""
+"""Minimum seconds between writes of the same file, a limit of Cloud Storage."""
 
 LOG_INTERVAL = 10.0
-"""Seconds between writes of a log, which is written whole each time."""
+"""Seconds between writes of a log, which is rewritten as a whole."""
 
 LOCK = ".lock"
 
 
 def open_directory(path: PurePath) -> Files:
-    """Returns the files of the directory `path`, gs://BUCKET/DIRECTORY; touches nothing."""
+    """Returns the files of the directory `path`, gs://BUCKET/DIRECTORY; sends no request."""
     return _CloudFiles(path)
 
 
 class _CloudFiles(Files):
-    """The files of a directory in a bucket: objects whose names begin with its path."""
+    """The files of a directory in a bucket: objects whose names start with its path."""
 
     def __init__(self, path: PurePath) -> None:
         self.path = path
@@ -63,7 +63,7 @@ class _CloudFiles(Files):
             self.put(name, content)
 
     def append(self, name: str, content: str | bytes) -> None:
-        # Under the generation that was last seen here: a process that was taken for dead does not write any more.
+        # Requires the generation last seen here, so that a process presumed dead stops writing.
         before, generation = self._grown.get(name) or self.get_if_there(name)
         whole = before + (content.encode() if isinstance(content, str) else content)
         self._grown[name] = whole, self.put(name, whole, generation)
@@ -82,7 +82,7 @@ class _CloudFiles(Files):
         with self._explained(name):
             there: bool = self._blob(name).exists(timeout=TIMEOUT, retry=retry())
             if not there:
-                list(self._list(max_results=1))  # or is it the bucket that is not there?
+                list(self._list(max_results=1))  # raises if the bucket does not exist
             return there
 
     def size(self, directory: str) -> int:
@@ -93,20 +93,20 @@ class _CloudFiles(Files):
         return True
 
     def make(self, directory: str = "") -> None:
-        pass  # there are no directories
+        pass  # buckets have no directories
 
     def remove(self, name: str) -> None:
         self.delete(name)
 
     def move(self, directory: str, new: str) -> None:
-        # A checkpoint is marked complete by a file at its top: the mark goes first, and comes last.
+        # A top-level file marks a checkpoint as complete: it is copied last and deleted first.
         source, target = self._object(f"{directory}/"), self._object(f"{new}/")
         with self._explained(directory):
             bucket = client().bucket(self._bucket)
             top_first = sorted((each.name for each in self._list(prefix=source)), key=lambda name: name.count("/"))
             for name in reversed(top_first):
                 copy, token = bucket.blob(target + name.removeprefix(source)), None
-                while True:  # in parts, if it is large
+                while True:  # large files are copied in parts
                     token, _, _ = copy.rewrite(bucket.blob(name), token=token, timeout=TIMEOUT, retry=retry())
                     if token is None:
                         break
@@ -129,27 +129,27 @@ class _CloudFiles(Files):
             self._lease.require()
 
     def get(self, name: str) -> tuple[bytes, int]:
-        """Returns the content of a file and its generation.
+        """Returns the contents of a file and its generation.
 
         Raises:
-          FileNotFoundError: there is none.
+          FileNotFoundError: the file does not exist.
         """
         with self._explained(name):
             file = self._blob(name)
             try:
                 return file.download_as_bytes(timeout=TIMEOUT, retry=retry()), file.generation
             except exceptions.NotFound:
-                list(self._list(max_results=1))  # or is it the bucket that is not found?
+                list(self._list(max_results=1))  # raises if the bucket does not exist
             raise FileNotFoundError(errno.ENOENT, "no such file", str(self.path / name))
 
     def put(self, name: str, content: str | bytes, generation: int | None = None, patience: float | None = None) -> int:
         """Writes a whole file and returns its generation.
 
         Args:
-          generation: that of the file that is replaced; 0 where there must be none, None for any.
+          generation: the generation of the file to replace; 0 if it must not exist, None for any.
 
         Raises:
-          FilesError: it is of another generation.
+          FilesError: the file has another generation.
         """
         data = content.encode() if isinstance(content, str) else content
         time.sleep(max(0.0, self._written.get(name, -WRITE_INTERVAL) + WRITE_INTERVAL - time.monotonic()))
@@ -161,20 +161,20 @@ class _CloudFiles(Files):
                 made: int = file.generation
             except exceptions.PreconditionFailed as error:
                 there, made = self.get_if_there(name)
-                if not made or there != data:  # otherwise it was written, and the answer got lost
-                    raise ChangedByAnother(self.path / name, "another process has written it meanwhile") from error
+                if not made or there != data:  # otherwise the write succeeded and the response was lost
+                    raise ChangedByAnother(self.path / name, "another process has modified it") from error
         self._written[name] = time.monotonic()
         return made
 
     def get_if_there(self, name: str) -> tuple[bytes, int]:
-        """Returns the content and the generation of a file; nothing and 0 where there is none."""
+        """Returns the contents and the generation of a file; empty and 0 if it does not exist."""
         try:
             return self.get(name)
         except FileNotFoundError:
             return b"", 0
 
     def delete(self, name: str, generation: int | None = None, patience: float | None = None) -> None:
-        """Removes a file, if it is there, and of this `generation`."""
+        """Removes a file if it exists; with `generation`, only that generation."""
         with self._explained(name), contextlib.suppress(exceptions.NotFound, exceptions.PreconditionFailed):
             self._blob(name).delete(if_generation_match=generation, timeout=TIMEOUT, retry=retry(patience))
 
@@ -192,7 +192,7 @@ class _CloudFiles(Files):
 
 
 class _Lease:
-    """A lock: a file that its holder writes again and again, as a sign that it lives."""
+    """A lock: a file that its holder renews periodically."""
 
     def __init__(self, files: _CloudFiles) -> None:
         self._files = files
@@ -201,41 +201,41 @@ class _Lease:
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self.lost = False
-        """Whether another process has taken it over."""
+        """Whether another process has taken over the lock."""
 
     def take(self, tell: Callable[[str], None]) -> None:
-        """Returns when it is this process's; looks whether another that has it gives signs of life.
+        """Acquires the lock, after waiting to see whether another holder still renews it.
 
         Raises:
-          UserError: it does.
+          UserError: another holder renews it.
         """
         seen, since = 0, 0.0
         while True:
             holder, generation = self._files.get_if_there(LOCK)
             if not generation or (generation == seen and time.monotonic() - since >= LEASE):
-                with contextlib.suppress(ChangedByAnother):  # who was faster gives signs of life
+                with contextlib.suppress(ChangedByAnother):  # the process that was faster renews the lock
                     self._generation = self._files.put(LOCK, self._holder, generation)
                     self._renewed = time.monotonic()
                     self._thread.start()
                     return
             elif not seen:
                 seen, since = generation, time.monotonic()
-                tell(f"{self._files.path} is locked by {_name(holder)}: waits {LEASE:.0f} seconds for a sign of life")
+                tell(f"{self._files.path} is locked by {_name(holder)}; waiting {LEASE:.0f} seconds for its renewal")
             elif generation != seen:
                 raise in_use(self._files.path, _name(holder))
             time.sleep(POLL)
 
     def require(self) -> None:
-        """Raises `FilesError` if another process has taken it over; asks, if this one was suspended or cut off."""
+        """Raises `FilesError` if another process has taken over; queries the bucket if this process was suspended."""
         if not self.lost and time.monotonic() - self._renewed >= LEASE:
             self._renew()
         if self.lost:
             raise FilesError(self._files.path, f"this process did not reach it for more than {LEASE:.0f} seconds, and "
-                                               "another one has taken over")
+                                               "another process has taken over")
 
     def _beat(self) -> None:
         while not self.lost and not self._released.wait(BEAT):
-            with contextlib.suppress(FilesError):  # the next one may come through
+            with contextlib.suppress(FilesError):  # the next attempt may succeed
                 self._renew(BEAT)
 
     def _renew(self, patience: float | None = None) -> None:
@@ -259,7 +259,7 @@ def _name(holder: bytes) -> str:
 
 
 class _Log(io.StringIO):
-    """A text that is written to the bucket as it grows, now and then and when it is closed."""
+    """A text that is written to the bucket periodically and when it is closed."""
 
     def __init__(self, files: _CloudFiles, name: str) -> None:
         super().__init__()
@@ -287,6 +287,6 @@ class _Log(io.StringIO):
             there, generation = self._files.get_if_there(self._name)
             if not text.startswith(there):
                 raise
-            self._generation = generation  # of a write whose answer never came: the next one goes on from it
+            self._generation = generation  # a write whose response was lost; the next one continues from it
         finally:
             self._due = time.monotonic() + LOG_INTERVAL

@@ -1,4 +1,4 @@
-"""Google Cloud Storage as its own packages reach it (the extra `gcs`): patiently, and with errors in one line."""
+"""Access to Google Cloud Storage through Google's packages (the extra `gcs`), with retries and one-line errors."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 from shared_basis.runtime.filesystem import FilesError
 
 PATIENCE = 300.0
-"""Seconds for which a request is repeated while the network is gone, or the storage wants to be spared (429, 503)."""
+"""Seconds for which requests are retried if the network is down or the storage asks to slow down (429, 503)."""
 
 TIMEOUT = (10.0, 30.0)
-"""Seconds to wait for a connection, and for an answer."""
+"""Timeouts in seconds for a connection and for a response."""
 
 
 class ChangedByAnother(FilesError):
-    """Another process has written the file meanwhile."""
+    """Another process has modified the file."""
 
 
 class _PatientFileSystem(gcsfs.GCSFileSystem):
-    """What Orbax reaches buckets by: it sees what other processes have made, and outlasts a network that is gone."""
+    """gcsfs, used by Orbax, with current listings and retries that outlast network outages."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        # A cached listing never expires, not even where another process has added files.
+        # Cached listings never expire, even if another process has added files.
         super().__init__(*args, **{**options, "use_listings_cache": False})
 
     async def _request(self, *args: Any, **options: Any) -> Any:
         end = time.monotonic() + PATIENCE
         while True:
             try:
-                return await super()._request(*args, **options)  # repeats it for about half a minute
+                return await super()._request(*args, **options)  # retries for about half a minute
             except Exception as error:
                 if not is_retriable(error) or time.monotonic() > end:
                     raise
@@ -51,20 +51,20 @@ class _PatientFileSystem(gcsfs.GCSFileSystem):
 
 @functools.cache
 def client() -> Any:
-    """Returns Google's client, the same for all files; from then on Orbax is patient too."""
+    """Returns Google's client, shared by all files; also makes Orbax retry longer."""
     for name in ("gs", "gcs"):
         fsspec.register_implementation(name, _PatientFileSystem, clobber=True)
-    return storage.Client(project=None)  # which is needed for making buckets alone
+    return storage.Client(project=None)  # only needed to create buckets
 
 
 def retry(patience: float | None = None) -> Any:
-    """Returns how requests are repeated: for `patience` seconds, `PATIENCE` with None."""
+    """Returns the retry policy: for `patience` seconds, or `PATIENCE` if None."""
     return DEFAULT_RETRY.with_timeout(PATIENCE if patience is None else patience)
 
 
 @contextlib.contextmanager
 def explained(path: PurePath, bucket: str) -> Iterator[None]:
-    """Turns what Google's packages raise about the file `path` in `bucket` into a `FilesError`."""
+    """Converts exceptions of Google's packages about the file `path` in `bucket` to a `FilesError`."""
     try:
         yield
     except (auth.DefaultCredentialsError, auth.RefreshError) as error:
@@ -73,7 +73,7 @@ def explained(path: PurePath, bucket: str) -> Iterator[None]:
     except exceptions.NotFound as error:
         raise FilesError(path, f"there is no bucket {bucket}") from error
     except (exceptions.Forbidden, exceptions.Unauthorized) as error:
-        raise FilesError(path, f"no permission ({_short(error)}): it takes the role Storage Object User of the bucket "
+        raise FilesError(path, f"no permission ({_short(error)}): requires the role Storage Object User for bucket "
                                f"{bucket}") from error
     except exceptions.RetryError as error:
         raise FilesError(path, f"Cloud Storage cannot be reached ({_short(error.cause or error)})") from error
@@ -82,5 +82,5 @@ def explained(path: PurePath, bucket: str) -> Iterator[None]:
 
 
 def _short(error: Exception) -> str:
-    """Returns the first sentence of an error's message, without the address that was asked."""
+    """Returns the first sentence of an error's message, without the request URL."""
     return re.sub(r"(GET|POST|PUT|DELETE) https?://\S+ ?", "", " ".join(str(error).split())).partition(". ")[0][:150]

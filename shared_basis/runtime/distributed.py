@@ -1,6 +1,6 @@
-"""Devices and processes: the mesh, what lies where on it, and how processes agree.
+"""Devices and processes: the mesh, shardings, and communication between processes.
 
-Parameters lie on every device, batches are divided among all devices of all processes. One process, the first, writes.
+Parameters are replicated on every device; batches are sharded over all devices of all processes. Process 0 writes.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from shared_basis.errors import UserError
 from shared_basis.runtime.files import first_line
 
 JOINING_SECONDS = 300
-"""How long processes wait for one another at the start; those of one job do not start at once."""
+"""Timeout for processes to connect at the start; the processes of a job may start at different times."""
 
 PARTING_SECONDS = 2
-"""What the first process leaves to the others, where all fail together: JAX ends them harshly once it is gone."""
+"""Time that the first process waits after a common failure, since JAX aborts the others once it exits."""
 
 HEARTBEAT_SECONDS = 60
-"""After this time without a sign of life a process counts as lost, and JAX ends the others."""
+"""Time without a heartbeat after which a process counts as lost, and JAX ends the others."""
 
 CACHE_BYTES = 2**30
-"""Compiled programs that are kept; the least recently used ones go first."""
+"""Maximum number of cached compiled programs; the least recently used ones are removed first."""
 
 
 @contextlib.contextmanager
 def jax_runtime(distributed: bool, coordinator: str | None, processes: int | None, process: int | None,
                 debug_nans: bool) -> Iterator[None]:
-    """Starts JAX: within this context this process is one of several, if `distributed` or any of the next three is set.
+    """Starts JAX and, if `distributed` or any of the next three is set, joins a multi-process computation.
 
-    Errors of several processes begin with the number of the process. Their caller prints in the first one alone.
+    Errors of several processes begin with the process number. The caller prints only in the first process.
 
     Args:
-      debug_nans: has JAX look for the operation that gives the first NaN.
+      debug_nans: makes JAX locate the operation that produces the first NaN.
 
     Raises:
-      UserError: as `join`, or there are no devices.
+      UserError: see `join`; or there are no devices.
     """
     if debug_nans:
         jax.config.update("jax_debug_nans", True)
@@ -56,7 +56,7 @@ def jax_runtime(distributed: bool, coordinator: str | None, processes: int | Non
         join(coordinator, processes, process)
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # no such platform, or an accelerator that is in use
+    except (RuntimeError, AssertionError) as error:  # unknown platform, or an accelerator in use
         reason = first_line(error) if str(error) else f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')!r}"
         raise UserError(f"JAX cannot use the devices: {reason}; check that no other process uses them, or unset "
                         "JAX_PLATFORMS.") from error
@@ -74,18 +74,18 @@ def jax_runtime(distributed: bool, coordinator: str | None, processes: int | Non
         raise UserError(f"process {jax.process_index()}: another process was lost ({' '.join(str(error).split())[:150]}"
                         "). Start all of them again, with the same commands.") from error
     except KeyboardInterrupt as interrupt:
-        if not is_main_process():  # the first process prints what there is to say
+        if not is_main_process():  # only the first process prints the message
             raise SystemExit(getattr(interrupt, "exit_code", 130)) from interrupt
         raise
 
 
 def keep_compiled_programs() -> None:
-    """Has JAX keep compiled programs in the user's cache directory, unless `JAX_COMPILATION_CACHE_DIR` is set.
+    """Makes JAX cache compiled programs in the user's cache directory, unless `JAX_COMPILATION_CACHE_DIR` is set.
 
-    They are kept by machine, as on CPU they hold its own instructions, and home directories may be shared. Where
-    nothing can be written, nothing is kept.
+    The cache is per machine, since CPU programs use its specific instructions and home directories may be shared.
+    Without a writable directory, nothing is cached.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # an empty one turns it off
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # an empty value disables caching
         return
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     directory = os.path.join(root, "shared_basis", f"{platform.node() or 'host'}-{platform.machine()}")
@@ -102,17 +102,17 @@ def keep_compiled_programs() -> None:
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Makes this process one of several that train together.
+    """Makes this process part of a multi-process computation.
 
     Args:
-      coordinator: HOST:PORT of process 0. With None, and also for the others, JAX auto-detects them: on TPU pods,
-        under SLURM, Open MPI and Kubernetes.
+      coordinator: HOST:PORT of process 0. If None, as for the other arguments, JAX auto-detects it: on TPU pods, under
+        SLURM, Open MPI and Kubernetes.
       processes: the number of processes.
-      process: the number of this one, from 0 on.
+      process: the index of this process, starting from 0.
 
     Raises:
-      UserError: nothing is detected, or the arguments do not fit. Where the others do not come in time, the process
-        ends with a message and exit code 2, as nothing can be saved.
+      UserError: detection fails, or the arguments are inconsistent. If the other processes do not connect in time, this
+        process exits with a message and code 2, as there is nothing to save yet.
     """
     if coordinator is not None:
         host, _, port = coordinator.rpartition(":")
@@ -124,9 +124,9 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         raise UserError(f"--process={process}: must be 0 to {'--processes' if processes is None else processes} − 1.")
     if process == 0 and coordinator is not None:
         _check_port(coordinator)
-    where = f"at {coordinator}" if coordinator else "as the cluster says"
+    where = f"at {coordinator}" if coordinator else "at the address given by the cluster"
     jax.config.update("jax_enable_preemption_service", True)  # `StopSignals` asks it after every step
-    timer = threading.Timer(JOINING_SECONDS, _give_up, (where, processes))  # JAX itself ends with a stack trace
+    timer = threading.Timer(JOINING_SECONDS, _give_up, (where, processes))  # JAX itself would end with a stack trace
     timer.daemon = True
     timer.start()
     try:
@@ -141,7 +141,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
 
 
 def _check_port(coordinator: str) -> None:
-    """Raises `UserError` if this process, the first, cannot listen on the coordinator's port."""
+    """Raises `UserError` if this process, which must be the first, cannot listen on the coordinator's port."""
     port = int(coordinator.rpartition(":")[2])
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
@@ -149,27 +149,27 @@ def _check_port(coordinator: str) -> None:
             probe.bind(("", port))
     except OSError as error:
         raise UserError(f"--coordinator={coordinator}: process 0 cannot listen on port {port} ({error.strerror}); "
-                        "choose another one, for all processes.") from error
+                        "choose another port for all processes.") from error
 
 
 def _give_up(where: str, processes: int | None) -> None:
     number = f"the {processes} processes" if processes else "the processes of this job"
-    sys.stderr.write(f"error: {number} did not find one another {where} within {JOINING_SECONDS} seconds: start all of "
-                     "them, each with its own --process, and let them reach that address.\n")
+    sys.stderr.write(f"error: {number} could not connect {where} within {JOINING_SECONDS} seconds; start all of "
+                     "them, each with its own --process, and make that address reachable.\n")
     sys.stderr.flush()
     os._exit(2)
 
 
 def is_main_process() -> bool:
-    """Returns whether this process is the one that prints and writes."""
+    """Returns whether this process is the one that prints and writes, process 0."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def raise_on_all_processes() -> Iterator[None]:
-    """Ends in all processes, or in none: where one raises `UserError` in this context, the others do so after it.
+    """Makes a `UserError` in this context end all processes: the others raise after the one that failed.
 
-    All processes must enter it together; otherwise those that go on would wait for the one that has failed.
+    All processes must enter it together; otherwise the remaining ones would wait for the failed one forever.
     """
     failure = None
     try:
@@ -184,12 +184,12 @@ def raise_on_all_processes() -> Iterator[None]:
 
 
 def process_allgather(value: Any) -> np.ndarray:
-    """Returns a number that each process gives, for all of them, `[processes]`."""
+    """Gathers one number from each process and returns all of them, `[processes]`, in every process."""
     return np.atleast_1d(multihost_utils.process_allgather(np.asarray(value)))
 
 
 def from_main_process(text: str) -> str:
-    """Returns in all processes the text that the first one gives."""
+    """Broadcasts the text of the first process and returns it in all processes."""
     if jax.process_count() == 1:
         return text
     size = int(process_allgather(len(text.encode()))[0])
@@ -198,38 +198,38 @@ def from_main_process(text: str) -> str:
 
 
 def make_mesh() -> Mesh:
-    """Returns a mesh of one axis, 'data', over all devices of all processes.
+    """Returns a mesh with one axis, 'data', over all devices of all processes.
 
-    The devices of a process follow one another, so that its part of a batch is one piece; on TPU their numbers do not.
+    Devices are grouped by process, so that its part of a batch is contiguous; TPU device ids are not in this order.
     """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
 def platform_of(mesh: Mesh) -> str:
-    """Returns what programs for the devices of `mesh` are compiled for: 'cpu', 'gpu' or 'tpu'."""
+    """Returns the platform of the devices of `mesh`: 'cpu', 'gpu' or 'tpu'."""
     return mesh.devices.flat[0].platform
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array that every device holds whole."""
+    """Returns the sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch whose first axis is divided among the devices."""
+    """Returns the sharding of a batch whose first axis is divided among all devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def make_global_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Returns `array`, which every process has whole, as one that lies on the devices as `sharding` says."""
+    """Returns `array`, of which every process has a copy, as a global array with the given sharding."""
     if jax.process_count() == 1:
         return jax.device_put(array, sharding)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])  # sends nothing around
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])  # no communication
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, grad_accumulation_steps: int = 1) -> None:
-    """Raises `UserError`, with the nearest sizes, unless every part of a batch divides evenly among the devices."""
+    """Raises `UserError`, with the nearest valid sizes, unless micro-batches divide evenly among the devices."""
     divisor = mesh.size * grad_accumulation_steps
     if batch_size % divisor:
         below = batch_size // divisor * divisor

@@ -1,4 +1,4 @@
-"""The files of a directory, on a disk or in a bucket of Cloud Storage; and text: CSV, columns, errors in one line."""
+"""Files of a directory on disk or in Cloud Storage, and text formats: CSV, aligned columns, one-line errors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from shared_basis.errors import UserError
 from shared_basis.runtime.filesystem import Files, FilesError, in_use, this_process
 
 LOCK_INTERVAL = 0.2
-"""Seconds between attempts to take a lock."""
+"""Seconds between attempts to acquire a lock."""
 
 Place = str | os.PathLike[str]
-"""A path on a disk, or gs://BUCKET/PATH."""
+"""A path on disk, or gs://BUCKET/PATH."""
 
 
 class _Local(Files):
-    """The files of a directory on a disk."""
+    """The files of a directory on disk."""
 
     def __init__(self, path: Path) -> None:
         self.path: Path = path
@@ -66,7 +66,7 @@ class _Local(Files):
         return sum(path.stat().st_size for path in (self.path / directory).rglob("*") if path.is_file())
 
     def is_directory(self) -> bool:
-        return os.path.isdir(self.path)  # Path.is_dir raises where permissions are missing
+        return os.path.isdir(self.path)  # Path.is_dir raises if permissions are missing
 
     def make(self, directory: str = "") -> None:
         (self.path / directory).mkdir(parents=True, exist_ok=True)
@@ -80,20 +80,20 @@ class _Local(Files):
 
     @contextlib.contextmanager
     def locked(self, patience: float, tell: Callable[[str], None]) -> Iterator[None]:
-        # The lock goes with the process, however it ends. File systems without locks, and Windows, are trusted.
+        # The lock is released when the process exits. On Windows and file systems without locks there is no locking.
         with (self.path / ".lock").open("a+") as file:
             _lock(file, self.path, patience)
             yield
 
     def require_lock(self) -> None:
-        pass  # it is the process's as long as that lives
+        pass  # a local lock cannot be lost
 
 
 def _lock(file: IO[str], path: Path, patience: float) -> None:
-    """Takes the lock on `file`, and writes into it who has it.
+    """Locks `file`, and writes the holder's name to it.
 
-    Not filelock's: its versions before 4 empty the file, and with it the name of the holder, when they try; later ones
-    leave a file behind where there are no locks, which outlives a process that was killed.
+    Does not use filelock: before version 4 it truncates the file, including the holder's name, when trying; later ones
+    leave a file behind on file systems without locks, which remains after a process was killed.
     """
     try:
         import fcntl
@@ -111,62 +111,62 @@ def _lock(file: IO[str], path: Path, patience: float) -> None:
             time.sleep(LOCK_INTERVAL)
         except OSError:  # a file system without locks
             return
-    with contextlib.suppress(OSError):  # a full disk need not stop a finished run
+    with contextlib.suppress(OSError):  # a full disk must not stop a finished run
         file.truncate(0)
         file.write(f"{this_process()}\n")
         file.flush()
 
 
 def open_files(place: Place) -> Files:
-    """Returns the files of the directory `place`; touches nothing.
+    """Returns the files of the directory `place`; does not access it.
 
     Raises:
-      UserError: as `as_path`.
+      UserError: see `as_path`.
     """
     path = as_path(place)
     if isinstance(path, Path):
         return _Local(path)
-    from shared_basis.runtime import cloud  # with packages that take a second to import
+    from shared_basis.runtime import cloud  # imports slow packages
     return cloud.open_directory(path)
 
 
 def as_path(place: Place) -> PurePath:
-    """Returns the path that `place` names, with the user's home for a ~: with parts and parents, and for messages.
+    """Returns `place` as a path, with ~ expanded; for components, parents and messages, as it may be in a bucket.
 
     Raises:
-      UserError: it is an address other than gs://BUCKET/PATH, or what that needs is not installed.
+      UserError: `place` is a URL other than gs://BUCKET/PATH, or the package for these is not installed.
     """
     text = os.fspath(place)
-    address = re.match("([a-z][a-z0-9+.-]+):/+", text)  # a pathlib.Path has one of the slashes left
+    address = re.match("([a-z][a-z0-9+.-]+):/+", text)  # pathlib.Path collapses the slashes
     if address is None:
         return Path(os.path.expanduser(text))
     if address[1] != "gs" or address.end() == len(text):
         raise UserError(f"{text}: must be a directory, or gs://BUCKET/DIRECTORY in Google Cloud Storage; mount other "
-                        "storage, and give the directory that it is mounted on.")
+                        "storage and use its mount point.")
     if importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f"{text}: the package gcsfs, which reaches Google Cloud Storage, is not installed; pip install "
-                        "'shared-basis[gcs]', or give a directory.")
+        raise UserError(f"{text}: the package gcsfs is not installed; pip install "
+                        "'shared-basis[gcs]', or use a local directory.")
     from etils import epath
     return epath.Path(f"gs://{text[address.end():]}")
 
 
 def absolute(place: str) -> str:
-    """Returns `place` for a process that runs in another directory; an address stays as it is."""
+    """Returns `place` as an absolute path, for processes with another working directory; URLs are unchanged."""
     return place if "://" in place else os.path.abspath(os.path.expanduser(place))
 
 
 def write_atomic(place: Place, content: str | bytes) -> None:
-    """Writes the whole file, or leaves what was there: the content gets its name when it is complete.
+    """Writes the whole file, or leaves the existing one unchanged: a complete temporary file is renamed.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the file cannot be written.
     """
     path = as_path(place)
     open_files(path.parent).write({path.name: content})
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Returns a table as CSV, lines ended as RFC 4180 has it."""
+    """Returns a table as CSV with the line endings of RFC 4180."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(header)
@@ -175,18 +175,18 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def align(rows: Sequence[Sequence[str]], right: bool = False) -> list[str]:
-    """Returns the rows as lines of columns two spaces apart, numbers (all but the first column) to the `right`."""
+    """Returns the rows as lines of columns two spaces apart; `right` aligns all but the first column to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) if right and index else cell.ljust(width)
                       for index, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or its type where it has none."""
+    """Returns the first line of an error's message, or its type if the message is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def one_line(error: BaseException, limit: int = 250) -> str:
-    """Returns type and message of an error in one line; of a long one, which storage layers print, both ends."""
+    """Returns type and message of an error on one line; long messages keep their beginning and end."""
     line = " ".join(f"{type(error).__name__}: {error}".split())
     return line if len(line) <= limit else f"{line[:limit - 103]} … {line[-100:]}"

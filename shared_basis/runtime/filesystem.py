@@ -1,4 +1,4 @@
-"""The files of a directory: what disks and buckets have in common."""
+"""The interface to the files of a directory, common to disks and buckets."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from shared_basis.errors import UserError
 
 
 class FilesError(UserError, OSError):
-    """What cannot be done with files: an `OSError` with its `strerror` for who catches that, else for the user."""
+    """A file operation failed: an `OSError` with `strerror`, which is also a `UserError` if it is not caught."""
 
     def __init__(self, path: PurePath, why: str) -> None:
-        """Says `why` in one line."""
+        """Sets the path and the reason `why`, on one line."""
         super().__init__(f"{path}: {why}.")
         self.strerror = why
 
@@ -25,84 +25,84 @@ class FilesError(UserError, OSError):
 class Files(abc.ABC):
     """The files of a directory. Names are relative to it, with slashes between their parts.
 
-    Nobody ever reads a file that is written by halves, but for what is appended on a disk. What cannot be done raises
-    `OSError`, whose `strerror` is a reason in one line.
+    Readers never see partially written files, except for files appended to on disk. Failures raise `OSError` with a
+    one-line reason as `strerror`.
     """
 
     path: PurePath
-    """The directory: for names and messages alone, as a path in a bucket cannot be opened as a file."""
+    """The directory; only for names and messages, since a path in a bucket cannot be opened."""
 
     @abc.abstractmethod
     def read(self, name: str) -> bytes:
-        """Returns the content of a file.
+        """Returns the contents of a file.
 
         Raises:
-          FileNotFoundError: there is none.
+          FileNotFoundError: the file does not exist.
         """
 
     @abc.abstractmethod
     def write(self, contents: Mapping[str, str | bytes]) -> None:
-        """Writes whole files; on a disk they get their names when all of them are complete."""
+        """Writes whole files; on disk they are renamed into place once all of them are complete."""
 
     @abc.abstractmethod
     def append(self, name: str, content: str | bytes) -> None:
-        """Adds `content` at the end of a file, which is made where there is none."""
+        """Appends `content` to a file, which is created if it does not exist."""
 
     @abc.abstractmethod
     def open_log(self, name: str) -> TextIO:
-        """Opens a text to which lines are added; a bucket has those of the last seconds only when it is closed."""
+        """Opens a text file for appending; in a bucket, the last seconds are only written on closing."""
 
     @abc.abstractmethod
     def names(self, directory: str = "") -> list[str]:
-        """Returns the names of what lies directly within `directory`, sorted; none where there is no such directory."""
+        """Returns the sorted names of direct entries of `directory`; empty if it does not exist."""
 
     @abc.abstractmethod
     def exists(self, name: str) -> bool:
-        """Returns whether there is such a file."""
+        """Returns whether the file exists."""
 
     @abc.abstractmethod
     def size(self, directory: str) -> int:
-        """Returns the bytes of all files below `directory`."""
+        """Returns the total bytes of all files below `directory`."""
 
     @abc.abstractmethod
     def is_directory(self) -> bool:
-        """Returns whether files can be put into it as it is: in a bucket any name will do."""
+        """Returns whether files can be written to the directory as it is; always true for existing buckets."""
 
     @abc.abstractmethod
     def make(self, directory: str = "") -> None:
-        """Makes `directory`, unless it is there."""
+        """Creates `directory` unless it exists."""
 
     @abc.abstractmethod
     def remove(self, name: str) -> None:
-        """Removes a file, if it is there."""
+        """Removes a file if it exists."""
 
     @abc.abstractmethod
     def move(self, directory: str, new: str) -> None:
-        """Moves `directory`, with all that is below it, to a `new` name."""
+        """Moves `directory`, with its contents, to the name `new`."""
 
     @abc.abstractmethod
     def locked(self, patience: float, tell: Callable[[str], None]) -> contextlib.AbstractContextManager[None]:
-        """Keeps the directory, which is there, from other processes that lock it, until the context ends.
+        """Locks the existing directory against other processes until the context ends.
 
         Args:
-          patience: seconds to wait for another process; in a bucket it is waited until it shows that it lives, or is
-            taken for dead, and `tell` is told.
+          patience: seconds to wait for another process; in a bucket, waits until its holder renews the lock or counts
+            as dead, and calls `tell` with a message.
 
         Raises:
-          UserError: another process holds it.
+          UserError: another process holds the lock.
         """
 
     @abc.abstractmethod
     def require_lock(self) -> None:
-        """Raises `OSError` where another process has taken the lock over, as this one was cut off for too long."""
+        """Raises `OSError` if another process has taken over the lock because this one was cut off for too long."""
 
 
 def this_process() -> str:
-    """Returns the name of this process for others."""
+    """Returns a description of this process for other processes."""
     return f"process {os.getpid()} on {platform.node()}"
 
 
 def in_use(path: PurePath, holder: str) -> UserError:
-    """Returns the error of a directory that another process, `holder`, has locked."""
+    """Returns the error for a directory that the process `holder` has locked."""
     return UserError(f"workdir {path} is in use by another run ({holder or 'unknown'}); wait for it, or choose another "
-                     "--workdir. Several processes train one run together with --distributed alone.")
+                     "--workdir. Processes can only train a run together with --distributed.")

@@ -1,4 +1,4 @@
-"""Memory: what a run takes on each device, known before its first step; and what to reduce where it is not there."""
+"""Device memory of a run, estimated before its first step, and advice on how to reduce it."""
 
 from __future__ import annotations
 
@@ -20,56 +20,56 @@ from shared_basis.runtime.reporter import size_text
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on each device."""
+    """Bytes per device."""
 
     parameters: int
-    """Parameters and batch statistics, their averages, and those of a teacher."""
+    """Parameters and batch statistics, their moving averages, and those of a teacher."""
     optimizer: int
     data: int
     """Resident images of all splits, or the batches of a stream."""
     step: int
-    """What the compiled step takes beside all these: activations and gradients, by XLA's analysis."""
+    """Temporary memory of the compiled step: activations and gradients, by XLA's analysis."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return self.parameters + self.optimizer + self.data + self.step
 
     def render(self) -> str:
-        """Returns one human-readable line."""
-        return (f"memory of each device: {size_text(self.parameters)} for parameters, {size_text(self.optimizer)} for "
+        """Returns a human-readable line."""
+        return (f"memory per device: {size_text(self.parameters)} for parameters, {size_text(self.optimizer)} for "
                 f"the optimizer, {size_text(self.data)} for data; {size_text(self.total)} with the step at its peak")
 
 
 def bytes_on_device(tree: Any) -> int:
-    """Returns the bytes that the arrays in `tree`, which have shardings, take on one device."""
+    """Returns the bytes on one device of the arrays in `tree`, which must have shardings."""
     return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
 def measure(state: Any, data: int, compiled: Any, teacher: Any = None) -> Memory:
-    """Returns the memory of a training state (arrays, or abstract ones with shardings), `data` and the step.
+    """Returns the memory of a training state (arrays, or abstract ones with shardings), `data` and the compiled step.
 
     Args:
-      teacher: further variables that the step reads.
+      teacher: other variables that the step reads.
     """
     variables = state.replace(step=None, opt_state=None, totals=None)
     parameters = bytes_on_device((variables, teacher))
-    analysis = compiled.memory_analysis()  # of the program of one device; None where the backend has none
+    analysis = compiled.memory_analysis()  # for one device; None if the backend has none
     step = 0 if analysis is None else int(
         analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
     return Memory(parameters, bytes_on_device(state.opt_state), data, step)
 
 
 def check(memory: Memory, config: Config, mesh: Mesh, available: Callable[[], int | None] | None = None) -> None:
-    """Raises `UserError`, with what to reduce, if the devices have less than `memory`: better now than in an hour.
+    """Raises `UserError`, with advice, if the devices have less than `memory`, before training starts.
 
     Args:
-      available: returns the bytes that this machine has free; `available_memory` if None.
+      available: returns the free bytes of this machine; `available_memory` if None.
     """
     device = mesh.local_mesh.devices.flat[0]
-    if device.platform == "cpu":  # all devices of this process take it from the same memory
+    if device.platform == "cpu":  # all devices of this process share the memory
         free, copies = (available or available_memory)(), mesh.local_mesh.size
-        free = None if free is None else free + memory.data * copies  # which is there already
+        free = None if free is None else free + memory.data * copies  # already allocated
     else:
         free, copies = (device.memory_stats() or {}).get("bytes_limit"), 1
     if free is not None and memory.total * copies > free:
@@ -79,7 +79,7 @@ def check(memory: Memory, config: Config, mesh: Mesh, available: Callable[[], in
 
 
 def advice(config: Config, needed: Memory | None = None, batch: str = "train.batch_size") -> str:
-    """Returns which fields to reduce, those of the largest part alone where the memory `needed` is known."""
+    """Returns which fields to reduce; if the memory `needed` is known, only those of its largest part."""
     data = "set --config.data.placement=stream"
     step = f"set a smaller --config.{batch}, or a smaller --config.data.image_size"
     if jax.default_backend() != "cpu" and batch == "train.batch_size":
@@ -93,11 +93,11 @@ def advice(config: Config, needed: Memory | None = None, batch: str = "train.bat
 @contextlib.contextmanager
 def oom_as_user_error(config: Config, batch: str = "train.batch_size",
                       saved: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """Turns a failed allocation, and the loss of another process, into `UserError`.
+    """Converts failed allocations, and the loss of another process, to `UserError`.
 
     Args:
-      batch: the field that says how many images are computed at once.
-      saved: says what is on disk, for the message.
+      batch: the field for the number of images computed at once.
+      saved: returns a sentence on the saved checkpoints for the message.
     """
     try:
         yield
@@ -112,13 +112,13 @@ def oom_as_user_error(config: Config, batch: str = "train.batch_size",
 
 
 def available_memory() -> int | None:
-    """Returns bytes of memory that can be had without swapping; the total where only that is known; or None."""
+    """Returns the bytes of memory available without swapping; the total if only that is known; or None."""
     free = [value for value in (_free_in_system(), _free_in_cgroup()) if value is not None]
     return min(free, default=None)
 
 
 def _free_in_system() -> int | None:
-    try:  # sysconf's count of free pages leaves out the file cache, which the kernel gives back when asked
+    try:  # sysconf's free pages exclude the reclaimable file cache
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
@@ -130,7 +130,7 @@ def _free_in_system() -> int | None:
 
 
 def _free_in_cgroup() -> int | None:
-    """Returns what a container's limit leaves, its file cache counted as free; None without a limit."""
+    """Returns the bytes left of a container's limit, counting its file cache as free; None without a limit."""
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))

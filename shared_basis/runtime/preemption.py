@@ -1,4 +1,4 @@
-"""Signals that ask training to stop: Ctrl-C, SIGTERM (preemption), and those that terminals and schedulers send."""
+"""Signals that request a stop of training: Ctrl-C, SIGTERM (preemption), and those of terminals and schedulers."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ import threading
 from types import FrameType
 from typing import Any
 
-# JAX is imported where it is used: processes that read images know the signals, and are to start quickly.
+# JAX is imported where needed, since the image-reading processes import this module and must start quickly.
 
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
                  if hasattr(signal, name))
-"""Ctrl-C; preemption; a terminal that is closed; warnings of SLURM, Grid Engine and others; a limit of CPU time that is
-reached. Windows has the first two."""
+"""Ctrl-C; preemption; a closed terminal; warnings of SLURM, Grid Engine and others; an exceeded CPU time limit. Windows
+has the first two."""
 
 
 class StopNow(Exception):
-    """A stop was asked for in the middle of an evaluation."""
+    """A stop was requested during an evaluation."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by a signal, after saving."""
+    """Training was stopped by a signal, after saving a checkpoint."""
 
     def __init__(self, signum: int, message: str) -> None:
-        """Takes the signal's number and what to tell the user."""
+        """Sets the signal number and the message for the user."""
         super().__init__(message)
         self.exit_code = 128 + signum
-        """The shell's convention: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+        """128 + the signal number, the shell's convention: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
 
 
 class StopSignals:
-    """Within this context the signals `STOPPING` only ask for a stop; a second one acts as usual.
+    """A context in which the signals `STOPPING` only request a stop; a second signal has its usual effect.
 
-    What is ignored, as SIGHUP under nohup, stays so. Of several processes JAX takes SIGTERM, and tells all of them at
-    which step to stop, whichever received it. Outside of the main thread signals are left to the program.
+    Ignored signals, such as SIGHUP under nohup, remain ignored. With several processes, JAX handles SIGTERM and makes
+    all of them stop at the same step. Outside of the main thread, signals are left to the program.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._alone = True
-        """Whether there is one process."""
+        """Whether there is only one process."""
         self._asked = 0
         self._previous: dict[int, Any] = {}
 
@@ -61,12 +61,12 @@ class StopSignals:
         self.received = signum
         self._restore()
         with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, b"\nstopping after this step; once more stops at once\n")  # a handler must not use print
+            os.write(2, b"\nstopping after this step; a second one stops at once\n")  # a handler must not use print
         if not self._alone:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def due(self) -> bool:
-        """Returns whether to stop now; to be asked after every step and batch, in all processes alike."""
+        """Returns whether to stop now; must be called after every step and batch, by all processes."""
         if self._alone:
             return self.received is not None
         from jax.experimental import multihost_utils
@@ -78,7 +78,7 @@ class StopSignals:
         return False
 
     def check(self) -> None:
-        """Raises `StopNow` if it is time to stop; counts as asking."""
+        """Raises `StopNow` if `due`; counts as a call of it."""
         if self.due():
             raise StopNow
 

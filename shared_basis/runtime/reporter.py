@@ -1,4 +1,4 @@
-"""What a run shows and what it logs: one progress line on a terminal, plain lines elsewhere, all of them in a file."""
+"""Progress and log output of a run: a progress line on terminals, plain lines elsewhere, and a log file."""
 
 from __future__ import annotations
 
@@ -15,55 +15,55 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from shared_basis.runtime.files import Place, open_files
 
 PLAIN_INTERVAL = 60.0
-"""Seconds between progress lines where there is no terminal to draw one on."""
+"""Seconds between progress lines if the output is not a terminal."""
 
 VERBOSITIES = ("quiet", "normal", "verbose")
 
 
 class _Console(Console):
-    """A console that leaves it to its user what a closed pipe means, and does not end the program."""
+    """A console that re-raises `BrokenPipeError` instead of ending the program."""
 
     def on_broken_pipe(self) -> None:
-        """Is called where a `BrokenPipeError` is caught, and lets it go on."""
+        """Called on a `BrokenPipeError`, which is re-raised."""
         raise
 
 
 class Reporter:
-    """Prints lines, and keeps one progress line below them on a terminal.
+    """Prints lines and, on a terminal, a progress line below them.
 
-    A quiet one prints warnings alone; a verbose one details too, each line with its process and step.
+    A quiet reporter prints only warnings; a verbose one also details, with process and step on each line.
 
-    What cannot be printed ends no run: letters that the stream's encoding lacks are escaped, and a stream that is
-    closed, full, or of a terminal that is gone gets nothing any more. The log goes on.
+    Output errors never end a run: characters that the encoding lacks are escaped, and nothing more is printed to a
+    stream that is closed, full, or of a lost terminal. The log continues.
     """
 
     def __init__(self, stream: TextIO | None = None, verbosity: str = "normal", process: int = 0) -> None:
-        """Writes to `stream`, standard output if None; `verbosity` is one of `VERBOSITIES`."""
+        """Writes to `stream`, by default standard output; `verbosity` is one of `VERBOSITIES`."""
         if verbosity not in VERBOSITIES:
             raise ValueError(f"verbosity={verbosity!r}: must be one of {', '.join(VERBOSITIES)}")
         self.step = 0
-        """The training step that lines are about."""
-        stream = stream or sys.stdout or io.StringIO()  # Python has no sys.stdout where it is closed
+        """The current training step, for log lines."""
+        stream = stream or sys.stdout or io.StringIO()  # sys.stdout is None if it is closed
         self._encoding = getattr(stream, "encoding", None) or "utf-8"
         self._console = _Console(file=stream, highlight=False, markup=False, soft_wrap=True)
         self._level = VERBOSITIES.index(verbosity)
         self._process = process
-        self._log: TextIO = io.StringIO()  # until the log's directory is known
+        self._log: TextIO = io.StringIO()  # buffers until the log's directory is known
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._last_plain = time.monotonic()
 
     def info(self, text: str) -> None:
-        """Prints `text` on a line of its own, above the progress line, unless the screen is quiet."""
+        """Prints `text` on a separate line above the progress line, unless quiet."""
         self._show(text, 1)
 
     def debug(self, text: str) -> None:
-        """Prints `text` likewise, if the screen is verbose; only then is it logged."""
+        """Prints and logs `text` like `info`, if verbose."""
         if self._level == 2:
             self._show(text, 2)
 
     def warn(self, text: str) -> None:
-        """Prints the warning `text`, also on a quiet reporter."""
+        """Prints the warning `text`, even if quiet."""
         self._show(f"warning: {text}", 0)
 
     def _show(self, text: str, level: int) -> None:
@@ -79,10 +79,10 @@ class Reporter:
 
     @contextlib.contextmanager
     def _until_closed(self) -> Iterator[None]:
-        """Ends all printing, and nothing else, if the stream takes no more."""
+        """Stops all printing if the stream cannot be written any more."""
         try:
             yield
-        except (OSError, ValueError):  # of a file that is closed, ValueError
+        except (OSError, ValueError):  # closed files raise ValueError
             self._level, self._progress = -1, None
 
     def _source(self) -> str:
@@ -95,7 +95,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def logging(self, directory: Place) -> Iterator[None]:
-        """Adds all lines, those of before too, to the log of this process in `directory`, and what ends the context."""
+        """Logs all lines, including earlier ones, to a file in `directory`, and the error that ends the context."""
         with contextlib.suppress(OSError):
             file = open_files(directory).open_log(f"log-{self._process}.txt" if self._process else "log.txt")
             file.write(self._log.getvalue() if isinstance(self._log, io.StringIO) else "")
@@ -111,7 +111,7 @@ class Reporter:
             self._log = io.StringIO()
 
     def show_progress(self, done: int, total: int, text: str) -> None:
-        """Shows `text` as the progress line: on a terminal at once, elsewhere at most once a minute."""
+        """Shows `text` as the progress line: immediately on a terminal, otherwise at most once a minute."""
         if self._level <= 0:
             return
         if self._console.is_terminal:
@@ -127,13 +127,13 @@ class Reporter:
             self.info(text)
 
     def progress(self, what: str) -> Callable[[int, int], None]:
-        """Returns a function of how many are done, and of how many, that shows it with the time left until all are."""
+        """Returns a callback with the number of items done and the total, which shows progress and the time left."""
         began = time.monotonic()
 
         def show(done: int, total: int) -> None:
             nonlocal began
             if not done:
-                began = time.monotonic()  # what came before is no part of it
+                began = time.monotonic()  # excludes earlier time
             left = (time.monotonic() - began) / max(done, 1) * (total - done)
             self.show_progress(done, total, f"{what}  {count(done)}/{count(total)}  {duration(left)} left")
             if done >= total:
@@ -162,12 +162,12 @@ def duration(seconds: float) -> str:
 
 
 def count(number: float) -> str:
-    """Returns a whole number with thousands separated, e.g. 1,234,567."""
+    """Returns a number rounded to a whole, with thousands separators, e.g. 1,234,567."""
     return f"{number:,.0f}"
 
 
 def size_text(size: float) -> str:
-    """Returns a number of bytes in the unit that suits it, e.g. 1.5 MiB."""
+    """Returns a number of bytes with a suitable unit, e.g. 1.5 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -1,1 +1,1 @@
-"""Training: steps, program, loop, and how a run begins."""
+"""Training: the step, the compiled program, the loop, and the initialisation of runs."""

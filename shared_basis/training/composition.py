@@ -1,4 +1,4 @@
-"""The functions of a step, made of a configuration, of a teacher, and of what users of the library bring themselves."""
+"""Composes the functions of a training step from a configuration, a teacher, and user-supplied functions."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from shared_basis.training.teacher import Teacher
 
 @dataclasses.dataclass(frozen=True)
 class Own:
-    """What users of the library bring themselves; None is as configured. See `shared_basis.train`."""
+    """User-supplied functions; None selects the configured ones. See `shared_basis.train`."""
 
     optimizer: Descent | None = None
     loss: Loss | None = None
     augment: Callable[[Array, Array], Array] | None = None
 
     def names(self) -> dict[str, str]:
-        """Returns what each of them is called, for the record of a run."""
+        """Returns the names of the supplied functions, for the record of a run."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: _name(function) for name, function in given.items() if function is not None}
 
 
 def _name(function: Any) -> str:
-    """Returns the module and name of a function, of what `functools.partial` was given, or of a class."""
+    """Returns module and name of a function, of the function inside a `functools.partial`, or of a class."""
     while isinstance(function, functools.partial):
         function = function.func
     named = function if hasattr(function, "__qualname__") else type(function)
@@ -50,18 +50,18 @@ def _name(function: Any) -> str:
 
 
 def check_optimizer(config: Config, model: Network, image_shape: tuple[int, int, int], own: Own) -> None:
-    """Raises, before anything is compiled or written, what the chain of `config` has against the network's parameters.
+    """Checks the optimizer of `config` against the network's parameters, before anything is compiled or written.
 
     Raises:
-      UserError: a pattern of `config` matches no parameter, or nothing is left to be trained.
-      TypeError: the user's own optimizer is none.
+      UserError: a pattern of `config` matches no parameter, or all parameters are frozen.
+      TypeError: the user's optimizer is not an optax transformation.
     """
     given, exact = config.train, config.orthogonality.method == "exact"
     if not (given.freeze or config.optimizer.learning_rate_factors or own.optimizer or exact):
-        return  # what a second of tracing would find is nothing
+        return  # nothing to check, which saves a second of tracing
     params = abstract_variables(model, image_shape)["params"]
     if given.freeze and not given.freeze_epochs and all(jax.tree.leaves(frozen(params, given.freeze))):
-        raise UserError(f"train.freeze={given.freeze!r}: leaves nothing to be trained; let the head train, "
+        raise UserError(f"train.freeze={given.freeze!r}: freezes all parameters; exclude e.g. the head, "
                         "as in **,!head/**, or set --config.train.freeze_epochs.")
     optimizer = make_optimizer(config, model.basis_groups(config.orthogonality.elements),
                                optax.constant_schedule(0.0), descent=own.optimizer)
@@ -70,7 +70,7 @@ def check_optimizer(config: Config, model: Network, image_shape: tuple[int, int,
 
 def compose(config: Config, model: nn.Module, num_classes: int, optimizer: optax.GradientTransformation,
             teacher: Teacher | None = None, own: Own | None = None) -> Functions:
-    """Returns the functions of which `train_step` is composed."""
+    """Returns the functions that `train_step` needs."""
     own = own or Own()
     return Functions(
         augment=functools.partial(augment, config=config.data) if own.augment is None else _checked(own.augment),
@@ -89,7 +89,7 @@ def _forward(config: Config, model: nn.Module) -> Callable[[Tree, Tree, Array, A
     given = config.train
 
     def hold(params: Tree) -> Tree:
-        """Spares the gradient of what is never trained."""
+        """Stops the gradient of parameters that are never trained."""
         if not given.freeze or given.freeze_epochs:
             return params
         return jax.tree.map(lambda leaf, fixed: jax.lax.stop_gradient(leaf) if fixed else leaf, params,
@@ -108,7 +108,7 @@ def _forward(config: Config, model: nn.Module) -> Callable[[Tree, Tree, Array, A
 
 def _by_groups(apply: Callable[[Array, Array], tuple[Array, Tree]], size: int, inputs: Array,
                key: Array) -> tuple[Array, Tree]:
-    """Returns logits and new running statistics where each `size` images in a row are a batch of their own."""
+    """Returns logits and new running statistics, treating each `size` consecutive images as a separate batch."""
     if size == len(inputs):
         return apply(inputs, key)
     groups = inputs.reshape(-1, size, *inputs.shape[1:])
@@ -117,20 +117,20 @@ def _by_groups(apply: Callable[[Array, Array], tuple[Array, Tree]], size: int, i
 
 
 def _checked(own: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
-    """Returns the user's `own` augmentation, which raises a ValueError where it changes the shape of the batch."""
+    """Returns the user's augmentation, wrapped to raise a ValueError if it changes the shape of the batch."""
     def augmented(images: Array, key: Array) -> Array:
         result = own(images, key)
         if jnp.shape(result) != images.shape:
-            raise ValueError(f"augment must return images of the shape that it is given, {images.shape}; it returned "
+            raise ValueError(f"augment must return images of the input shape {images.shape}; it returned "
                              f"{jnp.shape(result)}")
         return result
     return augmented
 
 
 def move_averages(state: TrainState, decay: float) -> TrainState:
-    """Returns a new state with its averages moved towards its variables: d · averages + (1 − d) · variables.
+    """Updates the moving averages of a state: d · averages + (1 − d) · variables.
 
-    d is min(decay, (1 + t) / (10 + t)) at update t, counted from 1. What is no floating point number is taken over.
+    d is min(decay, (1 + t) / (10 + t)) at update t, counted from 1. Non-floating-point values are copied.
     """
     assert isinstance(state, AveragedState)
     kept = jnp.minimum(decay, (1 + state.step) / (10 + state.step))

@@ -32,7 +32,7 @@ from shared_basis.training.steps import TrainState
 
 
 class Clock:
-    """The speed of training, without its first step, which warms up, and without evaluations."""
+    """Measures training speed, excluding the first step, which warms up, and evaluations."""
 
     def __init__(self) -> None:
         self.steps = -1
@@ -41,7 +41,7 @@ class Clock:
         self._began = self._last = time.monotonic()
 
     def tick(self) -> None:
-        """Records that a step is finished."""
+        """Records the end of a step."""
         now = time.monotonic()
         self.steps += 1
         if self.steps:
@@ -55,32 +55,32 @@ class Clock:
         self._last = time.monotonic()
 
     def speed(self, batch_size: int) -> float:
-        """Returns images per second; 0 before two steps are done."""
+        """Returns images per second; 0 before two steps have finished."""
         return self.steps * batch_size / self._training if self.steps > 0 else 0.0
 
     def left(self, steps: int) -> float:
-        """Returns the seconds that `steps` more will take, with their evaluations; 0 before two steps are done."""
+        """Estimates the seconds for `steps` more steps, including evaluations; 0 before two steps have finished."""
         return (time.monotonic() - self._began) / self.steps * steps if self.steps > 0 else 0.0
 
 
 class SaveTimer:
-    """Says when so many minutes have passed since the last save: to all processes alike, by the first one's clock."""
+    """Tracks the time since the last save, by the clock of the first process, so that all processes agree."""
 
     def __init__(self, minutes: float, step: int) -> None:
-        """Begins at `step`; 0 `minutes` never pass."""
+        """Starts at `step`; with 0 `minutes`, a save is never due."""
         self._seconds = 60 * minutes
         self.restart(step)
 
     def restart(self, step: int) -> None:
-        """Begins anew at `step`, which is saved."""
+        """Restarts the timer at `step`, which has been saved."""
         self._step, self._began, self._question = step, time.monotonic(), step + 1
 
     def asks(self, step: int) -> bool:
-        """Returns whether `due` is to be asked after `step`, as processes agree each time on when they ask again."""
+        """Returns whether to call `due` after `step`; each such call also agrees on the step of the next one."""
         return self._seconds > 0 and step >= self._question
 
     def due(self, step: int) -> bool:
-        """Returns whether to save now; all processes must come here, with no step running."""
+        """Returns whether to save now. All processes must call it together, with no step running."""
         passed = time.monotonic() - self._began
         half_of_the_rest = max(1, int((self._seconds - passed) / 2 * (step - self._step) / max(passed, 1e-9)))
         wait = 0 if passed >= self._seconds else min(half_of_the_rest, 2**30)
@@ -92,7 +92,7 @@ class SaveTimer:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """The loop over the steps of a run, with all that it needs beside the state."""
+    """The loop over the steps of a run."""
 
     config: Config
     program: Program
@@ -105,26 +105,26 @@ class Training:
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run."""
+        """Total number of steps of the run."""
         return self.config.train.epochs * self.program.steps_per_epoch
 
     def loop(self, state: TrainState) -> None:
-        """Trains from `state` to the last epoch, evaluating and saving as configured."""
+        """Trains from `state` to the last epoch; evaluates and saves as configured."""
         first = int(state.step)
         if self.evaluates_after(first) and self.checkpoints.metrics(first) is None:
-            self.evaluate(state, first)  # it was stopped in the middle of this
+            self.evaluate(state, first)  # the run was interrupted during this evaluation
         running: Metrics | None = None
         timer = SaveTimer(self.config.train.checkpoint_minutes, first)
         with contextlib.closing(self.program.batches(first)) as batches:
             for step, inputs in zip(range(first + 1, self.steps + 1), batches, strict=False):
                 state, metrics = self.advance(state, inputs, step)
-                if running is not None:  # waits for the step before: the devices always have one more to do
+                if running is not None:  # waits for the previous step; one step stays queued on the devices
                     self.log_step(running, step - 1)
                 running = metrics
                 evaluating = self.evaluates_after(step)
                 stopping = self.signals.due()
                 asking = timer.asks(step)
-                if evaluating or stopping or asking:  # only what is finite is saved
+                if evaluating or stopping or asking:  # only finite states are saved
                     self.log_step(running, step)
                     running = None
                 if stopping:
@@ -139,26 +139,26 @@ class Training:
         self.checkpoints.wait()
 
     def evaluates_after(self, step: int) -> bool:
-        """Returns whether the state after `step` is evaluated: at the end of every n-th epoch, and of the last."""
+        """Returns whether the state after `step` is evaluated: after every n-th epoch and after the last."""
         epoch, rest = divmod(step, self.program.steps_per_epoch)
         every, epochs = self.config.train.evaluate_every, self.config.train.epochs
         return epoch > 0 and not rest and (epoch % every == 0 or epoch == epochs)
 
     def advance(self, state: TrainState, inputs: feeds.Inputs, step: int) -> tuple[TrainState, Metrics]:
-        """Makes `step`.
+        """Runs `step`.
 
         Raises:
-          UserError: with --debug_nans, an operation gave NaN; the message names it with its line.
+          UserError: with --debug_nans, an operation produced NaN; the message names it and its source line.
         """
         try:
-            # Set in this thread once more: the global setting is lost when jnp.var is traced (JAX 0.10.2).
+            # Set again in this thread: tracing jnp.var resets the global setting (JAX 0.10.2).
             with jax.debug_nans(debugging_nans()):
                 return self.program.step(state, *inputs)
         except FloatingPointError as error:
             raise UserError(f"step {count(step)}: {_where(error)}") from error
 
     def log_step(self, metrics: Metrics, step: int) -> None:
-        """Waits for `step`, requires its metrics to be finite, and shows the means over its epoch so far."""
+        """Waits for `step`, checks that its metrics are finite, and shows their means over the epoch so far."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.clock.tick()
         self.reporter.step = step
@@ -172,13 +172,13 @@ class Training:
         self.reporter.debug(f"{text}  gradient norm {values['gradient_norm']:.4g}")
 
     def evaluate(self, state: TrainState, step: int) -> None:
-        """Scores and saves `state`; a signal in the meantime saves it without scores and ends the run."""
+        """Evaluates and saves `state`; if a signal arrives meanwhile, saves it without metrics and ends the run."""
         try:
             line = self.measure(state)
         except StopNow:
             self.stop(state, step)
         self.require_finite(line, step)
-        self.checkpoints.wait()  # for the save before, so that a kill costs one evaluated interval at most
+        self.checkpoints.wait()  # completes the previous save, so that a kill loses at most one interval
         if is_main_process():
             self.run.append_metrics(line)
             if self.config.train.record_gradients:
@@ -188,10 +188,10 @@ class Training:
         self.save(state, step, line)
 
     def save(self, state: TrainState, step: int, metrics: dict[str, Any] | None) -> None:
-        """Starts saving `state`, whose `step` is finite, with the `metrics` of its evaluation if there was one.
+        """Starts saving `state`, which must be finite, as `step`, with the `metrics` of its evaluation, if any.
 
         Raises:
-          UserError: it cannot be saved, or another process has taken the run over.
+          UserError: the state cannot be saved, or another process has taken over the run.
         """
         if is_main_process():
             self.run.files.require_lock()
@@ -200,7 +200,7 @@ class Training:
         self.clock.skip()
 
     def measure(self, state: TrainState) -> dict[str, Any]:
-        """Returns the line of metrics.jsonl at `state`, the end of an epoch."""
+        """Evaluates `state` at the end of an epoch and returns its line of metrics.jsonl."""
         step = int(state.step)
         totals = {name: float(value) for name, value in state.totals.items()}
         scores: dict[str, float] = {}
@@ -217,14 +217,14 @@ class Training:
         }
 
     def on_eval_batch(self, split: str, step: int, scored: int) -> None:
-        """Shows how many images of `split` are scored; raises `StopNow` if a signal asks for a stop."""
+        """Shows the number of `split` images scored; raises `StopNow` if a signal requests a stop."""
         self.reporter.show_progress(
             step, self.steps, f"epoch {step // self.program.steps_per_epoch}/{self.config.train.epochs}  "
                               f"{count(scored)} {split} images scored")
         self.signals.check()
 
     def require_finite(self, values: Mapping[str, float], step: int) -> None:
-        """Raises `UserError`, with what helps to find the cause, unless all `values` of `step` are finite."""
+        """Raises `UserError`, with advice on finding the cause, unless all `values` of `step` are finite."""
         if all(math.isfinite(value) for value in values.values()):
             return
         self.checkpoints.wait()
@@ -235,10 +235,10 @@ class Training:
         raise UserError(
             f"training diverged at step {count(step)}: {shown}, at learning rate {rate:g}. Saved and finite: "
             f"{self.checkpoints.describe()}. In a new workdir lower --config.optimizer.learning_rate or raise "
-            "--config.optimizer.warmup_epochs; --debug_nans finds the operation that gives the first NaN.")
+            "--config.optimizer.warmup_epochs; --debug_nans finds the operation that produces the first NaN.")
 
     def stop(self, state: TrainState, step: int) -> NoReturn:
-        """Saves `state`, whose `step` is finite, and raises `Interrupted`."""
+        """Saves `state`, which must be finite, as `step` and raises `Interrupted`."""
         assert self.signals.received is not None
         self.reporter.end_progress()
         self.save(state, step, None)
@@ -249,7 +249,7 @@ class Training:
 
 
 def _where(error: FloatingPointError) -> str:
-    """Returns JAX's message with the innermost line of this package that it comes from."""
+    """Returns JAX's message with the innermost source line of this package in the traceback."""
     package = Path(__file__).parents[1]
     places = [f"{Path(frame.filename).relative_to(package.parent)}:{frame.lineno}, in {frame.name}: {frame.line}"
               for frame in traceback.extract_tb(error.__traceback__)

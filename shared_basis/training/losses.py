@@ -1,4 +1,4 @@
-"""What a step minimises, image by image; the orthogonality penalty and weight decay are links of the optimizer."""
+"""The per-image losses of a step. The orthogonality penalty and weight decay are part of the optimizer chain."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from shared_basis.config import DistillationConfig
 from shared_basis.nn.types import Array
 
 Loss = Callable[[Array, Array], Array]
-"""From logits `[N, classes]` and targets to the loss of each image, `[N]`."""
+"""Maps logits `[N, classes]` and targets to the loss of each image, `[N]`."""
 
 
 class Targets(NamedTuple):
-    """What the logits of a batch are compared with."""
+    """The targets for the logits of a batch."""
 
     labels: Array
     """Classes int32 `[N]`, or probabilities float32 `[N, classes]`."""
     teacher: Array | None = None
-    """The logits of the teacher, `[N, classes]`; None where there is none."""
+    """The teacher's logits, `[N, classes]`; None without a teacher."""
 
     def hits(self, logits: Array) -> Array:
-        """Returns how many of the largest logits are of the class, or the most probable one, of their image."""
+        """Returns the number of images whose largest logit is their class, or their most probable class."""
         classes = self.labels if self.labels.ndim == 1 else jnp.argmax(self.labels, -1)
         return jnp.sum(jnp.argmax(logits, -1) == classes, dtype=jnp.float32)
 
@@ -38,16 +38,16 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def divergence(logits: Array, teacher: Array, temperature: float) -> Array:
-    """Returns T² · KL(teacher ‖ network) of each image, both logits over T (Hinton et al. 2015, section 2).
+    """Returns T² · KL(teacher ‖ network) of each image, with both logits divided by T (Hinton et al. 2015, section 2).
 
-    T² keeps the size of its gradient as T changes.
+    The factor T² keeps the gradient's magnitude independent of T.
     """
     return temperature ** 2 * optax.losses.kl_divergence_with_log_targets(
         jax.nn.log_softmax(logits / temperature), jax.nn.log_softmax(teacher / temperature))
 
 
 def make_loss(config: DistillationConfig, labels: Loss = cross_entropy) -> Callable[[Array, Targets], Array]:
-    """Returns the loss of each image, by its label and, where there is a teacher, as `config` says, by its logits."""
+    """Returns the loss of each image: by its label and, with a teacher, also by the teacher's logits."""
     def loss(logits: Array, targets: Targets) -> Array:
         if targets.teacher is None:
             return labels(logits, targets.labels)
@@ -57,7 +57,7 @@ def make_loss(config: DistillationConfig, labels: Loss = cross_entropy) -> Calla
 
 
 def checked_loss(own: Loss) -> Loss:
-    """Returns the user's `own` loss, which raises a ValueError unless it gives a number for each image."""
+    """Returns the user's loss, wrapped to raise a ValueError unless it returns one number per image."""
     def loss(logits: Array, labels: Array) -> Array:
         losses = own(logits, labels)
         if jnp.shape(losses) != labels.shape[:1]:

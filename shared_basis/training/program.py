@@ -1,4 +1,4 @@
-"""What is compiled for training, and the state that it begins with."""
+"""The compiled functions of training, and the initial state."""
 
 from __future__ import annotations
 
@@ -30,57 +30,57 @@ from shared_basis.training.teacher import Teacher
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The compiled functions of a run, and what the loop must know of them."""
+    """The compiled functions of a run and the metadata that the loop needs."""
 
     step: Callable[..., tuple[TrainState, Metrics]]
-    """From the state and the inputs of a step to the next state and the metrics of the epoch so far."""
+    """Maps the state and the inputs of a step to the next state and the metrics of the epoch so far."""
     batches: Callable[[int], Generator[feeds.Inputs, None, None]]
-    """The inputs of each step, from the given one on."""
+    """Yields the inputs of each step, starting with the given step."""
     evaluate: Mapping[str, Evaluator]
-    """By split: 'test', and 'validation' if there is one."""
+    """The evaluators by split: 'test', and 'validation' if it exists."""
     diagnose: Callable[[Tree], dict[str, jax.Array]]
-    """From parameters to the penalty and the norms of the bases; nothing for a network without any."""
+    """Maps parameters to the penalty and the norms of the bases; empty for a network without bases."""
     schedule: optax.Schedule
-    """The learning rate by step, from 0 on."""
+    """Maps the step, counted from 0, to the learning rate."""
     steps_per_epoch: int
     memory: memory.Memory
-    """Of one device."""
+    """The memory of one device."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Definition:
-    """What is compiled for training, before it is. With streamed images the devices of the mesh need not even exist."""
+    """The functions of training before compilation. With streamed images, the devices of the mesh need not exist."""
 
     feed: feeds.Feed
     schedule: optax.Schedule
-    """The learning rate by step, from 0 on."""
+    """Maps the step, counted from 0, to the learning rate."""
     steps_per_epoch: int
     seed: np.int32
-    """An argument of the compiled functions, which then serve all seeds."""
+    """An argument of the compiled functions, so that they can be reused for all seeds."""
     create: Any
-    """Jitted: from the seed to the state before the first step."""
+    """Jitted: maps the seed to the initial state."""
     step: Any
-    """Jitted: from the state, the seed, `teacher` and the inputs of a step to the next state and the metrics of the
-    epoch."""
+    """Jitted: maps the state, the seed, `teacher` and the inputs of a step to the next state and the metrics of the
+    epoch so far."""
     teacher: Tree
-    """The variables of the teacher, None without one."""
+    """The variables of the teacher; None without a teacher."""
     state: TrainState
-    """Shapes, dtypes and shardings of the state."""
+    """The shapes, dtypes and shardings of the state."""
     diagnose: Callable[[Tree], dict[str, jax.Array]]
     """See `Program`; not jitted."""
 
     def trace(self) -> Any:
-        """Returns the traced step, for the mesh: `trace().lower().compile()` is the program that trains."""
+        """Returns the traced step for the mesh; `trace().lower().compile()` is the training program."""
         return self.step.trace(self.state, self.seed, self.teacher, *self.feed.abstract)
 
 
 def define(config: Config, images: feeds.Images, model: Network, mesh: Mesh, teacher: Teacher | None = None,
            own: Own | None = None) -> Definition:
-    """Returns the functions of a run, of which nothing is compiled yet; resident images are placed on the devices.
+    """Returns the uncompiled functions of a run, after placing resident images on the devices.
 
     Args:
-      teacher: what the network learns from beside the labels.
-      own: what the caller brings in place of what `config` says.
+      teacher: the teacher for distillation, if any.
+      own: user-supplied functions that replace those of `config`.
     """
     steps_per_epoch = images.count("train") // config.train.batch_size
     basis_groups = model.basis_groups(config.orthogonality.elements)
@@ -113,25 +113,25 @@ def define(config: Config, images: feeds.Images, model: Network, mesh: Mesh, tea
 
 
 def first_state(config: Config, model: Network, variables: Tree) -> TrainState:
-    """Returns the state before the first step of a run of `config` that starts from `variables`, arrays."""
-    # The optimizer's state does not depend on the schedule, which needs the number of images.
+    """Returns the initial state of a run of `config` with the given arrays `variables`."""
+    # The optimizer state does not depend on the schedule, which would need the number of images.
     optimizer = make_optimizer(config, model.basis_groups(config.orthogonality.elements), optax.constant_schedule(0.0))
     return start_from(variables, optimizer, averaged=config.train.ema_decay > 0)
 
 
 def build(config: Config, images: feeds.Images, model: Network, mesh: Mesh, checkpoints: Checkpoints,
           teacher: Teacher | None = None, own: Own | None = None) -> tuple[TrainState, Program]:
-    """Places the data, compiles the step, and returns the program with the latest saved state, or a new one.
+    """Places the data, compiles the step, and returns the latest saved state, or a new one, with the program.
 
     Args:
-      teacher, own: as in `define`.
+      teacher, own: see `define`.
 
     Raises:
-      UserError: no checkpoint can be restored, or the devices have not enough memory.
+      UserError: no checkpoint can be restored, or the devices do not have enough memory.
     """
     defined = define(config, images, model, mesh, teacher, own)
     lowered, seed = defined.trace().lower(), defined.seed
-    with ThreadPoolExecutor() as threads:  # XLA compiles without Python's lock
+    with ThreadPoolExecutor() as threads:  # XLA compiles without the GIL
         creating = None if checkpoints.steps else threads.submit(defined.create.lower(seed).compile)
         compiled = lowered.compile()
     needed = memory.measure(defined.state, images.bytes_on_device(defined.feed, mesh), compiled,
@@ -149,5 +149,5 @@ def build(config: Config, images: feeds.Images, model: Network, mesh: Mesh, chec
 
 
 def debugging_nans() -> bool:
-    """Returns whether JAX repeats a step that gives NaN, operation by operation (--debug_nans)."""
+    """Returns whether JAX repeats a step that produces NaN, operation by operation (--debug_nans)."""
     return jax.config.jax_debug_nans  # type: ignore[attr-defined]

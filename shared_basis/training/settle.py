@@ -1,4 +1,4 @@
-"""What a configuration leaves open is settled before a run begins: normalisation and batch, by the images."""
+"""Settles what a configuration leaves open before a run begins: the normalisation and the batch size."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from shared_basis.runs.continuation import settled_from
 from shared_basis.runtime.reporter import Reporter, count
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and deviation, by channel or one for all."""
+"""Mean and standard deviation, each by channel or one for all."""
 
 LARGEST_BATCH = 128
-"""That is chosen; larger ones are for who asks for them."""
+"""Maximum batch size to choose automatically."""
 SMALLEST_BATCH = 8
-"""That is chosen where there are so many images: batch normalisation needs some."""
+"""Minimum batch size to choose, if there are enough images, since batch normalisation needs several."""
 STEPS_AN_EPOCH = 8
-"""At least, with the batch that is chosen, unless that would be below `SMALLEST_BATCH`."""
+"""Minimum number of steps per epoch, unless the batch size would fall below `SMALLEST_BATCH`."""
 
 
 def settle(config: Config, source: data.Source, mesh: Mesh, reporter: Reporter, *, saved: Config | None = None,
            weights: Normalization | None = None) -> Config:
-    """Returns `config` with mean, deviation and batch where it leaves them open, and says in a line which they are.
+    """Returns `config` with mean, standard deviation and batch size filled in if left open; logs the chosen values.
 
     Args:
       source: the images of the run.
-      saved: the configuration of the run that goes on; what it has settled stays.
-      weights: mean and deviation of the images that the weights which the run starts from were trained on, which are
-        kept. None measures those of the training images.
+      saved: the configuration of the run to resume, whose settled values are kept.
+      weights: mean and standard deviation with which the initial weights were trained, which are reused. None measures
+        the training images.
 
     Raises:
-      UserError: there are too few images for a batch, or images cannot be decoded.
+      UserError: there are too few images for a batch, or an image cannot be decoded.
     """
     if saved is not None:
         config = replace(config, settled_from(config, saved))
@@ -55,16 +55,16 @@ def settle(config: Config, source: data.Source, mesh: Mesh, reporter: Reporter, 
         reporter.info(f"batch size {config.train.batch_size}, chosen for {count(images)} training images")
     if images < config.train.batch_size:
         raise UserError(f"train.batch_size={config.train.batch_size}: there are only {images} training images; set "
-                        f"--config.train.batch_size=0 for a batch that fits them, here {fitting_batch(images, divisor)}"
+                        f"--config.train.batch_size=0 for a suitable batch size, here {fitting_batch(images, divisor)}"
                         ".")
     return config
 
 
 def fitting_batch(images: int, divisor: int) -> int:
-    """Returns a batch for so many training images: a power of two, or the next multiple of `divisor`.
+    """Returns a batch size for the given number of images: a power of two, or the next multiple of `divisor`.
 
     Raises:
-      UserError: there are fewer images than `divisor`, of which a batch must be a multiple.
+      UserError: there are fewer images than `divisor`, of which a batch size must be a multiple.
     """
     if images < divisor:
         raise UserError(f"train.batch_size: there are only {images} training images, and a batch must be a multiple of "

@@ -1,7 +1,7 @@
-"""How a run begins with given weights: those of another run, or of a file of PyTorch's, as they are or compressed.
+"""Initialises a run with existing weights, of another run or of a PyTorch file, unchanged or compressed.
 
-`--init` on training, `--mode=import` and `--mode=compress` are one mechanism: `make` computes the variables, and step 0
-of a run is written with them. Training goes on from there as any run that resumes does.
+Training with `--init`, `--mode=import` and `--mode=compress` share one mechanism: `make` computes the variables, which
+are saved as step 0 of a run. Training then resumes from there like any other run.
 """
 
 from __future__ import annotations
@@ -41,39 +41,39 @@ from shared_basis.training.program import first_state
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-    """What a new run begins with, as the command line says it."""
+    """The initial weights of a new run, as specified on the command line."""
 
     source: str
-    """A run, as its workdir with :best or :STEP where that is not the latest checkpoint, or a file of weights."""
+    """The workdir of a run, optionally with :best or :STEP instead of its latest checkpoint, or a file of weights."""
     classes: str = ""
-    """A file that names the outputs of a file of weights: see `shared_basis.interop.classes.read_classes`."""
+    """A file with the class names of a file of weights: see `shared_basis.interop.classes.read_classes`."""
     calibration: int | None = None
     budget: float | None = None
     measure: str = "parameters"
-    """As in `shared_basis.compression.compress.compress`, from a plain network to a shared one."""
+    """As for `shared_basis.compression.compress.compress`, when a plain network is compressed to a shared one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a run begins with."""
+    """The initial variables of a run."""
 
     config: Config
-    """Names `network`, whose ranks a budget may have chosen."""
+    """Contains the name of `network`, whose ranks a budget may have chosen."""
     network: Network
     spec: data.Spec
     variables: Variables
     init: dict[str, Any]
-    """What the run's record says of it: `source`, `step` (None for a file), the `network` there, `head`: what became of
-    the classifier, and `budget`."""
+    """The entry in the run's record: `source`, `step` (None for a file), the source's `network`, `head` (how the
+    classifier was initialised) and `budget`."""
     report: dict[str, Any] | None
-    """Of the compression, if there was one; see `Compressed`."""
+    """The report of the compression, if there was one; see `Compressed`."""
 
 
 def make(config: Config, spec: data.Spec, init: Init, reporter: Reporter) -> Start:
-    """Computes what a run of `config` on data of `spec` begins with; writes nothing.
+    """Computes the initial variables of a run of `config` on data of `spec`; writes nothing.
 
     Raises:
-      UserError: as `open_weights`, `fit` and, from a plain network to a shared one, `compress`.
+      UserError: see `open_weights`, `fit` and, when compressing a plain network, `compress`.
     """
     return _make(config, spec, open_weights(init.source, config, spec, init.classes, reporter), init, reporter)
 
@@ -83,29 +83,29 @@ def _make(config: Config, spec: data.Spec, origin: Origin, init: Init, reporter:
     if init.budget is None and (its == mine or its != plain_counterpart(its)):
         return _copy(config, spec, origin, init, reporter)
     if jax.process_count() > 1:
-        raise UserError(f"--init={init.source}: {mine} is computed from plain {its} by one process; do that first with "
-                        f"--mode=compress --source={init.source}, and give its workdir to --init.")
+        raise UserError(f"--init={init.source}: compressing plain {its} to {mine} runs in one process; first run "
+                        f"--mode=compress --source={init.source}, then pass its workdir to --init.")
     return _compress(config, origin, init, reporter)
 
 
 def _copy(config: Config, spec: data.Spec, origin: Origin, init: Init, reporter: Reporter) -> Start:
-    """Returns the weights of `origin` as they are, but for the classifier."""
+    """Returns the weights of `origin` unchanged, except for the classifier."""
     for flag, value, default in (("calibration", init.calibration, None), ("budget_of", init.measure, "parameters")):
         if value != default:
-            raise UserError(f"--{flag}={value}: applies to weights of a plain network for one with shared "
-                            f"bases; {origin.where} holds {origin.config.model.name}; leave it out.")
+            raise UserError(f"--{flag}={value}: only applies when a plain network initialises one with shared "
+                            f"bases, but {origin.where} holds {origin.config.model.name}; omit it.")
     network = build_model(config, spec)
     variables, _, head = fit(origin, origin.variables, network, spec, config.seed)
     there = origin.config.data
     if (there.mean, there.std) != (config.data.mean, config.data.std):
         fields = " ".join(f'--config.data.{field}="{getattr(there, field)}"' for field in ("mean", "std"))
-        reporter.warn(f"the weights of {origin.where} were trained with another normalisation of the images; set "
+        reporter.warn(f"the weights of {origin.where} were trained with a different image normalisation; set "
                       f"{fields.replace(', ', ',')}.")
     return Start(config, network, spec, variables, _record(init, origin, head), None)
 
 
 def _compress(config: Config, origin: Origin, init: Init, reporter: Reporter) -> Start:
-    """Returns the closed form of the plain network `origin`."""
+    """Returns the plain network `origin`, compressed in closed form."""
     found = compress(config, origin, reporter, calibration=init.calibration, budget=init.budget, measure=init.measure)
     return Start(found.config, found.network, found.spec, found.variables,
                  _record(init, origin, found.report["head"]), found.report)
@@ -120,10 +120,10 @@ def _record(init: Init, origin: Origin, head: str) -> dict[str, Any]:
 
 
 def begins(run: Workdir, init: Init | None) -> bool:
-    """Returns whether a run in `run`, called with `init`, has yet to begin with these weights, on all processes alike.
+    """Returns whether a run in `run` has yet to be initialised with the weights of `init`; agrees on all processes.
 
     Raises:
-      UserError: it holds a run that began otherwise, or with weights that must be named again, or there are no weights.
+      UserError: the run began with other weights, its interrupted start needs `init` again, or there are no weights.
     """
     answer = False
     with raise_on_all_processes():
@@ -139,27 +139,27 @@ def _begins(run: Workdir, init: Init | None) -> bool:
             find_weights(init.source)
         return init is not None
     began = record["init"]
-    saved = bool(run.saved_steps)  # not of Orbax's managers, to which all processes must come
+    saved = bool(run.saved_steps)  # Orbax's managers would need all processes
     if init is None:
         if began and not saved:
-            raise UserError(f"workdir {run.path} was to begin with --init={began['source']} and holds no checkpoint "
+            raise UserError(f"workdir {run.path} was started with --init={began['source']} but holds no checkpoint "
                             "yet; give that --init again.")
         return False
     if not began or began["source"] != absolute(init.source):
         how = f"began with --init={began['source']}" if began else "began without --init"
-        raise UserError(f"workdir {run.path} holds a run that {how}; leave --init out to resume it, or choose "
+        raise UserError(f"workdir {run.path} holds a run that {how}; omit --init to resume it, or choose "
                         "another --workdir.")
     return not saved
 
 
 def with_chosen_ranks(config: Config, run: Workdir, init: Init | None) -> Config:
-    """Returns `config` for the network that the budget of `init` chose when the run began."""
+    """Returns `config` with the network that the budget of `init` chose when the run began."""
     record = run.read_record() if init is not None and init.budget is not None else None
     return config if record is None else compressing.named(config, record["config"]["model"]["name"])
 
 
 def describe(start: Start) -> str:
-    """Returns what a run begins with as human-readable lines."""
+    """Returns human-readable lines about the initial weights of a run."""
     init = start.init
     step = "" if init["step"] is None else f"step {init['step']:,} of "
     said = f"starts from {step}{init['source']} ({init['network']}); the classifier is {init['head']}"
@@ -176,21 +176,21 @@ def _compressed(name: str, report: Mapping[str, Any]) -> str:
 
 def import_weights(config: Config, workdir: Place, file: str, reporter: Reporter | None = None,
                    classes: str = "") -> dict[str, Any]:
-    """Writes the published weights in `file` as step 0 of a run of `config` in `workdir`.
+    """Saves the published weights in `file` as step 0 of a run of `config` in `workdir`.
 
-    The run is like any other: it can be evaluated, and trained on.
+    The result is an ordinary run, which can be evaluated, and trained further.
 
     Args:
-      reporter: shows in which order the outputs are taken; None prints it as the command line does.
-      classes: as in `Init`.
+      reporter: shows how the outputs are mapped to classes; None prints as the command line does.
+      classes: see `Init`.
 
     Returns:
-      `workdir`, `model`, `file`, the number of `parameters`, `head`: what became of the classifier, and `compressed`:
-      the report of `Compressed`, where the file is of the plain network; None otherwise.
+      `workdir`, `model`, `file`, the number of `parameters`, `head` (how the classifier was initialised), and
+      `compressed`: the report of `Compressed` if the file is of the plain network, otherwise None.
 
     Raises:
-      UserError: the file does not hold this network (see `load_pytorch_weights`), or the workdir holds checkpoints
-        already.
+      UserError: the file does not match this network (see `load_pytorch_weights`), or the workdir already holds
+        checkpoints.
     """
     if reporter is None:
         with Reporter() as printing:
@@ -209,17 +209,17 @@ def import_weights(config: Config, workdir: Place, file: str, reporter: Reporter
 def compress_run(config: Config, workdir: Place, source: str, reporter: Reporter, *, which: str = "latest",
                  calibration: int | None = None, budget: float | None = None,
                  measure: str = "parameters") -> dict[str, Any]:
-    """Writes the network of `config`, in closed form from the plain one in `source`, as step 0 of a run in `workdir`.
+    """Compresses the plain network in `source` to that of `config`, and saves it as step 0 of a run in `workdir`.
 
     Args:
       source: the workdir of a run, or a file of PyTorch weights.
-      which, calibration, budget, measure: as in `shared_basis.compression.compress.compress`.
+      which, calibration, budget, measure: see `shared_basis.compression.compress.compress`.
 
     Returns:
       `workdir` and the report of `Compressed`.
 
     Raises:
-      UserError: as `shared_basis.compression.compress.compress`, or `workdir` holds checkpoints already.
+      UserError: see `shared_basis.compression.compress.compress`; or `workdir` already holds checkpoints.
     """
     require_new(workdir)
     origin = None if os.path.isfile(source) else open_plain(source, which)
@@ -235,7 +235,7 @@ def require_new(workdir: Place) -> None:
     """Raises `UserError` if `workdir` holds checkpoints."""
     run = Workdir(workdir)
     if Checkpoints(run.checkpoints, read_only=True).steps:
-        raise UserError(f"workdir {run.path} holds checkpoints already; choose a new --workdir.")
+        raise UserError(f"workdir {run.path} already holds checkpoints; choose a new --workdir.")
 
 
 def _write(start: Start, workdir: Place, reporter: Reporter) -> int:
@@ -244,17 +244,17 @@ def _write(start: Start, workdir: Place, reporter: Reporter) -> int:
 
 def start_run(config: Config, workdir: Place, model: Network, spec: data.Spec, variables: Variables,
               init: Mapping[str, Any] | None = None, tell: Callable[[str], None] = lambda text: None) -> int:
-    """Writes `variables` (`params`, `batch_stats`) of `model` as step 0 of a run of `config`.
+    """Saves `variables` (`params`, `batch_stats`) of `model` as step 0 of a run of `config`.
 
     Args:
-      init: what the record says of where they come from; see `Start`.
-      tell: is told of another process for which it waits.
+      init: the record's entry about the origin of the weights; see `Start`.
+      tell: called with a message while waiting for another process.
 
     Returns:
       The number of parameters.
 
     Raises:
-      UserError: the workdir holds another run, or cannot be written.
+      UserError: the workdir holds a different run, or cannot be written.
     """
     record = make_record(config, {"classes": list(spec.classes), "image_shape": list(spec.image_shape)}, init=init)
     run = Workdir(workdir)
@@ -268,15 +268,15 @@ def start_run(config: Config, workdir: Place, model: Network, spec: data.Spec, v
 
 def save_start(checkpoints: Checkpoints, config: Config, model: Network, variables: Variables,
                record: Mapping[str, Any]) -> None:
-    """Saves `variables` of `model` as step 0 of the run `record`, on all processes together; waits until it is done."""
+    """Saves `variables` of `model` as step 0 of the run `record`, on all processes together; waits for completion."""
     state = first_state(config, model, jax.tree.map(jnp.asarray, variables))
     checkpoints.save(0, jax.device_put(jax.device_get(state), replicated(make_mesh())), record, None)
     checkpoints.wait()
 
 
 def render(result: dict[str, Any]) -> str:
-    """Returns `import_weights`' result as human-readable lines."""
-    said = (f"{result['file']}: {result['model']}, {result['parameters']:,} parameters, its classifier "
+    """Returns the result of `import_weights` as human-readable text."""
+    said = (f"{result['file']}: {result['model']}, {result['parameters']:,} parameters, classifier "
             f"{result['head']}; now step 0 of {result['workdir']}; evaluate it with --mode=evaluate "
             f"--workdir={result['workdir']}")
     return said if result["compressed"] is None else f"{said}\n{_compressed(result['model'], result['compressed'])}"

@@ -1,4 +1,4 @@
-"""One training step and the state that it moves on: pure functions, compiled by their caller."""
+"""The training step and its state: pure functions, compiled by the caller."""
 
 from __future__ import annotations
 
@@ -21,94 +21,94 @@ from shared_basis.training.losses import Targets
 
 
 class TrainState(struct.PyTreeNode):
-    """All that training carries from step to step. Batch and augmentation follow from the seed and `step`."""
+    """The state of training. The batch and its augmentation are functions of the seed and `step`."""
 
     step: Array
-    """Updates made so far, int32."""
+    """Number of updates so far, int32."""
     params: Tree
     batch_stats: Tree
     """Running statistics; empty for a network without batch normalisation."""
     opt_state: optax.OptState
     totals: Metrics
-    """Sums over the images of the running epoch so far: `loss` (what is minimised, without penalty and weight decay),
-    `correct` and `count`, float32."""
+    """Sums over the images of the current epoch so far: `loss` (without penalty and weight decay), `correct` and
+    `count`, float32."""
 
     @property
     def scored(self) -> Tree:
-        """The variables that are evaluated."""
+        """The variables to evaluate."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 class AveragedState(TrainState):
-    """A state with the moving average of its variables."""
+    """A state with a moving average of its variables."""
 
     averaged: Tree
-    """`params` and `batch_stats`."""
+    """The averages of `params` and `batch_stats`."""
 
     @property
     def scored(self) -> Tree:
-        """The averages."""
+        """The averages, which are evaluated instead of the variables."""
         return self.averaged
 
 
 @dataclasses.dataclass(frozen=True)
 class Functions:
-    """The pure functions that a step is composed of; `shared_basis.training.composition` makes them."""
+    """The pure functions that make up a step; see `shared_basis.training.composition`."""
 
     augment: Callable[[Array, Array], Array]
-    """From images uint8 `[N, H, W, C]` and a key to images."""
+    """Augmentation: maps images uint8 `[N, H, W, C]` and a key to images."""
     mix: Callable[[Array, Array, Array], tuple[Array, Array]]
-    """From these, their classes int32 `[N]` and a key to images and labels, classes or probabilities `[N, classes]`."""
+    """Mixing: maps images, classes int32 `[N]` and a key to images and classes or probabilities `[N, classes]`."""
     normalize: Callable[[Array], Array]
-    """From images to what the network is given."""
+    """Preprocessing: maps images to the network's inputs."""
     teach: Callable[[Tree, Array], Array | None]
-    """From the teacher's variables and images to its logits; None without a teacher."""
+    """Maps the teacher's variables and images to its logits; None without a teacher."""
     forward: Callable[[Tree, Tree, Array, Array], tuple[Array, Tree]]
-    """From parameters, batch statistics, inputs and dropout's key to logits and the new statistics."""
+    """Maps parameters, batch statistics, inputs and the dropout key to logits and new statistics."""
     loss: Callable[[Array, Targets], Array]
-    """From logits to the loss of each image, `[N]`."""
+    """Maps logits and targets to the loss of each image, `[N]`."""
     optimizer: optax.GradientTransformation
     finish: Callable[[TrainState], TrainState]
-    """From the new state to what it is with its averages."""
+    """Maps the new state to the state with updated averages."""
 
 
 def create_train_state(model: nn.Module, optimizer: optax.GradientTransformation, seed: int | Array,
                        image_shape: tuple[int, int, int], averaged: bool = False) -> TrainState:
-    """Returns the state before the first step, initialised from `seed`, for images `[H, W, C]`."""
+    """Returns the initial state from `seed`, for images `[H, W, C]`."""
     return start_from(init_variables(model, jax.random.key(seed), image_shape), optimizer, averaged)
 
 
 def start_from(variables: Tree, optimizer: optax.GradientTransformation, averaged: bool = False) -> TrainState:
-    """Returns the state before the first step that starts from `variables` (`params` and, if any, `batch_stats`).
+    """Returns the initial state with given `variables` (`params` and, if any, `batch_stats`).
 
     Args:
-      averaged: whether it holds their moving average too, which they are at first.
+      averaged: whether the state contains moving averages, which are initialised to the variables.
     """
     params = variables["params"]
     totals = {name: jnp.zeros(()) for name in ("loss", "correct", "count")}
     state = TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimizer.init(params),
                        totals)
-    # Copies, as the state is donated to the step, array by array.
+    # Copies, as the step donates the arrays of the state.
     return AveragedState(**vars(state), averaged=jax.tree.map(jnp.copy, state.scored)) if averaged else state
 
 
 def train_step(state: TrainState, images: Array, labels: Array, teacher: Tree = None, *, functions: Functions,
                seed: int | Array, steps_per_epoch: int, batch_sharding: NamedSharding,
                grad_accumulation_steps: int = 1) -> tuple[TrainState, Metrics]:
-    """Makes one update; its augmentation is determined by `seed` and `state.step`.
+    """Performs one update, with augmentation determined by `seed` and `state.step`.
 
     Args:
       images: the batch, uint8 `[B, H, W, C]`.
       labels: its classes, int32 `[B]`.
       teacher: the variables of the teacher.
-      batch_sharding: how the batch lies on the devices; batch statistics are those of the whole batch.
-      grad_accumulation_steps: the number of parts that the batch is divided into; their gradients are computed one
-        after another and averaged. That equals the gradient of the whole batch but for what sees a part alone: batch
-        normalisation, whose running statistics then move once for each part, and dropout's draws.
+      batch_sharding: the sharding of the batch; batch statistics cover the whole batch.
+      grad_accumulation_steps: the number of micro-batches, whose gradients are computed one after another and averaged.
+        The result equals the gradient of the whole batch except for batch normalisation, which uses the statistics of
+        each micro-batch and updates its running statistics once for each, and for the random numbers of dropout.
 
     Returns:
-      The new state and, for reading while the state moves on, its `totals` with `gradient_norm`, the global norm of the
-      loss's gradient, and `parameter_norm`, that of the new parameters.
+      The new state and a copy of its `totals`, which stays readable after the state is donated, plus `gradient_norm`,
+      the global norm of the loss's gradient, and `parameter_norm`, the global norm of the new parameters.
     """
     pixels = functions.augment(images, _stream(seed, 1, state.step))
     pixels, labels = functions.mix(pixels, labels, _stream(seed, 3, state.step))
@@ -117,7 +117,7 @@ def train_step(state: TrainState, images: Array, labels: Array, teacher: Tree = 
     dropout = _stream(seed, 2, state.step)
 
     def loss(params: Tree, batch_stats: Tree, inputs: Array, targets: Targets, key: Array) -> Any:
-        """Returns the mean loss, and with it the new running statistics and the sums of `TrainState.totals`."""
+        """Returns the mean loss and, as auxiliary output, running statistics and the sums of `TrainState.totals`."""
         logits, batch_stats = functions.forward(params, batch_stats, inputs, key)
         mean, count = functions.loss(logits, targets).mean(), len(inputs)
         return mean, (batch_stats, {"loss": mean * count, "count": jnp.asarray(count, jnp.float32),
@@ -139,13 +139,13 @@ def train_step(state: TrainState, images: Array, labels: Array, teacher: Tree = 
 
 
 def _stream(seed: int | Array, stream: int, index: int | Array) -> Array:
-    """Returns the key of `index` in an independent stream of the seed (1: augmentation, 2: dropout, 3: mixing)."""
+    """Returns key number `index` of an independent stream of the seed (1: augmentation, 2: dropout, 3: mixing)."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), index)
 
 
 def _accumulate(differentiate: Callable[..., tuple[Tree, tuple[Tree, Metrics]]], state: TrainState, batch: Tree,
                 dropout: Array, steps: int, batch_sharding: NamedSharding) -> Any:
-    """Returns what `differentiate` does for the whole batch, computed in `steps` parts; the gradient is their mean."""
+    """Returns the result of `differentiate` for the whole batch, accumulated over `steps` micro-batches."""
     def add_part(carry: Any, part: Any) -> tuple[Any, None]:
         batch_stats, totals = carry
         (inputs, targets), index = part
@@ -153,17 +153,17 @@ def _accumulate(differentiate: Callable[..., tuple[Tree, tuple[Tree, Metrics]]],
                                                       jax.random.fold_in(dropout, index))
         return (batch_stats, jax.tree.map(jnp.add, totals, (gradient, sums))), None
 
-    # Part i has the images i, i + steps, …, so that no image changes its device.
+    # Micro-batch i has the images i, i + steps, …, so that no image moves to another device.
     parts = jax.tree.map(lambda array: jax.lax.with_sharding_constraint(
         jnp.swapaxes(array.reshape(-1, steps, *array.shape[1:]), 0, 1),
         NamedSharding(batch_sharding.mesh, PartitionSpec(None, *batch_sharding.spec))), batch)
     zeros = jax.tree.map(jnp.zeros_like, (state.params, state.totals))
-    # A loop on CPU runs convolutions 15 times slower (resnet20-s16u1-double); unrolled, it saves no memory there.
+    # On CPU, convolutions in a loop run 15 times slower (resnet20-s16u1-double); unrolling would not save memory.
     (batch_stats, (gradient, sums)), _ = jax.lax.scan(
         add_part, (state.batch_stats, zeros), (parts, jnp.arange(steps)), unroll=ops.use_cpu_forms())
     return jax.tree.map(lambda leaf: leaf / steps, gradient), (batch_stats, sums)
 
 
 def _norm(tree: Tree) -> Array:
-    """Returns the norm of all leaves together, joined first: a sum for each of them takes long to compile."""
+    """Returns the global norm of all leaves, concatenated first, since one reduction per leaf is slow to compile."""
     return jnp.linalg.norm(jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)]))

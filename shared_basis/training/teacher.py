@@ -1,4 +1,4 @@
-"""The teacher of a run that learns by distillation: another run's network, held to the images of this one."""
+"""The teacher for distillation: the trained network of another run, for the same kind of images."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from shared_basis.runs.workdir import Workdir
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A trained network that is evaluated in the steps of another's training."""
+    """A trained network that is evaluated in the training steps of another network."""
 
     model: Network
     data: DataConfig
-    """How its images are normalised."""
+    """Contains the normalisation of its images."""
     variables: Tree
-    """On all devices."""
+    """The variables, replicated on all devices."""
     description: str
-    """Its network and step, and a digest of its variables, by which a run that resumes knows it again."""
+    """Its network and step, and a digest of its variables, to verify the teacher when a run resumes."""
 
 
 def open_teacher(config: Config, spec: data.Spec, warn: Callable[[str], None] = lambda text: None) -> Teacher | None:
-    """Returns the teacher that `config` names, on all devices, or None.
+    """Returns the teacher that `config` names, with its variables on all devices, or None.
 
     Args:
-      spec: of the images that both see.
-      warn: gets a line where its classes have other names.
+      spec: the spec of the images.
+      warn: called with a message if its class names differ.
 
     Raises:
-      UserError: there is no such run or checkpoint, or it is for other images or another number of classes.
+      UserError: there is no such run or checkpoint, or image shape or number of classes differ.
     """
     if not config.distillation.teacher:
         return None
@@ -56,12 +56,12 @@ def open_teacher(config: Config, spec: data.Spec, warn: Callable[[str], None] = 
         raise UserError(f"{field}: {error}") from error
     theirs, ours = _describe(trained.spec), _describe(spec)
     if theirs != ours:
-        raise UserError(f"{field}: {trained.config.model.name} there is for {theirs}, and these are {ours}; choose a "
-                        "teacher for images of this shape and number of classes, or set --config.data.image_size to "
-                        "its own.")
+        raise UserError(f"{field}: {trained.config.model.name} was trained on {theirs}, not on {ours}; choose a "
+                        "teacher with this image shape and number of classes, or set --config.data.image_size to that "
+                        "of the teacher.")
     if trained.spec.classes != spec.classes:
-        warn(f"the teacher's classes have other names ({', '.join(trained.spec.classes[:3])}, …) than these images' "
-             f"({', '.join(spec.classes[:3])}, …); they are taken to be the same in the same order.")
+        warn(f"the teacher's class names ({', '.join(trained.spec.classes[:3])}, …) differ from the data's "
+             f"({', '.join(spec.classes[:3])}, …); assuming the same classes in the same order.")
     variables = dict(trained.variables)
     return Teacher(trained.model, trained.config.data, variables,
                    f"{trained.config.model.name} at step {trained.step}, {_digest(variables)}")

@@ -1,4 +1,4 @@
-"""Training a run from its configuration: checks, data, the workdir, and the loop from the latest checkpoint on."""
+"""Trains a run from its configuration: checks, data, workdir, and the loop from the latest checkpoint on."""
 
 from __future__ import annotations
 
@@ -45,32 +45,32 @@ def train(config: Config, workdir: Place, reporter: Reporter | None = None, *,
           tensorboard: bool = False, init: str | Init | None = None, optimizer: Descent | None = None,
           loss: Loss | None = None,
           augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None) -> dict[str, Any]:
-    """Trains, or goes on training, the run of `config` in `workdir`, as `--mode=train` does.
+    """Trains or resumes the run of `config` in `workdir`, as `--mode=train` does.
 
         train(config, "runs/mine", optimizer=optax.adabelief, loss=optax.losses.poly_loss_cross_entropy, augment=rotate)
 
-    The run's record names the functions of your own, and it resumes with functions of these names alone.
+    The run's record stores the names of user-supplied functions; the run only resumes with functions of the same names.
 
     Args:
-      reporter: shows lines and progress; None prints them as the command line does.
+      reporter: shows messages and progress; None prints as the command line does.
       tensorboard: whether metrics are also written as event files.
-      init: what a new run begins with: another run, as its workdir (with :best or :STEP), or a file of PyTorch weights;
-        a run that resumes need not say it again.
-      optimizer: from the learning rate schedule of `config` to an optax transformation, which takes the place of
-        `optimizer.name`, momentum and weight decay; orthogonality, freezing and `learning_rate_factors` stay.
-      loss: from logits and probabilities, both float32 `[N, classes]`, to the loss of each image, `[N]`, in place of
+      init: the initial weights of a new run: the workdir of another run (optionally with :best or :STEP) or a file of
+        PyTorch weights. May be omitted when the run resumes.
+      optimizer: maps the learning-rate schedule of `config` to an optax transformation, which replaces
+        `optimizer.name`, momentum and weight decay; orthogonality, freezing and `learning_rate_factors` still apply.
+      loss: maps logits and probabilities, both float32 `[N, classes]`, to the loss of each image, `[N]`; replaces the
         cross entropy.
-      augment: from images uint8 `[N, H, W, C]` and a `jax.random` key to images of that shape and range, in place of
-        `data.pad` and `data.flip`; the key is a function of the seed and the step.
+      augment: maps images uint8 `[N, H, W, C]` and a `jax.random` key to images of the same shape and range; replaces
+        `data.pad` and `data.flip`. The key is a function of the seed and the step.
 
     Returns:
-      `compare_with_plain`'s counts and, in the first process, the `device`, the last line of metrics.jsonl, and of the
-      best epoch `best_epoch`, `best_test_accuracy` and `chosen_on`: 'validation', or 'test', the published protocol.
+      The counts of `compare_with_plain`. In the first process also the `device`, the last line of metrics.jsonl, and
+      `best_epoch`, `best_test_accuracy` and `chosen_on`: 'validation', or 'test' for the published protocol.
 
     Raises:
       UserError: the configuration does not fit the data or the devices, or the workdir holds another run.
-      TypeError, ValueError: a function of your own returns something else.
-      Interrupted: a signal came; the run is saved and the same call goes on.
+      TypeError, ValueError: a user-supplied function returns an invalid value.
+      Interrupted: a signal arrived; the run was saved, and the same call resumes it.
     """
     if reporter is None:
         with Reporter(None if is_main_process() else io.StringIO(), process=jax.process_index()) as printing:
@@ -83,7 +83,7 @@ def train(config: Config, workdir: Place, reporter: Reporter | None = None, *,
     run, own = Workdir(workdir, tensorboard), Own(optimizer, loss, augment)
     what = _set_up(config, run, Init(init) if isinstance(init, str) else init, own, mesh, reporter)
     config = what.config
-    with raise_on_all_processes(), memory.oom_as_user_error(config):  # apart, as processes communicate in it
+    with raise_on_all_processes(), memory.oom_as_user_error(config):  # separate, as processes communicate in it
         images = feeds.load(what.source, config.data, mesh, reporter)
     device = _describe_devices(mesh)
     record = _record_of(what, images, own, device)
@@ -100,25 +100,25 @@ def train(config: Config, workdir: Place, reporter: Reporter | None = None, *,
 
 @dataclasses.dataclass(frozen=True)
 class _Setup:
-    """What a run is made of, before its images are decoded."""
+    """The parts of a run before its images are decoded."""
 
     config: Config
     saved: Config | None
-    """That of the run in the workdir, if there is one."""
+    """The configuration of the existing run in the workdir, if any."""
     source: data.Source
     model: Network
     comparison: dict[str, Any]
-    """The network's counts beside its plain counterpart's."""
+    """The network's counts compared with its plain counterpart."""
     start: Start | None
-    """The weights that a new run begins with, if it does not begin anew."""
+    """The given initial weights of a new run, if any."""
     teacher: Teacher | None
 
 
 def _set_up(config: Config, run: Workdir, init: Init | None, own: Own, mesh: Mesh, reporter: Reporter) -> _Setup:
-    """Opens what the configuration names, and refuses what does not fit.
+    """Opens the data, the network and the weights that the configuration names, and validates the combination.
 
     Raises:
-      UserError: as `train`.
+      UserError: see `train`.
     """
     saved = stored_config(run.path)
     start, fresh = None, begins(run, init)
@@ -140,17 +140,17 @@ def _set_up(config: Config, run: Workdir, init: Init | None, own: Own, mesh: Mes
 
 def _open(config: Config, saved: Config | None, weights: Normalization | None, mesh: Mesh,
           reporter: Reporter) -> tuple[Config, data.Source, Network, dict[str, Any]]:
-    """Returns the settled configuration, the images, not decoded yet, the network for them, and its counts beside its
-    plain counterpart's.
+    """Returns the settled configuration, the source of the images, the network, and its counts compared with its plain
+    counterpart.
 
     Args:
-      saved: the configuration of the run in the workdir, if there is one.
-      weights: mean and deviation of the weights that it begins with, if it does not begin anew.
+      saved: the configuration of the existing run in the workdir, if any.
+      weights: mean and standard deviation for the given initial weights, if any.
 
     Raises:
       UserError: the network or the data is unknown, or there are too few images.
     """
-    create_model(config.model.name, stem=config.model.stem)  # what is cheap to check comes first
+    create_model(config.model.name, stem=config.model.stem)  # cheap checks first
     source = data.open_source(config.data, reporter=reporter)
     config = settle(config, source, mesh, reporter, saved=saved, weights=weights)
     model = build_model(config, source.spec)
@@ -160,7 +160,7 @@ def _open(config: Config, saved: Config | None, weights: Normalization | None, m
 
 def _finish(what: _Setup, images: feeds.Images, mesh: Mesh, run: Workdir, record: dict[str, Any], own: Own,
             reporter: Reporter) -> None:
-    """Trains what is left of the run, if anything is."""
+    """Trains the remaining steps of the run, if any."""
     config = what.config
     with contextlib.closing(Checkpoints(run.checkpoints, aside=run.damaged, tell=reporter.warn)) as checkpoints:
         if what.start is not None:
@@ -175,7 +175,7 @@ def _finish(what: _Setup, images: feeds.Images, mesh: Mesh, run: Workdir, record
 
 
 def _record_of(what: _Setup, images: feeds.Images, own: Own, device: str) -> dict[str, Any]:
-    """Returns the record of the run, as of `make_record`."""
+    """Returns the record of the run; see `make_record`."""
     files = data.fingerprint(what.source.splits)
     return make_record(what.config, {
         "classes": list(images.spec.classes), "image_shape": list(images.spec.image_shape),
@@ -187,12 +187,12 @@ def _record_of(what: _Setup, images: feeds.Images, own: Own, device: str) -> dic
 
 @contextlib.contextmanager
 def _claimed(run: Workdir, record: dict[str, Any], reporter: Reporter) -> Iterator[None]:
-    """Keeps the directory of the run `record` locked by the first process, after making sure that all see that run.
+    """Locks the directory of the run `record` in the first process, after checking that all processes see that run.
 
-    What the run began with is added to the `record` of one that resumes.
+    If the run resumes, its initial weights are added to `record`.
 
     Raises:
-      UserError: as `Workdir.locked`, `Workdir.claim` and `Workdir.require`.
+      UserError: see `Workdir.locked`, `Workdir.claim` and `Workdir.require`.
     """
     with contextlib.ExitStack() as stack:
         with raise_on_all_processes():
@@ -210,17 +210,17 @@ def _describe_devices(mesh: Mesh) -> str:
 
 
 def _log_setup(config: Config, images: feeds.Images, device: str, run: Workdir, reporter: Reporter) -> None:
-    """Prints what is trained on what and where; a verbose reporter adds versions and what differs from the defaults."""
+    """Logs data, network, devices and workdir; on a verbose reporter also versions and non-default fields."""
     reporter.debug(", ".join(f"{name} {version}" for name, version in versions().items()))
     for field, (value, default) in differences(config, Config()).items():
-        reporter.debug(f"{field}: {value!r}, by default {default!r}")
+        reporter.debug(f"{field}: {value!r} (default {default!r})")
     reporter.info(f"data {config.data.name}: {images.describe()}, {len(images.spec.classes)} classes; {device}; "
                   f"workdir {run.path}")
 
 
 def resume(config: Config, images: feeds.Images, model: Network, mesh: Mesh, run: Workdir, checkpoints: Checkpoints,
            record: dict[str, Any], reporter: Reporter, teacher: Teacher | None = None, own: Own | None = None) -> None:
-    """Compiles, and trains to the end: from the latest checkpoint, or from the beginning if there is none."""
+    """Compiles, and trains from the latest checkpoint, or from the beginning if there is none, to the end."""
     started = time.monotonic()
     reporter.info("compiling …")
     state, program = build(config, images, model, mesh, checkpoints, teacher, own)
@@ -231,7 +231,7 @@ def resume(config: Config, images: feeds.Images, model: Network, mesh: Mesh, run
 
 
 def _rewind(run: Workdir, state: TrainState, program: Program, config: Config, reporter: Reporter) -> None:
-    """Drops the metrics after `state`, which are computed again, and prints where a saved run resumes."""
+    """Drops the metrics after `state`, which will be recomputed, and logs the step from which a saved run resumes."""
     step = int(state.step)
     with raise_on_all_processes():
         if is_main_process():
@@ -248,10 +248,10 @@ def _rewind(run: Workdir, state: TrainState, program: Program, config: Config, r
 
 
 def read_outcome(run: Workdir) -> dict[str, Any]:
-    """Returns the last line of metrics.jsonl, and of the best epoch its number, test accuracy and what chose it.
+    """Returns the last line of metrics.jsonl, with epoch and test accuracy of the best epoch and how it was chosen.
 
     Raises:
-      UserError: there is no such line.
+      UserError: the file is missing or empty.
     """
     lines = evaluations(run.metrics())
     if not lines:
@@ -261,5 +261,5 @@ def read_outcome(run: Workdir) -> dict[str, Any]:
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Returns `train`'s result as human-readable lines."""
+    """Returns the result of `train` as human-readable text."""
     return f"{render_outcome(result)}\n{render_saving(dict(result))}"

@@ -106,13 +106,13 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (("train",), ("'train'", "--mode=train")), (("export", "a"), ("'export'", "--mode=export")),
     (("--mode=predict", "--images", "a.png", "b.png"), ("'b.png'", "--images=b.png")),
     (("--mode=report", "--runs=a", "b"), ("'b'", "--runs=b")),
-    (("syntax.py",), ("'syntax.py'", "by the flag that it is for", "--workdir=syntax.py")),
+    (("syntax.py",), ("'syntax.py'", "pass a path with its flag", "--workdir=syntax.py")),
     (("--epochs=3",), ("unknown flag --epochs. Did you mean --config.train.epochs?",)),
     (("--max-epochs=3",), ("--max-epochs. Did you mean --config.train.epochs?",)),
     (("--num_classes=3",), ("--num_classes: the classes are those of the images", "(see --help")),
     (("--lr=3",), ("unknown flag --lr", "Did you mean --config.optimizer.learning_rate?")),
     (("--name=x",), ("--config.name or --config.model.name or ",)),
-    (("--quiet", "--verbose"), ("--quiet --verbose", "one of the two")),
+    (("--quiet", "--verbose"), ("--quiet and --verbose", "give one of them")),
     (("--config=.",), ("--config=.: no such file",)),
     (("--config=syntax.py",), ("syntax.py",)), (("--config=raises.py",), ("on purpose",))], ids=" ".join)
 @pytest.mark.usefixtures("desk")

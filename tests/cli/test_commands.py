@@ -19,7 +19,7 @@ def request(**fields: Any) -> Request:
 
 
 @pytest.mark.parametrize(("mode", "fields", "parts"), [
-    ("evaluate", {"against": "5"}, ("--against is for --mode=inspect or analyze;", "--mode=evaluate")),
+    ("evaluate", {"against": "5"}, ("--against is only valid with --mode=inspect or analyze,", "--mode=evaluate")),
     ("report", {"against": "5"}, ("--against",)), ("inspect", {"output": "x"}, ("--output",)),
     ("summary", {"checkpoint": "12"}, ("--checkpoint",)), ("inspect", {"images": ["a.png"]}, ("--images", "predict")),
     ("evaluate", {"runs": ["a"]}, ("--runs",)), ("predict", {"fold": "none"}, ("--fold", "export")),
@@ -40,7 +40,7 @@ def test_an_output_of_the_other_kind_is_refused_before_anything_is_done(mode: st
     assert commands.run(mode, request(output=str(path)))[1] == "done"
     path.mkdir() if output == "directory" else path.touch()
     if mode not in ("analyze", "report"):
-        with user_error(f"--output={path / 'absent' / 'x'}: there is no directory {path / 'absent'}"):
+        with user_error(f"--output={path / 'absent' / 'x'}: the directory {path / 'absent'} does not exist"):
             commands.run(mode, request(output=str(path / "absent" / "x")))
     with user_error(f"--output={path} is a {output}", f"--mode={mode} writes a {other}"):
         commands.run(mode, request(output=str(path)))
@@ -64,7 +64,7 @@ def test_several_processes_share_training_and_evaluation_alone(monkeypatch: pyte
         if mode in ("train", "evaluate"):
             assert commands.run(mode, request()) == ({}, "done")
         else:
-            with user_error(f"--mode={mode} is for one process"):
+            with user_error(f"--mode={mode} runs in one process"):
                 commands.run(mode, request())
 
 

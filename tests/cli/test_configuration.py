@@ -93,16 +93,16 @@ def test_modes_of_a_trained_run_take_another_folder_as_overrides() -> None:
     (("--images=absent",), ("--images=absent: cannot be found", "<class>/*")),
     (("--images=photo.jpg",), ("--images=photo.jpg: is a file", "--mode=train takes a directory")),
     (("--images=photos", "--images=more"), ("--images=more", "one directory", "predict")),
-    (("--images=photos", "--config.data.directory=other"), ("data.directory=other", "give one of the two")),
-    (("--images=photos", "--config.data.name=cifar10"), ("data.name=cifar10", "give one of the two")),
-    (("--images=photos", "--config.data.train_split=x"), ("data.train_split='x'", "data.name='folder' does not read")),
+    (("--images=photos", "--config.data.directory=other"), ("data.directory=other", "give only one of them")),
+    (("--images=photos", "--config.data.name=cifar10"), ("data.name=cifar10", "give only one of them")),
+    (("--images=photos", "--config.data.train_split=x"), ("data.train_split='x'", "data.name='folder' ignores")),
     ((FOLDER,), ("--images=DIR",)),
     ((FOLDER, "--mode=evaluate"), ("--workdir=RUN", "--images=DIR")),
-    (("--config.data.directory=photos",), ("data.name='digits' does not read it", "--images=DIR")),
-    (("--config.data.test=0.5",), ("data.test=0.5", "data.name='digits' does not read it")),
-    ((CIFAR, "--config.data.test=0.5"), ("data.test=0.5", "data.name='cifar10' does not read it")),
+    (("--config.data.directory=photos",), ("data.name='digits' ignores this field", "--images=DIR")),
+    (("--config.data.test=0.5",), ("data.test=0.5", "data.name='digits' ignores this field")),
+    ((CIFAR, "--config.data.test=0.5"), ("data.test=0.5", "data.name='cifar10' ignores this field")),
     (("--images=photos", "--config.data.manual_directory=x"), ("data.manual_directory='x'", "folder")),
-    (("--workdir=run", "--config.data.directory=photos"), ("data.name='digits' does not read it",)),
+    (("--workdir=run", "--config.data.directory=photos"), ("data.name='digits' ignores this field",)),
     (("--workdir=photo.jpg/run",), ("cannot be read",))], ids=" ".join)
 @pytest.mark.usefixtures("desk")
 def test_what_does_not_fit_is_refused_in_one_line(arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:

@@ -66,7 +66,7 @@ def test_explanations_are_wrapped_to_the_terminal(columns: int, widest: int, mon
 
 @pytest.mark.parametrize("topics", [("trian",), ("train", "export"), ("--json",)], ids=" ".join)
 def test_help_on_what_is_no_mode_names_the_modes(topics: tuple[str, ...]) -> None:
-    with user_error(f"help {' '.join(topics)}: give one mode", ", ".join(MODES)):
+    with user_error(f"help {' '.join(topics)}: give exactly one mode", ", ".join(MODES)):
         parse(["main.py", "help", *topics])
 
 

@@ -257,7 +257,7 @@ def test_a_compressed_run_is_trained_on(tmp_path: Path) -> None:
     assert str(workdir) in text
     evaluated = evaluate(workdir)
     assert (evaluated["step"], evaluated["test_accuracy"]) == (0, result["test_accuracy"]["compressed"])
-    with user_error("holds checkpoints already"):
+    with user_error("already holds checkpoints"):
         commands.run("compress", request)
     train(config, workdir, QUIET)
     assert [line["step"] for line in read_metrics(workdir)] == [2]
@@ -431,7 +431,7 @@ def test_activations_that_overflow_are_told(tmp_path: Path) -> None:
 
 def test_a_run_is_not_overwritten(run: Path, tmp_path: Path) -> None:
     before = (run / "run.json").read_bytes()
-    with user_error("holds checkpoints already"):
+    with user_error("already holds checkpoints"):
         compress(run, run)
     assert (run / "run.json").read_bytes() == before
 

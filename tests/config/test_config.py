@@ -78,16 +78,16 @@ NAN, INF = float("nan"), float("inf")
     ("data.name", "zzz", "data.name='zzz': must be one of digits, folder, cifar10, cifar100, fashion_mnist,"),
     ("data.name", "tfds:", "data.name='tfds:': must be followed by a name, as in 'tfds:cifar10'"),
     ("data.name", "folder", "data.directory='': must be the directory of images when data.name='folder'"),
-    ("data.train_split", "train[:90%]", "data.train_split='train[:90%]': data.name='digits' does not read it, which is "
-                                        "for splits of TFDS; leave it out."),
-    ("data.directory", "/images", "data.directory='/images': data.name='digits' does not read it; leave it out. To "
-                                  "train on a folder of images give --images=DIR"),
-    ("data.test", 0.5, "data.test=0.5: data.name='digits' does not read it; leave it out."),
-    ("data", {"name": "tfds:mnist", "test": 0.5}, "data.test=0.5: data.name='tfds:mnist' does not read it"),
+    ("data.train_split", "train[:90%]", "data.train_split='train[:90%]': data.name='digits' ignores this field, which "
+                                        "only applies to TFDS; omit it."),
+    ("data.directory", "/images", "data.directory='/images': data.name='digits' ignores this field; omit it. To "
+                                  "train on a folder of images, give --images=DIR"),
+    ("data.test", 0.5, "data.test=0.5: data.name='digits' ignores this field; omit it."),
+    ("data", {"name": "tfds:mnist", "test": 0.5}, "data.test=0.5: data.name='tfds:mnist' ignores this field"),
     ("data", {"name": "folder", "directory": "/images", "manual_directory": "/x"},
-     "data.manual_directory='/x': data.name='folder' does not read it"),
+     "data.manual_directory='/x': data.name='folder' ignores this field"),
     ("data", {"name": "folder", "directory": "/images", "validation_split": "validation"},
-     "data.validation_split='validation': data.name='folder' does not read it"),
+     "data.validation_split='validation': data.name='folder' ignores this field"),
     ("data.validation", -0.1, "data.validation=-0.1: must be at least 0 and below 1"),
     ("data.validation", 1.0, "data.validation=1.0: must be at least 0 and below 1"),
     ("data.validation", NAN, "data.validation=nan: must be at least 0 and below 1"),
@@ -99,7 +99,7 @@ NAN, INF = float("nan"), float("inf")
     ("data.split_seed", -1, f"data.split_seed=-1: must be {WHOLE}"),
     ("data.crop", "centre", "data.crop='centre': must be one of center, random_resized. Did you mean 'center'?"),
     ("data.crop", "random_resized",
-     "data.image_size=0: must be positive when data.crop='random_resized'; usual is 224"),
+     "data.image_size=0: must be positive when data.crop='random_resized'; 224 is usual"),
     ("data", {"crop": "random_resized", "image_size": 224, "placement": "device"},
      "data.placement='device': must be auto or stream when data.crop='random_resized'"),
     ("data.on_broken", "skipp", "data.on_broken='skipp': must be one of fail, skip. Did you mean 'skip'?"),
@@ -112,8 +112,8 @@ NAN, INF = float("nan"), float("inf")
     ("data.train_examples", -2, f"data.train_examples=-2: must be {WHOLE}"),
     ("data.test_examples", -3, f"data.test_examples=-3: must be {WHOLE}"),
     ("data.pad", -4, f"data.pad=-4: must be {WHOLE}"),
-    ("data.mean", (), "data.std=(0.5,): must be empty when data.mean=() is"),
-    ("data.std", (), "data.std=(): must be given when data.mean=(0.5,) is"),
+    ("data.mean", (), "data.std=(0.5,): must be empty when data.mean=()"),
+    ("data.std", (), "data.std=(): must be given when data.mean=(0.5,)"),
     ("data.mean", (0.1, 0.2), "data.mean=(0.1, 0.2): must be one value, or one for each of three channels"),
     ("data.mean", (NAN,), "data.mean=(nan,): must be numbers up to 1e30"),
     ("data.std", (0.1, 0.2), "data.std=(0.1, 0.2): must be one value, or one for each of three channels"),
@@ -137,16 +137,16 @@ NAN, INF = float("nan"), float("inf")
     ("optimizer.schedule", "cosin", "must be one of piecewise, cosine. Did you mean 'cosine'?"),
     ("optimizer.boundaries", (5.0,), "optimizer.factors=(): must be as many as optimizer.boundaries=(5.0,)"),
     ("optimizer.factors", (0.1,), "optimizer.factors=(0.1,): must be as many as optimizer.boundaries=()"),
-    ("optimizer", {"boundaries": (5, 5), "factors": (1, 1)}, "(5.0, 5.0): must be rising, above 0"),
-    ("optimizer", {"boundaries": (NAN,), "factors": (0.1,)}, "optimizer.boundaries=(nan,): must be rising"),
+    ("optimizer", {"boundaries": (5, 5), "factors": (1, 1)}, "(5.0, 5.0): must be increasing and above 0"),
+    ("optimizer", {"boundaries": (NAN,), "factors": (0.1,)}, "optimizer.boundaries=(nan,): must be increasing"),
     ("optimizer", {"boundaries": (2,), "factors": (0.1,), "warmup_epochs": 2.5}, "after the warm-up of 2.5"),
     ("optimizer", {"boundaries": (2,), "factors": (0,)}, "optimizer.factors=(0.0,): must be positive"),
     ("optimizer", {"boundaries": (2,), "factors": (INF,)}, "optimizer.factors=(inf,): must be positive"),
     ("optimizer", {"boundaries": (300,), "factors": (0.1,)},
-     "below train.epochs=300, or parts of the run, all below 1, such as (0.5,0.75), which suit any number of epochs"),
-    ("optimizer", {"boundaries": (0, 0.5), "factors": (1, 1)}, "(0.0, 0.5): must be rising, above 0"),
+     "below train.epochs=300, or fractions of the run, all below 1, e.g. (0.5,0.75), which fit any number of epochs"),
+    ("optimizer", {"boundaries": (0, 0.5), "factors": (1, 1)}, "(0.0, 0.5): must be increasing and above 0"),
     ("optimizer", {"boundaries": (0.01,), "factors": (0.1,), "warmup_epochs": 3.0},
-     "optimizer.boundaries=(0.01,): must be after the warm-up of 3 epochs; of train.epochs=300 the first is at 3"),
+     "optimizer.boundaries=(0.01,): must be after the warm-up of 3 epochs; with train.epochs=300 the first is at 3"),
     ("optimizer", {"schedule": "cosine", "boundaries": (5,), "factors": (0.1,)},
      "optimizer.boundaries=(5.0,): must be empty when optimizer.schedule='cosine'"),
     ("optimizer", {"schedule": "cosine", "factors": (0.1,)},
@@ -158,8 +158,8 @@ NAN, INF = float("nan"), float("inf")
     ("optimizer.name", "adam", "optimizer.name='adam': must be one of sgd, adamw, lion, muon. Did you mean 'adamw'?"),
     ("optimizer", {"name": "lion", "nesterov": True}, "optimizer.nesterov=True: must be False when "
                                                       "optimizer.name='lion'"),
-    *(("optimizer.learning_rate_factors", entry, f"optimizer.learning_rate_factors={entry!r}: must be WHAT=FACTOR, a "
-       "kind of parameters or a glob of paths and 0 or a positive number, such as head/**=10")
+    *(("optimizer.learning_rate_factors", entry, f"optimizer.learning_rate_factors={entry!r}: must be WHAT=FACTOR: a "
+       "kind of parameters or a glob of paths, and a number of at least 0, e.g. head/**=10")
       for entry in ("head", "head=", "=2", "head=-1", "head=nan", "head=ten")),
     ("train.freeze", "!", "train.freeze='!': must be a kind of parameters or a glob of paths, such as norm, group1/** "
                           "or !head/**"),

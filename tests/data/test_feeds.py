@@ -255,7 +255,7 @@ def test_devices_that_are_the_host_hold_copies_each() -> None:
     assert not choose(10 * GIB, mesh("cpu", None))[0]
     streamed, line = choose(10 * GIB - 1, mesh("cpu", None))
     assert streamed
-    assert "take 1.0 GiB (5.0 GiB with a copy for each device); 10.0 GiB of memory are free" in line
+    assert "take 1.0 GiB (5.0 GiB with one copy per device); 10.0 GiB of memory are free" in line
     assert not choose(10 * GIB - 1, mesh("cpu", None, devices=1))[0]
 
 

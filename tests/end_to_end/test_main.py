@@ -153,7 +153,7 @@ def test_signals_stop_a_run_that_the_same_command_continues(tmp_path: Path, fiel
             os.killpg(process.pid, signum)  # as a terminal does, which tells every process
             _, errors = process.communicate(timeout=120)
         assert process.returncode == code
-        message = re.fullmatch(r"\nstopping after this step; once more stops at once\nstopped by (\w+) and saved at "
+        message = re.fullmatch(r"\nstopping after this step; a second one stops at once\nstopped by (\w+) and saved at "
                                r"step ([\d,]+) of 5,000; the same command goes on from "
                                r"there\n", errors)
         assert message, errors
@@ -187,7 +187,7 @@ MISTAKES = {  # one a mechanism: those of the command line itself are in tests/c
     "workdir below a file": ((*SMALL, "--workdir=foreign.py/run"), ("workdir foreign.py/run",)),
     "workdir that is an address": ((*SMALL, "--workdir=s3://bucket/run"), ("s3://bucket/run", "gs://BUCKET/DIRECTORY")),
     "compression of no run": (("--mode=compress", "--source=absent", "--budget=0.5"),
-                              ("--source=absent: there is no such run or file",)),
+                              ("--source=absent: no such run or file",)),
     "evaluation without a run": ((RECIPE, "--mode=evaluate", "--workdir=absent"), ("absent", "holds no run")),
 }
 

@@ -119,7 +119,7 @@ def test_a_folder_that_was_moved_can_be_scored_as_before(run: Path, tree: Path, 
     (gone / "run.json").write_text(record.replace(str(run.parent / "images"), "/gone"))
     text = io.StringIO()
     evaluate.evaluate(gone, "10", {"data.directory": str(tree)}, Reporter(text))
-    assert "if it is that one, moved, --config.data.test=0.2 scores its test part alone" in text.getvalue()
+    assert "if it is the same folder, moved, --config.data.test=0.2 scores only its test part" in text.getvalue()
 
 
 def test_a_folder_that_was_moved_is_known_by_its_files(run: Path, tree: Path, tmp_path: Path) -> None:

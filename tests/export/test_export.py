@@ -398,7 +398,7 @@ def test_writes_nothing_that_computes_something_else(run: Path, tmp_path: Path, 
         return logits + fault, by
     monkeypatch.setitem(export.FORMATS, "wrong", SimpleNamespace(
         require_packages=lambda: None, serialise=onnx_writer.serialise, run=wrong))
-    with user_error("nothing is written", "differ from the network's", "--fold=none"):
+    with user_error("no file was written", "differ from the network's", "--fold=none"):
         export.export(run, "wrong", output=str(tmp_path / "model.onnx"))
     assert list(tmp_path.iterdir()) == []
 

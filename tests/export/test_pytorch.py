@@ -63,7 +63,7 @@ def test_the_file_goes_where_it_is_asked_to_or_nowhere(run: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["here.safetensors"]
     with user_error("cannot be written", "--output=FILE"):
         export_weights(run, output=str(tmp_path / "absent" / "w.safetensors"))
-    with user_error("--fold=none", "the unchanged weights"):
+    with user_error("--fold=none", "the weights unchanged"):
         commands.run("export", request(run, fold="none"))
 
 

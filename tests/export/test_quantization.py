@@ -105,17 +105,17 @@ def test_a_quantised_file_says_what_the_network_does_and_how_well(run: Path, cho
 def test_nothing_is_written_that_loses_more_than_is_allowed(tmp_path: Path) -> None:
     """Weights of 1e7 are infinite in float16, and what is not a number classifies nothing."""
     path = save(tmp_path / "run", scale=1e7)
-    with user_error("nothing is written", "float16 classifies 0.00 %", "--tolerance=1", "give --tolerance="):
+    with user_error("no file was written", "float16 classifies 0.00 %", "--tolerance=1", "give --tolerance="):
         export.export(path, "onnx", quantize="float16")
     assert not (path / "export").exists()
 
 
 @pytest.mark.parametrize(("fields", "parts"), [
-    ({"quantize": "int8", "format": "stablehlo"}, ("--quantize=int8 is for --format=onnx", "--format=stablehlo")),
+    ({"quantize": "int8", "format": "stablehlo"}, ("--quantize=int8 requires --format=onnx", "--format=stablehlo")),
     ({"quantize": "float16", "format": "pytorch"}, ("--quantize=float16", "--format=pytorch")),
     ({"quantize": "int8", "tolerance": -1.0}, ("--tolerance=-1", "0 to 100")),
     ({"quantize": "int8", "tolerance": float("nan")}, ("--tolerance=nan", "0 to 100")),
-    ({"tolerance": 2.0}, ("--tolerance is for --quantize",)),
+    ({"tolerance": 2.0}, ("--tolerance requires --quantize",)),
     ({"quantize": "int4"}, ("--quantize=int4", "int8, float16"))])
 def test_what_cannot_be_quantised_is_refused_before_anything_is_read(fields: dict[str, Any],
                                                                      parts: tuple[str, ...]) -> None:

@@ -30,7 +30,7 @@ def test_lists_of_names_are_read(tmp_path: Path, content: str, names: Any) -> No
 def test_other_content_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "classes"
     path.write_bytes(content)
-    with user_error(f"--classes={path}", "one name a line"):
+    with user_error(f"--classes={path}", "one name per line"):
         read_classes(str(path))
 
 

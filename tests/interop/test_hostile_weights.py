@@ -144,7 +144,7 @@ def test_no_pickle_runs_code_wherever_it_stands(tmp_path: Path, trap: Path, exte
     ("copyreg", "_reconstructor"), ("builtins", "getattr"), ("shared_basis.interop.state_dict", "_tensor"), ("", "")])
 def test_only_the_names_of_a_state_dict_are_known(tmp_path: Path, module: str, name: str) -> None:
     write_zip(tmp_path / "network.pth", state_dict(weight=text(module) + text(name) + b"\x93"))
-    with user_error(f"it asks for {module}.{name}, which a state dict does not need"):
+    with user_error(f"it refers to {module}.{name}, which a state dict does not need"):
         read_state_dict(tmp_path / "network.pth")
 
 

@@ -294,7 +294,7 @@ def test_counts_of_batches_are_optional():
      "tensor 'fc.weight' has shape [100, 64], in this layout [64, 100]; params/head/kernel needs [64, 10]."),
     ("layer1.1.coeff_conv1.weight", np.zeros((16, 4, 3, 3)), "tensor 'layer1.1.coeff_conv1.weight' has shape"),
     ("layer3.1.shared_basis_1.weight", np.zeros((12, 64, 3, 3)),
-     "tensor 'layer3.1.shared_basis_1.weight' differs from 'shared_basis_3_1.weight', whose alias it is."),
+     "tensor 'layer3.1.shared_basis_1.weight' differs from 'shared_basis_3_1.weight'; aliases must be equal."),
     ("layer3.1.shared_basis_1.weight", np.zeros((2, 64, 3, 3)), "tensor 'layer3.1.shared_basis_1.weight' differs"),
 ])
 def test_a_state_dict_that_is_not_the_network_is_refused_by_the_tensor(tmp_path, name, change, message):
@@ -481,7 +481,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path, write):
     ({"w": tensor("1", 1, (2,), (1,))}, "a tensor reaches beyond its storage"),
     ({"w": tensor("1", -1, (1,), (1,))}, "a tensor reaches beyond its storage"),
     ({"w": tensor("1", 1, (2,), (-1,))}, "a tensor reaches beyond its storage"),
-    ({"w": TORCH.Size()}, "it asks for torch.Size, which a state dict does not need"),
+    ({"w": TORCH.Size()}, "it refers to torch.Size, which a state dict does not need"),
 ])
 def test_content_that_is_no_state_dict_is_refused(tmp_path, write, content, words):
     write(tmp_path / "network.pth", content)
@@ -503,14 +503,14 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path, write, place):
     marker = tmp_path / "executed"
     code = Call(os.system, f"touch {marker}")
     write(tmp_path / "network.pth", {"content": code, "tensor": {"weight": code}, "key": [state_dict(), code]}[place])
-    assert "it asks for posix.system, which a state dict does not need" in refusal(tmp_path / "network.pth")
+    assert "it refers to posix.system, which a state dict does not need" in refusal(tmp_path / "network.pth")
     assert not marker.exists()
 
 
 def test_code_in_a_bare_pickle_is_refused_and_not_executed(tmp_path):
     marker = tmp_path / "executed"
     (tmp_path / "network.pth").write_bytes(pickle.dumps(Call(os.system, f"touch {marker}")))
-    assert "it asks for posix.system" in refusal(tmp_path / "network.pth")
+    assert "it refers to posix.system" in refusal(tmp_path / "network.pth")
     assert not marker.exists()
 
 

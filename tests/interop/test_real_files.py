@@ -133,8 +133,8 @@ def test_the_way_out_that_a_refusal_names_works(tmp_path: Path, monkeypatch: pyt
     network = network_of("torchvision", "resnet18")
     torch.save({"model": network.state_dict(), "args": argparse.Namespace(lr=0.1)}, "w.pth")
     model = create_model("resnet18", num_classes=7, stem="imagenet")
-    with user_error("argparse.Namespace", "Where you trust the file") as caught:
+    with user_error("argparse.Namespace", "If you trust the file") as caught:
         load_pytorch_weights("w.pth", model)
-    exec(str(caught.value).partition("tensors alone: ")[2].partition(", with the key")[0], {})
+    exec(str(caught.value).partition("only its tensors: ")[2].partition(", using the")[0], {})
     variables = load_pytorch_weights("tensors.pth", model)
     np.testing.assert_array_equal(variables["params"]["head"]["bias"], network.fc.bias.detach().numpy())

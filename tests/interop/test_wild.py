@@ -89,7 +89,7 @@ def test_other_types_become_float32(tmp_path: Path, dtype: Any, save: Any) -> No
 
 def test_objects_are_not_made_and_the_way_out_is_said(tmp_path: Path) -> None:
     path = torch_files.save(tmp_path / "weights.pth", {"model": tensors(), "args": argparse.Namespace(lr=0.1)})
-    with user_error("it asks for argparse.Namespace, which a state dict does not need", "Where you trust the file",
+    with user_error("it refers to argparse.Namespace, which a state dict does not need", "If you trust the file",
                     f"torch.load({str(path)!r}, weights_only=False", "torch.save(c['model'], 'tensors.pth')"):
         load_pytorch_weights(path, SHARED)
     with user_error("it holds no dict of tensors", "torch.save("):

@@ -316,7 +316,7 @@ def dropped(state: TrainState, dtype: Any) -> TrainState:
     (lambda state: dropped(state, jnp.bfloat16), ("the dtype of params/head/kernel is float32 there and bfloat16 here",
                                                   "JAX_ENABLE_X64")),
     (lambda state: state.replace(params={"head": {"kernel": state.params["head"]["kernel"]}}),
-     ("params/head/bias is not of this network",)),
+     ("params/head/bias is not part of this network",)),
     (lambda state: state.replace(params={**state.params, "tail": state.params["head"]}),
      ("params/tail/", "is missing")),
 ], ids=["precision", "array too many", "array too few"])

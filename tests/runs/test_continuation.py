@@ -55,12 +55,12 @@ def test_more_epochs_are_taken_where_the_past_is_the_same(now: Config, then: Con
 
 @pytest.mark.parametrize(("now", "then", "parts"), [
     (replace(COSINE, {"train.epochs": 4}), COSINE, ("train.epochs: 4 now, 2 there", "cosine schedule falls to 0")),
-    (replace(PARTS, {"train.epochs": 4}), PARTS, ("are parts of the run", "--config.optimizer.boundaries='(1.0,)'")),
+    (replace(PARTS, {"train.epochs": 4}), PARTS, ("fractions of the run", "--config.optimizer.boundaries='(1.0,)'")),
     (replace(CONSTANT, {"optimizer.learning_rate": 0.2}), CONSTANT, ("optimizer.learning_rate: 0.2 now, 0.1 there",)),
     (replace(CONSTANT, {"optimizer.warmup_epochs": 0.5}), CONSTANT, ("optimizer.warmup_epochs",)),
     (replace(CONSTANT, {"optimizer.schedule": "cosine"}), CONSTANT, ("cosine",))])
 def test_another_learning_rate_in_the_past_is_refused(now: Config, then: Config, parts: tuple[str, ...]) -> None:
-    with user_error("workdir run holds a run of another configuration", "10 steps would have been trained at other",
+    with user_error("workdir run holds a run with another configuration", "the first 10 steps would have had other",
                     "--init=run", *parts):
         go_on(now, then)
 

@@ -76,7 +76,7 @@ def test_the_images_may_lie_elsewhere(run: Workdir) -> None:
     ({"train_examples": 11}, ("train_examples: 11 now, 10 there",)),
     ({"classes": [f"class{i}" for i in range(1000)]}, ("class0", "… 1000 in all"))])
 def test_other_data_is_refused_in_a_short_line(run: Workdir, facts: dict[str, Any], parts: tuple[str, ...]) -> None:
-    with user_error("another data", *parts) as caught:
+    with user_error("other data", *parts) as caught:
         run.claim(record(**facts))
     assert len(str(caught.value)) < 500
 
@@ -88,10 +88,10 @@ def test_a_workdir_without_a_run_cannot_be_loaded(tmp_path: Path) -> None:
 
 def test_runs_near_a_directory_without_one_are_named(run: Workdir, tmp_path: Path) -> None:
     run.claim(record())
-    with user_error(f"It is part of the run in {run.path}: name that."):
+    with user_error(f"It is part of the run in {run.path}; use that directory."):
         Workdir(run.checkpoints / "10").load()
     above = run.path.parent
-    with user_error(f"{above} holds no run", f"It contains {run.path}: name one of them."):
+    with user_error(f"{above} holds no run", f"It contains {run.path}; use one of them."):
         Workdir(above).load()
     for name in ("z1", "z2", "z3"):
         Workdir(above / name).claim(record())
@@ -262,7 +262,7 @@ def test_the_run_that_is_required_must_be_there_and_the_same(run: Workdir, tmp_p
     run.require(record())
     with user_error("optimizer.momentum: 0.5 now, 0.9 there"):
         run.require(record(replace(CONFIG, {"optimizer.momentum": 0.5})))
-    with user_error("another data", "classes"):
+    with user_error("other data", "classes"):
         run.require(record(classes=["cat", "cow"]))
     assert (run.path / "run.json").read_bytes() == before
     with user_error(f"workdir {tmp_path / 'absent'} holds no run.json here", "a file system that all machines share"):

@@ -464,7 +464,7 @@ def test_a_process_that_waits_in_vain_for_the_others_says_so(tmp_path: Path, pro
     assert (done.returncode, done.stdout) == (2, "")
     errors = [line for line in done.stderr.splitlines() if not re.match(r"[IWE]\d{4} ", line)]  # those are JAX's own
     assert len(errors) == 1
-    assert errors[0].startswith(f"error: the 2 processes did not find one another at 127.0.0.1:{port} within 3 seconds")
+    assert errors[0].startswith(f"error: the 2 processes could not connect at 127.0.0.1:{port} within 3 seconds")
     assert os.listdir(tmp_path) == []
 
 

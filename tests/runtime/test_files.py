@@ -133,7 +133,7 @@ def test_the_lock_of_a_dead_process_is_taken_over_and_of_a_living_one_never(buck
     began = time.monotonic()
     with bucket.locked(0, told.append):
         assert time.monotonic() - began > 0.5
-        assert told == [f"{bucket.path} is locked by process 7 on there: waits 1 seconds for a sign of life"]
+        assert told == [f"{bucket.path} is locked by process 7 on there; waiting 1 seconds for its renewal"]
         time.sleep(1)
         with user_error("in use"), open_files(bucket.path).locked(0, lambda text: None):
             pass
@@ -148,7 +148,7 @@ def test_a_process_that_was_taken_for_dead_writes_no_more(storage: Emulator, buc
         with user_error("metrics.jsonl: another process has written it"):
             bucket.append("metrics.jsonl", "two\n")
         time.sleep(1)
-        with pytest.raises(OSError, match="another one has taken over"):
+        with pytest.raises(OSError, match="another process has taken over"):
             bucket.require_lock()
     assert bucket.read("metrics.jsonl") == b"one\nother\n"
     assert bucket.read(".lock") == b"another", "it is the other one's"
@@ -163,7 +163,7 @@ def test_a_process_that_was_suspended_asks_for_its_lock_before_it_writes(
         open_files(bucket.path).write({".lock": "another"})
         bucket.require_lock()  # renewed just now
         time.sleep(0.7)
-        with pytest.raises(OSError, match="another one has taken over"):
+        with pytest.raises(OSError, match="another process has taken over"):
             bucket.require_lock()
     assert bucket.read(".lock") == b"another"
 

@@ -145,7 +145,7 @@ def test_the_step_of_a_larger_batch_takes_more(tmp_path: Path) -> None:
 
 def test_the_line_holds_all_figures() -> None:
     line = Memory(parameters=3 * KIB, optimizer=5 * MIB, data=7 * GIB, step=GIB).render()
-    assert line == ("memory of each device: 3.0 KiB for parameters, 5.0 MiB for the optimizer, 7.0 GiB for data; "
+    assert line == ("memory per device: 3.0 KiB for parameters, 5.0 MiB for the optimizer, 7.0 GiB for data; "
                     "8.0 GiB with the step at its peak")
 
 
@@ -156,7 +156,7 @@ def test_a_run_begins_with_what_it_takes(tmp_path: Path) -> None:
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((state["params"], state["batch_stats"])))
     optimizer = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state["opt_state"]))
     images = 44 * 72 + 30 * 68 // 4
-    line, = (line for line in reporter.text.getvalue().splitlines() if "memory of each device" in line)
+    line, = (line for line in reporter.text.getvalue().splitlines() if "memory per device" in line)
     assert line.startswith("ready in ")
     for part in (f"{size_text(size)} for parameters", f"{size_text(optimizer)} for the optimizer",
                  f"{size_text(images)} for data", "with the step at its peak"):
@@ -235,7 +235,7 @@ def test_a_run_without_the_memory_is_refused_before_its_first_step(tmp_path: Pat
     reporter = Watcher()
     config = replace(CONFIG, {"data.train_examples": 0, "data.placement": "stream", "data.workers": 0,
                               "data.image_size": 1024, "train.batch_size": 1024})
-    with user_error("out of memory: memory of each device: ", "× 4 devices", "The largest part is the step",
+    with user_error("out of memory: memory per device: ", "× 4 devices", "The largest part is the step",
                     "--config.train.batch_size"):
         train_module.train(config, tmp_path / "run", reporter)
     assert reporter.steps == []

@@ -133,7 +133,7 @@ def test_a_loss_and_an_augmentation_of_ones_own_are_what_is_computed() -> None:
     np.testing.assert_allclose(state.batch_stats["seen"], inputs, rtol=1e-5, atol=1e-5)
     logits = inputs.reshape(8, -1) @ np.float64(head["kernel"])
     assert float(metrics["loss"]) == pytest.approx(((logits - np.eye(10)[labels]) ** 2).sum(), rel=1e-4)
-    with pytest.raises(ValueError, match=r"augment must return images of the shape that it is given, \(8, 4, 4, 1\)"):
+    with pytest.raises(ValueError, match=r"augment must return images of the input shape \(8, 4, 4, 1\)"):
         steps(Config(data=CENTRED), 1, own=Own(augment=lambda images, key: images[:, 1:]))
 
 
@@ -240,7 +240,7 @@ PLAIN = replace(CONFIG, {"optimizer.learning_rate_factors": "", "train.freeze": 
 def test_a_teacher_that_does_not_fit_is_refused_before_the_workdir_is_made(finished: Path, tmp_path: Path) -> None:
     with user_error(f"distillation.teacher='{tmp_path}/none': {tmp_path}/none holds no run", "RUN[:latest|best|STEP]"):
         train(replace(PLAIN, {"distillation.teacher": str(tmp_path / "none")}), tmp_path / "new", Watcher())
-    with user_error(f"distillation.teacher='{finished}': {TINY} there is for 10 classes of 8×8×1 images, and these are "
+    with user_error(f"distillation.teacher='{finished}': {TINY} was trained on 10 classes of 8×8×1 images, not on "
                     "10 classes of 16×16×1 images", "--config.data.image_size"):
         train(replace(PLAIN, {"distillation.teacher": str(finished), "data.image_size": 16}), tmp_path / "new",
               Watcher())
@@ -255,7 +255,7 @@ def test_a_run_learns_from_another_and_from_no_other(finished: Path, tmp_path: P
     record = json.loads(file.read_text())
     assert record["data"]["teacher"].startswith(f"{TINY} at step ")
     file.write_text(json.dumps({**record, "data": {**record["data"], "teacher": f"{TINY} at step 10, 0123456789ab"}}))
-    with user_error("another data (teacher: ", "0123456789ab"):  # as if the one of this name had been trained on
+    with user_error("other data (teacher: ", "0123456789ab"):  # as if the one of this name had been trained on
         train(taught, tmp_path / "taught", Watcher())
     other = replace(taught, {"distillation.teacher": str(tmp_path / "taught")})
     with user_error("distillation.teacher: ", "another configuration"):
@@ -265,7 +265,7 @@ def test_a_run_learns_from_another_and_from_no_other(finished: Path, tmp_path: P
 def test_what_a_pattern_says_of_the_network_is_told_before_the_workdir_is_made(tmp_path: Path) -> None:
     with user_error("train.freeze='heads/**': matches no parameter"):
         train(replace(CONFIG, {"train.freeze": "heads/**"}), tmp_path / "run", Watcher())
-    with user_error("train.freeze='**': leaves nothing to be trained"):
+    with user_error("train.freeze='**': freezes all parameters"):
         train(replace(CONFIG, {"train.freeze": "**", "train.freeze_epochs": 0.0}), tmp_path / "run", Watcher())
     with pytest.raises(TypeError, match="optimizer must be a function"):
         train(CONFIG, tmp_path / "run", Watcher(), optimizer=optax.adam(0.1))  # type: ignore[arg-type]
@@ -283,7 +283,7 @@ def test_a_run_with_functions_of_ones_own_resumes_with_them_alone(tmp_path: Path
     own = {"optimizer": optax.adabelief, "loss": optax.losses.poly_loss_cross_entropy, "augment": lighter}
     with pytest.raises(Interrupted, match="saved at step 3 of 5"):
         train(config, tmp_path / "run", Watcher(at=[2], signum=signal.SIGTERM), **own)
-    with user_error("another choice of your own functions", "loss: None now", "poly_loss_cross_entropy' there"):
+    with user_error("other functions of your own", "loss: None now", "poly_loss_cross_entropy' there"):
         train(config, tmp_path / "run", Watcher(), optimizer=optax.adabelief, augment=lighter)
     train(config, tmp_path / "run", Watcher(), **own)
     train(config, tmp_path / "whole", Watcher(), **own)

@@ -131,7 +131,7 @@ def test_what_else_does_not_fit_is_listed(source: Path, images: Path) -> None:
 def test_another_normalisation_is_warned_of(source: Path) -> None:
     reporter = Listener()
     make(replace(DIGITS, {"data.mean": (0.5,)}), Init(str(source)), reporter)
-    assert 'with another normalisation of the images; set --config.data.mean="(0.3,)"' in reporter.text.getvalue()
+    assert 'with a different image normalisation; set --config.data.mean="(0.3,)"' in reporter.text.getvalue()
     assert normalization_of(f"{source}:best") == ((0.3,), (0.5,))
 
 
@@ -139,11 +139,11 @@ def test_another_normalisation_is_warned_of(source: Path) -> None:
     (Init("absent"), ("--init=absent", "no such run or file", "RUN:best")),
     (Init("SOURCE/checkpoints"), ("--init=", "/checkpoints: the directory holds no run", "file of PyTorch weights",
                                    "part of the run in SOURCE")),
-    (Init("SOURCE/run.json"), ("--init=", "a file of the run in SOURCE; give the run, --init=SOURCE.")),
+    (Init("SOURCE/run.json"), ("--init=", "a file of the run in SOURCE; give the run: --init=SOURCE.")),
     (Init("SOURCE:7"), ("checkpoint '7'", "10, 20")), (Init("SOURCE:worst"), ("checkpoint 'worst'",)),
-    (Init("SOURCE", classes="list"), ("--classes=list", "knows its own")),
-    (Init("SOURCE", calibration=5), ("--calibration=5", "leave it out")),
-    (Init("SOURCE", measure="macs"), ("--budget_of=macs", "leave it out")),
+    (Init("SOURCE", classes="list"), ("--classes=list", "has class names")),
+    (Init("SOURCE", calibration=5), ("--calibration=5", "omit it")),
+    (Init("SOURCE", measure="macs"), ("--budget_of=macs", "omit it")),
     (Init("SOURCE", budget=0.5), ("--budget=0.5 chooses the ranks, which", "tiny"))])
 def test_a_mistake_is_told(source: Path, init: Init, parts: tuple[str, ...]) -> None:
     with user_error(*(part.replace("SOURCE", str(source)) for part in parts)):
@@ -168,12 +168,12 @@ def test_a_run_begins_resumes_without_its_source_and_takes_no_other(source: Path
         assert Trained.open(run).step == 2
         assert Workdir(run).load()[1]["init"] == recorded
         assert json.loads((run / "checkpoints" / "2" / "run" / "metadata").read_text())["init"] == recorded
-    with user_error(f"holds a run that began with --init={copy}:best; leave --init out"):
+    with user_error(f"holds a run that began with --init={copy}:best; omit --init"):
         train(DIGITS, run, Listener(), init=str(source))
     with user_error("holds a run that began without --init"):
         train(DIGITS, source, Listener(), init=str(run))
     shutil.rmtree(run / "checkpoints")
-    with user_error(f"was to begin with --init={copy}:best and holds no checkpoint yet"):
+    with user_error(f"was started with --init={copy}:best but holds no checkpoint yet"):
         train(DIGITS, run, Listener())
 
 
@@ -205,7 +205,7 @@ def test_outputs_of_a_file_are_taken_in_order_which_is_said(images: Path, tmp_pa
     assert_trees_equal(jax.device_get(dict(opened.variables)), variables)
     assert opened.spec.classes[2] == "10"
     assert evaluate(tmp_path / "run")["step"] == 0
-    with user_error("holds checkpoints already"):
+    with user_error("already holds checkpoints"):
         import_weights(config, tmp_path / "run", str(path), reporter)
 
 

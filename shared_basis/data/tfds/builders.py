@@ -1,9 +1,9 @@
-"""Builders for TensorFlow Datasets that prepare without TensorFlow what the stock builders need TensorFlow for.
+"""TFDS builders that prepare data sets without TensorFlow, for data sets whose stock builders require it.
 
 Each subclasses the stock builder and keeps its name, version, features and order, so what it writes is ordinary
 ArrayRecord data that the stock builder reads. Only the steps that call TensorFlow are replaced: unpacking, and
-encoding, which TFDS leaves to Pillow when it is given Pillow images. Records equal those of the stock builders, but
-for the 23 images of ImageNet that both encode anew as RGB JPEG (22 are CMYK, one is PNG).
+encoding, for which TFDS uses Pillow when it gets Pillow images. Records equal those of the stock builders, except for
+the 23 images of ImageNet that both re-encode as RGB JPEG (22 are CMYK, one is PNG).
 
 Importing this module imports `tensorflow_datasets`.
 """
@@ -33,10 +33,10 @@ class Cifar10(cifar.Cifar10, skip_registration=True):  # type: ignore[call-arg]
 
     BY_HAND = False
     EXAMPLES = 60_000
-    """Of all splits."""
+    """Number of examples in all splits."""
 
     def sources(self) -> dict[str, Any]:
-        """Returns what TFDS knows of the source files (file name, size, checksum), by address."""
+        """Returns TFDS's metadata of the source files (file name, size, checksum), by URL."""
         return {self._cifar_info.url: checksums.get_all_url_infos()[self._cifar_info.url]}
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Example]]:
@@ -49,7 +49,7 @@ class Cifar10(cifar.Cifar10, skip_registration=True):  # type: ignore[call-arg]
                 for name, part in files.items()}
 
     def _generate_examples(self, prefix: str, data: bytes) -> Iterator[Example]:
-        """Yields the examples of `data`: per image its labels, one byte each, then three planes of 32×32 bytes."""
+        """Yields the examples of `data`: per image its labels of one byte each, then three planes of 32×32 bytes."""
         keys = self._cifar_info.label_keys
         rows = np.frombuffer(data, np.uint8).reshape(-1, len(keys) + 3 * 32 * 32)
         for index, row in enumerate(rows):
@@ -72,7 +72,7 @@ class FashionMNIST(mnist.FashionMNIST, skip_registration=True):  # type: ignore[
              ("test", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"))
 
     def sources(self) -> dict[str, Any]:
-        """Returns what TFDS knows of the source files (file name, size, checksum), by address."""
+        """Returns TFDS's metadata of the source files (file name, size, checksum), by URL."""
         known = checksums.get_all_url_infos()
         return {self.URL + file: known[self.URL + file] for _, *files in self.FILES for file in files}
 
@@ -88,16 +88,16 @@ class FashionMNIST(mnist.FashionMNIST, skip_registration=True):  # type: ignore[
 
 
 class Imagenet2012(imagenet.Builder, skip_registration=True):  # type: ignore[call-arg]
-    """ImageNet (ILSVRC 2012) from its two archives, which have to be downloaded by hand, after registration."""
+    """ImageNet (ILSVRC 2012) from its two archives, which must be downloaded manually after registration."""
 
     name = "imagenet2012"
-    pkg_dir_path = imagenet.Builder._get_pkg_dir_path()  # of the description and the names of the classes
+    pkg_dir_path = imagenet.Builder._get_pkg_dir_path()  # contains the description and the class names
     BY_HAND = True
     EXAMPLES = 1_281_167 + 50_000
     ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 
     def sources(self) -> dict[str, Any]:
-        """Returns what TFDS knows of the source files (file name, size, checksum), by address."""
+        """Returns TFDS's metadata of the source files (file name, size, checksum), by URL."""
         known = {os.path.basename(url): (url, info) for url, info in imagenet.Builder.url_infos.items()}
         return {url: checksums.UrlInfo(info.size, info.checksum, name)
                 for name, (url, info) in known.items() if name in self.ARCHIVES}
@@ -115,7 +115,7 @@ class Imagenet2012(imagenet.Builder, skip_registration=True):  # type: ignore[ca
                         yield self._example(archive, image, member.name.removesuffix(".tar"))
 
     def _generate_validation(self, path: Path) -> Iterator[Example]:
-        """Yields the examples of an archive of images; TFDS holds the labels, by the order of their names."""
+        """Yields the examples of an archive of images; TFDS provides the labels, ordered by file name."""
         listed = Path(tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")).read_text().split()
         with tarfile.open(path) as archive:
             labels = dict(zip(sorted(archive.getnames()), listed, strict=False))
@@ -137,11 +137,11 @@ PUBLISHED_TIMES = {
     "train-images-idx3-ubyte.gz": 1504176606, "train-labels-idx1-ubyte.gz": 1504176606,
     "t10k-images-idx3-ubyte.gz": 1504176627, "t10k-labels-idx1-ubyte.gz": 1504176627,
 }
-"""Seconds since 1970 in the gzip headers of the published Fashion-MNIST."""
+"""Timestamp in the gzip headers of the published Fashion-MNIST, in seconds since 1970."""
 
 
 def with_published_header(path: Path) -> bytes:
-    """Returns a gzip file of Fashion-MNIST with the file name and time that the published one has in its header."""
+    """Returns a gzip file of Fashion-MNIST with the file name and timestamp of the published header."""
     body = path.read_bytes()
     if len(body) < 10:
         return body
@@ -150,7 +150,7 @@ def with_published_header(path: Path) -> bytes:
 
 
 def _file(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
-    """Returns the contents of a member, which must be a file."""
+    """Returns a file object for the contents of a member, which must be a regular file."""
     file = archive.extractfile(member)
     if file is None:
         raise ValueError(f"{member.name!r} in {archive.name!r} is not a file")
@@ -158,7 +158,7 @@ def _file(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
 
 
 def _read_members(archive: os.PathLike[str], members: list[str]) -> bytes:
-    """Returns the contents of files in a tar archive, one after another."""
+    """Returns the concatenated contents of files in a tar archive."""
     with tarfile.open(archive) as tar:
         return b"".join(_file(tar, tar.getmember(member)).read() for member in members)
 

@@ -1,6 +1,6 @@
-"""What is known of the data sets of TFDS before they are opened: names, classes, and where they lie.
+"""Metadata of TFDS data sets that is known before they are opened: names, classes and directories.
 
-`tensorflow_datasets` is slow to import, so it is imported only where nothing else will do.
+`tensorflow_datasets` is slow to import, so it is only imported where unavoidable.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ SPECS = {
     "fashion_mnist": Spec((28, 28, 1), ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt",
                                         "Sneaker", "Bag", "Ankle boot")),
 }
-"""Fixed here, since TFDS knows CIFAR's class names only once it has the data; opening it compares them."""
+"""Fixed here, since TFDS only provides CIFAR's class names once it is prepared; they are compared on opening."""
 
 
 def tfds_name(config: DataConfig) -> str:
-    """Returns the name that TFDS knows the data set by."""
+    """Returns the data set's name in TFDS."""
     return config.name.removeprefix(TFDS_PREFIX)
 
 
 def data_directory(config: DataConfig) -> str:
-    """Returns the directory in which TFDS keeps prepared data sets."""
+    """Returns the directory in which TFDS stores prepared data sets."""
     if config.directory:
         return os.path.expanduser(config.directory)
     from tensorflow_datasets.core import constants
@@ -51,7 +51,7 @@ def data_directory(config: DataConfig) -> str:
 
 def imagenet_classes() -> tuple[str, ...]:
     """Returns the 1,000 WordNet ids in the order of TFDS."""
-    package = importlib.util.find_spec("tensorflow_datasets")  # finds the files and spares the slow import
+    package = importlib.util.find_spec("tensorflow_datasets")  # locates the files without the slow import
     if package is None or package.origin is None:
         raise UserError("imagenet2012 needs the package tensorflow-datasets, which holds the names of its classes.")
     labels = Path(package.origin).parent / "datasets" / "imagenet2012" / "labels.txt"
@@ -59,7 +59,7 @@ def imagenet_classes() -> tuple[str, ...]:
 
 
 def own_builder(config: DataConfig) -> Any | None:
-    """Returns our builder of the data set, if there is one."""
+    """Returns this package's builder for the data set, or None if there is none."""
     from shared_basis.data.tfds.builders import BUILDERS
 
     if tfds_name(config) not in BUILDERS:
@@ -67,13 +67,13 @@ def own_builder(config: DataConfig) -> Any | None:
     directory = data_directory(config)
     try:
         return BUILDERS[tfds_name(config)](data_dir=directory)
-    except Exception as error:  # it reads the metadata of prepared data, which may be damaged
+    except Exception as error:  # prepared metadata, which it reads, may be damaged
         raise UserError(f"cannot read the {config.name} that is prepared in {directory}: {one_line(error)}; delete it "
                         "there to have it prepared again.") from error
 
 
 def damaged(where: Any, reason: str) -> UserError:
-    """Returns the error for prepared data, a builder or its directory, that cannot be read."""
+    """Returns the error for prepared data that cannot be read; `where` is a builder or its directory."""
     directory = getattr(where, "data_dir", where)
     return UserError(f"cannot read the prepared data in {directory}: {reason}; delete that directory to have it "
                      "prepared again, or set another --config.data.directory.")

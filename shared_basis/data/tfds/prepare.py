@@ -1,9 +1,9 @@
-"""Preparation of TFDS data sets: source files in, ArrayRecord out.
+"""Prepares TFDS data sets: converts source files to ArrayRecord.
 
-Own builders (`shared_basis.data.tfds.builders`) need no TensorFlow; any other set is prepared by TFDS's own builder
-where TensorFlow is installed (the extra `prepare`). Source files come from `data.manual_directory` or by download;
-their sizes and checksums are those that TFDS publishes. TFDS writes into a directory of another name and renames it at
-the end; a lock keeps two preparations apart, and what a killed one left is removed by the next.
+The builders of this package (`shared_basis.data.tfds.builders`) need no TensorFlow; other data sets are prepared by
+TFDS's own builder if TensorFlow is installed (the extra `prepare`). Source files come from `data.manual_directory` or
+are downloaded; their sizes and checksums must match those published by TFDS. TFDS writes to a temporary directory and
+renames it at the end; a lock excludes concurrent preparations, and leftovers of a killed one are removed by the next.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from shared_basis.runtime.files import one_line
 from shared_basis.runtime.reporter import Reporter
 
 SHOWN_EVERY = 100
-"""Examples between two reports of progress."""
+"""Number of examples between progress updates."""
 
 RETRIES = 3
-"""TFDS itself tries ten times, for minutes."""
+"""Number of download attempts; TFDS's default of ten takes minutes."""
 
 
 def prepare(config: DataConfig, reporter: Reporter) -> str:
-    """Prepares the data set unless it is prepared, and returns where it lies.
+    """Prepares the data set unless it already is, and returns its location and size as text.
 
     Args:
-      reporter: shows what is prepared and how far it is; downloads show the bars of TFDS.
+      reporter: shows messages and progress; downloads show the progress bars of TFDS.
 
     Raises:
       UserError: source files are missing or are not the published ones, or the data cannot be written.
@@ -55,7 +55,7 @@ def prepare(config: DataConfig, reporter: Reporter) -> str:
             sources = builder.sources()
             check_sources(builder, config, sources)
         with _locked(Path(builder.data_dir_root), builder.name, reporter):
-            if not builder.data_path.exists():  # another process may have been at it
+            if not builder.data_path.exists():  # another process may have prepared it
                 _remove_leftovers(builder)
                 _write(builder, config, sources, reporter)
         builder = find_builder(config)
@@ -66,7 +66,7 @@ def prepare(config: DataConfig, reporter: Reporter) -> str:
 
 
 def _stock_builder(config: DataConfig) -> Any:
-    """Returns TFDS's own builder, which needs TensorFlow."""
+    """Returns TFDS's own builder, which requires TensorFlow."""
     import tensorflow_datasets as tfds
 
     name, directory = tfds_name(config), data_directory(config)
@@ -77,13 +77,13 @@ def _stock_builder(config: DataConfig) -> Any:
                         "'shared-basis[prepare]'), and run --mode=prepare.")
     try:
         return tfds.builder(name, data_dir=directory)
-    except Exception as error:  # an unknown name, configuration or version, each in words of many lines
-        raise UserError(f"{advice}; TFDS does not know it either: {one_line(error)}.") from error
+    except Exception as error:  # unknown name, configuration or version
+        raise UserError(f"{advice}; TFDS cannot find it either: {one_line(error)}.") from error
 
 
 @contextlib.contextmanager
 def _locked(directory: Path, name: str, reporter: Reporter) -> Iterator[None]:
-    """Waits until no other process prepares the data set `name` in `directory`."""
+    """Waits until no other process is preparing the data set `name` in `directory`, and holds a lock."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -98,7 +98,7 @@ def _locked(directory: Path, name: str, reporter: Reporter) -> Iterator[None]:
         except OSError as error:
             if not os.access(directory, os.W_OK):
                 raise _unwritable(directory, name, error) from error
-            # Otherwise a file system without locks, where two preparations at once are the user's to avoid.
+            # Otherwise the file system has no locks, and the user must avoid concurrent preparations.
         yield
 
 
@@ -108,7 +108,7 @@ def _unwritable(directory: Path, name: str, error: OSError) -> UserError:
 
 
 def _remove_leftovers(builder: Any) -> None:
-    """Removes what preparations and downloads that were killed have left."""
+    """Removes files left by preparations and downloads that were killed."""
     for path in builder.data_path.parent.glob(f"incomplete.*_{builder.data_path.name}"):
         shutil.rmtree(path, ignore_errors=True)
     for pattern in (f".{builder.name}-sources-*", f"downloads/{builder.name}/*.tmp.*"):
@@ -118,7 +118,7 @@ def _remove_leftovers(builder: Any) -> None:
 
 @contextlib.contextmanager
 def _tfds_settings() -> Iterator[None]:
-    """Has TFDS retry less, and show its bars on terminals alone; restores its settings at the end."""
+    """Makes TFDS retry less and show progress bars on terminals only; restores its settings at the end."""
     from tensorflow_datasets.core.download import downloader
     from tensorflow_datasets.core.utils import tqdm_utils
 
@@ -134,7 +134,7 @@ def _tfds_settings() -> Iterator[None]:
 
 
 def _write(builder: Any, config: DataConfig, sources: Mapping[str, Any], reporter: Reporter) -> None:
-    """Writes the data set as ArrayRecord into the TFDS data directory; a failure leaves no directory of that name."""
+    """Writes the data set as ArrayRecord into the TFDS data directory; on failure, that directory is not created."""
     import requests
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
@@ -142,7 +142,7 @@ def _write(builder: Any, config: DataConfig, sources: Mapping[str, Any], reporte
 
     reporter.info(f"Preparing {config.name} in {builder.data_dir}")
     try:
-        # TFDS prints what the reporter has said, and standard output is for results.
+        # TFDS prints to standard output, which is reserved for results.
         with (_tfds_settings(), checked_sources(builder, config, sources) as manual,
               _counted(builder, reporter) if sources else contextlib.nullcontext(),
               contextlib.redirect_stdout(io.StringIO())):
@@ -157,8 +157,8 @@ def _write(builder: Any, config: DataConfig, sources: Mapping[str, Any], reporte
         raise UserError(f"cannot prepare {config.name} in {builder.data_dir}: {one_line(error)}.") from error
     except MemoryError:
         raise
-    except Exception as error:  # whatever the source files make tarfile, Pillow or TFDS raise
-        if not sources:  # TFDS's own builder, which asks for files that it cannot download in words of its own
+    except Exception as error:  # tarfile, Pillow or TFDS may raise anything
+        if not sources:  # a stock builder, whose message names missing files
             raise UserError(f"TFDS cannot prepare {config.name}: {one_line(error)}") from error
         raise UserError(f"cannot prepare {config.name} in {builder.data_dir}; its source files may not be what they "
                         f"should be: {one_line(error)}") from error
@@ -166,7 +166,7 @@ def _write(builder: Any, config: DataConfig, sources: Mapping[str, Any], reporte
 
 @contextlib.contextmanager
 def _counted(builder: Any, reporter: Reporter) -> Iterator[None]:
-    """Reports the examples that our `builder` reads, in place of TFDS's bars, which know no total."""
+    """Reports the examples that `builder` reads, instead of TFDS's progress bars, which lack a total."""
     import tensorflow_datasets as tfds
 
     progress, split_generators, numbers = (
@@ -179,14 +179,14 @@ def _counted(builder: Any, reporter: Reporter) -> Iterator[None]:
             yield example
 
     def counted(manager: Any) -> dict[str, Iterator[Any]]:
-        generators = split_generators(manager)  # downloads, which TFDS shows
+        generators = split_generators(manager)  # downloads, with TFDS's own progress bars
         tfds.disable_progress_bar()
         progress(0, builder.EXAMPLES)
         return {name: count(examples) for name, examples in generators.items()}
 
-    builder._split_generators = counted  # of this instance alone
+    builder._split_generators = counted  # for this instance only
     try:
         yield
     finally:
         del builder._split_generators
-        progress(builder.EXAMPLES, builder.EXAMPLES)  # removes the bar, after a failure too
+        progress(builder.EXAMPLES, builder.EXAMPLES)  # removes the bar, also after a failure

@@ -1,9 +1,9 @@
-"""Data sets by TensorFlow Datasets (TFDS), read without TensorFlow from its ArrayRecord format.
+"""Reads TensorFlow Datasets (TFDS) in ArrayRecord format without TensorFlow.
 
     cifar10, cifar100, fashion_mnist, imagenet2012  prepared by this package: see `shared_basis.data.tfds.prepare`
-    tfds:<name>[/<config>][:<version>]              whatever TFDS finds prepared in its data directory
+    tfds:<name>[/<config>][:<version>]              any data set that TFDS finds prepared in its data directory
 
-`tensorflow_datasets` is slow to import, so it is imported only to load images, or to describe a set that is not known.
+`tensorflow_datasets` is slow to import, so it is only imported to load images or if the spec is not built in.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from shared_basis.errors import UserError
 from shared_basis.runtime.files import one_line
 
 UNLABELLED = {"imagenet2012": ("test",)}
-"""Splits that exist and have no labels, so that they cannot be the test split."""
+"""Splits without labels, which cannot be used for testing."""
 
 OTHER_FILES = 256
-"""That a process has open beside the parts of a data set, at most: libraries, checkpoints, connections."""
+"""Upper bound of other open files of a process: libraries, checkpoints, connections."""
 
 
 def describe(config: DataConfig) -> Spec:
-    """Returns the spec; a set not known here must be prepared, as its metadata is read.
+    """Returns the spec; a data set without a built-in spec must be prepared, as its metadata is read.
 
     Raises:
-      UserError: it is not prepared, it is no set of images and classes, or its images differ in size and
+      UserError: the data set is not prepared, does not have images and classes, or its images differ in size and
         `config.image_size` is 0.
     """
     name = tfds_name(config)
@@ -50,10 +50,10 @@ def describe(config: DataConfig) -> Spec:
 
 
 def open_source(config: DataConfig, names: Sequence[str]) -> Source:
-    """Opens the splits `names` of a prepared data set, in the order of TFDS.
+    """Opens the splits `names` of a prepared data set; examples keep the order of TFDS.
 
     Raises:
-      UserError: the data is not prepared or is damaged, or a split does not exist.
+      UserError: the data set is not prepared or is damaged, or a split does not exist.
     """
     builder = find_builder(config)
     if builder is None:
@@ -69,7 +69,7 @@ def open_source(config: DataConfig, names: Sequence[str]) -> Source:
                                         np.arange(_count(config, builder, part, split)))
     _check_disjoint(builder, splits)
     for part, opened in examples.items():
-        opened.read([0])  # a format that only TensorFlow reads is reported now
+        opened.read([0])  # fails here if only TensorFlow can read the format
         for piece in builder.info.splits[splits[part]].file_instructions:
             if not os.path.exists(piece.filename):
                 raise damaged(builder, f"{os.path.basename(piece.filename)} is missing")
@@ -77,10 +77,10 @@ def open_source(config: DataConfig, names: Sequence[str]) -> Source:
 
 
 def find_builder(config: DataConfig) -> Any | None:
-    """Returns the TFDS builder of the data set as it lies prepared, or None where it is not prepared.
+    """Returns the TFDS builder of the prepared data set, or None if it is not prepared.
 
     Raises:
-      UserError: what lies there is damaged.
+      UserError: the prepared data is damaged.
     """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import naming, read_only_builder
@@ -98,17 +98,17 @@ def find_builder(config: DataConfig) -> Any | None:
             if not own.is_prepared():
                 raise damaged(own, "it holds no metadata")
             return own
-        return read_only_builder.builder_from_files(name, data_dir=directory)  # also our own ones in older versions
+        return read_only_builder.builder_from_files(name, data_dir=directory)  # also older versions of own builders
     except tfds.core.DatasetNotFoundError:
         return None
     except UserError:
         raise
-    except Exception as error:  # whatever damage does to the metadata
+    except Exception as error:  # damaged metadata may raise anything
         raise damaged(os.path.join(directory, name), one_line(error)) from error
 
 
 def _check_metadata(directory: Path) -> None:
-    """Raises `UserError` if prepared data names classes other than TFDS's: reading it would import their modules."""
+    """Raises `UserError` if prepared data refers to classes outside of TFDS, whose modules would be imported."""
     for path in directory.glob("**/features.json"):
         def check(found: dict[str, Any], path: Path = path) -> dict[str, Any]:
             for key in ("pythonClassName", "python_class_name", "type"):
@@ -126,25 +126,25 @@ def _check_metadata(directory: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class RecordExamples:
-    """Examples of a prepared TFDS data set; the files are opened on first use, in each process anew."""
+    """Examples of a prepared TFDS data set; each process opens the files on first use."""
 
     directory: str
     split: str
     image: str
     label: str
     indices: np.ndarray
-    """int64 [N]: which examples of the split these are."""
+    """int64 [N]: indices of these examples in the split."""
     _opened: list[Any] = dataclasses.field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def take(self, indices: np.ndarray) -> RecordExamples:
-        """Returns the examples `indices` alone."""
+        """Returns the subset with the given `indices`."""
         return dataclasses.replace(self, indices=self.indices[indices])
 
     def read(self, indices: Sequence[int]) -> list[tuple[Encoded, int]]:
-        """Returns images as encoded by TFDS, and labels.
+        """Returns pairs of an image, as encoded by TFDS, and its label.
 
         Raises:
           UserError: the files are damaged.
@@ -152,7 +152,7 @@ class RecordExamples:
         try:
             records = self._source().__getitems__(self.indices[list(indices)].tolist())
             return [(record[self.image], int(record[self.label])) for record in records]
-        except NotImplementedError as error:  # TFDS says so in several lines that send the user elsewhere
+        except NotImplementedError as error:  # TFDS's own message is several lines long
             raise UserError(f"the data in {self.directory} is in a format that only TensorFlow reads; set another "
                             "--config.data.directory to have it prepared there as ArrayRecord.") from error
         except UserError:
@@ -161,7 +161,7 @@ class RecordExamples:
             raise damaged(self.directory, one_line(error)) from error
 
     def name(self, index: int) -> str:
-        """Returns the number of the example in its split."""
+        """Returns a description of the example: its index, split and directory."""
         return f"example {self.indices[index]} of {self.split!r} in {self.directory}"
 
     def _source(self) -> Any:
@@ -170,7 +170,7 @@ class RecordExamples:
 
             builder = tfds.builder_from_directory(self.directory)
             _allow_open_files(sum(split.num_shards for split in builder.info.splits.values()))
-            # No other feature is decoded: Pillow and others would be given whatever they hold.
+            # No other features are decoded, so that untrusted data does not reach Pillow and other decoders.
             decoders = {key: tfds.decode.SkipDecoding() for key in builder.info.features if key != self.label}
             self._opened.append(builder.as_data_source(self.split, decoders=decoders))
         return self._opened[0]
@@ -183,10 +183,10 @@ class RecordExamples:
 
 
 def _allow_open_files(count: int) -> None:
-    """Lets this process open `count` files more, each part of a data set being one that stays open.
+    """Raises this process's limit of open files by `count`, since the file of each shard stays open.
 
     Raises:
-      UserError: the system's own limit is lower.
+      UserError: the system's hard limit is lower.
     """
     try:
         import resource
@@ -207,7 +207,7 @@ def _unprepared(config: DataConfig) -> UserError:
 
 
 def _sized(config: DataConfig, spec: Spec) -> Spec:
-    """Returns `spec` with the configured size of images."""
+    """Returns `spec` with the configured image size."""
     height, width, channels = spec.image_shape
     if config.image_size:
         height = width = config.image_size
@@ -218,7 +218,7 @@ def _sized(config: DataConfig, spec: Spec) -> Spec:
 
 
 def _keys(config: DataConfig, builder: Any) -> tuple[str, str]:
-    """Returns the names of the image and of the label: the supervised keys, or the only ones of their kinds."""
+    """Returns the names of the image and label features: the supervised keys, or the only ones of these kinds."""
     import tensorflow_datasets as tfds
 
     features = dict(builder.info.features.items())
@@ -238,18 +238,18 @@ def _spec_of(config: DataConfig, builder: Any) -> Spec:
     image, label = _keys(config, builder)
     kind = np.dtype(builder.info.features[image].np_dtype)
     if kind not in (np.uint8, np.uint16):
-        raise UserError(f"data.name={config.name!r}: its images are of type {kind}; those of pictures are "
-                        "uint8 and uint16.")
+        raise UserError(f"data.name={config.name!r}: its images are of type {kind}; only "
+                        "uint8 and uint16 are supported.")
     height, width, channels = builder.info.features[image].shape
     names = builder.info.features[label].names or [str(index) for index in
                                                    range(builder.info.features[label].num_classes)]
     if channels == 4:
-        channels = 3  # transparency is laid over white
+        channels = 3  # transparent pixels are blended with white
     return _sized(config, Spec((height or 0, width or 0, channels or 3), tuple(names)))
 
 
 def _split_strings(config: DataConfig, builder: Any, names: Sequence[str]) -> dict[str, str]:
-    """Returns the TFDS split of each of our splits."""
+    """Returns the TFDS split for each of `names`."""
     existing = [name for name in builder.info.splits if name not in UNLABELLED.get(builder.name, ())]
     splits = {"train": config.train_split or "train", "test": config.test_split or (
         next((name for name in ("test", "validation") if name in existing), ""))}
@@ -269,7 +269,7 @@ def _count(config: DataConfig, builder: Any, part: str, split: str) -> int:
     """Returns the number of examples of `split`."""
     try:
         count = builder.info.splits[split].num_examples
-    except Exception as error:  # TFDS raises several types for what it cannot parse
+    except Exception as error:  # TFDS raises several types for invalid splits
         raise UserError(f"data.{part}_split={split!r}: no such split of data.name={config.name!r}; it has "
                         f"{_listed(builder)}, and parts of them as 'train[:90%]'.") from error
     if count <= 0:
@@ -278,7 +278,7 @@ def _count(config: DataConfig, builder: Any, part: str, split: str) -> int:
 
 
 def _check_disjoint(builder: Any, splits: dict[str, str]) -> None:
-    """Raises `UserError` if an example is in two of the splits."""
+    """Raises `UserError` if two of the splits share an example."""
     ranges = []
     for part, split in splits.items():
         for piece in builder.info.splits[split].file_instructions:
@@ -288,4 +288,4 @@ def _check_disjoint(builder: Any, splits: dict[str, str]) -> None:
     for (file, _, end, part, split), (other_file, start, _, other_part, other) in itertools.pairwise(ranges):
         if file == other_file and start < end:
             raise UserError(f"data.{part}_split={split!r} and data.{other_part}_split={other!r} have examples in "
-                            "common; an image must be in one of them alone.")
+                            "common; they must be disjoint.")

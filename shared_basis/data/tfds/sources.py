@@ -1,4 +1,4 @@
-"""The source files of TFDS data sets: which are missing, and whether those at hand are the published ones."""
+"""The source files of TFDS data sets: finds missing ones, and verifies the checksums of existing ones."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from shared_basis.config import DataConfig
 from shared_basis.errors import UserError
 
 PROBE_SECONDS = 5
-"""How long a server may take to answer before a download counts as impossible."""
+"""Timeout after which a server counts as unreachable."""
 
 
 def manual_directory(config: DataConfig) -> str | None:
-    """Returns the directory of files downloaded by hand, if one is named."""
+    """Returns the directory with manually downloaded files, or None if none is configured."""
     manual = os.path.expanduser(config.manual_directory) or None
     if manual and not os.path.isdir(manual):
         raise UserError(f"data.manual_directory={config.manual_directory!r}: no such directory; it must hold the "
                         f"source files of {config.name}.")
     if manual and not os.access(manual, os.R_OK | os.X_OK):
-        raise UserError(f"data.manual_directory={config.manual_directory!r}: cannot be read; mend its permissions.")
+        raise UserError(f"data.manual_directory={config.manual_directory!r}: cannot be read; fix its permissions.")
     return manual
 
 
 def check_sources(builder: Any, config: DataConfig, sources: Mapping[str, Any]) -> None:
-    """Raises `UserError` if a source file is neither at hand, nor downloaded before, nor can be downloaded."""
+    """Raises `UserError` if a source file is neither available locally nor downloadable."""
     from tensorflow_datasets.core.download import resource
 
     manual = manual_directory(config)
@@ -37,7 +37,7 @@ def check_sources(builder: Any, config: DataConfig, sources: Mapping[str, Any]) 
     missing = {url: info for url, info in sources.items()
                if not (manual and os.path.exists(os.path.join(manual, info.filename)))
                and not os.path.exists(downloads / resource.get_dl_fname(url, info.checksum))}
-    problem = "it has to be downloaded by hand, after registration" if builder.BY_HAND else (
+    problem = "it must be downloaded manually after registration" if builder.BY_HAND else (
         next((f"a download fails ({why})" for why in map(probe, missing) if why), None))
     if missing and problem:
         files = ", ".join(f"{info.filename} ({int(info.size)} bytes, sha256 {info.checksum})"
@@ -50,7 +50,7 @@ def check_sources(builder: Any, config: DataConfig, sources: Mapping[str, Any]) 
 
 
 def probe(url: str, timeout: float = PROBE_SECONDS) -> str:
-    """Returns why `url` cannot be downloaded, or an empty string if its server begins to send it."""
+    """Returns why `url` cannot be downloaded, or an empty string if the server starts to send it."""
     import requests
 
     try:
@@ -62,10 +62,10 @@ def probe(url: str, timeout: float = PROBE_SECONDS) -> str:
 
 @contextlib.contextmanager
 def checked_sources(builder: Any, config: DataConfig, sources: Mapping[str, Any]) -> Iterator[str | None]:
-    """Yields a directory of the source files at hand, after checking them; None where all are to be downloaded.
+    """Yields a directory with the verified local source files; None if all of them are to be downloaded.
 
-    Debian's gzip files differ from the published ones in their headers alone, which name neither file nor time: copies
-    with the published headers stand in for them.
+    Debian's gzip files differ from the published ones only in their headers, which lack file name and timestamp; copies
+    with the published headers are used instead.
     """
     from shared_basis.data.tfds.builders import PUBLISHED_TIMES, with_published_header
 
@@ -86,10 +86,10 @@ def checked_sources(builder: Any, config: DataConfig, sources: Mapping[str, Any]
 
 
 def check_file(path: Path, info: Any) -> None:
-    """Raises `UserError` unless the file is the published one; of very large ones only the size is compared."""
+    """Raises `UserError` unless the file is the published one; for very large files only the size is compared."""
     size = path.stat().st_size
     if size != int(info.size):
-        raise UserError(f"{path} has {size} bytes, and the published file has {int(info.size)}: it is not complete, or "
+        raise UserError(f"{path} has {size} bytes, and the published file has {int(info.size)}: it is incomplete or "
                         "not the published file; get it again.")
     if size < 2**30 and (found := _sha256(path)) != info.checksum:
         raise UserError(f"{path} has a wrong checksum, sha256 {found}, and the published file has {info.checksum}; get "

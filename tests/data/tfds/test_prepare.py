@@ -163,7 +163,7 @@ def test_both_archives_of_imagenet_are_to_be_downloaded_by_hand(tmp_path, mistak
                  "b08200a27a8e34218a0e58fde36b0fe8f73bc377f4acea2d91602057c3ca45bb)",
                  "ILSVRC2012_img_val.tar (6744924160 bytes, sha256 "
                  "c7e06a6c0baccf06d8dbeb6577d71efff84673a5dbdd50633ab44f8ea0456ae0)",
-                 "by hand", "registration", "image-net.org", "--config.data.manual_directory=DIR"):
+                 "manually", "registration", "image-net.org", "--config.data.manual_directory=DIR"):
         assert part in message
     assert not (tmp_path / "tfds").exists()
 
@@ -205,7 +205,7 @@ def test_a_file_that_is_not_complete_is_refused_with_both_sizes(name, put, mista
     body = path.read_bytes()
     path.write_bytes(body[:-100])
     message = mistake(config, data.prepare)
-    for part in (str(path), f"{len(body) - 100} bytes", f"published file has {len(body)}", "not complete"):
+    for part in (str(path), f"{len(body) - 100} bytes", f"published file has {len(body)}", "incomplete"):
         assert part in message
     assert_nothing_prepared(config)
 
@@ -598,4 +598,4 @@ def test_a_set_that_tfds_does_not_know_either_is_told_of(tmp_path, installed, mi
     installed(True)
     message = mistake(DataConfig(name=f"tfds:{name}", directory=str(tmp_path), image_size=8), data.prepare)
     assert f"data.name='tfds:{name}' is not prepared in {tmp_path}" in message
-    assert "TFDS does not know it either" in message
+    assert "TFDS cannot find it either" in message
