@@ -24,8 +24,9 @@ def evaluate(workdir: Place, which: str = "latest", overrides: Mapping[str, Any]
       reporter: shows the images' source and the progress; None shows nothing.
 
     Returns:
-      `workdir`, `step`, `model`, `test_loss`, `test_accuracy`, `test_accuracy_top5`, `test_examples`, and `chosen_on`:
-      for 'best' the images that it was chosen on, 'validation' or 'test' (the published protocol); None otherwise.
+      `workdir`, `step`, `model`, `test_loss`, `test_accuracy`, `test_accuracy_top5`, `test_examples`, `num_classes`,
+      and `chosen_on`: for 'best' the images it was chosen on, 'validation' or 'test' (the published protocol);
+      otherwise None.
 
     Raises:
       UserError: as `Trained.open`, or other data than the run was trained for.
@@ -46,7 +47,7 @@ def evaluate(workdir: Place, which: str = "latest", overrides: Mapping[str, Any]
         reporter.end_progress()  # where broken images were left out it has not come to its end
     return {"workdir": str(trained.run.path), "step": trained.step, "model": config.model.name,
             "test_loss": scores["loss"], "test_accuracy": scores["accuracy"],
-            "test_accuracy_top5": scores["accuracy_top5"], "test_examples": int(scores["count"]),
+            "test_accuracy_top5": scores["accuracy_top5"], "test_examples": int(scores["count"]), "num_classes": len(trained.spec.classes),
             "chosen_on": chosen_on(trained.checkpoints.metrics(trained.step) or {}) if which == "best" else None}
 
 
@@ -55,6 +56,6 @@ def render(result: Mapping[str, Any]) -> str:
     chosen = {None: "", "validation": " (best validation epoch)",
               "test": " (the best test epoch, chosen on these images as in the paper)"}[
                   result["chosen_on"]]
+    top5 = f", top-5 {100 * result['test_accuracy_top5']:.2f} %" if result["num_classes"] > 5 else ""  # otherwise 100 %
     return (f"{result['model']} at step {result['step']:,} of {result['workdir']}{chosen}: test accuracy "
-            f"{100 * result['test_accuracy']:.2f} %, top-5 {100 * result['test_accuracy_top5']:.2f} %, loss "
-            f"{result['test_loss']:.4f}, on {result['test_examples']:,} images")
+            f"{100 * result['test_accuracy']:.2f} %{top5}, loss {result['test_loss']:.4f}, on {result['test_examples']:,} images")

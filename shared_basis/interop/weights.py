@@ -99,10 +99,12 @@ def open_weights(source: str, config: Config, spec: data.Spec, classes: str, rep
 def open_file(path: str, config: Config, spec: data.Spec, classes: str, reporter: Reporter) -> Origin:
     """Opens the file of weights `path` like `open_weights`; logs the assumed order of the outputs."""
     names = read_classes(classes) if classes else None
-    target, plain, said = build_model(config, spec), plain_counterpart(config.model.name), _said(path)
+    plain, said = plain_counterpart(config.model.name), _said(path)
+    config = replace(config, {f"data.{name}": said[name] for name in ("mean", "std") if name in said})
+    target = build_model(config, spec)
     network, variables = load_network(path, target, create_model(plain, stem=config.model.stem))
-    changes = {f"data.{name}": said[name] for name in ("mean", "std") if name in said}
-    config = replace(config, changes if network.sharing == target.sharing else {"model.name": plain, **changes})
+    if network.sharing != target.sharing:
+        config = replace(config, {"model.name": plain})
     channels, count = np.shape(variables["params"]["stem"]["kernel"])[-2], network.num_classes
     outputs = said.get("classes", ())
     if names is not None:
