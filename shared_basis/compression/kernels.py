@@ -1,7 +1,7 @@
-"""From kernels, as plain arrays, to one shared basis and what each layer adds to it, in closed form.
+"""Factorises kernels, given as plain arrays, into a shared basis and per-layer factors, in closed form.
 
-The mathematics is `shared_basis.compression.factorize`. The batch normalisation that `BasisConv` has between basis and
-coefficients restores the mean and the deviation that it removes: at evaluation it is the identity, in training nearly.
+The mathematics is in `shared_basis.compression.factorize`. The batch normalisation of `BasisConv` between basis and
+coefficients is set to restore the mean and deviation that it removes: an identity at evaluation, nearly so in training.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from shared_basis.nn.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class LayerFactors:
-    """What one layer adds to the shared basis: the arrays of a `BasisConv`, float32, and how well they do."""
+    """A layer's factors besides the shared basis: the arrays of a `BasisConv`, float32, and their errors."""
 
     unique: np.ndarray
     """`[*k, C, u]`, orthonormal and orthogonal to the shared elements."""
     coefficients: np.ndarray
-    """`[u + s, T]`, those of unique elements first."""
+    """`[u + s, T]`, coefficients of unique elements first."""
     norm: dict[str, np.ndarray]
     """`scale`, `bias`, `mean` and `var` `[u + s]` of the batch normalisation between basis and coefficients, which is
-    the identity at evaluation. With activations `mean` and `var` are those of the basis's results on them."""
+    the identity at evaluation. With activations, `mean` and `var` are those of the basis's outputs on them."""
     mean_shift: np.ndarray
-    """`[T]`, by how much the means of the layer's results on the activations move; add it to the running mean of a
-    batch normalisation that follows. 0 without activations."""
+    """`[T]`, the change of the layer's mean outputs on the activations; add it to the running mean of a following batch
+    normalisation. 0 without activations."""
     var_ratio: np.ndarray
-    """`[T]`, by which factor their variances change; multiply the running variance by it. 1 without activations."""
+    """`[T]`, the factor by which output variances change; multiply running variances by it. 1 without activations."""
     filter_error: float
-    """‖W − Ŵ‖ / ‖W‖ for kernel W and what stands for it, Ŵ."""
+    """‖W − Ŵ‖ / ‖W‖ for the kernel W and its approximation Ŵ."""
     activation_error: float | None
-    """The same for the layer's results on the activations; None without them."""
+    """The same error of the layer's outputs on the activations; None without activations."""
 
     @property
     def captured(self) -> float:
-        """The part in [0, 1] of the energy that is captured: of activations, or without them of filters."""
+        """The fraction, in [0, 1], of energy that is captured: of the activations or, without them, of the filters."""
         error = self.filter_error if self.activation_error is None else self.activation_error
         return 1 - error**2
 
     def variables(self) -> dict[str, Any]:
-        """Returns `params` and `batch_stats` of the layer as a `shared_basis.BasisConv` of Linen holds them."""
+        """Returns `params` and `batch_stats` of the layer in the structure of a Linen `shared_basis.BasisConv`."""
         scale, bias, mean, var = (self.norm[name] for name in ("scale", "bias", "mean", "var"))
         params = {"coefficients": self.coefficients, "norm": {"scale": scale, "bias": bias}}
         if self.unique.size:
@@ -58,44 +58,44 @@ class LayerFactors:
 
 @dataclasses.dataclass(frozen=True)
 class SharedFactors:
-    """Several kernels as one shared basis and what each layer adds to it."""
+    """Several kernels, factorised into a shared basis and factors for each layer."""
 
     basis: np.ndarray
     """The shared elements, orthonormal, float32 `[*k, C, s]`."""
     layers: tuple[LayerFactors, ...]
-    """In the order of the kernels."""
+    """The factors of each layer, in the order of the kernels."""
 
 
 def factorize_kernels(kernels: Sequence[Array | np.ndarray], shared_rank: int, unique_rank: int = 0, *,
                       activations: Sequence[Array | np.ndarray | Moments] | None = None,
                       centered: bool = False) -> SharedFactors:
-    """Factorises the kernels of several layers by one basis that they share, in closed form (docs/compress.md).
+    """Factorises the kernels of several layers with one shared basis, in closed form (docs/compress.md).
 
         found = factorize_kernels([first, second], 16, unique_rank=1, activations=[inputs_of_first, inputs_of_second])
         params["bases"]["body"] = found.basis
         params["first"], params["second"] = (layer.variables()["params"] for layer in found.layers)
 
-    Without activations the shared elements are the truncated SVD of all kernels side by side, each over its norm, the
-    unique ones that of what is left of a layer, and the coefficients their least-squares fit: filters are compared.
-    With them it is the results of layers that are compared, which is what a network sees of its filters.
-    For double sharing call it once for each basis.
+    Without activations, filters are compared: the shared elements are the truncated SVD of all normalised kernels side
+    by side, the unique ones that of a layer's residual, and the coefficients the least-squares fit. With activations,
+    the layers' outputs are compared, which is what affects the network. For double sharing, call this function once per
+    basis.
 
     Args:
-      kernels: `[*k, C, T_i]`, of convolutions of one channel group.
-      shared_rank: s, the elements of the shared basis; 0 shares nothing.
-      unique_rank: u, the elements that each layer has to itself.
-      activations: for each kernel the inputs of its layer, `[N, *image, C]`, on images such as those of the training
-        set; for other strides and padding than `BasisConv` has by default, their `patch_moments`.
-      centered: whether errors are measured about the mean of results. Right where a batch normalisation follows,
-        which takes the mean away; then apply `mean_shift` to it.
+      kernels: `[*k, C, T_i]`, of convolutions with one channel group.
+      shared_rank: s, the number of elements in the shared basis; 0 for none.
+      unique_rank: u, the number of unique elements of each layer.
+      activations: for each kernel, its layer's inputs `[N, *image, C]` on images like those of the training set; for
+        strides and padding other than the defaults of `BasisConv`, their `patch_moments`.
+      centered: whether errors are measured about the mean output. Appropriate if batch normalisation follows, which
+        removes the mean; then apply `mean_shift` to it.
 
     Raises:
-      ValueError: the kernels do not agree in `[*k, C]`, a rank or an array is invalid, or one of them is not finite.
+      ValueError: the kernels differ in `[*k, C]`, a rank or an array is invalid, or an array is not finite.
     """
     space = _check_kernels(kernels)
     _check_ranks(shared_rank, unique_rank, space)
     if activations is None and centered:
-        raise ValueError("centered=True: means are those of activations, so give these too")
+        raise ValueError("centered=True requires activations, whose means are used")
     if activations is not None and len(activations) != len(kernels):
         raise ValueError(f"{len(activations)} activations for {len(kernels)} kernels: give one for each kernel")
     moments = [None] * len(kernels) if activations is None else [
@@ -110,10 +110,10 @@ def factorize_kernels(kernels: Sequence[Array | np.ndarray], shared_rank: int, u
 
 
 def measured_layer(kernel: np.ndarray, moments: Moments | None, centered: bool) -> Layer:
-    """Returns the layer of `kernel`, whose errors are measured on patches of these `moments`; None compares filters.
+    """Returns the layer of `kernel`, with errors measured on patches with these `moments`; None compares filters.
 
     Args:
-      centered: whether about the mean of its results, which a batch normalisation that follows removes.
+      centered: whether errors are measured about the mean output, which a following batch normalisation removes.
     """
     weights = matrix(kernel)
     if moments is None:
@@ -123,11 +123,11 @@ def measured_layer(kernel: np.ndarray, moments: Moments | None, centered: bool) 
 
 def factorize_layer(layer: Layer, space: tuple[int, ...], basis: Matrix, unique_rank: int,
                     moments: Moments | None) -> LayerFactors:
-    """Returns what `layer` adds to the shared elements `basis` `[D, s]`.
+    """Returns the factors of `layer` for the shared elements `basis` `[D, s]`.
 
     Args:
-      space: `(*k, C)`, whose product is D.
-      moments: of its input patches; None where they have not been measured.
+      space: `(*k, C)`, with product D.
+      moments: the moments of its input patches; None if not measured.
     """
     own = factorise(layer, basis, unique_rank)
     elements = np.concatenate([own.unique, basis], axis=1)
@@ -152,7 +152,7 @@ def matrix(kernel: np.ndarray) -> Matrix:
 
 
 def _variances(filters: Matrix, moments: Moments) -> np.ndarray:
-    """Returns the variances `[R]` of the products of `filters` `[D, R]` with patches of these `moments`."""
+    """Returns the variances `[R]` of the products of `filters` `[D, R]` with patches with these `moments`."""
     return np.maximum(np.sum(filters * (moments.covariance @ filters), axis=0), 0)
 
 
@@ -163,7 +163,7 @@ def _float32(array: np.ndarray, *shape: int) -> np.ndarray:
 def _check_kernels(kernels: Sequence[Array | np.ndarray]) -> tuple[int, ...]:
     """Returns `(*k, C)` of the kernels."""
     if not len(kernels):
-        raise ValueError("kernels is empty: give the kernels of the layers that are to share a basis")
+        raise ValueError("kernels is empty: give the kernels of the layers that share a basis")
     for index, kernel in enumerate(kernels):
         shape, first = list(np.shape(kernel)), list(np.shape(kernels[0]))
         if len(shape) < 3 or not jnp.issubdtype(kernel.dtype, jnp.floating):
@@ -185,7 +185,7 @@ def _check_ranks(shared: int, unique: int, space: tuple[int, ...]) -> None:
 
 
 def _moments(name: str, given: Array | np.ndarray | Moments, space: tuple[int, ...]) -> Moments:
-    """Returns the moments of the patches of `given`, for kernels `[*space, T]`."""
+    """Returns the patch moments of `given`, for kernels `[*space, T]`."""
     if not isinstance(given, Moments):
         if not len(given.shape) or given.shape[-1] != space[-1]:
             raise ValueError(f"{name} of shape {list(given.shape)}: must be [N, *image, {space[-1]}], the inputs of "
