@@ -1,4 +1,4 @@
-"""Evaluation of a checkpoint on all test images, each scored once."""
+"""Evaluation of a checkpoint on all test images, each scored exactly once."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def evaluate(workdir: Place, which: str = "latest", overrides: Mapping[str, Any]
     """Scores a checkpoint of `workdir` on the test images.
 
     Args:
-      which, overrides: as in `Trained.open`.
-      reporter: shows the images' source and the progress; None shows nothing.
+      which, overrides: see `Trained.open`.
+      reporter: shows the source of the images and progress; None shows nothing.
 
     Returns:
       `workdir`, `step`, `model`, `test_loss`, `test_accuracy`, `test_accuracy_top5`, `test_examples`, and `chosen_on`:
-      for 'best' the images that it was chosen on, 'validation' or 'test' (the published protocol); None otherwise.
+      the split on which 'best' was chosen, 'validation' or 'test' (the published protocol); None for other checkpoints.
 
     Raises:
-      UserError: as `Trained.open`, or other data than the run was trained for.
+      UserError: see `Trained.open`; or the data does not match the run.
     """
     reporter = reporter or Reporter(verbosity="quiet")
     with raise_on_all_processes():
@@ -37,13 +37,13 @@ def evaluate(workdir: Place, which: str = "latest", overrides: Mapping[str, Any]
     with memory.oom_as_user_error(config, "train.eval_batch_size"):
         with raise_on_all_processes():
             source = trained.open_source(reporter)
-        with raise_on_all_processes():  # apart, as processes settle something in it
+        with raise_on_all_processes():  # separate, as processes communicate in it
             images = feeds.load(source, trained.images, mesh, reporter)
         evaluator = make_evaluator(trained.model, config.data,
                                    images.batches("test", config.train.eval_batch_size, mesh), mesh)
         show = reporter.progress("scoring test images")
         scores = evaluator(trained.variables, lambda scored: show(scored, images.count("test")))
-        reporter.end_progress()  # where broken images were left out it has not come to its end
+        reporter.end_progress()  # not ended yet if broken images were skipped
     return {"workdir": str(trained.run.path), "step": trained.step, "model": config.model.name,
             "test_loss": scores["loss"], "test_accuracy": scores["accuracy"],
             "test_accuracy_top5": scores["accuracy_top5"], "test_examples": int(scores["count"]),
@@ -51,9 +51,9 @@ def evaluate(workdir: Place, which: str = "latest", overrides: Mapping[str, Any]
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Returns `evaluate`'s result as a human-readable line."""
+    """Returns the result of `evaluate` as a human-readable line."""
     chosen = {None: "", "validation": " (best validation epoch)",
-              "test": " (the best test epoch, chosen on these images as in the paper)"}[
+              "test": " (best test epoch, chosen on these images as in the paper)"}[
                   result["chosen_on"]]
     return (f"{result['model']} at step {result['step']:,} of {result['workdir']}{chosen}: test accuracy "
             f"{100 * result['test_accuracy']:.2f} %, top-5 {100 * result['test_accuracy_top5']:.2f} %, loss "

@@ -314,7 +314,7 @@ def test_photographs_of_phones_are_counted_with_what_reads_them(folder, monkeypa
     assert reporter.lines[0].endswith(f"; .heic: {advice} reads these, or convert them to JPEG")
     (tmp_path / "phone").mkdir()
     (tmp_path / "phone" / "IMG_1.HEIC").write_bytes(b"")
-    with user_error("no image in this directory", advice):
+    with user_error("no images in this directory", advice):
         list_images([str(tmp_path / "phone")])
     for path in cats.glob("*.png"):
         path.unlink()
