@@ -1,4 +1,4 @@
-"""What the filters of a layer are made of, and what it refuses: the same for the faces in Linen and NNX."""
+"""The kinds of filters of a layer and the validation of its inputs, shared by the Linen and NNX modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared_basis.nn.types import Array
 
 
 class Form(enum.Enum):
-    """What the filters of a layer are made of."""
+    """The kind of filters of a layer."""
 
     OWN_KERNEL = enum.auto()
     BASIS = enum.auto()
@@ -20,15 +20,15 @@ class Form(enum.Enum):
 
 
 def kernel_shape(size: int | Sequence[int]) -> tuple[int, ...]:
-    """Returns the kernel's size by axis; one number is that of a square kernel."""
+    """Returns the kernel's size by axis; a single number means a square kernel."""
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def form_of(shared: Array | None, unique_rank: int, whole_filters: bool, axes: int) -> Form:
-    """Returns what the filters are made of for a layer that is handed `shared`, of `axes` spatial axes."""
+    """Returns the kind of filters of a layer with `axes` spatial axes, given `shared`."""
     if shared is None:
         return Form.BASIS if unique_rank else Form.OWN_KERNEL
-    if shared.ndim == axes + 3:  # the last axis counts templates, each of which is a whole kernel
+    if shared.ndim == axes + 3:  # templates are whole kernels, stacked on the last axis
         return Form.TEMPLATES
     return Form.WHOLE_FILTERS if whole_filters else Form.BASIS
 
@@ -54,16 +54,16 @@ def check_arrays(x: Array, shared: Array | None, form: Form, size: tuple[int, ..
 
 
 def check_norm(norm: object) -> None:
-    """Raises `ValueError` unless `norm` says what stands between basis and coefficients."""
+    """Raises `ValueError` unless `norm` is a valid normalisation between basis and coefficients."""
     if not (norm in ("batch", None) or callable(norm)):
-        raise ValueError(f"norm={norm!r}: must be 'batch', None, or what makes a layer of normalisation")
+        raise ValueError(f"norm={norm!r}: must be 'batch', None, or a function that creates a normalisation layer")
 
 
 def whether_to_train(train: bool | None, *use_running_average: bool | None) -> bool:
-    """Returns whether statistics are those of the batch, from the ways in which that can be said.
+    """Returns whether to use batch statistics, given by any of the arguments.
 
     Raises:
-      ValueError: it was said in none of them, or in two that contradict each other.
+      ValueError: none of the arguments is given, or they contradict each other.
     """
     said = {train} | {None if average is None else not average for average in use_running_average}
     said.discard(None)

@@ -1,4 +1,4 @@
-"""The layer in Flax NNX: its shared basis is an `nnx.Param` that several layers hold by reference."""
+"""The layer for Flax NNX; its shared basis is an `nnx.Param` that several layers reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared_basis.nn.types import Array, Dtype
 
 
 def shared_basis(key: Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> nnx.Param:
-    """Returns a basis `[*k, C, s]` with orthonormal elements (section 3.2), to hand to several `BasisConv`.
+    """Returns a basis `[*k, C, s]` with orthonormal elements (section 3.2), to pass to several `BasisConv`.
 
         body = shared_basis(rngs.params(), (3, 3, 64, 16))
         first = BasisConv(64, 64, body, unique_rank=1, rngs=rngs)
@@ -27,7 +27,7 @@ def shared_basis(key: Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -
 
 
 class BasisConv(nnx.Module):
-    """`shared_basis.BasisConv` in NNX, with the arguments of `flax.nnx.Conv`: see there for what it computes."""
+    """`shared_basis.BasisConv` for NNX, with the arguments of `flax.nnx.Conv`; see there for what it computes."""
 
     def __init__(
         self, in_features: int, out_features: int, shared: nnx.Variable | None = None, *,
@@ -41,14 +41,14 @@ class BasisConv(nnx.Module):
         coefficients_init: Callable[..., Array] = he_normal_fan_out,
         bias_init: Callable[..., Array] = nnx.initializers.zeros, rngs: nnx.Rngs,
     ) -> None:
-        """Takes C, T and the shared array, which other layers may hold too; the rest is as in Linen's.
+        """Sets C, T and the shared array, which other layers may reference too; other arguments are as in Linen.
 
         Args:
-          norm: 'batch', None, or what makes a layer, such as `functools.partial(nnx.GroupNorm, num_groups=4)`.
-          use_running_average: what `model.train()` and `model.eval()` set, for calls that do not say it.
+          norm: 'batch', None, or a layer constructor, e.g. `functools.partial(nnx.GroupNorm, num_groups=4)`.
+          use_running_average: the default for calls, which `model.train()` and `model.eval()` set.
 
         Raises:
-          ValueError: `shared` does not fit, or `norm` is none of these.
+          ValueError: `shared` does not fit, or `norm` is invalid.
         """
         check_norm(norm)
         size = kernel_shape(kernel_size)
@@ -85,7 +85,7 @@ class BasisConv(nnx.Module):
 
     def __call__(self, x: Array, train: bool | None = None, *, use_running_average: bool | None = None,
                  then: Callable[..., Array] | None = None) -> Array:
-        """Maps `x [..., *image, C]` to `[..., *image / strides, T]`; arguments and errors are those of Linen's."""
+        """Maps `x [..., *image, C]` to `[..., *image / strides, T]`; see the Linen module for arguments and errors."""
         self._check(x)
         batch, image = x.shape[:-len(self.kernel_size) - 1], x.shape[-len(self.kernel_size) - 1:]
         window = Window.of(self.kernel_size, image[:-1], self.strides, self.padding, self.kernel_dilation)
@@ -107,7 +107,7 @@ class BasisConv(nnx.Module):
         return y.reshape(*batch, *y.shape[1:])
 
     def _is_joined_by(self, norm: nnx.BatchNorm) -> bool:
-        """Returns whether `norm` after this layer is what `basis_conv` computes, so that both can be one step."""
+        """Returns whether `basis_conv` can fuse the following `norm` with this layer."""
         found = norm.momentum, norm.epsilon, norm.axis, norm.axis_name, norm.dtype or jnp.float32
         return (found == (MOMENTUM, EPSILON, -1, self.axis_name, self.dtype) and norm.use_scale and norm.use_bias)
 

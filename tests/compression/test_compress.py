@@ -375,7 +375,7 @@ def test_spectra_are_written_as_a_table_and_a_picture(run: Path, tmp_path: Path)
     ("small", {"budget": 0.5, "measure": "bytes"}, ("--budget_of=bytes", "parameters, macs")),
     ("small-s4u1", {"which": "7"}, ("checkpoint '7'",)),
     ("small-s4u1", {"changes": {"data.mean": (0.5,)}}, ("data.mean=(0.5,)", "(0.3,)")),
-    ("small-s4u1", {"changes": {"model.stem": "imagenet"}}, ("model.stem='imagenet'", "has 'cifar'")),
+    ("small-s4u1", {"changes": {"model.stem": "imagenet"}}, ("model.stem='imagenet'", "must equal 'cifar'")),
 ])
 def test_a_mistake_is_told_and_nothing_is_written(run: Path, tmp_path: Path, name: str, options: Any,
                                                   parts: tuple[str, ...]) -> None:

@@ -139,7 +139,7 @@ def test_another_normalisation_is_warned_of(source: Path) -> None:
     (Init("absent"), ("--init=absent", "no such run or file", "RUN:best")),
     (Init("SOURCE/checkpoints"), ("--init=", "/checkpoints: the directory holds no run", "file of PyTorch weights",
                                    "part of the run in SOURCE")),
-    (Init("SOURCE/run.json"), ("--init=", "a file of the run in SOURCE; give the run, --init=SOURCE.")),
+    (Init("SOURCE/run.json"), ("--init=", "a file of the run in SOURCE; give the run: --init=SOURCE.")),
     (Init("SOURCE:7"), ("checkpoint '7'", "10, 20")), (Init("SOURCE:worst"), ("checkpoint 'worst'",)),
     (Init("SOURCE", classes="list"), ("--classes=list", "has class names")),
     (Init("SOURCE", calibration=5), ("--calibration=5", "omit it")),
