@@ -1,4 +1,4 @@
-"""The published CIFAR-100 recipe (Kang & Kim, section 4.2), one for all its networks.
+"""The published CIFAR-100 recipe (Kang & Kim, section 4.2) for all of its networks.
 
     python main.py --config=configs/cifar100.py:resnet34-s32u1
 

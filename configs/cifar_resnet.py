@@ -4,8 +4,8 @@
 
 Published top-1 error of this command's network: 6.30 % (best test epoch of a single run). Others: ResNet-32 S8U1 8.08,
 S16U1 7.43, S16U1* 6.93; ResNet-56 S8U1 7.52, S16U1 7.46 (* is double sharing). Without the original data set, train on
-a directory of its images with `--images=DIR`. In a run of another length, e.g. `--config.train.epochs=30`, the learning
-rate falls after the same parts of it.
+a directory of its images with `--images=DIR`. If the number of epochs changes, e.g. `--config.train.epochs=30`, the
+learning rate decays at the same fractions of the run.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +28,7 @@ def get_config(variant: str = "resnet56-s16u1-double") -> ConfigDict:
         model=ModelConfig(name=variant, stem="cifar"),
         # The official code normalises CIFAR-10 with ImageNet's statistics.
         data=DataConfig(name="cifar10", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), pad=4, flip=True),
-        # CIFAR-10 alone penalises unique elements too; elsewhere the published scope is the shared ones.
+        # The paper penalises unique elements only for CIFAR-10; elsewhere only shared ones.
         orthogonality=OrthogonalityConfig(weight=10.0, elements="shared+unique", reduction="mean"),
         optimizer=OptimizerConfig(learning_rate=0.1, momentum=0.9, weight_decay=5e-4, schedule="piecewise",
                                   boundaries=(0.5, 0.75), factors=(0.1, 0.1)),

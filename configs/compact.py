@@ -1,16 +1,16 @@
-"""Compact networks on ImageNet, which the paper names and does not have: MobileNet, ShuffleNet, EfficientNet.
+"""Compact networks on ImageNet that the paper mentions but does not evaluate: MobileNet, ShuffleNet, EfficientNet.
 
     python main.py --config=configs/compact.py:mobilenetv1-shared
 
-There is no published error, and nobody has run it yet. One recipe for all of them, so that plain and shared forms
-compare: that of ShuffleNet V2 (Ma et al. 2018) with a cosine in place of its linear decay; weight decay leaves
-normalisation and biases out, as there. Others:
+There is no published error, and this recipe has not been run yet. All networks use the same recipe, so that plain and
+shared forms are comparable: that of ShuffleNet V2 (Ma et al. 2018), with a cosine schedule instead of linear decay;
+weight decay excludes normalisation and biases, as there. Others:
 
     mobilenetv1-s64u4          shufflenetv1_g3-shared     shufflenetv1_g3-shared++
     shufflenetv2_x1_0-shared   shufflenetv2_x1_0-shared++ shufflenetv2_x1_0-s16u1-double
     efficientnet_b0-shared     efficientnet_b0-shared++   mobilenetv2-s8u1
 
-`configs/cifar100.py` takes the same networks for small images.
+`configs/cifar100.py` supports the same networks for small images.
 """
 
 from ml_collections import ConfigDict

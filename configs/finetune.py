@@ -1,10 +1,10 @@
-"""Fine-tuning on a directory of images: the head first, then all, at a lower rate than from scratch.
+"""Fine-tuning on a directory of images: first the head, then all layers, with a lower learning rate than from scratch.
 
     python main.py --config=configs/finetune.py:resnet34-s32u1 --images=DIR --init=RUN
 
-begins with the weights of a run, or of a file: `--init=FILE` (docs/finetune.md). Images are normalised as they were for
-those weights. Networks that are for small images alone get images of 32×32, all others of 224×224. All at once:
-`--config.train.freeze=`; the head alone: `--config.train.freeze_epochs=0.0`, and with few images
+starts from the weights of a run, or of a file: `--init=FILE` (docs/finetune.md). Images are normalised as for those
+weights. Networks for small images use 32×32 pixels, all others 224×224. To train all layers from the start:
+`--config.train.freeze=`; only the head: `--config.train.freeze_epochs=0.0`, and with few images
 `--config.train.freeze_statistics=True`.
 """
 
@@ -39,5 +39,5 @@ def get_config(variant: str = "resnet34-s32u1") -> ConfigDict:
         train=TrainConfig(epochs=20, batch_size=0, eval_batch_size=256, freeze="**,!head/**", freeze_epochs=2.0,
                           label_smoothing=0.1, ema_decay=0.999),
     ))
-    config.name, config.data.directory = f"{FOLDER}-finetuned-{variant}", ""  # --images gives the folder
+    config.name, config.data.directory = f"{FOLDER}-finetuned-{variant}", ""  # --images sets the folder
     return config

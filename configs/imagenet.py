@@ -29,7 +29,7 @@ def get_config(variant: str = "resnet34-s32u1") -> ConfigDict:
         # ÷10, ÷10, and ÷2 for the last 15 epochs.
         epochs, boundaries, factors, decay = 300, (0.5, 0.75, 0.95), (0.1, 0.1, 0.5), 1e-5
     else:
-        # ResNet-50-Shared alone was published with a weaker decay.
+        # Only ResNet-50-Shared was published with a weaker decay.
         decay = 4e-5 if variant == "resnet50-shared" else 1e-4
         epochs, boundaries, factors = 150, (60 / 150, 100 / 150, 140 / 150), (0.1, 0.1, 0.1)
     return to_config_dict(Config(

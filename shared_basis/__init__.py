@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from shared_basis.compression.patches import patch_moments
     from shared_basis.config import Config
     from shared_basis.errors import UserError
-    from shared_basis.interop.pytorch import load_official, load_pytorch_weights  # noqa: F401  the first one is old
+    from shared_basis.interop.pytorch import load_official, load_pytorch_weights  # noqa: F401  the first is deprecated
     from shared_basis.models.base import Network, Sharing
     from shared_basis.models.check import check_network
     from shared_basis.models.parameters import count_by_kind
@@ -99,9 +99,9 @@ _MODULES = {
     "runtime.reporter": ("Reporter",),
     "training.train": ("train",),
 }
-"""What lives where: a module is imported on first use, so that errors in a command line do not wait for JAX."""
+"""The module of each public name; modules are imported on first use, so that command-line errors appear quickly."""
 
-if not TYPE_CHECKING:  # type checkers are to see the names above, and no others
+if not TYPE_CHECKING:  # type checkers should only see the names above
 
     def __getattr__(name: str) -> Any:
         for module, names in _MODULES.items():
@@ -123,7 +123,7 @@ if not TYPE_CHECKING:  # type checkers are to see the names above, and no others
 
 
 def _element_set(shared: Any, unique: Any = (), family: str = "") -> BasisGroup:
-    """Returns a `BasisGroup`, by the arguments of version 0.1."""
+    """Returns a `BasisGroup` for the arguments of version 0.1."""
     from shared_basis.optim.basis_group import BasisGroup
 
     return BasisGroup(shared, unique, family)

@@ -1,4 +1,4 @@
-"""`python -m shared_basis` is the command `shared-basis`."""
+"""Runs the command `shared-basis` as `python -m shared_basis`."""
 
 from shared_basis.cli.app import main
 

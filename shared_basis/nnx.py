@@ -1,4 +1,4 @@
-"""The public face in Flax NNX: the layer, and the basis that layers share. All else works on any tree of arrays."""
+"""The public API for Flax NNX: the layer and the shared basis. Everything else works with any tree of arrays."""
 
 from shared_basis.nn.nnx import BasisConv, shared_basis
 

@@ -1,8 +1,8 @@
-"""Pictures as PNG files, all in one style.
+"""Plots as PNG files in a common style.
 
-A picture is painted by a function of a Matplotlib figure. While it is painted, Matplotlib's settings are its defaults
-and the ones below, whatever the caller's are; these are restored afterwards. pyplot, which keeps figures and opens
-windows, is never imported. Pictures are light; a page inverts them on dark screens (`shared_basis.report.html`).
+A plot is painted by a function of a Matplotlib figure. Meanwhile, Matplotlib uses its default settings with the changes
+below, independent of the caller's settings, which are restored afterwards. pyplot, which keeps figures and opens
+windows, is never imported. Plots have a light background; pages invert them in dark mode (`shared_basis.report.html`).
 """
 
 from __future__ import annotations
@@ -26,47 +26,47 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 180
-"""Pixels an inch: twice what a screen of 1280 pixels shows of a picture, for those that have more."""
+"""Pixels per inch: twice the resolution at which a 1280-pixel screen shows a plot, for high-density screens."""
 
 PANEL = (4.8, 3.3)
-"""Width and height in inches of a picture with one pair of axes: its letters can be read on a telephone too."""
+"""Width and height in inches of a plot with one pair of axes, legible on a phone too."""
 
 BACKGROUND = "#ffffff"
 INK = "#1f2328"
-"""Text and axes."""
+"""The colour of text and axes."""
 FAINT = "#d0d7de"
 """Grid lines."""
 COLORS = ("#0072b2", "#d55e00", "#007a5a", "#a3408a", "#7a6200", "#56606b")
-"""Of data, each 3:1 or more against the background, and distinguishable by the colour-blind (after Okabe and Ito)."""
+"""Colours of data, each with a contrast of at least 3:1, distinguishable by the colour-blind (after Okabe and Ito)."""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2)), "-")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-"""The dash and the marker of line i, as `COLORS[i]` is its colour."""
+"""The dash and marker of line i, which correspond to `COLORS[i]`."""
 
 POSITIVE = "Blues"
-"""The colour map of values of one sign, from the background for the smallest value."""
+"""The colour map for values of one sign, starting with the background colour."""
 SIGNED = "RdBu_r"
-"""The colour map of values of both signs, white at 0."""
+"""The colour map for values of both signs, white at 0."""
 SHADES = 33
-"""Colours of a heat map, few enough for a PNG's palette to hold all of them."""
+"""Number of colours of a heat map, few enough for the palette of a PNG file."""
 
 Paint = Callable[["Figure"], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture."""
+    """A plot."""
 
     name: str
-    """Of its file, without the ending."""
+    """The name of its file, without extension."""
     text: str
-    """What it shows, for those who cannot see it."""
+    """The alternative text."""
     png: bytes
-    """The content of its file."""
+    """The contents of its PNG file."""
 
 
 def picture(name: str, text: str, paint: Paint, size: tuple[float, float] = PANEL,
             colors: int | None = 128) -> Picture:
-    """Paints a picture; `size` and `colors` as in `png`.
+    """Paints a plot; see `png` for `size` and `colors`.
 
     Raises:
       UserError: Matplotlib is not installed.
@@ -75,12 +75,12 @@ def picture(name: str, text: str, paint: Paint, size: tuple[float, float] = PANE
 
 
 def png(paint: Paint, size: tuple[float, float] = PANEL, colors: int | None = 128) -> bytes:
-    """Paints a picture, and returns the content of its PNG file.
+    """Paints a plot and returns the contents of its PNG file.
 
     Args:
       size: width and height in inches.
-      colors: the number that the file is limited to, for a third of its size; None, for photographs and smooth colour
-        maps, is no limit.
+      colors: the maximum number of colours, which reduces the file to a third; None for no limit, e.g. for photographs
+        and smooth colour maps.
 
     Raises:
       UserError: Matplotlib is not installed.
@@ -95,12 +95,12 @@ def png(paint: Paint, size: tuple[float, float] = PANEL, colors: int | None = 12
 
 
 def data_uri(image: bytes, kind: str = "png") -> str:
-    """Returns the content of an image file, of the `kind` 'png' or 'jpeg', as a data URI."""
+    """Returns the contents of an image file, of `kind` 'png' or 'jpeg', as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 def label_lines(axes: Axes) -> None:
-    """Writes the label of each line of `axes` at its right end, in its colour; those that would meet move apart."""
+    """Writes the label of each line of `axes` at its right end, in its colour; overlapping labels are moved apart."""
     axes.autoscale_view()
     ends = []
     for line in axes.get_lines():
@@ -117,7 +117,7 @@ def label_lines(axes: Axes) -> None:
 
 
 def set_log(axes: Axes, which: Literal["x", "y"]) -> None:
-    """Gives one axis of `axes` a logarithmic scale, with plain numbers at its ticks."""
+    """Sets a logarithmic scale for one axis of `axes`, with plain numbers as tick labels."""
     from matplotlib.ticker import LogLocator, NullFormatter
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
@@ -127,13 +127,13 @@ def set_log(axes: Axes, which: Literal["x", "y"]) -> None:
 
 
 def colormap(name: str) -> Colormap:
-    """Returns Matplotlib's colour map `name` in `SHADES` colours, for a heat map."""
+    """Returns Matplotlib's colour map `name` with `SHADES` colours, for heat maps."""
     from matplotlib import colormaps
     return colormaps[name].resampled(SHADES)
 
 
 def drawable(text: str, otherwise: str, limit: int = 18) -> str:
-    """Returns `text`, cut to `limit` characters, if the pictures' font has all its letters; `otherwise` if not."""
+    """Returns `text`, cut to `limit` characters, if the plots' font has all of its characters, else `otherwise`."""
     if not text or not text.isprintable() or not set(map(ord, text)) <= _letters():
         return otherwise
     return text if len(text) <= limit else text[:limit - 1] + "…"
@@ -141,7 +141,7 @@ def drawable(text: str, otherwise: str, limit: int = 18) -> str:
 
 @functools.cache
 def _letters() -> set[int]:
-    """Returns the code points that the pictures' font has."""
+    """Returns the code points in the plots' font."""
     with _style():
         from matplotlib import font_manager, ft2font
         path = font_manager.findfont("DejaVu Sans")
@@ -162,19 +162,19 @@ def _silent(logger: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _style() -> Iterator[None]:
-    """Sets Matplotlib's defaults and ours, whatever the user's own settings are, until the context ends."""
+    """Sets Matplotlib's defaults and this module's changes until the context ends, whatever the user's settings."""
     try:
         with _silent("matplotlib"):  # warns where it cannot keep its cache in a home directory, which costs time only
             import matplotlib
             import matplotlib.font_manager
             from cycler import cycler
     except ImportError:
-        raise UserError("Matplotlib, which draws the pictures, is not installed: pip install matplotlib.") from None
+        raise UserError("plots require Matplotlib, which is not installed: pip install matplotlib.") from None
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({
             "font.family": ["DejaVu Sans"], "font.size": 9.5, "axes.titlesize": 10.5, "axes.titlelocation": "left",
-            "text.parse_math": False,  # names hold dollars
+            "text.parse_math": False,  # names may contain dollar signs
             "figure.facecolor": BACKGROUND, "savefig.facecolor": BACKGROUND,
             "axes.facecolor": BACKGROUND, "axes.edgecolor": INK, "axes.labelcolor": INK,
             "text.color": INK, "xtick.color": INK, "ytick.color": INK,
@@ -185,7 +185,7 @@ def _style() -> Iterator[None]:
 
 
 def _limit_colors(content: bytes, colors: int) -> bytes:
-    """Returns the PNG file `content` with a palette of at most so many colours."""
+    """Returns the PNG file `content` with a palette of at most `colors` colours."""
     from PIL import Image
     file = io.BytesIO()
     Image.open(io.BytesIO(content)).convert("RGB").quantize(colors, dither=Image.Dither.NONE).save(

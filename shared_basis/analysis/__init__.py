@@ -1,1 +1,1 @@
-"""What a trained network has learned: bases, coefficients, gradients."""
+"""Analysis of trained networks: bases, coefficients, gradients."""

@@ -1,4 +1,4 @@
-"""The mode `analyze`: what a trained network's bases, coefficients and gradients look like, as tables and pictures."""
+"""The mode `analyze`: tables and plots of a trained network's bases, coefficients and gradients."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from shared_basis.runtime.reporter import Reporter
 
 FILES = re.compile(r"((products|filters|coefficients|similarity)_\w+|stem|bases|singular_values|effective_rank|"
                    r"gradient_flow|gradient_training)(\.against)?\.(csv|png)")
-"""The names of the files of an analysis."""
+"""The file names of an analysis."""
 
 
 def analyze(workdir: Place, which: str = "latest", overrides: Mapping[str, Any] | None = None,
             against: str = "", output: str = "", reporter: Reporter | None = None) -> dict[str, Any]:
-    """Analyses a checkpoint of `workdir` and writes pictures, each with its data as CSV beside it.
+    """Analyses a checkpoint of `workdir` and writes plots with their data as CSV.
 
     Args:
-      which, overrides: as in `Trained.open`.
-      against: another checkpoint to draw beside it: a step of this run, or a workdir, or WORKDIR:STEP.
-      output: the directory to write to; empty is `workdir`/analysis. Files of an earlier analysis in it are removed.
-      reporter: prints what is done, and warnings; None prints neither.
+      which, overrides: see `Trained.open`.
+      against: another checkpoint to compare with: a step of this run, a workdir, or WORKDIR:STEP.
+      output: the directory to write to; by default `workdir`/analysis. Files of an earlier analysis are removed.
+      reporter: shows messages and warnings; None shows neither.
 
     Returns:
-      `workdir`, `step`, `model`, `output`, `files` (names in it), `notes`, `sets`: by name `describe_set`, without the
-      singular values, which are in a CSV; `similarity`: by shared array the mean `cosine` and `alignment` of the
-      coefficients of two layers, and the alignment that `chance` gives; `gradient_flow`; with `against` the same of
-      the other under that name.
+      `workdir`, `step`, `model`, `output`, `files` (names in it), `notes`; `sets`: by name the result of
+      `describe_set`, without singular values, which are in a CSV; `similarity`: by shared array the mean `cosine` and
+      `alignment` of the coefficients of two layers, and the alignment expected by `chance`; `gradient_flow`; and, with
+      `against`, the same for the other checkpoint under that key.
 
     Raises:
-      UserError: as `Trained.open`, or the directory cannot be written.
+      UserError: see `Trained.open`; or the directory cannot be written.
     """
     reporter = reporter or Reporter(verbosity="quiet")
     runs = [Trained.open(workdir, which, overrides)]
@@ -47,7 +47,7 @@ def analyze(workdir: Place, which: str = "latest", overrides: Mapping[str, Any] 
         path, step = inspect.other_checkpoint(workdir, against)
         runs.append(Trained.open(path, step, overrides))
     directory = open_files(output if output else runs[0].run.path / "analysis")
-    try:  # before what takes minutes
+    try:  # before the slow part
         directory.make()
     except OSError as error:
         raise _unwritable(directory.path, error) from error
@@ -63,7 +63,7 @@ def analyze(workdir: Place, which: str = "latest", overrides: Mapping[str, Any] 
 
 
 def _with_distinct_labels(analyses: list[Analysis]) -> list[Analysis]:
-    """Returns the analyses with labels that differ."""
+    """Returns the analyses with distinct labels."""
     if len({each.label for each in analyses}) == len(analyses):
         return analyses
     labels = [f"{each.label} at {each.step}" for each in analyses]
@@ -72,10 +72,10 @@ def _with_distinct_labels(analyses: list[Analysis]) -> list[Analysis]:
 
 
 def _write(directory: Files, files: Mapping[str, bytes]) -> None:
-    """Writes the files of an analysis, and removes those of an earlier one that are not among them.
+    """Writes the files of an analysis, and removes other files of an earlier one.
 
     Raises:
-      UserError: they cannot be written.
+      UserError: the files cannot be written.
     """
     try:
         directory.write(files)

@@ -1,6 +1,6 @@
-"""Numbers that describe filter bases: products, norms, singular values, effective rank, coefficients of layers.
+"""Numerical descriptions of filter bases: inner products, norms, singular values, effective rank, coefficients.
 
-The rows of a matrix are basis elements, flattened. All is computed by NumPy in float64 from a network's parameters.
+The rows of a matrix are flattened basis elements. Everything is computed in NumPy, float64, from the parameters.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ Matrix = np.ndarray
 
 
 class BasisSet(NamedTuple):
-    """The bases of one group whose elements have one shape, and the layers that use them."""
+    """The bases of a group with elements of one shape, and the layers that use them."""
 
     name: str
-    """The group's, or '<group>/<array>' (or layer) where elements are of different shapes."""
+    """The group's name, or '<group>/<array>' (or layer) if its elements have different shapes."""
     shared: dict[str, np.ndarray]
-    """By name, the shared arrays `[k, k, C, s]` (templates: `[k, k, C, T, s]`)."""
+    """The shared arrays `[k, k, C, s]` by name (templates: `[k, k, C, T, s]`)."""
     uses: dict[str, str]
-    """By path of the layer, as 'group1/block2/first', in order of depth, the name of its shared array, or ''."""
+    """The name of each layer's shared array, or '', by path such as 'group1/block2/first', ordered by depth."""
     unique: dict[str, np.ndarray]
-    """By layer that has some, the unique elements `[k, k, C, u]`."""
+    """The unique elements `[k, k, C, u]` of each layer that has some."""
     coefficients: dict[str, Matrix]
-    """By layer that has them, `effective_coefficients [R, T]`, unique elements first."""
+    """The `effective_coefficients [R, T]` of each layer that has some, unique elements first."""
 
     @property
     def comparable(self) -> bool:
-        """Whether unique elements see the same channels as shared ones, so that they have products with them."""
+        """Whether unique elements see the same channels as shared ones, so that their inner products are defined."""
         arrays = (*self.shared.values(), *self.unique.values())
         return len({array.shape[:-1] for array in arrays}) == 1
 
     def shared_rows(self) -> Matrix:
-        """Returns the elements of all shared arrays as rows."""
+        """Returns the elements of all shared arrays, as rows."""
         return np.concatenate([rows(array) for array in self.shared.values()])
 
     def all_rows(self) -> tuple[Matrix, list[str]]:
-        """Returns all elements as rows, shared ones first, with a name for each; where comparable, unique ones too."""
+        """Returns all elements as rows, with a name for each: the shared ones and, if comparable, the unique ones."""
         arrays = {**self.shared, **(self.unique if self.comparable or not self.shared else {})}
         names = [f"{name}:{index}" for name, array in arrays.items() for index in range(array.shape[-1])]
         return np.concatenate([rows(array) for array in arrays.values()]), names
@@ -55,7 +55,7 @@ def rows(array: np.ndarray) -> Matrix:
 
 
 def basis_sets(network: Network, variables: Mapping[str, Tree]) -> list[BasisSet]:
-    """Finds the bases of `network` in `variables` (`params`, `batch_stats`), by path; a plain network has none."""
+    """Finds the bases of `network` in `variables` (`params`, `batch_stats`); empty for a plain network."""
     params, stats = variables["params"], variables["batch_stats"]
     sharing = network.sharing
     array_of = dict(sharing.layers) or {layer: "" for layer in network.basis_layers() if sharing.factorised}
@@ -77,7 +77,7 @@ def basis_sets(network: Network, variables: Mapping[str, Tree]) -> list[BasisSet
 
 def _parts(network: Network, group: str, shared: dict[str, np.ndarray],
            array_of: Mapping[str, str]) -> list[tuple[str, dict[str, np.ndarray], list[str]]]:
-    """Returns for each size of elements in `group` a name, the shared arrays, and the layers with such elements."""
+    """Returns, for each element shape in `group`, a name, the shared arrays, and the layers that use this shape."""
     if not shared and not network.one_basis():
         return [(f"{group}/{layer}", {}, [layer]) for layer in array_of]
     if len({array.shape[:-1] for array in shared.values()}) <= 1:
@@ -87,17 +87,17 @@ def _parts(network: Network, group: str, shared: dict[str, np.ndarray],
 
 
 def _at(tree: Tree, path: str) -> Tree:
-    """Returns what is at `path`, or an empty dict: layers that share whole filters own nothing."""
+    """Returns the subtree at `path`, or an empty dict: layers that share whole filters have no parameters."""
     for key in path.split("/"):
         tree = tree.get(key, {})
     return tree
 
 
 def effective_coefficients(params: Tree, stats: Tree) -> Matrix:
-    """Returns what a layer multiplies the responses to its R elements by, at evaluation, float64 `[R, T]`.
+    """Returns the factors by which a layer multiplies the responses to its R elements, at evaluation, float64 `[R, T]`.
 
-    That is its coefficients, times scale / √(running variance + ε) of the batch normalisation before them: without it
-    coefficients of different layers are in different units. Coefficients of templates are their own, `[templates, 1]`.
+    These are its coefficients times scale / √(running variance + ε) of the preceding batch normalisation, without which
+    coefficients of different layers would differ in scale. Coefficients of templates are unchanged, `[templates, 1]`.
     """
     coefficients = np.asarray(params["coefficients"], np.float64)
     if "norm" not in params:
@@ -108,10 +108,10 @@ def effective_coefficients(params: Tree, stats: Tree) -> Matrix:
 
 
 def coherence(products: Matrix, *, same: bool) -> float | None:
-    """Returns the largest |product| of two different elements; None where there are not two.
+    """Returns the largest |product| of two different elements; None if there are fewer than two.
 
     Args:
-      products: `[a, b]`, those of a elements with b others, or with `same` those of one set among itself.
+      products: `[a, b]`, of a elements with b others or, with `same`, of the elements of one set with each other.
     """
     sizes = np.abs(products) * (1 - np.eye(*products.shape)) if same else np.abs(products)
     return float(sizes.max()) if products.size > same else None
@@ -123,9 +123,9 @@ def singular_values(matrix: Matrix) -> np.ndarray:
 
 
 def effective_rank(values: np.ndarray) -> float:
-    """Returns the effective rank by the singular `values`: exp of the entropy of p = values / their sum.
+    """Returns the effective rank for singular `values`: exp of the entropy of p = values / sum(values).
 
-    It is the number of rows where they are orthonormal, and less the more unequal the values are (Roy & Vetterli, "The
+    It equals the number of rows if they are orthonormal, and decreases the more the values differ (Roy & Vetterli, "The
     effective rank: a measure of effective dimensionality", EUSIPCO 2007).
     """
     p = values[values > 0] / values.sum()
@@ -138,13 +138,13 @@ def stable_rank(values: np.ndarray) -> float:
 
 
 def condition_number(values: np.ndarray) -> float | None:
-    """Returns the largest over the smallest singular value; None where that is zero, to rounding."""
+    """Returns the ratio of the largest to the smallest singular value; None if the latter is zero within rounding."""
     smallest = values[-1]
     return None if smallest <= values[0] * np.finfo(np.float32).eps else float(values[0] / smallest)
 
 
 def describe_basis(shared: Matrix | None, unique: Matrix | None) -> dict[str, Any]:
-    """Returns the numbers of the basis `[shared; unique]`, either of which may be None: see `describe_set`."""
+    """Describes the basis `[shared; unique]`, either of which may be None: see `describe_set`."""
     parts = [part for part in (shared, unique) if part is not None]
     matrix = np.concatenate(parts)
     norms, values = np.linalg.norm(matrix, axis=1), singular_values(matrix)
@@ -161,13 +161,13 @@ def describe_basis(shared: Matrix | None, unique: Matrix | None) -> dict[str, An
 
 
 def describe_set(found: BasisSet) -> list[dict[str, Any]]:
-    """Describes each basis of a set: every shared array, all of them together, and each layer's with its unique ones.
+    """Describes each basis of a set: every shared array, all of them together, and each layer's basis.
 
     Returns:
-      For each its name as `basis`, the number of `shared` and `unique` elements, `norm_min`, `norm_mean`, `norm_max`,
-      the largest |product| of two different elements (`coherence_shared`, `coherence_unique` and, of a shared with a
-      unique one, `coherence_between`), and of the matrix whose rows are the elements `effective_rank`, `stable_rank`,
-      `condition` number and all `singular_values`. What does not apply is None.
+      For each basis its name `basis`; the numbers of `shared` and `unique` elements; `norm_min`, `norm_mean` and
+      `norm_max`; the largest |product| of two different elements (`coherence_shared`, `coherence_unique` and, between
+      shared and unique ones, `coherence_between`); and for the matrix with the elements as rows, `effective_rank`,
+      `stable_rank`, `condition` number and `singular_values`. Values that do not apply are None.
     """
     described = {f"{name} (shared)": describe_basis(rows(array), None) for name, array in found.shared.items()}
     if len(found.shared) > 1:
@@ -180,14 +180,14 @@ def describe_set(found: BasisSet) -> list[dict[str, Any]]:
 
 
 def layers_of(found: BasisSet, array: str) -> dict[str, Matrix]:
-    """Returns the effective coefficients `[s, T]` of the elements of a shared array, for each layer that uses it."""
+    """Returns the effective coefficients `[s, T]` for the elements of a shared array, by layer that uses it."""
     count = found.shared[array].shape[-1]
     return {layer: coefficients[-count:] for layer, coefficients in found.coefficients.items()
             if found.uses[layer] == array}
 
 
 def compared(sets: Sequence[BasisSet]) -> Iterator[tuple[str, list[str], list[Matrix]]]:
-    """Yields for each shared array that two layers or more have coefficients for: its name, the layers, these."""
+    """Yields the name, the layers and their coefficients for each shared array with at least two layers."""
     for found in sets:
         for array in found.shared:
             layers = layers_of(found, array)
@@ -197,9 +197,9 @@ def compared(sets: Sequence[BasisSet]) -> Iterator[tuple[str, list[str], list[Ma
 
 
 def cosines(matrices: list[Matrix]) -> Matrix:
-    """Returns the cosine between each two of n matrices of one shape, taken as vectors, `[n, n]`.
+    """Returns the pairwise cosines of n matrices of one shape, as vectors, `[n, n]`.
 
-    1 is the same combination of elements for the same output channels; independent ones are near 0 (± 1/√size).
+    A cosine of 1 is the same combination of elements for every output channel; independent ones are near 0 (± 1/√size).
     """
     vectors = np.stack([matrix.ravel() for matrix in matrices])
     norms = np.linalg.norm(vectors, axis=1)
@@ -207,34 +207,34 @@ def cosines(matrices: list[Matrix]) -> Matrix:
 
 
 def uncentered_linear_cka(matrices: list[Matrix]) -> Matrix:
-    """Returns the cosine between A Aᵀ for each two of n coefficient matrices A `[s, T]`, `[n, n]`.
+    """Returns the pairwise cosines between A Aᵀ of n coefficient matrices A `[s, T]`, `[n, n]`.
 
-    It asks which elements are combined with which, and does not depend on the order (or any rotation) of the output
-    channels, which have no common meaning inside of blocks. It is linear CKA (Kornblith et al. 2019) without centring,
-    and 0 to 1; independent Gaussian matrices give about T / (T + s + 1), `chance_alignment`, and not 0.
+    It compares which elements are combined with each other, and is invariant to permutations (and rotations) of the
+    output channels, whose order has no meaning within blocks. This is linear CKA (Kornblith et al. 2019) without
+    centring, in [0, 1]; independent Gaussian matrices give about T / (T + s + 1), `chance_alignment`, rather than 0.
     """
     return cosines([matrix @ matrix.T for matrix in matrices])
 
 
 def chance_alignment(matrix: Matrix) -> float:
-    """Returns about what `uncentered_linear_cka` gives for independent Gaussian matrices `[s, T]`: T / (T + s + 1).
+    """Returns the approximate `uncentered_linear_cka` of independent Gaussian matrices `[s, T]`: T / (T + s + 1).
 
-    That is the ratio of the expected product to the expected square; for small matrices the mean is a little larger.
+    This is the ratio of the expected product to the expected square; for small matrices the mean is slightly larger.
     """
     elements, outputs = matrix.shape
     return outputs / (outputs + elements + 1)
 
 
 def mean_off_diagonal(matrix: Matrix) -> float | None:
-    """Returns the mean over pairs of different ones; None where there is one alone."""
+    """Returns the mean over pairs of different matrices; None if there is only one."""
     count = len(matrix)
     return float((matrix.sum() - np.trace(matrix)) / (count * (count - 1))) if count > 1 else None
 
 
 def strongest_channels(array: np.ndarray, limit: int) -> np.ndarray:
-    """Returns the channels of `[k, k, C, elements]` with the largest norms over all elements, at most `limit`, rising.
+    """Returns the at most `limit` channels of `[k, k, C, elements]` with the largest norms, in increasing order.
 
-    For templates `[k, k, C, T, elements]` a channel is a pair of an input and an output one, C · T in all.
+    For templates `[k, k, C, T, elements]` a channel is a pair of an input and an output channel, C · T in total.
     """
     flat = np.asarray(array, np.float64).reshape(*array.shape[:2], math.prod(array.shape[2:-1]), array.shape[-1])
     norms = np.sqrt((flat**2).sum((0, 1, 3)))

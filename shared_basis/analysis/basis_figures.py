@@ -1,4 +1,4 @@
-"""Pictures of bases: products of elements, filters, coefficients, singular values."""
+"""Plots of bases: inner products of elements, filters, coefficients, singular values."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from shared_basis.nn.types import Array
 
 TILES = (24, 16)
-"""Elements (rows) and channels (columns) of k×k filters that a picture shows at most; the CSV has all."""
+"""Maximum numbers of elements (rows) and channels (columns) of k×k filters in a plot; the CSV contains all."""
 
 PIXELS = 96
-"""Rows and columns of 1×1 filters that it shows at most."""
+"""Maximum numbers of rows and columns for 1×1 filters."""
 
 MATRICES = 12
-"""Coefficient matrices that a picture shows at most."""
+"""Maximum number of coefficient matrices in a plot."""
 
 LETTERS = 13
-"""Letters of a title that fit on an inch."""
+"""Characters of a title per inch."""
 
 NAMED = 24
-"""Up to so many rows of a matrix are named."""
+"""Maximum number of matrix rows to label."""
 
 
 def _title(run: Analysis) -> str:
@@ -42,7 +42,7 @@ def _title(run: Analysis) -> str:
 
 
 def _heat(figure: Figure, axes: Axes, matrix: np.ndarray, limit: float | None = None, *, signed: bool = True) -> None:
-    """Draws a matrix with its colour bar, from −`limit`, or 0, to `limit`: by default its largest value."""
+    """Draws a matrix with a colour bar from −`limit` (or 0 unless `signed`) to `limit`, by default its maximum."""
     finite = np.abs(matrix[np.isfinite(matrix)])
     limit = limit or float(finite.max(initial=0)) or 1.0
     image = axes.imshow(matrix, cmap=colormap(SIGNED if signed else POSITIVE), vmin=-limit if signed else 0.0,
@@ -53,14 +53,14 @@ def _heat(figure: Figure, axes: Axes, matrix: np.ndarray, limit: float | None = 
 
 
 def _blocks(found: BasisSet) -> list[tuple[str, int]]:
-    """Returns the name and the number of rows of each part of `BasisSet.all_rows`, unique elements together."""
+    """Returns the name and number of rows of each part of `BasisSet.all_rows`, with unique elements combined."""
     parts = [(name, array.shape[-1]) for name, array in found.shared.items()]
     unique = len(found.all_rows()[1]) - sum(count for _, count in parts)
     return [*parts, *([("unique", unique)] if unique else [])]
 
 
 def paint_products(pairs: Sequence[tuple[Analysis, BasisSet]], figure: Figure) -> None:
-    """Paints products of the elements and cosines of different ones, a row for each run."""
+    """Paints inner products of elements and cosines of different elements, one row per run."""
     grid = figure.subplots(len(pairs), 2, squeeze=False)
     matrices = [found.all_rows()[0] for _, found in pairs]
     cosines = [bases.cosines(list(rows)) * (1 - np.eye(len(rows))) for rows in matrices]
@@ -84,9 +84,9 @@ def paint_products(pairs: Sequence[tuple[Analysis, BasisSet]], figure: Figure) -
 # Filters
 
 def _tiles(array: np.ndarray, limits: tuple[int, int]) -> tuple[np.ndarray, str]:
-    """Arranges elements `[k, k, …, elements]` as an image, a row each and a column for each channel.
+    """Arranges elements `[k, k, …, elements]` as an image with a row per element and a column per channel.
 
-    Tiles of k×k pixels are apart by one; those of one pixel are not. Returns the image and what it leaves out.
+    k×k tiles are separated by one pixel, 1×1 tiles are not. Returns the image and a description of what it omits.
     """
     size = array.shape[0]
     flat = np.asarray(array, np.float64).reshape(size, size, -1, array.shape[-1])
@@ -105,7 +105,7 @@ def _part(shown: int, all_of_them: int, what: str) -> str:
 
 
 def filters(run: Analysis, found: BasisSet) -> tuple[Paint, tuple[float, float]]:
-    """Returns what paints the elements of a set as images, and the size of the picture."""
+    """Returns the paint function for the elements of a set as images, and the size of the plot."""
     panels = dict(found.shared)
     if found.unique:
         panels[f"unique, {len(found.unique)} layers"] = np.concatenate(list(found.unique.values()), axis=-1)
@@ -113,17 +113,17 @@ def filters(run: Analysis, found: BasisSet) -> tuple[Paint, tuple[float, float]]
 
 
 def draw_basis(basis: Array | np.ndarray, name: str = "basis") -> bytes:
-    """Draws the elements of a basis `[k, k, C, s]` as images, a row for each element and a column for each channel.
+    """Plots the elements of a basis `[k, k, C, s]` as images, with a row per element and a column per channel.
 
         pathlib.Path("basis.png").write_bytes(draw_basis(params["bases"]["body"]))
 
-    Of large bases it shows the first elements, and the channels where they are strongest. Needs Matplotlib.
+    Large bases are cropped to the first elements and the strongest channels. Requires Matplotlib.
 
     Returns:
-      The content of a PNG file.
+      The contents of a PNG file.
 
     Raises:
-      ValueError: `basis` is no array of that shape, or empty.
+      ValueError: `basis` is not an array of that shape, or is empty.
       UserError: Matplotlib is not installed.
     """
     array = np.asarray(basis, np.float64)
@@ -134,7 +134,7 @@ def draw_basis(basis: Array | np.ndarray, name: str = "basis") -> bytes:
 
 
 def _filters(panels: dict[str, np.ndarray], before: str = "", after: str = "") -> tuple[Paint, tuple[float, float]]:
-    """Returns what paints arrays beside each other, by name, and the size; the title goes `before` … `after`."""
+    """Returns the paint function for named arrays side by side, and the size; `before` and `after` frame the title."""
     images = {name: _tiles(array, TILES) for name, array in panels.items()}
     height = max(image.shape[0] / image.shape[1] for image, _ in images.values())
     width = min(4.6, 9.6 / len(images))
@@ -148,7 +148,7 @@ def _paint_filters(images: dict[str, tuple[np.ndarray, str]], before: str, after
     for axes, (name, (image, shown)) in zip(grid, images.items(), strict=True):
         _image(axes, image, limit)
         axes.set_title(f"{name}\n{shown}", fontsize=8.5)
-    title = (f"{before}a row for each element, a column for each channel; red is {limit:.2g}, blue −{limit:.2g}, "
+    title = (f"{before}one row per element, one column per channel; red is {limit:.2g}, blue −{limit:.2g}, "
              f"white 0{after}")
     figure.suptitle(textwrap.fill(title, int(LETTERS * figure.get_figwidth())), fontsize=9.5)
 
@@ -169,7 +169,7 @@ def _bare(axes: Axes) -> None:
 
 
 def paint_stem(run: Analysis, stem: np.ndarray, figure: Figure) -> None:
-    """Paints the filters `[k, k, channels, T]` of the first layer, in colour where images are."""
+    """Paints the filters `[k, k, channels, T]` of the first layer, in colour if the images are."""
     size, _, channels, count = stem.shape
     columns = math.ceil(math.sqrt(count))
     axes = figure.subplots()
@@ -193,7 +193,7 @@ def paint_stem(run: Analysis, stem: np.ndarray, figure: Figure) -> None:
 # Coefficients
 
 def paint_coefficients(run: Analysis, found: BasisSet, figure: Figure) -> None:
-    """Paints the effective coefficients of layers, on one scale."""
+    """Paints the effective coefficients of layers with a common colour scale."""
     shown = dict(list(found.coefficients.items())[:MATRICES])
     grid = np.ravel(figure.subplots(math.ceil(len(shown) / 4), 4, squeeze=False))
     limit = max(float(np.abs(matrix).max()) for matrix in shown.values()) or 1.0
@@ -216,7 +216,7 @@ def paint_coefficients(run: Analysis, found: BasisSet, figure: Figure) -> None:
 
 def paint_similarity(run: Analysis, name: str, layers: Sequence[str], matrices: list[np.ndarray],
                      figure: Figure) -> None:
-    """Paints the cosine and the alignment of the coefficients of each pair of `layers`, which share one array."""
+    """Paints cosine and alignment of the coefficients of all pairs of `layers`, which share one array."""
     left, right = figure.subplots(1, 2)
     _heat(figure, left, bases.cosines(matrices), 1.0)
     _heat(figure, right, bases.uncentered_linear_cka(matrices), 1.0, signed=False)
@@ -233,7 +233,7 @@ def paint_similarity(run: Analysis, name: str, layers: Sequence[str], matrices: 
 # Spectra
 
 def paint_singular_values(runs: Sequence[Analysis], names: Sequence[str], figure: Figure) -> None:
-    """Paints the singular values of the shared arrays, falling: axes for each of the sets `names`."""
+    """Paints the singular values of the shared arrays in decreasing order, one axes for each of the sets `names`."""
     columns = min(3, len(names))
     grid = np.ravel(figure.subplots(math.ceil(len(names) / columns), columns, squeeze=False))
     for axes in grid[len(names):]:
@@ -257,7 +257,7 @@ def paint_singular_values(runs: Sequence[Analysis], names: Sequence[str], figure
 
 
 def paint_effective_rank(runs: Sequence[Analysis], figure: Figure) -> None:
-    """Paints the effective rank of each basis over its number of elements."""
+    """Paints the effective rank of each basis relative to its number of elements."""
     axes = figure.subplots()
     names: dict[str, int] = {}
     for run in runs:
@@ -274,7 +274,7 @@ def paint_effective_rank(runs: Sequence[Analysis], figure: Figure) -> None:
     axes.set_ylim(top=1.03)
     axes.legend()
     axes.set_title("effective rank of each basis; 1 is orthonormal" + (
-        "" if step == 1 else f" (one name in {step} is written)"))
+        "" if step == 1 else f" (one name in {step} is shown)"))
 
 
 def _short(name: str, basis: str) -> str:

@@ -1,4 +1,4 @@
-"""Collects what is analysed of a run: its bases, coefficients, and gradients."""
+"""Collects the data for an analysis: bases, coefficients and gradients of a run."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ from shared_basis.runtime.files import absolute, as_path
 from shared_basis.runtime.reporter import Reporter
 
 Flow = dict[int, dict[str, dict[str, float]]]
-"""By step (0 is initialisation) `blocks` and `parameters`: norms by path, see `gradient_flow`."""
+"""By step (0 is initialisation), the norms of `blocks` and `parameters` by path, see `gradient_flow`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """All that is known of one run for its tables and pictures."""
+    """The data of one run for tables and plots."""
 
     label: str
-    """Names the run in pictures: its directory's name."""
+    """The name of the run in plots: that of its directory."""
     model: str
     step: int
     sets: list[BasisSet]
     described: dict[str, list[dict[str, Any]]]
-    """By name of the set, `bases.describe_set`."""
+    """The result of `bases.describe_set`, by name of the set."""
     stem: np.ndarray | None
-    """The kernel `[k, k, channels, T]` of the layer `stem`, if there is one."""
+    """The kernel `[k, k, channels, T]` of the layer `stem`, or None."""
     layers: list[str]
-    """The paths of all layers, in order of depth."""
+    """The paths of all layers, ordered by depth."""
     flow: Flow
     recorded: list[dict[str, Any]]
     """The lines of gradients.jsonl."""
     notes: list[str]
-    """What does not apply to this network or this run, and why."""
+    """What does not apply to this network or run, and the reasons."""
 
     def drawn_name(self, limit: int = 40) -> str:
-        """Returns what pictures call the run: its label, or the model where their font lacks one of its letters."""
+        """Returns the run's name for plots: its label, or the model if the font lacks one of its characters."""
         return drawable(self.label, self.model, limit)
 
     @classmethod
     def of(cls, trained: Trained, reporter: Reporter) -> Analysis:
-        """Analyses a checkpoint, and the gradients at all checkpoints that are kept."""
+        """Analyses a checkpoint, and the gradients at all kept checkpoints."""
         variables = jax.device_get(trained.variables)
         sets = bases.basis_sets(trained.model, variables)
         notes = list(_notes(trained, sets))
@@ -64,13 +64,13 @@ class Analysis:
         try:
             inputs = training_batch(trained, reporter)
         except UserError as error:
-            notes.append(f"no gradients at the checkpoints, for want of images: {error}")
+            notes.append(f"no gradients at the checkpoints, since the images are not available: {error}")
         else:
             reporter.info("gradients: compiling …")
             flow = flows(trained, *inputs)
         recorded = trained.run.gradients()
         if not recorded:
-            notes.append("no gradients while training: the run was made without --config.train.record_gradients")
+            notes.append("no gradients during training: the run did not set --config.train.record_gradients")
         return cls(
             label=as_path(absolute(str(trained.run.path))).name, model=trained.config.model.name, step=trained.step,
             sets=sets, described={found.name: bases.describe_set(found) for found in sets},
@@ -80,7 +80,7 @@ class Analysis:
 
 
 def _notes(trained: Trained, sets: Sequence[BasisSet]) -> Iterator[str]:
-    """Yields a line for whatever of the analysis does not apply to the network."""
+    """Yields a line for each part of the analysis that does not apply to the network."""
     sharing = trained.model.sharing
     if not sets:
         yield "a plain network: it has no bases and no coefficients"
@@ -97,16 +97,16 @@ def _notes(trained: Trained, sets: Sequence[BasisSet]) -> Iterator[str]:
         yield "nothing is shared: coefficients of different layers belong to different elements and are not compared"
     if not all(found.comparable for found in sets):
         yield ("unique elements see other channels than shared ones (channel groups): no products between them, and "
-               "the unique elements of each layer are described by themselves")
+               "the unique elements of each layer are described separately")
 
 
 def training_batch(trained: Trained, reporter: Reporter) -> tuple[jax.Array, jax.Array]:
-    """Returns the run's first batch of training images, normalised and not augmented, and its labels.
+    """Returns the run's first batch of training images, normalised but not augmented, and its labels.
 
     Raises:
       UserError: the images cannot be found or read.
     """
-    # Streamed by threads, so that no more than the batch is read.
+    # Streamed by threads, so that only this batch is read.
     config = replace(trained.config, {"data.placement": "stream", "data.workers": 0})
     source = data.open_source(config.data, ("train",), trained.spec, reporter)
     feed = feeds.load(source, config.data, trained.mesh, reporter).feed(config, trained.mesh)
@@ -118,14 +118,14 @@ def training_batch(trained: Trained, reporter: Reporter) -> tuple[jax.Array, jax
 
 
 def flows(trained: Trained, images: jax.Array, labels: jax.Array) -> Flow:
-    """Returns the norms of gradients at initialisation (step 0) and at each checkpoint that is kept."""
+    """Returns the norms of gradients at initialisation (step 0) and at each kept checkpoint."""
     flow = gradient_flow(trained.model)
 
     def initial() -> Any:
         return init_variables(trained.model, jax.random.key(trained.config.seed), trained.spec.image_shape)
 
     steps = {step: trained.at(step).variables for step in trained.checkpoints.steps if step}
-    # A run that began with published weights has them as step 0; others began with what the seed gives.
+    # A run initialised with published weights has them as step 0; other runs are re-initialised from the seed.
     first = (trained.at(0).variables if 0 in trained.checkpoints.steps else
              ops.jit_for(jax.default_backend(), quick=True)(initial)())
     with memory.oom_as_user_error(trained.config, "train.batch_size"):

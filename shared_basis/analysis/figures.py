@@ -1,4 +1,4 @@
-"""The pictures of an analysis: which there are, and of what size."""
+"""Selects the plots of an analysis and their sizes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from shared_basis.analysis.collect import Analysis
 from shared_basis.plotting import Paint
 
 WIDTH = 8.2
-"""Of most pictures, in inches."""
+"""The default size of plots, in inches."""
 
 Painting = tuple[Paint, tuple[float, float]]
-"""What paints a picture, and its width and height in inches: see `plotting.png`."""
+"""A paint function, and the plot's width and height in inches: see `plotting.png`."""
 
 
 def paintings(analyses: Sequence[Analysis]) -> dict[str, Painting]:
-    """Returns the pictures of one run, or of two beside each other, by name.
+    """Returns the plots of one run, or of two side by side, by name.
 
-    Filters, stem and coefficients are those of the first run.
+    Filters, stem and coefficients are only shown for the first run.
     """
     one = analyses[0]
     found: dict[str, Painting] = {}

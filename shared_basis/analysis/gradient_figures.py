@@ -1,4 +1,4 @@
-"""Pictures of gradients: by depth, and over the epochs of training."""
+"""Plots of gradients: by depth, and over the epochs of training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _own_norms(layers: Sequence[str], norms: dict[str, float]) -> tuple[list[int], list[float]]:
-    """Returns the depth of each layer that has parameters of its own, and the norm of all these together."""
+    """Returns the depth of each layer with its own parameters, and their combined gradient norm."""
     by_layer: dict[str, float] = {}
     for path in by_depth(layers, norms):
         layer = path.rpartition("/")[0]
@@ -28,7 +28,7 @@ def _own_norms(layers: Sequence[str], norms: dict[str, float]) -> tuple[list[int
 
 
 def paint_flow(runs: Sequence[Analysis], figure: Figure) -> None:
-    """Paints the norms of gradients with respect to blocks' outputs and layers' own parameters, by depth."""
+    """Paints gradient norms with respect to block outputs and to layers' own parameters, by depth."""
     blocks, parameters = figure.subplots(2, 1)
     for run, colour, marker in zip(runs, COLORS, MARKERS, strict=False):
         for step, dash in zip(_chosen(run), (":", "-"), strict=False):
@@ -50,12 +50,12 @@ def paint_flow(runs: Sequence[Analysis], figure: Figure) -> None:
 
 
 def _chosen(run: Analysis) -> list[int]:
-    """Returns initialisation and the step that is analysed; the CSV has the other checkpoints too."""
+    """Returns initialisation and the analysed step; the CSV also contains the other checkpoints."""
     return sorted({0, run.step})
 
 
 def paint_training(runs: Sequence[Analysis], figure: Figure) -> None:
-    """Paints the norms recorded while training, a row for each run: by depth and epoch, and those of shared arrays."""
+    """Paints the norms recorded during training, one row per run: by depth and epoch, and those of shared arrays."""
     grid = figure.subplots(len(runs), 2, squeeze=False, width_ratios=(3, 2))
     depths = [_by_epoch(run, lambda path: path.endswith(("/coefficients", "/kernel"))) for run in runs]
     values = np.log10(np.concatenate([np.ravel(matrix) for _, matrix in depths if matrix.size]))
@@ -88,7 +88,7 @@ def paint_training(runs: Sequence[Analysis], figure: Figure) -> None:
 
 
 def _by_epoch(run: Analysis, wanted: Callable[[str], bool]) -> tuple[list[str], np.ndarray]:
-    """Returns the paths that are wanted, in order of depth, and the norms `[paths, lines of the record]`."""
+    """Returns the paths selected by `wanted`, ordered by depth, and the norms `[paths, lines of the record]`."""
     paths = [path for path in by_depth(run.layers, run.recorded[0]["norms"]) if wanted(path)]
     matrix = np.array([[line["norms"][path] for line in run.recorded] for path in paths])
     return paths, np.maximum(matrix, np.finfo(np.float32).tiny)

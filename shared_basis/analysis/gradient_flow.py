@@ -1,4 +1,4 @@
-"""How large gradients are by depth, computed at a checkpoint on a batch of images."""
+"""Gradient magnitudes by depth, computed at a checkpoint on a batch of images."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from shared_basis.optim.gradient_norms import gradient_norms, recorded_paths
 
 
 def layer_paths(network: Network, image_shape: tuple[int, int, int]) -> list[Path]:
-    """Returns the paths of all convolution-like layers and of the classifier, in the order of the computation."""
+    """Returns the paths of all convolution-like layers and of the classifier, in order of computation."""
     return [module.path for module in _called(network, image_shape) if isinstance(module, (BasisConv, nn.Dense))]
 
 
 @functools.cache
 def block_paths(network: Network, image_shape: tuple[int, int, int]) -> list[Path]:
-    """Returns likewise the paths of the blocks."""
+    """Returns the paths of all blocks, in order of computation."""
     return [module.path for module in _called(network, image_shape) if _is_block(module.path)]
 
 
 def _called(network: Network, image_shape: tuple[int, int, int]) -> list[nn.Module]:
-    """Returns the modules that `network` calls, in this order."""
+    """Returns the modules that `network` calls, in order."""
     called: list[nn.Module] = []
 
     def note(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -39,7 +39,7 @@ def _called(network: Network, image_shape: tuple[int, int, int]) -> list[nn.Modu
             called.append(context.module)
         return call(*args, **kwargs)
 
-    unrolled = network.clone(scan_blocks=False)  # a loop computes blocks without their names
+    unrolled = network.clone(scan_blocks=False)  # in a loop, blocks have no names
     variables = abstract_variables(network, image_shape)
     with nn.intercept_methods(note):
         jax.eval_shape(functools.partial(unrolled.apply, train=False), variables, jnp.zeros((1, *image_shape)))
@@ -47,7 +47,7 @@ def _called(network: Network, image_shape: tuple[int, int, int]) -> list[nn.Modu
 
 
 def by_depth(layers: Sequence[str], paths: Mapping[str, Any]) -> list[str]:
-    """Returns the paths of parameters in the order of their layers' depth; shared bases follow."""
+    """Returns the paths of parameters, ordered by their layers' depth; shared bases come last."""
     depth = {layer: index for index, layer in enumerate(layers)}
     return sorted(paths, key=lambda path: (depth.get(path.rpartition("/")[0], len(layers)), path))
 
@@ -58,16 +58,16 @@ def _is_block(path: Path) -> bool:
 
 @functools.cache
 def gradient_flow(network: Network) -> Callable[..., tuple[dict[str, float], dict[str, float]]]:
-    """Returns the function, compiled, of how large the cross entropy's gradient is by depth, with batch statistics.
+    """Returns a compiled function that computes the cross entropy's gradient norms by depth, with batch statistics.
 
     It maps `params`, `batch_stats`, normalised images `[N, H, W, C]` and labels `[N]` to two dicts of norms by path:
 
-    - of the gradient with respect to the output of each block, in order of depth: the root mean square over the images
-      of the norm of the gradient of the batch's summed cross entropy with respect to one image's `[H, W, C]`. These
-      gradients are what vanishes or explodes on its way back;
-    - of the gradient of the mean cross entropy with respect to each parameter that is recorded while training.
+    - the gradient with respect to the output of each block, ordered by depth: the root mean square over the images of
+      the norm of the gradient of the batch's summed cross entropy with respect to one image's `[H, W, C]`. These are
+      the gradients that may vanish or explode during backpropagation;
+    - the gradient of the mean cross entropy with respect to each parameter that is recorded during training.
     """
-    unrolled = network.clone(scan_blocks=False)  # a loop computes blocks without their names
+    unrolled = network.clone(scan_blocks=False)  # in a loop, blocks have no names
 
     def run(params: Tree, stats: Tree, images: Array, change: Callable[[Path, Array], Array]) -> Array:
         def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -101,7 +101,7 @@ def gradient_flow(network: Network) -> Callable[..., tuple[dict[str, float], dic
 
     def flow(params: Tree, stats: Tree, images: Array, labels: Array) -> tuple[dict[str, float], dict[str, float]]:
         blocks, parameters = jax.device_get(norms(params, stats, images, labels))
-        # JAX returns dicts in the order of the alphabet, in which block10 precedes block2.
+        # JAX sorts dict keys alphabetically, which puts block10 before block2.
         paths = map("/".join, block_paths(unrolled, images.shape[1:]))
         return {path: float(blocks[path]) for path in paths}, {path: float(norm) for path, norm in parameters.items()}
 

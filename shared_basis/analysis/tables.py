@@ -1,4 +1,4 @@
-"""An analysis as plain data, as CSV, and as text."""
+"""An analysis as plain data, CSV files and text."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ COLUMNS = {"basis": "basis", "elements": "elements", "norm_min": "norm min", "no
            "coherence_shared": "coherence shared", "coherence_between": "with unique", "coherence_unique": "unique",
            "cosine": "largest cosine", "effective_rank": "effective rank", "stable_rank": "stable rank",
            "condition": "condition"}
-"""Of the printed tables: what `describe_set` calls them, and their headings."""
+"""Columns of the printed tables: keys of `describe_set` and headings."""
 
 Table = Iterator[Sequence[Any]]
-"""The rows of a CSV, the header first."""
+"""The rows of a CSV file, starting with the header."""
 
 
 def numbers(one: Analysis) -> dict[str, Any]:
-    """Returns `sets`, `similarity` and `gradient_flow` as `analyze` returns them, plain data for JSON."""
+    """Returns `sets`, `similarity` and `gradient_flow` of `analyze`'s result, as JSON-serialisable data."""
     return {
         "sets": {name: [{key: value for key, value in basis.items() if key != "singular_values"} for basis in described]
                  for name, described in one.described.items()},
@@ -36,10 +36,10 @@ def numbers(one: Analysis) -> dict[str, Any]:
 
 
 def csv_files(analyses: Sequence[Analysis]) -> dict[str, bytes]:
-    """Returns the CSV files of an analysis, or of two, by name; those of the second run alone end in '.against.csv'."""
+    """Returns the CSV files of one or two analyses, by name; files of only the second run end in '.against.csv'."""
     files = {}
     for name, (header, *rows) in _tables(analyses):
-        files[f"{name}.csv"] = csv_text(header, rows).encode(errors="backslashreplace")  # a path may be no Unicode
+        files[f"{name}.csv"] = csv_text(header, rows).encode(errors="backslashreplace")  # paths may not be Unicode
     return files
 
 
@@ -132,16 +132,16 @@ def _gradient_training(analyses: Sequence[Analysis]) -> Table:
 
 
 def _digits(value: Any) -> Any:
-    """Returns what a CSV has of `value`: six digits of a float, nothing of None."""
+    """Returns `value` for a CSV: floats with six digits, None as an empty cell."""
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Returns `analyze`'s result as human-readable lines."""
+    """Returns the result of `analyze` as human-readable lines."""
     lines = [*_render_run(result)]
     if "against" in result:
         lines += ["", *_render_run(result["against"])]
-    return "\n".join([*lines, "", f"{len(result['files'])} files, pictures and their data, in {result['output']}"])
+    return "\n".join([*lines, "", f"{len(result['files'])} files, plots and their data, in {result['output']}"])
 
 
 def _render_run(one: Mapping[str, Any]) -> list[str]:

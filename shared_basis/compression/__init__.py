@@ -1,1 +1,1 @@
-"""From a trained plain network to one with shared bases."""
+"""Compression of a trained plain network to one with shared bases."""

@@ -1,9 +1,9 @@
-"""A trained plain network into one with shared filter bases, in closed form.
+"""Compresses a trained plain network to one with shared filter bases, in closed form.
 
-The mathematics is `shared_basis.compression.factorize`, on plain arrays `shared_basis.compression.kernels`; here it is
-applied to a run. What is not factorised is copied. The running statistics of the batch normalisation that follows a
-layer are corrected for the change of means and variances that the approximation causes; training would correct them in
-time.
+The mathematics is in `shared_basis.compression.factorize`, its use on plain arrays in
+`shared_basis.compression.kernels`; this module applies it to a run. Layers that are not factorised are copied. The
+running statistics of a following batch normalisation are corrected for the change of means and variances caused by the
+approximation, which training would otherwise do gradually.
 """
 
 from __future__ import annotations
@@ -54,36 +54,36 @@ class Compressed:
     """A network with shared bases, computed from a trained plain one."""
 
     config: Config
-    """Names `network`, whose ranks a budget may have chosen."""
+    """Contains the name of `network`, whose ranks a budget may have chosen."""
     network: Network
     spec: data.Spec
     variables: Variables
     report: dict[str, Any]
-    """`source`, `step` (None for a file), `calibration` (images), the counts of `compare_with_plain`, `layers` with
-    relative errors of `filters` and, on the calibration images, of `activations` (None without), `penalty` (None
-    without shared bases), `head`: what became of the classifier, and, where it is kept, `test_examples`, and
-    `test_accuracy` and `test_loss` of the `plain` and the `compressed` network; otherwise these are None."""
+    """`source`, `step` (None for a file), `calibration` (number of images), the counts of `compare_with_plain`,
+    `layers` with relative errors of `filters` and, on the calibration images, of `activations` (None without),
+    `penalty` (None without shared bases) and `head`: how the classifier was initialised. If it was kept, also
+    `test_examples`, and `test_accuracy` and `test_loss` of the `plain` and the `compressed` network, otherwise None."""
 
 
 def compress(config: Config, source: str | os.PathLike[str] | Origin, reporter: Reporter | None = None, *,
              which: str = "latest", calibration: int | None = None, budget: float | None = None,
              measure: str = "parameters") -> Compressed:
-    """Computes the network of `config`, in closed form, from that of the run `source`, which is plain.
+    """Computes the network of `config` in closed form from that of the run `source`, which must be plain.
 
-    The data may be others than those of the source: where their classes are, the classifier is drawn anew.
+    The data may differ from that of the source; if its classes differ, the classifier is initialised at random.
 
     Args:
-      source: the workdir, or weights that are open already, as those of a file.
-      reporter: shows lines and progress; None prints them as the command line does.
-      which: the checkpoint of `source`: 'latest', 'best' or the number of a step.
-      calibration: training images on which the inputs of layers are measured; 0 is none: filters alone are compared.
-        None is `shared_basis.compression.layers.CALIBRATION_IMAGES`.
-      budget: chooses the ranks, for a plain network in `config`: the part, in (0, 1], of the plain network's `measure`
-        ('parameters' or 'macs') that the compressed one may have.
+      source: the workdir, or weights that are already open, e.g. from a file.
+      reporter: shows messages and progress; None prints as the command line does.
+      which: the checkpoint of `source`: 'latest', 'best' or a step number.
+      calibration: number of training images on which the inputs of layers are measured; 0 for none, to compare only
+        filters. None uses `shared_basis.compression.layers.CALIBRATION_IMAGES`.
+      budget: chooses the ranks; `config` must then name a plain network. The compressed network may have this fraction,
+        in (0, 1], of the `measure` ('parameters' or 'macs') of the plain one.
 
     Raises:
-      UserError: `source` is no run of the plain network of `config`, the network cannot be compressed, or the budget is
-        too small.
+      UserError: `source` is not a run of the plain network of `config`, the network cannot be compressed, or the budget
+        is too small.
     """
     if reporter is None:
         with Reporter() as printing:
@@ -118,7 +118,7 @@ def compress(config: Config, source: str | os.PathLike[str] | Origin, reporter: 
 
 def _score(kinds: Mapping[str, tuple[Network, Variables]], config: Config, images: Images,
            mesh: Mesh) -> dict[str, Any]:
-    """Returns what `Compressed.report` says of the test images, of networks and variables by kind; None without."""
+    """Returns the test entries of `Compressed.report` for networks and variables by kind; None without test images."""
     if not kinds:
         return dict.fromkeys(("test_examples", "test_accuracy", "test_loss"))
     batches = images.batches("test", config.train.eval_batch_size, mesh)
@@ -130,7 +130,7 @@ def _score(kinds: Mapping[str, tuple[Network, Variables]], config: Config, image
 
 
 def check_target(config: Config, budget: float | None, measure: str) -> None:
-    """Raises `UserError` unless `config` names a network that a plain one can be compressed to."""
+    """Raises `UserError` unless `config` names a network to which a plain one can be compressed."""
     name = config.model.name
     network = create_model(name, stem=config.model.stem)
     check_family(name)
@@ -138,48 +138,48 @@ def check_target(config: Config, budget: float | None, measure: str) -> None:
     if budget is not None:
         ranks.check_budget(budget, measure)
         if not is_plain:
-            raise UserError(f"--budget={budget:g} chooses the ranks, which {name} has; name the plain network "
-                            f"{plain_counterpart(name)} in --config, or leave --budget out.")
+            raise UserError(f"--budget={budget:g} chooses the ranks, but {name} has some; use the plain network "
+                            f"{plain_counterpart(name)} in --config, or omit --budget.")
     elif measure != "parameters":
-        raise UserError(f"--budget_of={measure} says what a budget is of; give one too, e.g. --budget=0.5.")
+        raise UserError(f"--budget_of={measure} requires a budget; add one, e.g. --budget=0.5.")
     elif is_plain:
-        raise UserError(f"{name} is plain: name the network to compress to, e.g. "
-                        f"--config.model.name={name}-s16u1-double, or give --budget=0.5 to have its ranks chosen.")
+        raise UserError(f"{name} is plain: choose a network to compress to, e.g. "
+                        f"--config.model.name={name}-s16u1-double, or set --budget=0.5 to choose its ranks.")
     elif not network.sharing.factorised:
-        raise UserError(f"{name}: its layers share whole filters or templates, which are no low-rank form of others; "
+        raise UserError(f"{name}: its layers share whole filters or templates, not a low-rank form of others; "
                         "compress to s<S>u<U> or s<S>u<U>-double.")
 
 
 def check_alike(config: Config, origin: Origin, spec: data.Spec) -> None:
-    """Raises `UserError` unless network, normalisation and channels of the images, of `spec`, are those of `origin`."""
+    """Raises `UserError` unless network, normalisation and image channels (from `spec`) match those of `origin`."""
     mine, its, where = config.model, origin.config.model, origin.where
     if plain_counterpart(mine.name) != its.name:
-        raise UserError(f"{mine.name} cannot come from {its.name}, the network of {where}: depths and widths must be "
-                        f"the same; choose {its.name}-s<S>u<U>.")
+        raise UserError(f"{mine.name} cannot be computed from {its.name}, the network of {where}: depths and widths "
+                        f"must match; choose {its.name}-s<S>u<U>.")
     for field, value, other in (("model.stem", mine.stem, its.stem),
                                 *((f"data.{name}", getattr(config.data, name), getattr(origin.config.data, name))
                                   for name in ("mean", "std"))):
         if value != other:
-            raise UserError(f"{field}={value!r}: {where} has {other!r}, and its weights need the same.")
+            raise UserError(f"{field}={value!r}: must equal {other!r}, the value of {where}.")
     (*_, channels), (*_, others) = spec.image_shape, origin.spec.image_shape
     if channels != others:
         raise UserError(f"the images of data.name={config.data.name!r} have {channels} channel{'s' * (channels > 1)}, "
-                        f"and those of {where} {others}; its weights need the same.")
+                        f"but the weights of {where} require {others}.")
 
 
 def named(config: Config, name: str) -> Config:
-    """Returns `config` for the network `name`, named as recipes name theirs."""
+    """Returns `config` with the network `name`, and the run named as recipes do."""
     return replace(config, {"model.name": name, "name": named_for(config, name)})
 
 
 def named_for(config: Config, network: str) -> str:
-    """Returns the name of the run `config` with `network` in place of its own network."""
+    """Returns the name of the run `config` with its network's name replaced by `network`."""
     return f"{config.name.removesuffix(config.model.name).rstrip('-')}-{network}".lstrip("-")
 
 
 def factorised(plain: PlainLayers, network: Network,
                image_shape: tuple[int, int, int]) -> tuple[Arrays, list[dict[str, Any]]]:
-    """Returns the variables of `network` by path, and for each factorised layer its `path` and relative errors.
+    """Returns the variables of `network` by path, and the `path` and relative errors of each factorised layer.
 
     Raises:
       UserError: a parameter has no counterpart in the plain network.
@@ -205,19 +205,19 @@ def factorised(plain: PlainLayers, network: Network,
             layers.append({"path": "/".join(path), "filters": found.filter_error,
                            "activations": found.activation_error})
     for path in shapes.keys() ^ arrays.keys():
-        raise UserError(f"{'/'.join(path)} is in one of the two networks alone; only their sharing may differ.")
+        raise UserError(f"{'/'.join(path)} exists in only one of the two networks; only their sharing may differ.")
     return {path: np.asarray(arrays[path], np.float32) for path in shapes}, layers
 
 
 def corrected_bn_statistics(plain: PlainLayers, path: Path, found: LayerFactors) -> Arrays:
-    """Returns the running statistics after the layer at `path` when `found` replaces its kernel."""
+    """Returns the corrected running statistics after the layer at `path`, whose kernel `found` replaces."""
     norm = ("batch_stats", *following_norm(path))
     return {(*norm, "mean"): plain.arrays[*norm, "mean"] + found.mean_shift,
             (*norm, "var"): plain.arrays[*norm, "var"] * found.var_ratio}
 
 
 def render_scores(result: Mapping[str, Any]) -> str:
-    """Returns how well the network of a `Compressed.report` does before training, human-readable."""
+    """Returns human-readable text on the test scores in `Compressed.report`, before training."""
     if result["test_accuracy"] is None:
         return f"not scored before training: the classifier is {result['head']}"
     accuracy = {kind: f"{100 * value:.2f} %" for kind, value in result["test_accuracy"].items()}

@@ -1,18 +1,18 @@
-"""Closed forms that turn plain kernels into filter bases: no network, no files, NumPy in float64.
+"""Closed-form factorisation of plain kernels into filter bases; only NumPy in float64, no networks or files.
 
-A kernel `[k, k, C, T]` is the matrix W `[D, T]`, D = k²C, whose columns are filters: a patch p of the input gives Wᵀp.
-With a basis E `[D, R]`, whose columns are elements, and coefficients A `[R, T]`, the factorised layer gives (E A)ᵀp.
-The error of a layer is measured in a metric Σ `[D, D]`:
+A kernel `[k, k, C, T]` is a matrix W `[D, T]`, D = k²C, whose columns are filters: it maps an input patch p to Wᵀp.
+With a basis E `[D, R]`, whose columns are elements, and coefficients A `[R, T]`, the factorised layer maps it to
+(E A)ᵀp. The error of a layer is measured in a metric Σ `[D, D]`:
 
     error = trace((W − E A)ᵀ Σ (W − E A)) = ‖M (W − E A)‖²,    Σ = MᵀM
 
-Σ = I compares filters; the second moment of the layer's input patches compares its activations on them. Given Σ:
+Σ = I compares filters; the second moment of the layer's input patches compares its outputs. Given Σ:
 
 - the coefficients for any elements are their least-squares fit;
-- given the shared elements, the best u unique ones are the truncated SVD of the residual of M W after their fit;
-- the best s shared elements of several layers are the truncated SVD of their stacked kernels M [W₁ W₂ …], in a metric
-  that they have in common. Layers with metrics of their own are a weighted low-rank approximation, which has no closed
-  form: the mean of the metrics stands in for them, for the choice of the shared elements alone.
+- given the shared elements, the best u unique ones are the truncated SVD of the residual of M W after fitting them;
+- the best s shared elements of several layers are the truncated SVD of their stacked kernels M [W₁ W₂ …], if they have
+  the same metric. With different metrics it is a weighted low-rank approximation without a closed form; the mean of
+  the metrics is used instead, but only to choose the shared elements.
 
 A change of basis within its span does not change E A, so all elements of a layer are made orthonormal.
 """
@@ -29,12 +29,12 @@ import numpy as np
 Matrix = np.ndarray
 
 RIDGE = 1e-4
-"""Added to Σ's diagonal, as a fraction of its mean: patches may not span the space, or be too few to estimate it."""
+"""Ridge added to Σ's diagonal, as a fraction of its mean, since patches may not span the space or be too few."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A plain layer, and the metric that measures the error of its factorised form."""
+    """A plain layer, and the metric for the error of its factorised form."""
 
     kernel: Matrix
     """W, float64 `[D, T]`."""
@@ -54,29 +54,29 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Factorised:
-    """The parameters of one layer when factorised."""
+    """The parameters of a factorised layer."""
 
     unique: Matrix
     """`[D, u]`, orthonormal columns, orthogonal to the shared elements."""
     coefficients: Matrix
-    """`[u + s, T]`, those of unique elements first."""
+    """`[u + s, T]`, coefficients of unique elements first."""
 
 
 def factor_of(metric: Matrix) -> Matrix:
-    """Returns M, upper triangular and invertible, with MᵀM = `metric` and a little of the identity (`RIDGE`)."""
+    """Returns M, upper triangular and invertible, with MᵀM = `metric` plus a small multiple of I (`RIDGE`)."""
     size = len(metric)
     ridge = RIDGE * np.trace(metric) / size or 1.0
     try:
         return np.linalg.cholesky(metric + ridge * np.eye(size)).T
-    except np.linalg.LinAlgError:  # rounding, of sums in float32, has made it indefinite
+    except np.linalg.LinAlgError:  # rounding errors of float32 sums can make it indefinite
         return np.linalg.cholesky(metric + (abs(ridge) - 2 * np.linalg.eigvalsh(metric)[0]) * np.eye(size)).T
 
 
 def shared_directions(layers: Sequence[Layer]) -> Matrix:
-    """Returns orthonormal columns `[D, D]`, the first s of which are the shared basis of rank s, for every s.
+    """Returns orthonormal columns `[D, D]` whose first s are the shared basis of rank s, for every s.
 
-    It is the best one for all `layers` together, whose errors are relative to their own energies. Where metrics differ,
-    it is the best in their mean, each scaled to trace 1.
+    The basis is optimal for all `layers` together, with errors relative to their energies. If metrics differ, it is
+    optimal in their mean, each scaled to trace 1.
     """
     if all(layer.factor is layers[0].factor for layer in layers):
         factor = layers[0].factor
@@ -90,9 +90,9 @@ def shared_directions(layers: Sequence[Layer]) -> Matrix:
 
 
 def orthonormal_together(bases: Sequence[Matrix]) -> list[Matrix]:
-    """Returns the nearest bases to these, `[D, s]` of one space and each orthonormal, that are orthonormal together.
+    """Returns the nearest bases that are jointly orthonormal, for `bases` `[D, s]` that are each orthonormal.
 
-    A single basis is returned as it is, and so are more than the space can hold together, or those of several spaces.
+    A single basis is returned unchanged, as are bases of different spaces or with more elements than dimensions.
     """
     if len(bases) == 1 or len({len(basis) for basis in bases}) > 1:
         return list(bases)
@@ -110,21 +110,21 @@ def residual(layer: Layer, basis: Matrix) -> Matrix:
 
 
 def remaining_energy(layer: Layer, basis: Matrix) -> Matrix:
-    """Returns the error over the layer's energy for `basis` and u = 0, 1, … T unique elements, the best for each u."""
-    weighted = layer.factor @ basis  # by the normal equations, the quickest form: spectra need it for many ranks
+    """Returns the relative error for `basis` and the best u = 0, 1, … T unique elements."""
+    weighted = layer.factor @ basis  # normal equations are fastest; spectra need many ranks
     inverse = np.linalg.inv(np.linalg.cholesky(weighted.T @ weighted))
     fitted = inverse @ (weighted.T @ layer.weighted_kernel)
-    squares = np.maximum(np.linalg.eigvalsh(  # rising
+    squares = np.maximum(np.linalg.eigvalsh(  # in increasing order
         layer.weighted_kernel.T @ layer.weighted_kernel - fitted.T @ fitted), 0)
     return np.append(np.cumsum(squares)[::-1], 0.0) / (layer.energy or 1.0)
 
 
 def factorise(layer: Layer, basis: Matrix, unique_rank: int) -> Factorised:
-    """Returns the best `unique_rank` unique elements beside the shared ones, `basis` `[D, s]`, and the coefficients."""
+    """Returns the best `unique_rank` unique elements in addition to `basis` `[D, s]`, and all coefficients."""
     rest = residual(layer, basis)
     left = np.linalg.svd(rest, full_matrices=unique_rank > min(rest.shape))[0][:, :unique_rank]
     directions = np.concatenate([basis, np.linalg.solve(layer.factor, left)], axis=1)
-    unique = np.linalg.qr(directions)[0][:, basis.shape[1]:]  # of full rank even where the residual is 0
+    unique = np.linalg.qr(directions)[0][:, basis.shape[1]:]  # has full rank even if the residual is 0
     elements = np.concatenate([unique, basis], axis=1)
     return Factorised(unique, fit(layer, elements))
 
@@ -135,7 +135,7 @@ def fit(layer: Layer, elements: Matrix) -> Matrix:
 
 
 def relative_error(kernel: Matrix, approximation: Matrix, factor: Matrix | None = None) -> float:
-    """Returns ‖M (W − Ŵ)‖ / ‖M W‖ for W `kernel` and Ŵ `approximation`, both `[D, T]`; `factor` None is M = I."""
+    """Returns ‖M (W − Ŵ)‖ / ‖M W‖ for W `kernel` and Ŵ `approximation`, both `[D, T]`; `factor` None means M = I."""
     difference = kernel - approximation
     if factor is not None:
         difference, kernel = factor @ difference, factor @ kernel
@@ -144,12 +144,12 @@ def relative_error(kernel: Matrix, approximation: Matrix, factor: Matrix | None 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The layers of a residual group that are factorised together."""
+    """The layers of a residual group, factorised together."""
 
     layers: Mapping[Any, Layer]
-    """By any key."""
+    """The layers, by any key."""
     uses: Mapping[Any, str]
-    """The shared basis that each layer uses; layers that use none are absent."""
+    """The name of the shared basis of each layer; layers without one are absent."""
 
     @functools.cached_property
     def _directions(self) -> dict[str, Matrix]:
@@ -157,19 +157,19 @@ class Group:
                 for name in sorted(set(self.uses.values()))}
 
     def bases(self, rank: int) -> dict[str, Matrix]:
-        """Returns the shared bases `[D, rank]` by name, each orthonormal, and all together if the space has room."""
+        """Returns the shared bases `[D, rank]` by name, each orthonormal, and jointly if dimensions allow."""
         if not self._directions:
             return {}
         parts = orthonormal_together([directions[:, :rank] for directions in self._directions.values()])
         return dict(zip(self._directions, parts, strict=True))
 
     def basis_of(self, layer: Any, bases: Mapping[str, Matrix]) -> Matrix:
-        """Returns the shared elements that `layer` uses, `[D, 0]` where it uses none."""
+        """Returns the shared elements that `layer` uses; `[D, 0]` if there are none."""
         return bases[self.uses[layer]] if layer in self.uses else np.zeros((len(self.layers[layer].kernel), 0))
 
     def remaining(self, rank: int) -> Matrix:
-        """Returns the mean over the layers of `remaining_energy` by shared bases of `rank`."""
+        """Returns the mean of `remaining_energy` over the layers, for shared bases of `rank`."""
         bases = self.bases(rank)
         parts = [remaining_energy(layer, self.basis_of(name, bases)) for name, layer in self.layers.items()]
-        longest = max(map(len, parts))  # with as many elements as filters nothing remains
+        longest = max(map(len, parts))  # with as many elements as filters, the error is 0
         return np.mean([np.pad(part, (0, longest - len(part))) for part in parts], 0)

@@ -1,7 +1,7 @@
-"""From kernels, as plain arrays, to one shared basis and what each layer adds to it, in closed form.
+"""Factorises kernels, given as plain arrays, into a shared basis and per-layer factors, in closed form.
 
-The mathematics is `shared_basis.compression.factorize`. The batch normalisation that `BasisConv` has between basis and
-coefficients restores the mean and the deviation that it removes: at evaluation it is the identity, in training nearly.
+The mathematics is in `shared_basis.compression.factorize`. The batch normalisation of `BasisConv` between basis and
+coefficients is set to restore the mean and deviation that it removes: an identity at evaluation, nearly so in training.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class LayerFactors:
     unique: np.ndarray
     """`[*k, C, u]`, orthonormal and orthogonal to the shared elements."""
     coefficients: np.ndarray
-    """`[u + s, T]`, those of unique elements first."""
+    """`[u + s, T]`, coefficients of unique elements first."""
     norm: dict[str, np.ndarray]
     """`scale`, `bias`, `mean` and `var` `[u + s]` of the batch normalisation between basis and coefficients, which is
-    the identity at evaluation. With activations `mean` and `var` are those of the basis's results on them."""
+    the identity at evaluation. With activations, `mean` and `var` are those of the basis's outputs on them."""
     mean_shift: np.ndarray
-    """`[T]`, by how much the means of the layer's results on the activations move; add it to the running mean of a
-    batch normalisation that follows. 0 without activations."""
+    """`[T]`, the change of the layer's mean outputs on the activations; add it to the running mean of a following batch
+    normalisation. 0 without activations."""
     var_ratio: np.ndarray
-    """`[T]`, by which factor their variances change; multiply the running variance by it. 1 without activations."""
+    """`[T]`, the factor by which output variances change; multiply running variances by it. 1 without activations."""
     filter_error: float
-    """‖W − Ŵ‖ / ‖W‖ for kernel W and what stands for it, Ŵ."""
+    """‖W − Ŵ‖ / ‖W‖ for the kernel W and its approximation Ŵ."""
     activation_error: float | None
     """The same for the layer's results on the activations; None without them."""
     bias: np.ndarray | None = None
@@ -54,7 +54,7 @@ class LayerFactors:
         return 1 - error**2
 
     def variables(self) -> dict[str, Any]:
-        """Returns `params` and `batch_stats` of the layer as a `shared_basis.BasisConv` of Linen holds them."""
+        """Returns `params` and `batch_stats` of the layer in the structure of a Linen `shared_basis.BasisConv`."""
         scale, bias, mean, var = (self.norm[name] for name in ("scale", "bias", "mean", "var"))
         params = {"coefficients": self.coefficients, "norm": {"scale": scale, "bias": bias}}
         if self.unique.size:
@@ -66,12 +66,12 @@ class LayerFactors:
 
 @dataclasses.dataclass(frozen=True)
 class SharedFactors:
-    """Several kernels as one shared basis and what each layer adds to it."""
+    """Several kernels, factorised into a shared basis and factors for each layer."""
 
     basis: np.ndarray
     """The shared elements, orthonormal, float32 `[*k, C, s]`."""
     layers: tuple[LayerFactors, ...]
-    """In the order of the kernels."""
+    """The factors of each layer, in the order of the kernels."""
 
     def __repr__(self) -> str:
         return f"SharedFactors(basis={list(self.basis.shape)}, layers={list(self.layers)})"
@@ -111,7 +111,7 @@ def factorize_kernels(kernels: Sequence[Array | np.ndarray], shared_rank: int, u
     space = _check_kernels(kernels)
     _check_ranks(shared_rank, unique_rank, space)
     if activations is None and centered:
-        raise ValueError("centered=True: means are those of activations, so give these too")
+        raise ValueError("centered=True requires activations, whose means are used")
     for name, given in (("activations", activations), ("biases", biases)):
         if given is not None and len(given) != len(kernels):
             raise ValueError(f"{len(given)} {name} for {len(kernels)} kernels: give one for each kernel")
@@ -140,10 +140,10 @@ def _with_bias(index: int, layer: LayerFactors, bias: Array | np.ndarray | None)
 
 
 def measured_layer(kernel: np.ndarray, moments: Moments | None, centered: bool) -> Layer:
-    """Returns the layer of `kernel`, whose errors are measured on patches of these `moments`; None compares filters.
+    """Returns the layer of `kernel`, with errors measured on patches with these `moments`; None compares filters.
 
     Args:
-      centered: whether about the mean of its results, which a batch normalisation that follows removes.
+      centered: whether errors are measured about the mean output, which a following batch normalisation removes.
     """
     weights = matrix(kernel)
     if moments is None:
@@ -153,11 +153,11 @@ def measured_layer(kernel: np.ndarray, moments: Moments | None, centered: bool) 
 
 def factorize_layer(layer: Layer, space: tuple[int, ...], basis: Matrix, unique_rank: int,
                     moments: Moments | None) -> LayerFactors:
-    """Returns what `layer` adds to the shared elements `basis` `[D, s]`.
+    """Returns the factors of `layer` for the shared elements `basis` `[D, s]`.
 
     Args:
-      space: `(*k, C)`, whose product is D.
-      moments: of its input patches; None where they have not been measured.
+      space: `(*k, C)`, with product D.
+      moments: the moments of its input patches; None if not measured.
     """
     own = factorise(layer, basis, unique_rank)
     elements = np.concatenate([own.unique, basis], axis=1)
@@ -182,7 +182,7 @@ def matrix(kernel: np.ndarray) -> Matrix:
 
 
 def _variances(filters: Matrix, moments: Moments) -> np.ndarray:
-    """Returns the variances `[R]` of the products of `filters` `[D, R]` with patches of these `moments`."""
+    """Returns the variances `[R]` of the products of `filters` `[D, R]` with patches with these `moments`."""
     return np.maximum(np.sum(filters * (moments.covariance @ filters), axis=0), 0)
 
 
@@ -196,7 +196,7 @@ def _check_kernels(kernels: Sequence[Array | np.ndarray]) -> tuple[int, ...]:
         raise TypeError(f"kernels is one array of shape {list(np.shape(kernels))}: must be a list of kernels, one for "
                         "each layer; list(kernels) if its first axis counts layers")
     if not len(kernels):
-        raise ValueError("kernels is empty: give the kernels of the layers that are to share a basis")
+        raise ValueError("kernels is empty: give the kernels of the layers that share a basis")
     for index, kernel in enumerate(kernels):
         shape, first = list(np.shape(kernel)), list(np.shape(kernels[0]))
         if len(shape) < 3 or not jnp.issubdtype(kernel.dtype, jnp.floating):
@@ -218,7 +218,7 @@ def _check_ranks(shared: int, unique: int, space: tuple[int, ...]) -> None:
 
 
 def _moments(name: str, given: Array | np.ndarray | Moments, space: tuple[int, ...]) -> Moments:
-    """Returns the moments of the patches of `given`, for kernels `[*space, T]`."""
+    """Returns the patch moments of `given`, for kernels `[*space, T]`."""
     if not isinstance(given, Moments):
         if not len(given.shape) or given.shape[-1] != space[-1]:
             raise ValueError(f"{name} of shape {list(given.shape)}: must be [N, *image, {space[-1]}], the inputs of "

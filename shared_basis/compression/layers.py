@@ -1,4 +1,4 @@
-"""The layers of a trained plain network that can be factorised, with the moments of their inputs."""
+"""The layers of a trained plain network that can be factorised, and the moments of their inputs."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Arrays = Mapping[Path, np.ndarray]
 """Variables by path: ('params', 'group1', …)."""
 
 BASIS_FORM = "s<S>u<U>"
-"""The form of sharing that a network must admit: 3×3 layers as coefficients of a basis."""
+"""The form of sharing that a network must support: 3×3 layers as coefficients of a basis."""
 
 CALIBRATION_IMAGES = 1000
-"""Training images that inputs are measured on by default; all of them where there are fewer."""
+"""Default number of training images for measuring inputs; all of them if there are fewer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class PlainLayers:
 
     arrays: Arrays
     moments: Mapping[Path, Moments]
-    """Of the inputs of the layers that can be factorised, by path; empty where filters alone are compared."""
+    """Moments of the inputs of layers that can be factorised, by path; empty if only filters are compared."""
 
     def group(self, network: Network, name: str) -> Group:
         """Returns the layers of group `name` by path, with the shared bases that they use in `network`."""
@@ -54,7 +54,7 @@ class PlainLayers:
     def layer(self, path: Path) -> Layer:
         """Returns the layer at `path`.
 
-        Its error is measured about the mean of the activations where batch normalisation follows, which removes it.
+        Errors are measured about the mean output if batch normalisation follows, which removes the mean.
         """
         kernel = self.arrays["params", *path, "kernel"]
         return measured_layer(kernel, self.moments.get(path), centered=self.is_normalised(path))
@@ -65,16 +65,16 @@ class PlainLayers:
 
 
 def following_norm(path: Path) -> Path:
-    """Returns the path of the batch normalisation that follows the layer at `path`, if there is one."""
+    """Returns the path where a batch normalisation after the layer at `path` would be."""
     return (*path[:-1], f"{path[-1]}_norm")
 
 
 def open_plain(source: str | os.PathLike[str], which: str = "latest",
                overrides: Mapping[str, Any] | None = None) -> Origin:
-    """Opens the run in `source` as `require_plain` returns it.
+    """Opens the run in `source` and checks it with `require_plain`.
 
     Raises:
-      UserError: as `Trained.open` and `require_plain`, or there is no `source`.
+      UserError: see `Trained.open` and `require_plain`; or `source` is empty.
     """
     if not source:
         raise UserError("--mode=compress needs --source=RUN, the workdir of a trained plain network.")
@@ -82,47 +82,47 @@ def open_plain(source: str | os.PathLike[str], which: str = "latest",
 
 
 def require_plain(origin: Origin) -> Origin:
-    """Returns `origin`, a plain network that can be factorised, with its blocks unrolled.
+    """Returns `origin` with its blocks unrolled, after checking that it is a plain network that can be factorised.
 
     Raises:
-      UserError: it is another network, or its weights are not finite.
+      UserError: the network is not suitable, or its weights are not finite.
     """
     name = origin.config.model.name
     if name != plain_counterpart(name):
-        raise UserError(f"{origin.where} holds {name}, which shares already; name a run of plain "
+        raise UserError(f"{origin.where} holds {name}, which already shares; use a run of plain "
                         f"{plain_counterpart(name)}.")
     check_family(name)
     for path, leaf in flatten_dict(dict(origin.variables)).items():
         if not np.isfinite(np.asarray(leaf)).all():
             step = "" if origin.step is None else f" of checkpoint {origin.step}"
-            raise UserError(f"{origin.where}: {'/'.join(path)}{step} is not finite; choose other weights, of a run "
-                            "those of another checkpoint.")
+            raise UserError(f"{origin.where}: {'/'.join(path)}{step} is not finite; choose other weights, e.g. "
+                            "another checkpoint of a run.")
     model = build_model(replace(origin.config, {"model.scan_blocks": "no"}), origin.spec)
     return dataclasses.replace(origin, model=model)
 
 
 def check_family(name: str) -> None:
-    """Raises `UserError` unless plain network `name` has layers that are linear in the elements of a basis."""
+    """Raises `UserError` unless the layers of the plain network `name` are linear in the elements of a basis."""
     base = plain_counterpart(name)
     if not create_model(base).basis_is_linear():
-        raise UserError(f"{base} cannot be compressed: its layers are not linear in their basis (a ReLU stands between "
-                        "it and the coefficients), so that no closed form gives them; train it from scratch.")
+        raise UserError(f"{base} cannot be compressed: its layers are not linear in their basis (a ReLU is between "
+                        "it and the coefficients), so there is no closed form; train it from scratch.")
     if BASIS_FORM not in family_of(base).forms:
-        raise UserError(f"{base} cannot be compressed: it shares whole filters, which are no low-rank form of others; "
+        raise UserError(f"{base} cannot be compressed: it shares whole filters, not a low-rank form of others; "
                         "train it from scratch.")
 
 
 def load_images(config: Config, origin: Origin, calibration: int | None, tests: bool, reporter: Reporter,
                 known: data.Spec | None = None) -> Images:
-    """Loads the calibration images: the first ones of a fixed random order of the training images.
+    """Loads the calibration images: the first ones in a fixed random order of the training images.
 
     Args:
-      calibration: how many; 0 is none, and None is `CALIBRATION_IMAGES`.
+      calibration: the number of images; 0 for none, None for `CALIBRATION_IMAGES`.
       tests: whether to load the test images too.
-      known: the classes and the shape that the images must have; None for any.
+      known: the classes and shape that the images must have; None for any.
 
     Raises:
-      UserError: there are fewer images, or others than are `known`.
+      UserError: there are fewer images than requested, or they do not match `known`.
     """
     if calibration is not None and calibration < 0:
         raise UserError(f"--calibration={calibration}: must be a number of training images, or 0 for none.")
@@ -140,7 +140,7 @@ def load_images(config: Config, origin: Origin, calibration: int | None, tests: 
 
 
 def extract_layers(origin: Origin, config: Config, images: Images | None, reporter: Reporter) -> PlainLayers:
-    """Returns the layers of `origin`, with moments on the training images among `images`, if there are any."""
+    """Returns the layers of `origin`, with moments measured on the training images in `images`, if any."""
     moments: Mapping[Path, Moments] = {}
     if images is not None and "train" in images.splits:
         total = images.count("train")
@@ -155,5 +155,5 @@ def extract_layers(origin: Origin, config: Config, images: Images | None, report
     for path, each in moments.items():
         if not np.isfinite(each.products).all():
             raise UserError(f"{origin.where}: on the calibration images the inputs of {'/'.join(path)} are not finite, "
-                            "or their squares are too large; --calibration=0 compares filters alone.")
+                            "or their squares are too large; --calibration=0 compares only filters.")
     return PlainLayers(flatten_dict(jax.device_get(dict(origin.variables))), moments)

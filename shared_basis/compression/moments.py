@@ -1,4 +1,4 @@
-"""The moments of the input patches of a network's layers, on some images."""
+"""Measures the moments of the input patches of a network's layers on images."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from shared_basis.runs.trained import Variables
 def input_moments(model: nn.Module, variables: Variables, data: DataConfig, layers: Iterable[Path],
                   batches: Iterable[Inputs],
                   progress: Callable[[int], None] = lambda measured: None) -> dict[Path, Moments]:
-    """Returns the moments of the input patches of `layers`, convolutions of one channel group, at evaluation.
+    """Returns the moments of the input patches of `layers`, convolutions with one channel group, in evaluation mode.
 
     Args:
-      model: has its blocks unrolled; in a loop the layers of several blocks are one.
-      layers: their paths in the parameter tree.
-      batches: images uint8 `[N, H, W, C]` and labels `[N]`; −1 marks an image that does not count.
+      model: must have unrolled blocks; in a loop, layers of several blocks would be combined.
+      layers: paths in the parameter tree.
+      batches: images uint8 `[N, H, W, C]` and labels `[N]`; images with label −1 do not count.
       progress: called with the number of images measured so far.
     """
     wanted = frozenset(layers)

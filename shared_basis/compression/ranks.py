@@ -1,4 +1,4 @@
-"""The choice of ranks: the energy of a trained network that they capture, and the best network within a budget."""
+"""Chooses ranks: the energy of a trained network that they capture, and the best network within a budget."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from shared_basis.runs.origin import Origin
 from shared_basis.runtime.reporter import Reporter
 
 SHARINGS = {"single": "", "double": "-double"}
-"""The ways in which the groups of a network may share, and the endings of its name."""
+"""The kinds of sharing within a group, and the corresponding suffixes of network names."""
 
 MEASURES = ("parameters", "macs")
 
 
 class Candidates:
-    """The networks `<base>-s<S>u<U>[-double]` that a plain network can be compressed to."""
+    """The networks `<base>-s<S>u<U>[-double]` to which a plain network can be compressed."""
 
     def __init__(self, plain: PlainLayers, origin: Origin) -> None:
-        """Takes the layers of a plain network, and where they come from."""
+        """Sets the layers of the plain network and their origin."""
         self._spec, self._model = origin.spec, origin.config.model
         forms = family_of(self._model.name).forms
         self.sharings = [sharing for sharing, ending in SHARINGS.items() if f"s<S>u<U>{ending}" in forms]
@@ -35,7 +35,7 @@ class Candidates:
         shapes = [(group, shape) for group, named in networks["single"].shared_shapes().items()
                   for shape in named.values()]
         self.growth = {group: shape[-1] for group, shape in shapes}
-        """By group, the factor from the rank in the name to the group's own: 1, 2, 4, …."""
+        """The factor from the rank in the name to the rank of each group: 1, 2, 4, …."""
         self.space = min(math.prod(shape[:3]) // shape[3] for _, shape in shapes)
         """The largest S + U."""
         self._groups = {sharing: {group: plain.group(network, group) for group in self.growth}
@@ -44,11 +44,11 @@ class Candidates:
         self._costs: dict[str, list[Mapping[str, int]]] = {}
 
     def name(self, sharing: str, shared: int, unique: int) -> str:
-        """Returns the name of a network; one with S = 0 has the same name for every sharing."""
+        """Returns the name of a network; with S = 0 it is the same for all kinds of sharing."""
         return f"{self._model.name}-s{shared}u{unique}{SHARINGS[sharing] if shared else ''}"
 
     def captured(self, sharing: str, group: str, shared: int, unique: int) -> float:
-        """Returns the fraction of the energy of the layers of `group` that a network captures, their mean."""
+        """Returns the fraction of energy that a network captures, averaged over the layers of `group`."""
         growth, key = self.growth[group], (sharing, group, shared)
         if key not in self._remaining:
             self._remaining[key] = self._groups[sharing][group].remaining(shared * growth)
@@ -56,14 +56,14 @@ class Candidates:
         return 1 - float(remaining[min(unique * growth, len(remaining) - 1)])
 
     def mean_captured(self, sharing: str, shared: int, unique: int) -> float:
-        """Returns the mean of this fraction over all layers."""
+        """Returns the fraction of captured energy, averaged over all layers."""
         return float(np.average([self.captured(sharing, group, shared, unique) for group in self.growth],
                                 weights=[len(group.layers) for group in self._groups[sharing].values()]))
 
     def cost(self, sharing: str, measure: str, shared: int, unique: int) -> int:
         """Returns the 'parameters' or 'macs' of a network.
 
-        They are linear in the ranks, so the counts of three networks give those of all.
+        Costs are linear in the ranks, so the counts of three networks determine all others.
         """
         if sharing not in self._costs:
             self._costs[sharing] = [self._count(self.name(sharing, *ranks)) for ranks in ((1, 1), (2, 1), (1, 2))]
@@ -78,7 +78,7 @@ class Candidates:
         return self._count(self._model.name)[measure]
 
     def largest(self, measure: str, limit: float) -> Iterator[tuple[str, int, int]]:
-        """Yields (sharing, S, U) for each sharing and U = 0, 1, 2, 4, …: the largest S that costs `limit` at most."""
+        """Yields (sharing, S, U) for each sharing and U = 0, 1, 2, 4, …, with the largest S within `limit`."""
         for sharing in self.sharings:
             each = self.cost(sharing, measure, 1, 0) - self.cost(sharing, measure, 0, 0)
             unique = 0
@@ -91,14 +91,14 @@ class Candidates:
 
 
 def choose(candidates: Candidates, budget: float, measure: str, log: Callable[[str], None]) -> str:
-    """Returns the name of the network within the budget that captures most of the plain network's energy.
+    """Returns the name of the network within the budget that captures the most energy of the plain network.
 
     Args:
-      budget: the part of the plain network's `measure`, 'parameters' or 'macs', that it may cost.
+      budget: the fraction of the plain network's `measure` ('parameters' or 'macs') that it may cost.
       log: called with a line about each candidate.
 
     Raises:
-      UserError: no network costs so little.
+      UserError: no network is within the budget.
     """
     limit = budget * candidates.plain_cost(measure)
     found = {}
@@ -110,7 +110,7 @@ def choose(candidates: Candidates, budget: float, measure: str, log: Callable[[s
     if not found:
         least = min(candidates.cost("single", measure, *ranks) for ranks in ((1, 0), (0, 1)))
         raise UserError(f"--budget={budget:g} of {measure}: the smallest network has "
-                        f"{least / candidates.plain_cost(measure):.3f} of the plain one's; the layers that are not "
+                        f"{least / candidates.plain_cost(measure):.3f} of those of the plain one; layers that are not "
                         "factorised count too.")
     return max(found, key=lambda name: found[name])
 
@@ -118,13 +118,13 @@ def choose(candidates: Candidates, budget: float, measure: str, log: Callable[[s
 def check_budget(budget: float, measure: str) -> None:
     """Raises `UserError` unless `budget` is in (0, 1] and `measure` one of `MEASURES`."""
     if not 0 < budget <= 1:
-        raise UserError(f"--budget={budget:g}: must be a part of the plain network, above 0 and at most 1.")
+        raise UserError(f"--budget={budget:g}: must be a fraction of the plain network, above 0 and at most 1.")
     if measure not in MEASURES:
         raise UserError(f"--budget_of={measure}: must be one of {', '.join(MEASURES)}.")
 
 
 def shown_ranks(candidates: Candidates) -> list[int]:
-    """Returns S = 1, 2, 3, 4, 6, 8, 12, …, as long as a network has fewer parameters than the plain one."""
+    """Returns S = 1, 2, 3, 4, 6, 8, 12, … as long as the network has fewer parameters than the plain one."""
     limit = candidates.plain_cost("parameters")
     powers = [2**power for power in range(candidates.space.bit_length())]
     return [rank for rank in sorted({*powers, *(power * 3 // 2 for power in powers)}) if rank <= candidates.space
@@ -132,11 +132,11 @@ def shown_ranks(candidates: Candidates) -> list[int]:
 
 
 def spectrum(candidates: Candidates, uniques: tuple[int, ...], reporter: Reporter) -> list[dict[str, Any]]:
-    """Returns the energy that networks capture, by group and of all layers, one row each.
+    """Returns the energy that networks capture, one row per network and group, and for all layers.
 
-    The columns are `sharing`, `group` ('all' for the mean of all layers), `S` and `U` of the network's name, the
-    `shared_elements` of each basis and the `unique_elements` of each layer in the group, `captured` in [0, 1], and,
-    for all groups, `parameters` and `macs` over those of the plain network.
+    Columns: `sharing`; `group` ('all' for the mean of all layers); `S` and `U` of the network's name; the number of
+    `shared_elements` of each basis and of `unique_elements` of each layer in the group; `captured` in [0, 1]; and,
+    for all groups together, `parameters` and `macs` relative to the plain network.
     """
     rows: list[dict[str, Any]] = []
     ranks = shown_ranks(candidates)

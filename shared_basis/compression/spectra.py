@@ -1,4 +1,4 @@
-"""How much can be shared: the energy of a trained network that shared bases capture, by rank, before any is trained."""
+"""Spectra: the energy of a trained plain network that shared bases capture, by rank, without any training."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 UNIQUE = (0, 1, 2, 4)
-"""U of the networks in the table."""
+"""The values of U in the printed table."""
 
 COLUMNS = ("sharing", "group", "S", "U", "shared_elements", "unique_elements", "captured", "parameters", "macs")
-"""Of the table; see `shared_basis.compression.ranks.spectrum`."""
+"""The rows of the table; see `shared_basis.compression.ranks.spectrum`."""
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -28,24 +28,24 @@ Rows = Sequence[Mapping[str, Any]]
 def write_spectra(source: str, reporter: Reporter, *, which: str = "latest",
                   overrides: Mapping[str, Any] | None = None, calibration: int | None = None,
                   output: str = "") -> dict[str, Any]:
-    """Writes the energy of the plain network in `source` that shared bases capture, as a table and a picture.
+    """Writes the energy of the plain network in `source` that shared bases capture, as a table and a plot.
 
     Args:
-      which, overrides: as in `Trained.open`.
-      calibration: as in `shared_basis.compression.compress.compress`.
-      output: the table, FILE.csv, beside which FILE.png is put; empty is spectra.csv in `source`.
+      which, overrides: see `Trained.open`.
+      calibration: see `shared_basis.compression.compress.compress`.
+      output: the table, FILE.csv; the plot FILE.png is put next to it. By default spectra.csv in `source`.
 
     Returns:
       `source`, `step`, `model`, `calibration`, `csv`, `png` and `rows` (see `shared_basis.compression.ranks.spectrum`).
 
     Raises:
-      UserError: as `open_plain`, or a file cannot be written.
+      UserError: see `open_plain`; or a file cannot be written.
     """
     path = as_path(output) if output else as_path(source) / "spectra.csv"
     if path.suffix != ".csv":
-        raise UserError(f"--output={output}: must end in .csv; the picture is put beside it.")
+        raise UserError(f"--output={output}: must end in .csv; the plot is put next to it.")
     if output and not open_files(path.parent).is_directory():
-        raise UserError(f"--output={output}: there is no directory {path.parent}.")
+        raise UserError(f"--output={output}: the directory {path.parent} does not exist.")
     origin = open_plain(source, which, overrides)
     images = None
     if calibration != 0:
@@ -66,7 +66,7 @@ def write_spectra(source: str, reporter: Reporter, *, which: str = "latest",
 
 
 def draw(figure: Figure, rows: Rows, title: str) -> None:
-    """Draws a panel for each group: explained energy over S, single and double, shared alone and with U = 1."""
+    """Draws a panel per group: explained energy over S, single and double, with U = 0 and U = 1."""
     groups = list(dict.fromkeys(row["group"] for row in rows))
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     kinds = [(sharing, unique) for sharing in dict.fromkeys(row["sharing"] for row in rows) for unique in (0, 1)]
@@ -89,7 +89,7 @@ def draw(figure: Figure, rows: Rows, title: str) -> None:
 
 
 def _write(path: PurePath, rows: Rows, picture: bytes) -> None:
-    """Writes the table and the picture beside it, both or neither."""
+    """Writes the table and the plot, either both or neither."""
     cells = [[f"{value:.6f}" if isinstance(value := row.get(name, ""), float) else value for name in COLUMNS]
              for row in rows]
     try:
@@ -99,7 +99,7 @@ def _write(path: PurePath, rows: Rows, picture: bytes) -> None:
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Returns `write_spectra`'s result as a human-readable table, of all layers; the groups are in the files."""
+    """Returns the result of `write_spectra` as a human-readable table for all layers; files have it by group."""
     rows = [row for row in result["rows"] if row["group"] == "all"]
     kinds = list(dict.fromkeys((row["sharing"], row["U"]) for row in rows))
     found = {(row["sharing"], row["U"], row["S"]): row for row in rows}
@@ -111,6 +111,6 @@ def render(result: Mapping[str, Any]) -> str:
                                      for cell in cells)])
     return "\n".join([
         f"{result['model']} at step {result['step']:,} of {result['source']}: explained energy of {metric}, in %, mean "
-        "of all layers (in brackets: parameters relative to the plain network)",
+        "of all layers (in parentheses: parameters relative to the plain network)",
         *align(table, right=True),
-        f"by group, and as a picture: {result['csv']}, {result['png']}"])
+        f"by group and as a plot: {result['csv']}, {result['png']}"])

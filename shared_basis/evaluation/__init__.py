@@ -1,1 +1,1 @@
-"""Scores and predictions of trained networks."""
+"""Evaluation and prediction with trained networks."""

@@ -1,4 +1,4 @@
-"""Evaluation of a checkpoint on all test images, each scored once."""
+"""Evaluation of a checkpoint on all test images, each scored exactly once."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def evaluate(workdir: Place, which: str = "latest", overrides: Mapping[str, Any]
     """Scores a checkpoint of `workdir` on the test images.
 
     Args:
-      which, overrides: as in `Trained.open`.
-      reporter: shows the images' source and the progress; None shows nothing.
+      which, overrides: see `Trained.open`.
+      reporter: shows the source of the images and progress; None shows nothing.
 
     Returns:
       `workdir`, `step`, `model`, `test_loss`, `test_accuracy`, `test_accuracy_top5`, `test_examples`, `num_classes`,
@@ -29,7 +29,7 @@ def evaluate(workdir: Place, which: str = "latest", overrides: Mapping[str, Any]
       otherwise None.
 
     Raises:
-      UserError: as `Trained.open`, or other data than the run was trained for.
+      UserError: see `Trained.open`; or the data does not match the run.
     """
     reporter = reporter or Reporter(verbosity="quiet")
     with raise_on_all_processes():
@@ -38,24 +38,26 @@ def evaluate(workdir: Place, which: str = "latest", overrides: Mapping[str, Any]
     with memory.oom_as_user_error(config, "train.eval_batch_size"):
         with raise_on_all_processes():
             source = trained.open_source(reporter)
-        with raise_on_all_processes():  # apart, as processes settle something in it
+        with raise_on_all_processes():  # separate, as processes communicate in it
             images = feeds.load(source, trained.images, mesh, reporter)
         evaluator = make_evaluator(trained.model, config.data,
                                    images.batches("test", config.train.eval_batch_size, mesh), mesh)
         show = reporter.progress("scoring test images")
         scores = evaluator(trained.variables, lambda scored: show(scored, images.count("test")))
-        reporter.end_progress()  # where broken images were left out it has not come to its end
+        reporter.end_progress()  # not ended yet if broken images were skipped
     return {"workdir": str(trained.run.path), "step": trained.step, "model": config.model.name,
             "test_loss": scores["loss"], "test_accuracy": scores["accuracy"],
-            "test_accuracy_top5": scores["accuracy_top5"], "test_examples": int(scores["count"]), "num_classes": len(trained.spec.classes),
+            "test_accuracy_top5": scores["accuracy_top5"], "test_examples": int(scores["count"]),
+            "num_classes": len(trained.spec.classes),
             "chosen_on": chosen_on(trained.checkpoints.metrics(trained.step) or {}) if which == "best" else None}
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Returns `evaluate`'s result as a human-readable line."""
+    """Returns the result of `evaluate` as a human-readable line."""
     chosen = {None: "", "validation": " (best validation epoch)",
-              "test": " (the best test epoch, chosen on these images as in the paper)"}[
+              "test": " (best test epoch, chosen on these images as in the paper)"}[
                   result["chosen_on"]]
     top5 = f", top-5 {100 * result['test_accuracy_top5']:.2f} %" if result["num_classes"] > 5 else ""  # otherwise 100 %
     return (f"{result['model']} at step {result['step']:,} of {result['workdir']}{chosen}: test accuracy "
-            f"{100 * result['test_accuracy']:.2f} %{top5}, loss {result['test_loss']:.4f}, on {result['test_examples']:,} images")
+            f"{100 * result['test_accuracy']:.2f} %{top5}, loss {result['test_loss']:.4f}, on "
+            f"{result['test_examples']:,} images")

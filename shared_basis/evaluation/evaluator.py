@@ -1,4 +1,4 @@
-"""The scorer: every image once, compiled, in sums or one by one."""
+"""Compiled evaluation: scores every image exactly once, in sums or per image."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Metrics = dict[str, Array]
 
 
 def score_examples(logits: Array, labels: Array) -> Metrics:
-    """Scores images one by one.
+    """Scores each image.
 
     Args:
       logits: float32 `[N, classes]`.
-      labels: int32 `[N]`; −1 marks an image that does not count: it fills the batch, or could not be decoded.
+      labels: int32 `[N]`; −1 marks an image that does not count: padding, or an image that could not be decoded.
 
     Returns:
       For each image, float32 `[N]`: its `loss` (cross entropy in nats), whether it is `correct`, or among the five
-      largest logits (`correct_top5`), and `count`, 1. All are 0 for an image that does not count.
+      largest logits (`correct_top5`), and `count`, 1. All are 0 for images that do not count.
     """
     counts = labels >= 0
     targets = jnp.maximum(labels, 0)
@@ -46,7 +46,7 @@ def score_examples(logits: Array, labels: Array) -> Metrics:
 
 
 def eval_step(variables: Tree, images: Array, labels: Array, *, model: nn.Module, data: DataConfig) -> Metrics:
-    """Returns the sums of `score_examples` over one batch, uint8 `[N, H, W, C]`, with running statistics."""
+    """Returns the sums of `score_examples` over a batch, uint8 `[N, H, W, C]`, using running statistics."""
     scores = score_examples(predict_logits(model, variables, images, data), labels)
     return {name: jnp.sum(values) for name, values in scores.items()}
 
@@ -55,11 +55,11 @@ class Evaluator(Protocol):
     """Scores variables; calls `after_batch` after each batch with the number of images scored so far."""
 
     def __call__(self, variables: Variables, after_batch: Callable[[int], None] = ...) -> dict[str, float]:
-        """See `make_evaluator`."""
+        """Returns `loss`, `accuracy`, `accuracy_top5` and `count`; see `make_evaluator`."""
 
 
 def define_step(model: nn.Module, config: DataConfig, mesh: Mesh) -> Any:
-    """Returns `eval_step`, jitted for the devices of `mesh`, which need not exist as long as it is only compiled."""
+    """Returns `eval_step`, jitted for the devices of `mesh`, which need not exist if it is only compiled."""
     @ops.jit_for(platform_of(mesh), out_shardings=replicated(mesh))
     def step(variables: Variables, images: jax.Array, labels: jax.Array) -> Metrics:
         return eval_step(variables, images, labels, model=model, data=config)
@@ -68,16 +68,16 @@ def define_step(model: nn.Module, config: DataConfig, mesh: Mesh) -> Any:
 
 def make_evaluator(model: nn.Module, config: DataConfig, batches: Callable[[], Iterable[Inputs]],
                    mesh: Mesh) -> Evaluator:
-    """Returns a function that scores variables (`params`, `batch_stats`) on all images of `batches`.
+    """Returns a function that evaluates variables (`params`, `batch_stats`) on all images of `batches`.
 
-    It returns `loss` (mean cross entropy), `accuracy`, `accuracy_top5` (both in [0, 1]) and `count`, over the images
-    whose label is not −1 (see `shared_basis.data.feeds.Images.batches`). It raises `UserError` if there are none.
+    It returns `loss` (mean cross entropy), `accuracy`, `accuracy_top5` (both in [0, 1]) and `count`, over all images
+    whose label is not −1 (see `shared_basis.data.feeds.Images.batches`), and raises `UserError` if there are none.
     """
     step = define_step(model, config, mesh)
 
     def evaluator(variables: Variables, after_batch: Callable[[int], None] = lambda scored: None) -> dict[str, float]:
-        # Fetched one by one: several collectives in flight can deadlock virtual CPU devices. Added in float64 on the
-        # host, so that counts stay exact and the batch size does not show in the loss.
+        # Fetched batch by batch: several collectives in flight can deadlock virtual CPU devices. Summed in float64 on
+        # the host, so that counts are exact and the loss does not depend on the batch size.
         total: dict[str, float] = defaultdict(float)
         for images, labels in batches():
             for name, value in jax.device_get(step(variables, images, labels)).items():
@@ -85,7 +85,7 @@ def make_evaluator(model: nn.Module, config: DataConfig, batches: Callable[[], I
             after_batch(int(total["count"]))
         count = total["count"]
         if not count:
-            raise UserError("none of the images to be scored can be decoded.")
+            raise UserError("none of the images to score can be decoded.")
         return {"loss": total["loss"] / count, "accuracy": total["correct"] / count,
                 "accuracy_top5": total["correct_top5"] / count, "count": count}
 

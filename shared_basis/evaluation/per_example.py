@@ -1,4 +1,4 @@
-"""Scores of each test image: the confusion matrix, and the images with the highest loss."""
+"""Per-image evaluation: the confusion matrix, and the images with the highest loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shared_basis.runtime.files import csv_text
 from shared_basis.runtime.reporter import Reporter
 
 WORST = 24
-"""Images with the highest loss that are kept."""
+"""Number of images with the highest loss to keep."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Image:
     """A test image and its prediction."""
 
     name: str
-    """Its file, or its number among the test images."""
+    """The path of its file, or its index among the test images."""
     pixels: np.ndarray
     """uint8 `[H, W, C]`, the network's input before normalisation."""
     label: int
@@ -34,7 +34,7 @@ class Image:
     loss: float
     """Cross entropy in nats."""
     probability: float
-    """Of the predicted class."""
+    """The probability of the predicted class."""
 
     @property
     def probability_of_label(self) -> float:
@@ -44,16 +44,16 @@ class Image:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """The test images of a run, scored one by one."""
+    """The per-image evaluation of a run on its test images."""
 
     step: int
-    """Of the checkpoint."""
+    """The step of the checkpoint."""
     confusion: np.ndarray
-    """Images int64 `[classes, classes]`, by true class (rows) and predicted class (columns)."""
+    """Number of images, int64 `[classes, classes]`, by true class (rows) and predicted class (columns)."""
     worst: Sequence[Image]
-    """The images with the highest loss, that first."""
+    """The images with the highest loss, in decreasing order."""
     loss: float
-    """The mean over all."""
+    """The mean loss over all images."""
 
     @property
     def count(self) -> int:
@@ -62,11 +62,11 @@ class Scores:
 
     @property
     def accuracy(self) -> float:
-        """The fraction of the images whose prediction is correct, in [0, 1]."""
+        """The fraction of correct predictions, in [0, 1]."""
         return float(np.trace(self.confusion) / self.confusion.sum())
 
     def pairs(self, most: int) -> list[tuple[int, int, int]]:
-        """Returns the `most` frequent confusions as true class, predicted class and images, the most frequent first."""
+        """Returns the `most` frequent confusions as (true class, predicted class, images), in decreasing order."""
         wrong = self.confusion * (1 - np.eye(len(self.confusion), dtype=np.int64))
         order = np.argsort(-wrong, axis=None, kind="stable")[:most]
         found = [(int(row), int(column), int(wrong[row, column]))
@@ -75,14 +75,14 @@ class Scores:
 
 
 def score(trained: Trained, reporter: Reporter, worst: int = WORST) -> Scores:
-    """Scores the run's test images one by one.
+    """Evaluates the run on each of its test images.
 
     Args:
-      reporter: shows the images' source and the progress.
+      reporter: shows the source of the images and progress.
       worst: how many images with the highest loss to keep, with their pixels.
 
     Raises:
-      UserError: the images cannot be found or read, are not those of the run, or do not fit into memory.
+      UserError: the images cannot be found or read, do not match the run, or do not fit into memory.
     """
     config, classes = trained.config, len(trained.spec.classes)
     confusion, kept, total, first = np.zeros((classes, classes), np.int64), list[Image](), 0.0, 0
@@ -93,7 +93,7 @@ def score(trained: Trained, reporter: Reporter, worst: int = WORST) -> Scores:
         show = reporter.progress("scoring test images one by one")
         for pixels, labels in images.batches("test", config.train.eval_batch_size, trained.mesh)():
             found = jax.device_get(judge(classify(pixels), labels))
-            counted = np.flatnonzero(found["count"])  # the others only fill the batch, or are broken
+            counted = np.flatnonzero(found["count"])  # the others are padding or broken
             np.add.at(confusion, (found["label"][counted], found["predicted"][counted]), 1)
             total += float(found["loss"].sum(dtype=np.float64))
             limit = kept[-1].loss if len(kept) == worst else -np.inf
@@ -106,7 +106,7 @@ def score(trained: Trained, reporter: Reporter, worst: int = WORST) -> Scores:
             kept = sorted(kept, key=lambda image: -image.loss)[:worst]
             first += len(labels)
             show(int(confusion.sum()), images.count("test"))
-        reporter.end_progress()  # where broken images were left out it has not come to its end
+        reporter.end_progress()  # not ended yet if broken images were skipped
     return Scores(trained.step, confusion, kept, total / max(1, int(confusion.sum())))
 
 
@@ -117,7 +117,7 @@ def _judge(logits: Array, labels: Array) -> Metrics:
 
 
 def confusion_csv(scores: Scores, classes: Sequence[str]) -> bytes:
-    """Returns the confusion matrix as CSV: a row for each true class, a column for each predicted one."""
+    """Returns the confusion matrix as CSV: one row per true class, one column per predicted class."""
     return to_csv([["true \\ predicted", *classes], *(
         [name, *map(str, row)] for name, row in zip(classes, scores.confusion.tolist(), strict=True))])
 
@@ -130,5 +130,5 @@ def errors_csv(scores: Scores, classes: Sequence[str]) -> bytes:
 
 
 def to_csv(rows: Sequence[Sequence[str]]) -> bytes:
-    """Returns a table, its header first, as a CSV file; names of files need not be text."""
+    """Returns a table, starting with its header, as a CSV file; file names may not be valid Unicode."""
     return csv_text(rows[0], rows[1:]).encode(errors="backslashreplace")

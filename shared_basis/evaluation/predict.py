@@ -1,4 +1,4 @@
-"""Classification of image files by a trained run."""
+"""Classification of image files with a trained run."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from shared_basis.runtime import memory
 from shared_basis.runtime.files import Place, csv_text, write_atomic
 
 SHOWN = 3
-"""Classes that are printed for each image; the result and the CSV hold all."""
+"""Number of classes to print per image; the result and the CSV contain all."""
 
 
 def predict(workdir: Place, images: Sequence[str], which: str = "latest",
             overrides: Mapping[str, Any] | None = None, output: str = "",
             progress: data.Progress = data.no_progress,
             warn: Callable[[str], None] = warn_on_stderr) -> dict[str, Any]:
-    """Classifies image files by a checkpoint of `workdir`.
+    """Classifies image files with a checkpoint of `workdir`.
 
-    Images of any size and kind are treated as the run's own test images: scaled and cropped at the centre to their
-    shape, converted to greyscale if those are, normalised alike.
+    Images of any size and kind are preprocessed like the run's test images: scaled and centre-cropped to their shape,
+    converted to greyscale if necessary, and normalised.
 
     Args:
-      images: image files and directories; of a directory, all image files within it.
-      which: the checkpoint: 'latest', 'best' or the number of a step.
-      overrides: as in `evaluate`.
-      warn: called with a line about each image that is left out.
-      output: a file for the result as CSV: file, class, its probability, and the probability of each class.
-      progress: called with how many images are classified, and of how many.
+      images: image files, and directories of which all image files are used.
+      which: the checkpoint: 'latest', 'best' or a step number.
+      overrides: see `evaluate`.
+      warn: called with a line about each image that is skipped.
+      output: a CSV file to write, with file, class, its probability, and the probability of each class.
+      progress: called with the number of classified images and the total.
 
     Returns:
-      `workdir`, `step`, `model`, `classes`, and `images`: for each its `file`, `class` and `probabilities` by class. An
-      image that cannot be decoded, where `data.on_broken` is 'skip', is left out, with a warning.
+      `workdir`, `step`, `model`, `classes`, and `images`: for each, `file`, `class` and `probabilities` by class.
+      Images that cannot be decoded are skipped with a warning if `data.on_broken` is 'skip'.
 
     Raises:
-      UserError: no such run, checkpoint or image, or an image cannot be decoded.
+      UserError: there is no such run, checkpoint or image, or an image cannot be decoded.
     """
     files = list_images(images, warn)
     trained = Trained.open(workdir, which, overrides)
@@ -74,22 +74,22 @@ def predict(workdir: Place, images: Sequence[str], which: str = "latest",
 
 
 def list_images(paths: Sequence[str], warn: Callable[[str], None] = warn_on_stderr) -> list[str]:
-    """Returns the image files of `paths`: files as given, and of each directory all those within, sorted.
+    """Returns the image files of `paths`: files as given, and for directories all image files inside, sorted.
 
     Args:
-      warn: called with a line about the other files of the directories, if there are any.
+      warn: called with a line about other files in the directories, if there are any.
 
     Raises:
-      UserError: there are none, or a path does not exist.
+      UserError: there are no images, or a path does not exist.
     """
     if not paths:
-        raise UserError("no image is given: name files or directories with --images=PATH, as often as needed.")
+        raise UserError("no images given: pass files or directories with --images=PATH, which may be repeated.")
     files, others = [], PassedOver()
     for path in map(os.path.expanduser, paths):
         if os.path.isdir(path):
             inside = sorted(walk(Path(path), others))
             if not inside:
-                raise UserError(f"--images={path}: no image in this directory; they end in {', '.join(SUFFIXES)}"
+                raise UserError(f"--images={path}: no images in this directory; images end in {', '.join(SUFFIXES)}"
                                 f"{others.advice}.")
             files += inside
         elif os.path.isfile(path):
@@ -102,7 +102,7 @@ def list_images(paths: Sequence[str], warn: Callable[[str], None] = warn_on_stde
 
 
 def write_csv(path: Place, classes: Sequence[str], images: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a row for each image; the file is complete or unchanged.
+    """Writes a row for each image; the file is either complete or unchanged.
 
     Raises:
       UserError: the file cannot be written.
@@ -111,13 +111,13 @@ def write_csv(path: Place, classes: Sequence[str], images: Sequence[Mapping[str,
                                               (image["class"], *classes))] for image in images]
     text = csv_text(["file", "class", "probability", *classes], rows)
     try:
-        write_atomic(path, text.encode(errors="backslashreplace"))  # names of files need not be text
+        write_atomic(path, text.encode(errors="backslashreplace"))  # file names may not be valid Unicode
     except OSError as error:
         raise UserError(f"--output={path}: cannot be written ({error.strerror}); choose another file.") from error
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Returns `predict`'s result as human-readable lines."""
+    """Returns the result of `predict` as human-readable lines."""
     def classes(image: Mapping[str, Any]) -> str:
         best: Callable[[str], float] = image["probabilities"].get
         return ", ".join(f"{name} {100 * image['probabilities'][name]:.1f} %" for name in sorted(

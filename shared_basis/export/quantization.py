@@ -64,8 +64,8 @@ def quantize(content: bytes, choice: str, tolerance: float, trained: Trained,
 
     Returns:
       The model, and a dict with `choice`; `calibration`, the number of training images used; `test_examples`; for
-      'float32' and `choice`, `test_accuracy`, `bytes` and `latency`, in seconds per image; `same_class`, the part of the
-      test images in [0, 1] for which both predict the same class; and `by`, the runtime.
+      'float32' and `choice`, `test_accuracy`, `bytes` and `latency`, in seconds per image; `same_class`, the fraction
+      of test images, in [0, 1], for which both predict the same class; and `by`, the runtime.
 
     Raises:
       UserError: the model loses more than `tolerance` percentage points, or the run's images cannot be opened.

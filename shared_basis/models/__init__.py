@@ -1,4 +1,4 @@
-"""The networks: by name, and what they are made of."""
+"""The networks and their building blocks."""
 
 from shared_basis.models.base import Network, Sharing
 from shared_basis.models.registry import GRAMMAR, create_model, family_of, plain_counterpart

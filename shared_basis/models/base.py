@@ -1,4 +1,4 @@
-"""What all networks have in common: how they share, who owns the shared arrays, the classifier."""
+"""The base of all networks: sharing, ownership of the shared arrays, the classifier."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ from shared_basis.nn.types import Array, Dtype, Path
 from shared_basis.optim.basis_group import BasisGroup
 
 MANY_BLOCKS = 9
-"""From so many blocks a plain group is faster in a loop on CPU (ResNet-110 by a fifth); one of 5 is slower by 8 %."""
+"""Minimum number of plain blocks for a loop on CPU (ResNet-110 gains a fifth; a loop over 5 blocks is 8 % slower)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharing:
-    """How the blocks of a group share, the first block apart. The default is the plain network."""
+    """How the blocks of a group share, except for the first block. The default is a plain network."""
 
     layers: tuple[tuple[str, str], ...] = ()
-    """Pairs of a layer of the block and the shared array of the group that it uses."""
+    """Pairs of a block's layer and the group's shared array that it uses."""
     shared_rank: int = 0
-    """s: elements of each shared basis, in the first group; 0 where whole filters or templates are shared."""
+    """s: elements of each shared basis in the first group; 0 if whole filters or templates are shared."""
     unique_rank: int = 0
-    """u: elements of each layer's own, in the first group."""
+    """u: unique elements of each layer in the first group."""
     templates: int = 0
-    """Template kernels of a group, where layers combine templates."""
+    """Number of template kernels per group, if layers combine templates."""
     orthonormal: bool = True
-    """Whether the shared arrays are bases: drawn orthonormal, and penalised."""
+    """Whether the shared arrays are bases: initialised orthonormal, and penalised."""
     separate_means: bool = False
-    """Whether the penalty takes the mean over each kind of array apart and adds the means."""
+    """Whether the penalty is averaged over each kind of array separately, and the means are added."""
 
     @property
     def whole_filters(self) -> bool:
-        """Whether layers share their filters themselves."""
+        """Whether layers use the shared filters directly."""
         return bool(self.layers) and not self.shared_rank and not self.templates
 
     @property
     def factorised(self) -> bool:
-        """Whether layers have a basis, shared or of their own."""
+        """Whether layers have a basis, shared or unique."""
         return bool(self.shared_rank or self.unique_rank)
 
     def shape(self, kernel: tuple[int, ...], g: int = 0) -> tuple[int, ...]:
         """Returns the shape of the array that layers with kernels `[*k, C / groups, T]` share in group `g`, from 0.
 
-        Bases have s · 2^g elements; whole filters and templates are as many as the layer has.
+        Bases have s · 2^g elements; whole filters and templates have the shape of the layer's kernel.
         """
         if self.templates:
             return (*kernel, self.templates)
@@ -64,28 +64,28 @@ Tensors = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class PublishedNames:
-    """The names that modules have in published PyTorch state dicts; '|' separates those of different versions."""
+    """Module names in published PyTorch state dicts; '|' separates the names in different versions."""
 
     top: Mapping[str, str]
-    """By name of a module at the top level, such as 'stem'."""
+    """Names of top-level modules, such as 'stem'."""
     plain: Mapping[str, str]
-    """By name of a module within a plain block, or one that shares whole filters."""
+    """Names of modules within a plain block, or within one that shares whole filters."""
     factorised: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """By name of a module, or 'layer/unique' and 'layer/coefficients', within a block whose layers have a basis."""
+    """Names of modules, 'layer/unique' and 'layer/coefficients', within a block whose layers have a basis."""
 
 
 def unexpected_tensors(names: Iterable[str]) -> UserError:
-    """Returns the error that a state dict holds tensors for which the network has no place."""
+    """Returns the error for tensors of a state dict that the network does not have."""
     return UserError(f"unexpected tensors: {', '.join(sorted(names))}.")
 
 
 class Network(nn.Module):
-    """Base of all networks: owns the shared arrays as the top-level parameter `bases/<group>/<name>`.
+    """Base class of all networks; owns the shared arrays as top-level parameters `bases/<group>/<name>`.
 
-    What is specific to an architecture is answered by its methods: `shared_shapes`, `sharing_blocks` and `basis_layers`
-    by every one; `layer_path`, `whole_layers`, `one_basis`, `basis_is_linear` and the names in published files where
-    the defaults are not right. `models.stages.StagedNetwork` answers most of them for networks of stages;
-    `models.check.check_network` holds the answers to what the network computes.
+    Architectures override methods: always `shared_shapes`, `sharing_blocks` and `basis_layers`; if the defaults do not
+    apply, `layer_path`, `whole_layers`, `one_basis`, `basis_is_linear` and the names in published files.
+    `models.stages.StagedNetwork` implements most of them for networks of stages; `models.check.check_network` verifies
+    them against the network's computation.
     """
 
     num_classes: int
@@ -93,87 +93,87 @@ class Network(nn.Module):
     dtype: Dtype = jnp.float32
     """Compute type."""
     scan_blocks: bool | None = None
-    """Whether the blocks of a group that are alike are computed in a loop; None is what suits them and the backend."""
+    """Whether identical blocks of a group are computed in a loop; None chooses by network and backend."""
 
     def loops(self, blocks: int) -> bool:
-        """Returns whether a group's `blocks`, of which the first one differs, are computed in a loop."""
+        """Returns whether a group of `blocks`, of which the first one differs, is computed in a loop."""
         if self.scan_blocks is None:
             return prefers_loops() and (self.sharing.factorised or blocks >= MANY_BLOCKS)
         return self.scan_blocks
 
     def shared_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Returns by group and name the shape of each shared array; groups that share nothing are absent."""
+        """Returns the shape of each shared array by group and name; groups that share nothing are absent."""
         raise NotImplementedError(f"{type(self).__name__} must define shared_shapes(): see docs/extending.md")
 
     def sharing_blocks(self) -> dict[str, tuple[str, ...]]:
-        """Returns by group the names of the blocks within it that share, or have a basis of their own."""
+        """Returns, by group, the names of the blocks that share or have a basis."""
         raise NotImplementedError(f"{type(self).__name__} must define sharing_blocks(): see docs/extending.md")
 
     def basis_layers(self) -> tuple[str, ...]:
-        """Returns the layers of such a block that are factorised when the network is."""
+        """Returns the layers of these blocks that are factorised if the network is."""
         raise NotImplementedError(f"{type(self).__name__} must define basis_layers(): see docs/extending.md")
 
     def layer_path(self, group: str, block: str, layer: str) -> Path:
-        """Returns where the parameters have the layer `layer` of a block of `sharing_blocks`."""
+        """Returns the parameter path of `layer` in a block of `sharing_blocks`."""
         return (group, block, layer)
 
     def basis_layer_paths(self) -> dict[str, dict[Path, str]]:
-        """Returns by group the paths of the layers that are factorised when the network is, and which layer each is."""
+        """Returns, by group, the paths of the layers that are factorised if the network is, with the layers' names."""
         layers = self.basis_layers()
         return {group: {self.layer_path(group, block, layer): layer for block in blocks for layer in layers}
                 for group, blocks in self.sharing_blocks().items()}
 
     def whole_layers(self) -> tuple[str, ...]:
-        """Returns the layers of a block whose filters are shared as a whole: the first by `-shared`, or all.
+        """Returns the layers of a block whose filters can be shared as a whole: `-shared` shares the first, others all.
 
-        Empty where the network admits neither.
+        Empty if the network supports neither.
         """
         return ()
 
     def one_basis(self) -> bool:
-        """Returns whether the filters of `basis_layers` are of one size within a group, so that one basis serves all.
+        """Returns whether the filters of `basis_layers` have one size within a group, so that a single basis suffices.
 
-        Otherwise each of the layers has a basis of its own, which the blocks share (and templates of its own).
+        Otherwise each layer name has its own basis (or templates), shared across blocks.
         """
         return True
 
     def basis_is_linear(self) -> bool:
-        """Returns whether factorised layers are linear in the elements of their basis, so that they can be fitted."""
+        """Returns whether factorised layers are linear in their basis elements and can be fitted in closed form."""
         return True
 
     def published_names(self) -> PublishedNames:
-        """Returns the names of the modules in published PyTorch state dicts.
+        """Returns the module names in published PyTorch state dicts.
 
         Raises:
-          UserError: there are none.
+          UserError: there are no published weights.
         """
         raise UserError(f"{type(self).__name__} has no published weights.")
 
     def published_blocks(self, group: str, block: str) -> tuple[str, ...]:
-        """Returns the names that a block may have in published PyTorch state dicts."""
+        """Returns the possible names of a block in published PyTorch state dicts."""
         raise NotImplementedError
 
     def adapt_published(self, tensors: Tensors) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """Brings a published state dict into the layout of `published_names`, where it has another one.
+        """Converts a published state dict to the layout of `published_names`, if it has another layout.
 
         Returns:
-          The tensors by name, and for each module that was renamed the name that it has in the file.
+          The tensors by name, and the original name of each renamed module.
 
         Raises:
-          UserError: it holds a tensor that the network has no place for.
+          UserError: the state dict contains a tensor that the network does not have.
         """
         return dict(tensors), {}
 
     def choose_published(self, names: Sequence[str]) -> str:
-        """Returns the one of the `names` of a tensor, of different versions, that its state dict has when written."""
+        """Selects one of a tensor's `names`, which differ between versions, for writing a state dict."""
         return names[0]
 
     def restore_published(self, tensors: Tensors) -> dict[str, np.ndarray]:
-        """Returns a state dict by `published_names` in the layout that `adapt_published` took it from, where it can."""
+        """Converts a state dict with `published_names` to the layout that `adapt_published` accepts, if possible."""
         return dict(tensors)
 
     def shared_arrays(self) -> Mapping[str, Mapping[str, Array]]:
-        """Returns the shared arrays by group and name; call it once, within the compact method."""
+        """Returns the shared arrays by group and name; must be called once, within the compact method."""
         shapes = {group: named for group, named in self.shared_shapes().items() if named}
         if not shapes:
             return {}
@@ -191,17 +191,17 @@ class Network(nn.Module):
         return {name: init(k, shape, jnp.float32) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
 
     def shared_by_layer(self, bases: Mapping[str, Mapping[str, Array]], group: str) -> dict[str, Array]:
-        """Returns the shared array of each layer that uses one, for the blocks of `group`."""
+        """Returns the shared array of each layer that uses one, for blocks of `group`."""
         return {layer: bases[group][name] for layer, name in self.sharing.layers} if group in bases else {}
 
     def basis_groups(self, elements: str = "shared") -> tuple[BasisGroup, ...]:
-        """Names the basis elements of each group for the orthogonality penalty.
+        """Returns the basis elements of each group that the orthogonality penalty applies to.
 
         Args:
-          elements: 'shared' alone, or 'shared+unique' for the unique elements of every layer too.
+          elements: 'shared', or 'shared+unique' to include the unique elements of every layer.
 
         Raises:
-          UserError: `elements` is neither.
+          UserError: `elements` has another value.
         """
         if elements not in ("shared", "shared+unique"):
             raise UserError(f"elements={elements!r}: must be 'shared' or 'shared+unique'.")
@@ -222,23 +222,23 @@ class Network(nn.Module):
         return tuple(groups)
 
     def element_sets(self, elements: str = "shared") -> tuple[BasisGroup, ...]:
-        """Returns `basis_groups`, by its name in version 0.1."""
+        """Calls `basis_groups`; deprecated name of version 0.1."""
         note_renamed("Network.element_sets", "Network.basis_groups")
         return self.basis_groups(elements)
 
 
 class Group(nn.Module):
-    """A residual group (or stage): a plain first block, whose stride and input width differ, then blocks that share."""
+    """A residual group (or stage): a plain first block, with its own stride and input width, then blocks that share."""
 
     make_block: Callable[[bool, str], nn.Module]
-    """Makes a block, given whether it is the first one, and its name."""
+    """Creates a block, given whether it is the first one and its name."""
     blocks: int
     scan_blocks: bool = False
-    """Whether the blocks after the first one are computed in a loop."""
+    """Whether blocks after the first one are computed in a loop."""
 
     @nn.compact
     def __call__(self, x: Array, shared: Mapping[str, Array], *, train: bool) -> Array:
-        """Maps `x [N, H, W, C]` through the blocks; `shared` holds the shared array of each layer that uses one."""
+        """Applies the blocks to `x [N, H, W, C]`; `shared` contains the shared array of each layer that uses one."""
         x = self.make_block(True, "block1")(x, {}, train=train)
         names = [f"block{index}" for index in range(2, self.blocks + 1)]
         blocks = [self.make_block(False, name) for name in names]
@@ -253,7 +253,7 @@ class Group(nn.Module):
         return x
 
     def _initialise(self, block: nn.Module, names: list[str], x: Array, shared: Mapping[str, Array]) -> None:
-        """Makes the variables of the blocks `names` all at once: one by one, deep networks take long to compile."""
+        """Initialises all blocks `names` at once; one by one, deep networks would take long to compile."""
         made = jax.lax.map(lambda key: block.init(key, x, shared, train=False),
                            jax.random.split(self.make_rng("params"), len(names)))
         for name, variables in zip(names, unstack(made, len(names)), strict=True):
@@ -261,7 +261,7 @@ class Group(nn.Module):
                 self.put_variable(kind, name, values)
 
     def _loop(self, block: nn.Module, names: list[str], x: Array, shared: Mapping[str, Array], train: bool) -> Array:
-        """Maps `x` through the blocks `names`, whose variables stay where they are, each under its block's name."""
+        """Applies the blocks `names` to `x` in a loop; variables are stored under each block's name as usual."""
 
         def body(x: Array, variables: Mapping[str, Any]) -> tuple[Array, Mapping[str, Any]]:
             return block.apply(variables, x, shared, train=train, mutable=["batch_stats"] if train else [])
@@ -291,7 +291,7 @@ def check_rank(name: str, rank: int, kernel_size: int, channels: int) -> None:
     """Raises `UserError` unless `rank` filters of `[kernel_size, kernel_size, channels]` can be independent.
 
     Args:
-      name: what the message calls the layer or group.
+      name: the name of the layer or group for the message.
     """
     space = kernel_size**2 * channels
     if rank > space:

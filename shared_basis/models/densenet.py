@@ -1,4 +1,4 @@
-"""DenseNet-121 for small images, whose 3×3 layers may share one filter basis in each dense block."""
+"""DenseNet-121 for small images; the 3×3 layers of each dense block may share a filter basis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared_basis.nn.batch_norm import batch_norm
 from shared_basis.nn.types import Array, Dtype
 
 INNER = 4
-"""Channels between a dense layer's 1×1 and 3×3 convolutions, over the growth rate."""
+"""Channels between a dense layer's 1×1 and 3×3 convolutions, as a multiple of the growth rate."""
 
 _PUBLISHED_TOP = {"stem": "conv1", "final_norm": "features.bn", "head": "linear", **{
     name: f"features.transition_layer_{index - 1}.down_sample.{position}" for index in (1, 2, 3)
@@ -26,7 +26,7 @@ _PUBLISHED_BASIS = {"input_norm": "bn0", "first": "conv1", "first_norm": "bn1", 
 
 
 class DenseLayer(nn.Module):
-    """Adds `growth` channels: BN, ReLU, 1×1 (`first`), BN, ReLU, 3×3 (`second`), joined to the input."""
+    """Appends `growth` channels: BN, ReLU, 1×1 (`first`), BN, ReLU, 3×3 (`second`), concatenated with the input."""
 
     growth: int
     unique_rank: int = 0
@@ -34,7 +34,7 @@ class DenseLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, shared: Array | None, *, train: bool) -> Array:
-        """Maps `[N, H, W, C]` to `[N, H, W, C + growth]`; `shared` is the basis of the dense block, if it has one."""
+        """Maps `[N, H, W, C]` to `[N, H, W, C + growth]`; `shared` is the dense block's basis, if any."""
         y = nn.relu(batch_norm(train, self.dtype, "input_norm")(x))
         y = BasisConv(INNER * self.growth, 1, dtype=self.dtype, name="first")(y, train=train)
         y = nn.relu(batch_norm(train, self.dtype, "first_norm")(y))
@@ -44,7 +44,7 @@ class DenseLayer(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """Dense layers that may share a basis, all of them."""
+    """Dense layers, all of which may share a basis."""
 
     layers: int
     growth: int
@@ -62,14 +62,14 @@ class DenseBlock(nn.Module):
 class DenseNet(Network):
     """DenseNet: a 3×3 stem, dense blocks (`group1`, …) with transitions between them, a final BN and ReLU.
 
-    Every layer of a dense block shares its basis; ranks do not grow.
+    All layers of a dense block share its basis; ranks do not grow with depth.
 
     Raises:
-      UserError: (when it is built) the ranks exceed the space of the filters.
+      UserError: (on construction) the ranks exceed the dimension of the filter space.
     """
 
     blocks: tuple[int, ...] = (6, 12, 24, 16)
-    """Layers in each dense block."""
+    """Number of layers in each dense block."""
     growth: int = 32
 
     def __post_init__(self) -> None:
@@ -94,20 +94,20 @@ class DenseNet(Network):
         return PublishedNames(_PUBLISHED_TOP, _PUBLISHED_PLAIN, _PUBLISHED_BASIS)
 
     def published_blocks(self, group: str, block: str) -> tuple[str, ...]:
-        """See `Network`: the last block of the plain network has a name unlike the others."""
+        """See `Network`: the last block of the plain network has a different name pattern."""
         index, layer = int(group.removeprefix("group")) - 1, int(block.removeprefix("block")) - 1
         return (f"features.dense_block_layer_{index}.bottle_neck_layer_{layer}",
                 f"features.dense_block{index}.bottle_neck_layer_{layer}")
 
     def choose_published(self, names: Sequence[str]) -> str:
-        """See `Network`: the last block of the plain network has a name of its own."""
+        """See `Network`: the last block of the plain network has a different name."""
         last = not self.sharing.factorised and f".dense_block{len(self.blocks) - 1}." in names[-1]
         return names[-1] if last else names[0]
 
     def adapt_published(self, tensors: Tensors) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """See `Network`: gives the fourth block a basis of its own, where it uses the third block's.
+        """See `Network`: gives the fourth block its own basis, which files of the official code do not use.
 
-        So the official code does; its fourth basis is in the file and unused.
+        In the official code the fourth block uses the third block's basis; its own is in the file but unused.
         """
         used = tensors.get("features.dense_block_layer_3.bottle_neck_layer_0.shared_basis.weight")
         third, fourth = tensors.get("shared_basis_3.weight"), tensors.get("shared_basis_4.weight")
@@ -132,7 +132,7 @@ class DenseNet(Network):
         return linear_head(self.num_classes, x.shape[-1])(global_average(x))
 
     def _transition(self, x: Array, index: int, train: bool) -> Array:
-        """Halves channels, height and width: BN, 1×1, average pooling; published without a ReLU."""
+        """Halves channels, height and width: BN, 1×1, average pooling; without ReLU, as published."""
         x = batch_norm(train, self.dtype, f"transition{index}_norm")(x)
         x = BasisConv(x.shape[-1] // 2, 1, dtype=self.dtype, name=f"transition{index}")(x, train=train)
         return nn.avg_pool(x, (2, 2), (2, 2))

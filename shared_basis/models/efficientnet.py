@@ -25,11 +25,11 @@ from shared_basis.nn.types import Array, Dtype
 
 STAGES = ((1, 16, 1, 3, 1), (2, 24, 2, 3, 6), (2, 40, 2, 5, 6), (3, 80, 2, 3, 6), (3, 112, 1, 5, 6), (4, 192, 2, 5, 6),
           (1, 320, 1, 3, 6))
-"""Blocks, output channels, stride of the first block, depthwise filter size and expansion of each stage (table 1)."""
+"""By stage: blocks, output channels, stride of the first block, depthwise filter size and expansion (table 1)."""
 STEM, NECK = 32, 1280
-"""Channels of the stem, and of the last 1×1 layer."""
+"""Channels of the stem and of the last 1×1 layer."""
 SQUEEZE = 4
-"""Input channels of a block over those between its layers `squeeze` and `excite`."""
+"""Ratio of a block's input channels to those between its layers `squeeze` and `excite`."""
 
 _PUBLISHED_TOP = {"stem": "features.0.0", "stem_norm": "features.0.1", "neck": "features.8.0",
                   "neck_norm": "features.8.1", "head": "classifier.1"}
@@ -38,7 +38,7 @@ _PUBLISHED_BLOCK = {
     "squeeze": "block.2.fc1", "excite": "block.2.fc2", "third": "block.3.0", "third_norm": "block.3.1"}
 _FIRST_BLOCK = {"block.0.0": "block.1.0", "block.0.1": "block.1.1", "block.1.fc1": "block.2.fc1",
                 "block.1.fc2": "block.2.fc2", "block.2.0": "block.3.0", "block.2.1": "block.3.1"}
-"""torchvision's names in a block that has no expansion, and those of the same modules in one that has."""
+"""torchvision's module names in a block without expansion, and the corresponding names in one with expansion."""
 _TIMM_TOP = {"conv_stem": "features.0.0", "bn1": "features.0.1", "conv_head": "features.8.0", "bn2": "features.8.1",
              "classifier": "classifier.1"}
 _TIMM_BLOCK = {"conv_pw": "block.0.0", "bn1": "block.0.1", "conv_dw": "block.1.0", "bn2": "block.1.1",
@@ -51,7 +51,7 @@ _TIMM_FIRST_BLOCK = {"conv_dw": "block.1.0", "bn1": "block.1.1", "se.conv_reduce
 class MobileBlock(nn.Module):
     """1×1 expansion (`first`), depthwise layer (`second`), squeeze and excitation, 1×1 projection (`third`).
 
-    Without an expansion there is no `first`. Where shapes agree the input is added.
+    Without an expansion there is no `first`. The input is added if shapes agree.
     """
 
     features: int
@@ -76,13 +76,13 @@ class MobileBlock(nn.Module):
         return x + y if self.strides == 1 and x.shape[-1] == self.features else y
 
     def _pointwise(self, layer: str, x: Array, features: int, shared: Mapping[str, Array], train: bool) -> Array:
-        """Returns a 1×1 layer of `x` that may share, with its batch normalisation."""
+        """Applies a 1×1 layer that may share, and its batch normalisation, to `x`."""
         conv = BasisConv(features, 1, unique_rank=self.unique_rank, whole_filters=self.sharing.whole_filters,
                          unique_init=orthonormal, dtype=self.dtype, name=layer)
         return conv(x, shared.get(layer), train, then=batch_norm(train, self.dtype, f"{layer}_norm"))
 
     def _excited(self, x: Array, channels: int, train: bool) -> Array:
-        """Returns `x` times a factor for each channel, found from the means of all: by 1×1 layers with `channels`."""
+        """Squeeze and excitation: scales the channels of `x` by factors from two 1×1 layers with `channels` between."""
         means = jnp.mean(x, axis=(1, 2), keepdims=True, dtype=jnp.float32)
         y = BasisConv(channels, 1, use_bias=True, dtype=self.dtype, name="squeeze")(means, train=train)
         y = BasisConv(x.shape[-1], 1, use_bias=True, dtype=self.dtype, name="excite")(nn.silu(y), train=train)
@@ -90,14 +90,14 @@ class MobileBlock(nn.Module):
 
 
 class EfficientNet(StagedNetwork):
-    """EfficientNet-B0; in stages of three blocks or more those after the first share the expansion, or both 1×1 layers.
+    """EfficientNet-B0; in stages of at least three blocks, those after the first share the expansion, or both 1×1.
 
-    Or bases of them. Squeeze and excitation, depthwise filters and batch normalisation are each block's own. Stochastic
-    depth, which the published training has, is left out.
+    Bases of these layers can be shared instead. Squeeze and excitation, depthwise filters and batch normalisation are
+    per block. Stochastic depth, used in the published training, is not implemented.
     """
 
     dropout: float = 0.2
-    """Rate before the classifier, with the 'imagenet' stem."""
+    """Dropout rate before the classifier, with the 'imagenet' stem."""
     stages: tuple[tuple[int, int, int, int, int], ...] = STAGES
     """As `STAGES`."""
 
@@ -116,7 +116,7 @@ class EfficientNet(StagedNetwork):
         return (f"features.{group.removeprefix('stage')}.{int(block.removeprefix('block')) - 1}",)
 
     def adapt_published(self, tensors: Tensors) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """See `Network`: torchvision's first block, and all of timm's layout, get the names of the other blocks."""
+        """See `Network`: renames torchvision's first block, and all of timm's layout, to the names of other blocks."""
         modules = self._renamed_modules(timm="conv_stem.weight" in tensors)
         ours, found = set(modules.values()), {}
         for name, tensor in tensors.items():
@@ -127,7 +127,7 @@ class EfficientNet(StagedNetwork):
         return found, {official: theirs for theirs, official in modules.items()}
 
     def _renamed_modules(self, timm: bool) -> dict[str, str]:
-        """Returns our name of each module of timm's layout, or of torchvision's where it is another one."""
+        """Returns our name for each module of timm's layout, or of torchvision's where it differs."""
         modules = dict(_TIMM_TOP) if timm else {}
         for s, (blocks, *_, expansion) in enumerate(self.stages, 1):
             with_expansion, without = (_TIMM_BLOCK, _TIMM_FIRST_BLOCK) if timm else ({}, _FIRST_BLOCK)
@@ -137,9 +137,9 @@ class EfficientNet(StagedNetwork):
                     with_expansion if expansion > 1 else without).items()}
         return modules
 
-    @nn.nowrap  # so that the block belongs to the group that asks for it
+    @nn.nowrap  # the block becomes a submodule of the calling group
     def block(self, s: int, first: bool, name: str) -> nn.Module:
-        """Returns a block of stage `s` (counted from 1): its plain first one, or one that shares."""
+        """Returns a block of stage `s` (counted from 1): the plain first one, or one that shares."""
         _, features, strides, size, expansion = self.stages[s - 1]
         if first:
             return MobileBlock(features, strides, size, expansion, dtype=self.dtype, name=name)
@@ -150,7 +150,7 @@ class EfficientNet(StagedNetwork):
     def __call__(self, images: Array, *, train: bool) -> Array:
         """Classifies `images [N, H, W, C]`; returns float32 logits `[N, num_classes]`. See `ResNet`.
 
-        With the 'imagenet' stem, training draws from the random stream 'dropout'.
+        With the 'imagenet' stem, training uses the random stream 'dropout'.
         """
         x = self.apply_stem(images, STEM, train, nn.silu)
         x = self.apply_stages(x, {f"stage{s}": (blocks, functools.partial(self.block, s))

@@ -1,4 +1,4 @@
-"""MobileNet (Howard et al. 2017, arXiv:1704.04861), whose equal blocks may share their 1×1 layer, or a basis of it."""
+"""MobileNet (Howard et al. 2017, arXiv:1704.04861); its identical blocks may share their 1×1 layer, or its basis."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from shared_basis.nn.ops import relu_of_product
 from shared_basis.nn.types import Array, Dtype
 
 STAGES = ((1, 2, 1), (2, 4, 2), (2, 8, 2), (6, 16, 2), (2, 32, 2))
-"""Blocks, output channels over those of the stem, and stride of the first block of each stage (table 1).
+"""By stage: blocks, output channels relative to the stem, and stride of the first block (table 1).
 
-The published table gives the last block stride 2, and 7×7 pixels after it: as everywhere, it has stride 1.
+The published table gives the last block stride 2 but 7×7 outputs; as in other implementations, it has stride 1.
 """
 STEM = 32
-"""Channels of the stem; the published width multiplier is the channels over these."""
+"""Channels of the stem; the published width multiplier is relative to these."""
 
 _PUBLISHED_TOP = {"stem": "conv_stem", "stem_norm": "bn1", "head": "classifier"}
 _PUBLISHED_BLOCK = {"first": "conv_dw", "first_norm": "bn1", "second": "conv_pw", "second_norm": "bn2"}
-"""Names in timm's files."""
+"""Module names in timm's files."""
 
 
 class SeparableBlock(nn.Module):
@@ -51,13 +51,13 @@ class SeparableBlock(nn.Module):
 
 
 class MobileNetV1(StagedNetwork):
-    """MobileNet 1.0; the five equal blocks of 512 channels share their 1×1 layer, or a basis of its filters.
+    """MobileNet 1.0; its five identical blocks of 512 channels share their 1×1 layer, or a basis of its filters.
 
-    Depthwise filters and batch normalisation are each block's own.
+    Depthwise filters and batch normalisation belong to each block.
     """
 
     width: int = STEM
-    """Channels of the stem; those of all stages are in proportion."""
+    """Channels of the stem; those of all stages are proportional."""
     stages: tuple[tuple[int, int, int], ...] = STAGES
     """As `STAGES`."""
 
@@ -67,16 +67,16 @@ class MobileNetV1(StagedNetwork):
                 for s, (blocks, factor, _) in enumerate(self.stages, 1) if blocks > 2}
 
     def published_names(self) -> PublishedNames:
-        """See `Network`: those of timm, whose `mobilenetv1_100` has ReLU6 where the paper has ReLU."""
+        """See `Network`: timm's names; its `mobilenetv1_100` has ReLU6 where the paper has ReLU."""
         return PublishedNames(_PUBLISHED_TOP, _PUBLISHED_BLOCK)
 
     def published_blocks(self, group: str, block: str) -> tuple[str, ...]:
         """See `Network`."""
         return (f"blocks.{int(group.removeprefix('stage')) - 1}.{int(block.removeprefix('block')) - 1}",)
 
-    @nn.nowrap  # so that the block belongs to the group that asks for it
+    @nn.nowrap  # the block becomes a submodule of the calling group
     def block(self, s: int, first: bool, name: str) -> nn.Module:
-        """Returns a block of stage `s` (counted from 1): its plain first one, or one that shares."""
+        """Returns a block of stage `s` (counted from 1): the plain first one, or one that shares."""
         _, factor, strides = self.stages[s - 1]
         if first:
             return SeparableBlock(factor * self.width, strides, dtype=self.dtype, name=name)

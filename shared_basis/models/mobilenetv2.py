@@ -1,4 +1,4 @@
-"""MobileNetV2 whose 1×1 expansions, and projections, may be shared within a stage, or bases of them."""
+"""MobileNetV2; the blocks of a stage may share their 1×1 expansions and projections, or bases of them."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from shared_basis.nn.initializers import orthonormal
 from shared_basis.nn.types import Array, Dtype
 
 STAGES = ((1, 16, 1, 1), (2, 24, 2, 6), (3, 32, 2, 6), (4, 64, 2, 6), (3, 96, 1, 6), (3, 160, 2, 6), (1, 320, 1, 6))
-"""Blocks, output channels, stride of the first block, and expansion of each stage."""
+"""By stage: blocks, output channels, stride of the first block, and expansion."""
 SHARING_STAGES = (3, 4, 5, 6)
-"""The stages, counted from 1, whose blocks after the first share."""
+"""The stages, counted from 1, in which blocks after the first share."""
 STEM, NECK = 32, 1280
-"""Channels of the stem, and of the last 1×1 convolution."""
+"""Channels of the stem and of the last 1×1 convolution."""
 
 _PUBLISHED_TOP = {"stem": "pre.0", "stem_norm": "pre.1", "neck": "conv1.0", "neck_norm": "conv1.1",
                   "head": "conv2|classifier.1"}
 
 
 class InvertedResidual(nn.Module):
-    """1×1 expansion (`first`), 3×3 depthwise (`second`), 1×1 projection (`third`), without a ReLU after the last."""
+    """1×1 expansion (`first`), 3×3 depthwise (`second`), 1×1 projection (`third`); no ReLU after the projection."""
 
     features: int
     strides: int
     expansion: int
     project: bool
-    """A 1×1 shortcut where a block of stride 1 changes the width; without it such a block has no shortcut."""
+    """Whether a block of stride 1 that changes the width has a 1×1 shortcut; otherwise it has no shortcut."""
     sharing: Sharing = Sharing()
     unique_rank: int = 0
-    """Of the two 1×1 layers."""
+    """The unique ranks of the two 1×1 layers."""
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -68,16 +68,16 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(StagedNetwork):
-    """MobileNetV2; the shared basis is the 1×1 expansion, with `-shared++` the 1×1 projection too.
+    """MobileNetV2; `-shared` shares the 1×1 expansion, `-shared++` also the 1×1 projection.
 
-    With `s<S>u<U>`, which the paper does not have, each of the two is made of a basis that the blocks share.
+    With `s<S>u<U>`, which the paper does not include, each of the two has a basis shared across blocks.
 
-    For small images the stem is 1×1 with padding 1, stage 6 has stride 1, and projections are shortcuts. For large ones
-    the stem is 3×3 of stride 2, and dropout precedes the classifier.
+    For small images, the stem is 1×1 with padding 1, stage 6 has stride 1, and shortcuts are projections. For large
+    images, the stem is 3×3 with stride 2, and dropout precedes the classifier.
     """
 
     dropout: float = 0.2
-    """Rate before the classifier, with the 'imagenet' stem."""
+    """Dropout rate before the classifier, with the 'imagenet' stem."""
 
     def shareable(self) -> dict[str, tuple[int, Kernels]]:
         """See `StagedNetwork`: the expansion, and the projection."""
@@ -90,19 +90,19 @@ class MobileNetV2(StagedNetwork):
         return PublishedNames(_PUBLISHED_TOP, PUBLISHED_BLOCK)
 
     def published_blocks(self, group: str, block: str) -> tuple[str, ...]:
-        """See `Network`: a block that is alone in its stage has no number."""
+        """See `Network`: the single block of a stage has no number in its name."""
         stage, index = int(group.removeprefix("stage")), int(block.removeprefix("block")) - 1
         return (f"stage{stage}" if STAGES[stage - 1][0] == 1 else f"stage{stage}.{index}",)
 
     def choose_published(self, names: Sequence[str]) -> str:
-        """See `Network`: shared arrays, and the classifier for large images, are called otherwise than elsewhere."""
+        """See `Network`: shared arrays, and the classifier for large images, have different names."""
         other = ".shared_basis" in names[-1] or (self.stem == "imagenet" and names[-1].startswith("classifier."))
         return names[-1] if other else names[0]
 
     def adapt_published(self, tensors: Tensors) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """See `Network`: the layouts of torchvision and of timm become the official one.
+        """See `Network`: converts the layouts of torchvision and timm to the official one.
 
-        They have no 1×1 layer in the first stage and no biases before batch normalisation: identities and zeros.
+        These lack the 1×1 layer in the first stage and biases before batch normalisation: adds identities and zeros.
         """
         for mark, modules in (("features.", self._torchvision_modules()), ("blocks.", self._timm_modules())):
             if not any(name.startswith(mark) for name in tensors):
@@ -118,7 +118,7 @@ class MobileNetV2(StagedNetwork):
         return dict(tensors), {}
 
     def restore_published(self, tensors: Tensors) -> dict[str, np.ndarray]:
-        """See `Network`: torchvision's layout, as long as nothing has trained what it does not have."""
+        """See `Network`: converts to torchvision's layout, unless the tensors that it lacks have been trained."""
         added = self._identity()
         if self.stem != "imagenet" or self.sharing != Sharing() or not all(
                 np.array_equal(tensors[name], tensor) for name, tensor in added.items()):
@@ -129,12 +129,12 @@ class MobileNetV2(StagedNetwork):
 
     @staticmethod
     def _identity() -> dict[str, np.ndarray]:
-        """Returns the tensors that the official layout has beyond torchvision's, such that they change nothing."""
+        """Returns identity values for the tensors that the official layout has and torchvision's lacks."""
         ones, zeros = np.ones(STEM, np.float32), np.zeros(STEM, np.float32)
         return {"pre.0.bias": zeros, "conv1.0.bias": np.zeros(NECK, np.float32),
                 "stage1.conv1.weight": np.eye(STEM, dtype=np.float32)[:, :, None, None],
                 "stage1.bn1.weight": ones, "stage1.bn1.bias": zeros, "stage1.bn1.running_mean": zeros,
-                "stage1.bn1.running_var": ones * (1 - EPSILON)}  # the variance is 1 with ε added
+                "stage1.bn1.running_var": ones * (1 - EPSILON)}  # variance + ε is 1
 
     def _foreign_blocks(self) -> list[str]:
         """Returns the official names of the blocks after the first stage, in order."""
@@ -165,9 +165,9 @@ class MobileNetV2(StagedNetwork):
                 modules[f"blocks.{int(stage) - 1}.{index or 0}.{theirs}"] = f"{official}.{ours}"
         return modules
 
-    @nn.nowrap  # so that the block belongs to the group that asks for it
+    @nn.nowrap  # the block becomes a submodule of the calling group
     def block(self, s: int, first: bool, name: str) -> nn.Module:
-        """Returns a block of stage `s` (counted from 1): its plain first one, or one that shares."""
+        """Returns a block of stage `s` (counted from 1): the plain first one, or one that shares."""
         _, features, strides, expansion = STAGES[s - 1]
         if self.stem == "cifar" and s == 6:
             strides = 1
@@ -179,7 +179,7 @@ class MobileNetV2(StagedNetwork):
     def __call__(self, images: Array, *, train: bool) -> Array:
         """Classifies `images [N, H, W, C]`; returns float32 logits `[N, num_classes]`. See `ResNet`.
 
-        With the 'imagenet' stem, training draws from the random stream 'dropout'.
+        With the 'imagenet' stem, training uses the random stream 'dropout'.
         """
         size, strides = (1, 1) if self.stem == "cifar" else (3, 2)
         x = BasisConv(STEM, size, strides, padding=1, use_bias=True, dtype=self.dtype, name="stem")(images, train=train)

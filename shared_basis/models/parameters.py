@@ -1,4 +1,4 @@
-"""How many parameters and multiply-accumulates a network has, by abstract evaluation."""
+"""Counts parameters and multiply-accumulates of a network by abstract evaluation."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from shared_basis.optim.paths import leaves_by_path
 
 
 def tree_size(tree: Tree) -> int:
-    """Returns the number of elements in all arrays of `tree`; `optax.tree.size` takes no abstract ones."""
+    """Returns the number of elements in all arrays of `tree`; unlike `optax.tree.size`, also of abstract ones."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def count_parameters(params: Tree) -> dict[str, int]:
-    """Returns the number of parameters under each top-level name, arrays and abstract shapes alike."""
+    """Returns the number of parameters under each top-level name, for arrays or abstract shapes."""
     return {name: tree_size(tree) for name, tree in params.items()}
 
 
@@ -33,16 +33,16 @@ def count_by_kind(params: Tree, basis_groups: Iterable[BasisGroup] = (), *,
     """Returns the number of parameters of each kind, in any tree of arrays or abstract shapes.
 
     Args:
-      params: the tree, of which all leaves count.
-      basis_groups: name its bases, so that arrays by any name count as 'basis'.
-      labels: a tree like `params` of kinds of your own, in place of those of `parameter_kinds`.
+      params: the tree; all leaves are counted.
+      basis_groups: select its bases, so that arrays with other names count as 'basis'.
+      labels: a tree like `params` of user-defined kinds, instead of those of `parameter_kinds`.
 
     Returns:
-      Counts of 'basis', 'coefficients', 'kernel', 'norm', 'bias' and 'other', or of what `labels` holds. Bases that
-      layers share are counted once: they are one array of the tree.
+      Counts of 'basis', 'coefficients', 'kernel', 'norm', 'bias' and 'other', or of the kinds in `labels`. Shared bases
+      are counted once, as they are a single array of the tree.
 
     Raises:
-      KeyError, ValueError, TypeError: `basis_groups` name no bases in `params`; `labels` is no tree like it.
+      KeyError, ValueError, TypeError: `basis_groups` select no bases in `params`; `labels` has another structure.
     """
     leaves = leaves_by_path(params)
     kinds = leaves_by_path(parameter_kinds(params, basis_groups) if labels is None else labels)
@@ -55,28 +55,28 @@ def count_by_kind(params: Tree, basis_groups: Iterable[BasisGroup] = (), *,
 
 
 def count_macs(model: nn.Module, variables: Tree, image_shape: tuple[int, int, int]) -> dict[str, int]:
-    """Returns the multiply-accumulates of one image `[H, W, C]` under each top-level module, at evaluation.
+    """Returns the multiply-accumulates for one image `[H, W, C]` under each top-level module, in evaluation mode.
 
-    Convolutions and matrix products count, each with all its taps, as in published tables (one MAC is two FLOPs).
-    They are read off the traced program, so that any Flax model can be counted; nothing is computed.
+    Counts convolutions and matrix products, with all kernel taps, as in published tables (one MAC is two FLOPs). Reads
+    the traced program, so it works for any Flax model; nothing is executed.
     """
     return macs_of(model, trace(model, variables, image_shape))
 
 
 def macs_of(model: nn.Module, program: Any) -> dict[str, int]:
-    """Returns `count_macs` of a `program` that `trace` has returned for `model`."""
+    """Returns `count_macs` for a `program` from `trace` of `model`."""
     macs: Counter[str] = Counter()
     for scope, count in _macs(program.jaxpr):
-        # Scopes are Network/group1/… and, within a method other than __call__, Network.method/group1/…
+        # Scopes are Network/group1/… or, within a method other than __call__, Network.method/group1/…
         parts = [part for part in scope.split("/") if part.partition(".")[0] != type(model).__name__]
         macs[parts[0]] += count
     return dict(macs)
 
 
 def trace(model: nn.Module, variables: Tree, image_shape: tuple[int, int, int]) -> Any:
-    """Returns the program (jaxpr) from `variables`, abstract ones too, and one image `[H, W, C]` to logits."""
+    """Returns the program (jaxpr) from `variables`, which may be abstract, and one image `[H, W, C]` to logits."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    with portable():  # each operation as it is written down
+    with portable():  # traces each operation separately
         return jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images)
 
 
@@ -100,10 +100,10 @@ def _macs(jaxpr: Any, scope: str = "", repeats: int = 1) -> Iterator[tuple[str, 
 
 
 def init_variables(model: nn.Module, key: Array, image_shape: tuple[int, int, int]) -> Mapping[str, Tree]:
-    """Returns new variables of `model` for images `[H, W, C]`: `params` and `batch_stats`, empty without statistics."""
+    """Initialises `model` for images `[H, W, C]`; returns `params` and `batch_stats` (empty without statistics)."""
     return {"batch_stats": {}, **model.init(key, jnp.zeros((1, *image_shape)), train=False)}
 
 
 def abstract_variables(model: nn.Module, image_shape: tuple[int, int, int]) -> Mapping[str, Tree]:
-    """Returns the shapes and dtypes of what `init_variables` does, without computing any."""
+    """Returns shapes and dtypes of the result of `init_variables`, without computing it."""
     return jax.eval_shape(lambda key: init_variables(model, key, image_shape), jax.random.key(0))

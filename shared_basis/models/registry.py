@@ -1,4 +1,4 @@
-"""The networks by name."""
+"""Networks by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shared_basis.models.shufflenetv2 import ShuffleNetV2
 from shared_basis.nn.types import Dtype
 
 GRAMMAR = "<network>[-<sharing>], e.g. resnet56, resnet56-s16u1-double, resnet34-s32u1, resnet50-shared++, resnet32w12"
-"""How a network is named; the sharing is one of `SHARING_FORMS`. Some networks take a width, w<channels>, too."""
+"""The naming scheme; the sharing is one of `SHARING_FORMS`. Some networks also accept a width, w<channels>."""
 
 SHARING_FORMS = {
     "s<S>u<U>": "S shared and U unique basis elements in the first group, doubling with each further one",
@@ -34,10 +34,10 @@ SHARING_FORMS = {
     "tied": "baseline: the blocks share the whole filters of these layers, without penalty (naive recursion)",
     "template<k>": "baseline: the kernel of each of these layers is its own combination of k shared templates",
 }
-"""The forms of sharing, and what they mean."""
+"""The forms of sharing and their meanings."""
 
 STEMS = ("cifar", "imagenet")
-"""What networks begin with: for small images, and for large ones."""
+"""The stems: for small and for large images."""
 
 BASIS, DOUBLE = "s<S>u<U>", "s<S>u<U>-double"
 _BASIS = (BASIS, DOUBLE)
@@ -47,24 +47,24 @@ _BASELINES = ("tied", "template<k>")
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A network without its sharing: what it is built by, and what it admits."""
+    """A network without its sharing: its constructor and the options that it supports."""
 
     build: Callable[..., Network]
     """Its class, or a function that takes the fields of `Network`, Flax's `parent`, and `arguments`."""
     stems: tuple[str, ...]
-    """Of 'cifar' and 'imagenet' those that it has, the usual one first."""
+    """The supported ones of 'cifar' and 'imagenet', starting with the default."""
     forms: tuple[str, ...]
-    """The `SHARING_FORMS` that it admits."""
+    """The supported `SHARING_FORMS`."""
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     width: int = 0
-    """Channels of the first layer or group that decide the others; a name may ask for other ones by w<channels>."""
+    """Channels of the first layer or group, to which others are proportional; a name may change them by w<channels>."""
     at_width: Callable[[int], dict[str, Any]] | None = None
-    """The `arguments` that change with the width; None where it is fixed."""
+    """Returns the `arguments` that depend on the width; None if the width is fixed."""
 
 
 CIFAR_DEPTHS = (14, 20, 32, 44, 56, 110)
 CIFAR_WIDTH = 16
-"""Channels of the first group of these ResNets: `resnet32w12` has 12, 24 and 48."""
+"""Channels of the first group of these ResNets; e.g. `resnet32w12` has 12, 24 and 48."""
 
 
 def _doubling(width: int) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _families() -> dict[str, Family]:
 
 
 def _compact_families() -> dict[str, Family]:
-    """Returns the compact networks that the paper names, or that are deployed today, and does not have."""
+    """Returns compact networks that the paper mentions or that are widely deployed, but that it does not evaluate."""
     one = Family(MobileNetV1, STEMS, ("shared", BASIS, *_BASELINES), width=MOBILENET_WIDTH,
                  at_width=lambda width: {"width": width})
     first = {f"shufflenetv1_g{groups}": Family(ShuffleNetV1, STEMS, _WHOLE, {"groups": groups}) for groups in WIDTHS}
@@ -102,26 +102,26 @@ def _compact_families() -> dict[str, Family]:
 
 
 FAMILIES = _families()
-"""Every network by the first part of its name. ResNet-14 is the least in which layers share; the paper has none."""
+"""Networks by the first part of their name. ResNet-14 is the smallest with sharing; it is not in the paper."""
 
 
 def register_network(name: str, build: Callable[..., Network], forms: Sequence[str] = (BASIS,),
                      stems: Sequence[str] = STEMS[:1]) -> None:
-    """Makes a network of your own known by `name`, to `create_model`, to configurations and to the command line.
+    """Registers a user-defined network as `name`, for `create_model`, configurations and the command line.
 
-    A recipe may do so when it is loaded: `python main.py --config=FILE.py:<name>-s16u1`. Doing it again, as when a cell
-    of a notebook is run again, puts the new definition in place of the old.
+    A recipe may call this when it is loaded: `python main.py --config=FILE.py:<name>-s16u1`. Registering it again, e.g.
+    by re-running a notebook cell, replaces the old definition.
 
     Args:
       name: letters, digits and underscores; the part of the network's name before the dash.
-      build: a subclass of `Network`, or a function that takes its fields by name, and Flax's `parent`, and returns one.
-      forms: the `SHARING_FORMS` that it admits, as the network's `shared_shapes` follow from `self.sharing`.
-      stems: of 'cifar', for small images, and 'imagenet' those that it has, the usual one first; a network that has
-        both takes a field `stem`.
+      build: a subclass of `Network`, or a function that takes its fields and Flax's `parent` by name and returns one.
+      forms: the supported `SHARING_FORMS`, which the network's `shared_shapes` must implement by `self.sharing`.
+      stems: the supported ones of 'cifar', for small images, and 'imagenet', starting with the default; a network that
+        supports both takes a field `stem`.
 
     Raises:
-      ValueError: `name` is taken or no such name, a form or stem is unknown, or a basis is admitted and the network's
-        `basis_layers` names no layer for it.
+      ValueError: `name` is taken or invalid, a form or stem is unknown, or a basis is supported but the network's
+        `basis_layers` is empty.
       TypeError: `build` does not return a `Network`.
     """
     if unknown := sorted(set(forms) - set(SHARING_FORMS)):
@@ -130,27 +130,27 @@ def register_network(name: str, build: Callable[..., Network], forms: Sequence[s
         raise ValueError(f"stems={list(stems)!r}: must be some of {', '.join(map(repr, STEMS))}")
     plain = build(num_classes=2, parent=None)
     if not isinstance(plain, Network):
-        raise TypeError(f"build={build!r}: returns a {type(plain).__name__}, and must return a shared_basis.Network")
+        raise TypeError(f"build={build!r}: returns a {type(plain).__name__}, but must return a shared_basis.Network")
     for kind, layers in (("basis", plain.basis_layers()), ("whole", plain.whole_layers())):
         needing = [form for form in forms if (form in _WHOLE) == (kind == "whole")]
         if needing and not layers:
             raise ValueError(f"forms={list(forms)!r}: {needing[0]} needs layers, and {type(plain).__name__}."
-                             f"{kind}_layers() names none")
+                             f"{kind}_layers() returns none")
     if name in FAMILIES and _origin(FAMILIES[name].build) == _origin(build):
         del FAMILIES[name]
     register(name, Family(build, tuple(stems), tuple(forms)))
 
 
 def _origin(build: Callable[..., Network]) -> tuple[str, str]:
-    """Returns where a class or function is defined, which stays the same when its definition is run again."""
+    """Returns where a class or function is defined, which does not change when its definition is re-run."""
     return getattr(build, "__module__", ""), getattr(build, "__qualname__", repr(build))
 
 
 def register(name: str, family: Family) -> None:
-    """Makes a network known by `name`; `register_network` is simpler, and checks more.
+    """Registers a network family as `name`; `register_network` is simpler and validates more.
 
     Raises:
-      ValueError: `name` is taken, or is no part of a network's name: letters, digits and underscores.
+      ValueError: `name` is taken or invalid; it may contain letters, digits and underscores.
     """
     if name in FAMILIES or not re.fullmatch(r"[A-Za-z]\w*", name):
         raise ValueError(f"name={name!r}: must be letters, digits and underscores, and none of {', '.join(FAMILIES)}")
@@ -158,22 +158,22 @@ def register(name: str, family: Family) -> None:
 
 
 def family_of(name: str) -> Family:
-    """Returns the family of the network `name`, which may ask for another width.
+    """Returns the family of the network `name`, which may include a width.
 
     Raises:
-      UserError: there is no such network (the nearest known ones are named).
+      UserError: there is no such network (the message suggests similar names).
     """
     base, dash, form = name.partition("-")
     family = FAMILIES.get(base)
     if family is None and (match := re.fullmatch(r"(\w+)w([1-9][0-9]{0,3})", base)):
         known, width = FAMILIES.get(match[1]), int(match[2])
-        if known and known.at_width and width != known.width:  # of two names for one network, one is enough
+        if known and known.at_width and width != known.width:  # the default width has only one name
             family = dataclasses.replace(known, arguments={**known.arguments, **known.at_width(width)})
     if family is None or (dash and not form):
         near = difflib.get_close_matches(base, FAMILIES, n=3, cutoff=0.5)
         hint = f" The nearest: {', '.join(near)}." if near else ""
-        raise UserError(f"unknown network {name!r}.{hint} Networks: {', '.join(FAMILIES)}. Names: {GRAMMAR}. One of "
-                        "your own is known once register_network has run: give the recipe that calls it, as "
+        raise UserError(f"unknown network {name!r}.{hint} Networks: {', '.join(FAMILIES)}. Names: {GRAMMAR}. "
+                        "A user-defined network must be registered by register_network in the recipe given with "
                         "--config=FILE.py, also for a trained run.")
     return family
 
@@ -186,12 +186,12 @@ def create_model(name: str, *, num_classes: int = 10, stem: str | None = None, d
       name: `<network>[-<sharing>]`, a key of `FAMILIES` and one of the `SHARING_FORMS` that it admits.
       num_classes: number of logits.
       stem: 'cifar' for small images or 'imagenet' for large ones; None is the network's usual one.
-      dtype: compute type; parameters and batch statistics are float32 always.
-      scan_blocks: whether blocks that are alike are computed in a loop; None is what suits the backend.
+      dtype: compute dtype; parameters and batch statistics are always float32.
+      scan_blocks: whether identical blocks are computed in a loop; None chooses by backend.
 
     Raises:
-      UserError: the name is unknown (with the nearest known ones), the network has no such sharing or stem, or a rank
-        exceeds the space of the filters.
+      UserError: the name is unknown (the message suggests similar ones), the network does not support the sharing or
+        stem, or a rank exceeds the dimension of the filter space.
     """
     family = family_of(name)
     if num_classes < 2:
@@ -208,12 +208,12 @@ def create_model(name: str, *, num_classes: int = 10, stem: str | None = None, d
 
 
 def plain_counterpart(name: str) -> str:
-    """Returns the name of the network without sharing that `name` is compared with."""
+    """Returns the name of the network without sharing, to compare with `name`."""
     return name.partition("-")[0]
 
 
 def _parse_sharing(name: str, forms: tuple[str, ...], plain: Network) -> Sharing:
-    """Returns what the network's `name` asks for, one of the `forms`, in terms of the layers of the `plain` network."""
+    """Parses the sharing in the network's `name`, one of `forms`, in terms of the layers of the `plain` network."""
     form = name.partition("-")[2]
     if not form:
         return Sharing()
@@ -221,7 +221,7 @@ def _parse_sharing(name: str, forms: tuple[str, ...], plain: Network) -> Sharing
     template = re.fullmatch(r"template([1-9]\d{0,3})", form)
     kind = (DOUBLE if basis[3] else BASIS) if basis else "template<k>" if template else form
     if kind not in forms:
-        raise UserError(f"network {name!r}: no sharing {form!r}; {plain_counterpart(name)} admits "
+        raise UserError(f"network {name!r}: no sharing {form!r}; {plain_counterpart(name)} supports "
                         f"{', '.join(forms)}.")
     one = plain.one_basis()
     if template:
@@ -235,7 +235,7 @@ def _parse_sharing(name: str, forms: tuple[str, ...], plain: Network) -> Sharing
     assert basis is not None
     shared, unique, double = int(basis[1]), int(basis[2]), bool(basis[3])
     if double and not shared:
-        raise UserError(f"network {name!r}: -double shares two bases a group, and s0 shares none; drop -double.")
+        raise UserError(f"network {name!r}: -double shares two bases per group, but s0 shares none; omit -double.")
     if not shared:
         return Sharing(unique_rank=unique)
     return Sharing(tuple((layer, "shared" if one and not double else layer) for layer in plain.basis_layers()), shared,

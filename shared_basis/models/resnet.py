@@ -23,26 +23,26 @@ from shared_basis.nn.ops import relu_of_product
 from shared_basis.nn.types import Array, Dtype
 
 Shared = Mapping[str, Array]
-"""The shared array of each layer of a block that uses one."""
+"""The shared array of each layer in a block that uses one."""
 
 EXPANSION = 4
-"""Output channels of a bottleneck block over its width."""
+"""Ratio of a bottleneck block's output channels to its width."""
 
 PUBLISHED_TOP = {"stem": "conv1", "stem_norm": "bn1", "head": "fc|linear"}
 PUBLISHED_SHORTCUT = {"shortcut": "shortcut.0|downsample.0", "shortcut_norm": "shortcut.1|downsample.1"}
 PUBLISHED_BLOCK = {"first": "conv1", "first_norm": "bn1", "second": "conv2", "second_norm": "bn2", "third": "conv3",
                    "third_norm": "bn3", **PUBLISHED_SHORTCUT}
-"""Names in the files of the official implementation and of torchvision; see `PublishedNames`."""
+"""Module names in files of the official implementation and of torchvision; see `PublishedNames`."""
 _PUBLISHED_BASIS = {
     "first/unique": "basis_conv1", "first/norm": "basis_bn1", "first/coefficients": "coeff_conv1",
     "second/unique": "basis_conv2", "second/norm": "basis_bn2", "second/coefficients": "coeff_conv2"}
 
 
 def shortcut(x: Array, features: int, strides: int, project: bool, dtype: Dtype, train: bool) -> Array:
-    """Returns the shortcut of a block's input `x [N, H, W, C]`; call it within the block's compact method.
+    """Returns the shortcut for a block's input `x [N, H, W, C]`; must be called within the block's compact method.
 
-    It is the identity where shapes agree; otherwise a 1×1 convolution with batch normalisation (`project`), or the
-    parameter-free option A: subsampled, with zero channels added on both sides.
+    The identity if shapes agree; otherwise a 1×1 convolution with batch normalisation (`project`), or the
+    parameter-free option A: subsampling, with zero channels added on both sides.
     """
     missing = features - x.shape[-1]
     if strides == 1 and not missing:
@@ -77,10 +77,10 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """A 1×1 layer to `width` channels, a 3×3 layer that carries the stride, and a 1×1 layer to 4 · `width`.
+    """A 1×1 layer to `width` channels, a 3×3 layer with the stride, and a 1×1 layer to 4 · `width` channels.
 
-    Their names are `first`, `second` and `third`. With `factorised` sharing (ResNeXt) the 3×3 layer is a basis
-    convolution with ReLU inside, and its coefficients are the last 1×1 layer.
+    They are named `first`, `second` and `third`. With `factorised` sharing (ResNeXt), the 3×3 layer is a basis
+    convolution with ReLU inside, and the last 1×1 layer holds its coefficients.
     """
 
     width: int
@@ -92,7 +92,7 @@ class BottleneckBlock(nn.Module):
     shared_groups: int = 1
     """Channel groups of the shared elements of the 3×3 layer."""
     outputs: int = 0
-    """Output channels; 0 is 4 · `width`."""
+    """Output channels; 0 means 4 · `width`."""
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -119,22 +119,22 @@ class BottleneckBlock(nn.Module):
 
 
 class ResNet(Network):
-    """A residual network; the blocks of each group share, but for the first one, which is plain.
+    """A residual network; the blocks of each group share, except for the plain first one.
 
     Raises:
-      UserError: (when it is built) the ranks exceed the space of the filters.
+      UserError: (on construction) the ranks exceed the dimension of the filter space.
     """
 
     blocks: tuple[int, ...] = (3, 3, 3)
-    """Blocks in each group."""
+    """Number of blocks in each group."""
     widths: tuple[int, ...] = (16, 32, 64)
     """Channels of the 3×3 layers in each group."""
     stem: str = "cifar"
-    """'cifar': 3×3; 'imagenet': 7×7 of stride 2, then max-pooling."""
+    """'cifar': 3×3; 'imagenet': 7×7 with stride 2, then max-pooling."""
     bottleneck: bool = False
-    """Bottleneck blocks in place of basic ones."""
+    """Whether to use bottleneck blocks instead of basic ones."""
     project: bool = True
-    """Projection shortcuts in place of option A."""
+    """Whether to use projection shortcuts instead of option A."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,7 +170,7 @@ class ResNet(Network):
         return (f"layer{group.removeprefix('group')}.{int(block.removeprefix('block')) - 1}",)
 
     def choose_published(self, names: Sequence[str]) -> str:
-        """See `Network`: torchvision's names where it has this network, plain and for large images."""
+        """See `Network`: torchvision's names if it has this network, plain and for large images."""
         torchvision = self.stem == "imagenet" and self.sharing == Sharing()
         return names[-1] if torchvision and ".downsample." in names[-1] else names[0]
 
@@ -179,9 +179,9 @@ class ResNet(Network):
         """Channels of the stem."""
         return self.widths[0]
 
-    @nn.nowrap  # so that the block belongs to the group that asks for it
+    @nn.nowrap  # the block becomes a submodule of the calling group
     def block(self, g: int, first: bool, name: str) -> nn.Module:
-        """Returns a block of group `g` (counted from 0): its plain first one, or one that shares."""
+        """Returns a block of group `g` (counted from 0): the plain first one, or one that shares."""
         width, strides = self.widths[g], 2 if first and g else 1
         sharing = Sharing() if first else self.sharing
         if self.bottleneck:
@@ -192,7 +192,7 @@ class ResNet(Network):
     def __call__(self, images: Array, *, train: bool) -> Array:
         """Classifies `images [N, H, W, C]` (normalised floats); returns float32 logits `[N, num_classes]`.
 
-        In training (`train=True`) batch statistics are used, and the collection `batch_stats` must be mutable.
+        In training mode (`train=True`), batch statistics are used and the collection `batch_stats` must be mutable.
         """
         bases = self.shared_arrays()
         size, strides = (3, 1) if self.stem == "cifar" else (7, 2)

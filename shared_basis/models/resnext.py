@@ -1,6 +1,6 @@
 """ResNeXt (32 groups of width 4): bottleneck blocks whose grouped 3×3 layers may share filter bases.
 
-With a basis, the coefficients of the 3×3 layer take the place of the last 1×1 layer, and ReLU stands between.
+With a basis, the coefficients of the 3×3 layer replace the last 1×1 layer, after a ReLU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from shared_basis.optim.basis_group import BasisGroup
 
 GROUPS = 32
 GROUP_WIDTH = 4
-"""Channels of each group in the first stage; ranks are counted in units of it."""
+"""Channels per group in the first stage; ranks are multiples of it."""
 
 _PUBLISHED_PLAIN = {
     **{name: f"residual_function.{index}" for name, index in (
@@ -27,13 +27,13 @@ _PUBLISHED_BASIS = {"first": "conv1", "first_norm": "bn1", "second/unique": "bas
 
 
 class ResNeXt(ResNet):
-    """ResNeXt-50 32×4d and its kind, for small images.
+    """ResNeXt-50 32×4d and variants, for small images.
 
-    The shared basis of every group of blocks is a grouped convolution with s / 4 channel groups; the unique elements
-    of group g have u · 2^g / 4.
+    The shared basis of every group of blocks is a grouped convolution with s / 4 channel groups; the unique elements of
+    group g have u · 2^g / 4.
 
     Raises:
-      UserError: (when it is built) a rank is not a multiple of 4, or does not divide the channels into groups.
+      UserError: (on construction) a rank is not a multiple of 4, or does not divide the channels into groups.
     """
 
     blocks: tuple[int, ...] = (3, 4, 6, 3)
@@ -59,17 +59,17 @@ class ResNeXt(ResNet):
         """See `Network`.
 
         Raises:
-          UserError: unique elements are to be penalised, and have other channel groups than the shared ones.
+          UserError: unique elements should be penalised, but have other channel groups than the shared ones.
         """
         unique_groups = {(self.sharing.unique_rank << g) // GROUP_WIDTH for g in range(len(self.widths))}
         if elements == "shared+unique" and self.sharing.layers and unique_groups - {0, self.shared_groups}:
             raise UserError(f"elements={elements!r}: the unique elements of this ResNeXt have other channel groups "
-                            "than its shared ones, so that no products of them are defined; set "
+                            "than its shared ones, so that their products are undefined; set "
                             "--config.orthogonality.elements=shared.")
         return super().basis_groups(elements)
 
     def basis_is_linear(self) -> bool:
-        """See `Network`: a ReLU stands between basis and coefficients."""
+        """See `Network`: there is a ReLU between basis and coefficients."""
         return False
 
     def published_names(self) -> PublishedNames:
@@ -77,7 +77,7 @@ class ResNeXt(ResNet):
         return PublishedNames(PUBLISHED_TOP, _PUBLISHED_PLAIN, _PUBLISHED_BASIS)
 
     def choose_published(self, names: Sequence[str]) -> str:
-        """See `Network`: the classifier is called otherwise than that of other ResNets."""
+        """See `Network`: the classifier has a different name than in other ResNets."""
         return names[-1] if names[-1].startswith("linear.") else names[0]
 
     @property
@@ -90,7 +90,7 @@ class ResNeXt(ResNet):
         """Channels of the stem."""
         return self.widths[0] // 2
 
-    @nn.nowrap  # so that the block belongs to the group that asks for it
+    @nn.nowrap  # the block becomes a submodule of the calling group
     def block(self, g: int, first: bool, name: str) -> nn.Module:
         """See `ResNet`."""
         width = self.widths[g]

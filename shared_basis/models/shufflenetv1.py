@@ -15,35 +15,35 @@ from shared_basis.nn.batch_norm import batch_norm
 from shared_basis.nn.types import Array, Dtype
 
 UNITS = (4, 8, 4)
-"""Units of the stages 2, 3 and 4; the stem is stage 1, as published."""
+"""Units of stages 2, 3 and 4; the stem is stage 1, as published."""
 WIDTHS = {1: 144, 2: 200, 3: 240, 4: 272, 8: 384}
-"""By channel groups, the output channels of stage 2, which double with each stage (table 1)."""
+"""Output channels of stage 2 by number of channel groups; they double with each stage (table 1)."""
 STEM = 24
 """Channels of the stem."""
 BOTTLENECK = 4
-"""Output channels of a unit over those of its depthwise layer."""
+"""Ratio of a unit's output channels to those of its depthwise layer."""
 
 
 def channel_shuffle(x: Array, groups: int) -> Array:
-    """Returns `x [..., C]` with the channels of `groups` groups in turns: of each group its first, its second, …."""
+    """Interleaves the channels of `x [..., C]`: the first of each of `groups` groups, then the second of each, …."""
     apart = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
     return jnp.swapaxes(apart, -1, -2).reshape(x.shape)
 
 
 def pool_stem(x: Array, stem: str) -> Array:
-    """Returns `x [N, H, W, C]` after the 3×3 maximum pooling of stride 2 that follows the stem for large images."""
+    """Applies the 3×3 max-pooling with stride 2 that follows the stem for large images to `x [N, H, W, C]`."""
     return nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)]) if stem == "imagenet" else x
 
 
 def named_stages(units: Sequence[int], widths: Sequence[int]) -> dict[str, tuple[int, int]]:
-    """Returns by name, of which the first is 'stage2', the units and the output channels of each stage."""
+    """Returns units and output channels of each stage by name, starting with 'stage2'."""
     return {f"stage{s}": each for s, each in enumerate(zip(units, widths, strict=True), 2)}
 
 
 class ShuffleUnit(nn.Module):
     """A grouped 1×1 layer (`first`), a shuffle, a 3×3 depthwise layer (`second`), a grouped 1×1 layer (`third`).
 
-    The input is added; in a unit of stride 2 it is pooled, and the results are joined to it.
+    The input is added; in a unit of stride 2 it is pooled and concatenated.
     """
 
     features: int
@@ -75,21 +75,21 @@ class ShuffleUnit(nn.Module):
 
 
 class ShuffleNetV1(StagedNetwork):
-    """ShuffleNet 1×; in each stage the units after the first share the first 1×1 layer, or both.
+    """ShuffleNet 1×; in each stage, units after the first share the first 1×1 layer, or both.
 
-    Layers are grouped, so that the filters of a layer are vectors of C / groups numbers; the penalty compares all of
-    them, as it does in ResNeXt. Coefficients would join the groups: there is no form with a basis.
+    Layers are grouped, so filters are vectors of C / groups numbers; the penalty compares all of them, as in ResNeXt.
+    There is no form with a basis, as coefficients would mix the groups.
     """
 
     groups: int = 3
-    """Channel groups of 1×1 layers, one of `WIDTHS`."""
+    """Channel groups of the 1×1 layers, one of `WIDTHS`."""
     widths: tuple[int, ...] = ()
     """Output channels of each stage; empty for the published ones."""
     units: tuple[int, ...] = UNITS
     """Units of each stage."""
 
     def stages(self) -> dict[str, tuple[int, int]]:
-        """Returns by name the units and the output channels of each stage."""
+        """Returns units and output channels of each stage by name."""
         return named_stages(self.units, self.widths or [WIDTHS[self.groups] << s for s in range(len(self.units))])
 
     def shareable(self) -> dict[str, tuple[int, Kernels]]:
@@ -104,11 +104,11 @@ class ShuffleNetV1(StagedNetwork):
         """See `Network`."""
         return ()
 
-    @nn.nowrap  # so that the unit belongs to the group that asks for it
+    @nn.nowrap  # the unit becomes a submodule of the calling group
     def block(self, stage: str, width: int, first: bool, name: str) -> nn.Module:
-        """Returns a unit of `stage`: its plain first one, or one that shares.
+        """Returns a unit of `stage`: the plain first one, or one that shares.
 
-        The very first one has few input channels, and no groups in its first layer.
+        The first unit of the network has few input channels, so its first layer is not grouped.
         """
         if first:
             groups = 1 if stage == "stage2" else self.groups

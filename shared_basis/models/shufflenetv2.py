@@ -26,10 +26,10 @@ _PUBLISHED_BLOCK = {
 
 
 class ShuffleUnitV2(nn.Module):
-    """A 1×1 layer (`first`), a 3×3 depthwise (`second`) and a 1×1 (`third`) on half of the channels; then a shuffle.
+    """1×1 (`first`), 3×3 depthwise (`second`) and 1×1 (`third`) layers on half of the channels, then a shuffle.
 
-    The other half passes as it is. A unit of stride 2 maps all of its input to each of the halves, one by the three
-    layers and the other by a 3×3 depthwise and a 1×1 layer (`shortcut_depthwise` and `shortcut`).
+    The other half is passed through. A unit of stride 2 maps its whole input to both halves: to one by the three
+    layers, to the other by a 3×3 depthwise and a 1×1 layer (`shortcut_depthwise` and `shortcut`).
     """
 
     features: int
@@ -55,7 +55,7 @@ class ShuffleUnitV2(nn.Module):
 
     def _conv(self, name: str, x: Array, features: int, train: bool, shared: Array | None = None,
               depthwise: bool = False) -> Array:
-        """Returns a convolution of `x` with the batch normalisation that follows it."""
+        """Applies a convolution and its batch normalisation to `x`."""
         size, strides, groups = (3, self.strides, features) if depthwise else (1, 1, 1)
         conv = BasisConv(features, size, strides, feature_group_count=groups, dtype=self.dtype, name=name,
                          unique_rank=self.unique_rank if name in ("first", "third") else 0,
@@ -64,10 +64,10 @@ class ShuffleUnitV2(nn.Module):
 
 
 class ShuffleNetV2(StagedNetwork):
-    """ShuffleNet V2; in each stage the units after the first share the first 1×1 layer, or both, or bases of them.
+    """ShuffleNet V2; in each stage, units after the first share the first 1×1 layer, or both, or bases of them.
 
     Raises:
-      UserError: (when it is built) a width is odd, or as `StagedNetwork`.
+      UserError: (on construction) a width is odd, or see `StagedNetwork`.
     """
 
     widths: tuple[int, ...] = (116, 232, 464)
@@ -80,7 +80,7 @@ class ShuffleNetV2(StagedNetwork):
 
     def __post_init__(self) -> None:
         if any(width % 2 for width in self.widths):
-            raise UserError(f"width {self.widths[0]}: the units of ShuffleNet V2 halve it; choose an even one.")
+            raise UserError(f"width {self.widths[0]}: the units of ShuffleNet V2 halve it; choose an even width.")
         super().__post_init__()
 
     def shareable(self) -> dict[str, tuple[int, Kernels]]:
@@ -96,9 +96,9 @@ class ShuffleNetV2(StagedNetwork):
         """See `Network`."""
         return (f"{group}.{int(block.removeprefix('block')) - 1}",)
 
-    @nn.nowrap  # so that the unit belongs to the group that asks for it
+    @nn.nowrap  # the unit becomes a submodule of the calling group
     def block(self, stage: str, width: int, first: bool, name: str) -> nn.Module:
-        """Returns a unit of `stage`: its plain first one, or one that shares."""
+        """Returns a unit of `stage`: the plain first one, or one that shares."""
         if first:
             return ShuffleUnitV2(width, 2, dtype=self.dtype, name=name)
         return ShuffleUnitV2(width, 1, self.sharing, self.unique_rank(stage), self.dtype, name=name)

@@ -1,4 +1,4 @@
-"""What networks of stages have in common, whose blocks after the first may share their 1×1 layers."""
+"""The base of networks of stages, in which blocks after the first may share their 1×1 layers."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from shared_basis.nn.batch_norm import batch_norm
 from shared_basis.nn.types import Array
 
 Kernels = Mapping[str, tuple[int, ...]]
-"""By layer of a block, the shape `[*k, C / groups, T]` of its kernel."""
+"""The kernel shape `[*k, C / groups, T]` of each layer in a block."""
 
 
 class StagedNetwork(Network):
-    """A network of stages, in each of which the blocks after the first are alike, and may share.
+    """A network of stages; in each of them, blocks after the first are identical and may share.
 
-    Its subclass answers one question, `shareable`; the answers to those of `Network` follow.
+    Subclasses implement `shareable`, from which the methods of `Network` are derived.
 
     Raises:
-      UserError: (when it is built) the ranks exceed the space of the filters.
+      UserError: (on construction) the ranks exceed the dimension of the filter space.
     """
 
     stem: str = "cifar"
-    """'imagenet' for large images; for small ones, 'cifar', the first layer has stride 1 and no pooling follows."""
+    """'imagenet' for large images; 'cifar' for small ones: the first layer has stride 1, and no pooling follows."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,10 +34,10 @@ class StagedNetwork(Network):
                 check_rank(group, (self.sharing.shared_rank + self.sharing.unique_rank) << g, size, channels)
 
     def shareable(self) -> dict[str, tuple[int, Kernels]]:
-        """Returns by stage how many blocks it has, and the kernels that those after the first have and may share.
+        """Returns, by stage, the number of blocks and the kernels that blocks after the first may share.
 
-        The layers are in the order in which they are shared: the first by `-shared`. Stages that share nothing are
-        absent: two blocks and fewer.
+        Layers are in the order of sharing: `-shared` shares the first. Stages that cannot share, with at most two
+        blocks, are absent.
         """
         raise NotImplementedError(f"{type(self).__name__} must define shareable(): see docs/extending.md")
 
@@ -64,21 +64,21 @@ class StagedNetwork(Network):
         return all(len({kernel[:-1] for kernel in kernels.values()}) == 1 for _, kernels in self.shareable().values())
 
     def unique_rank(self, stage: str) -> int:
-        """Returns how many unique elements each layer of `stage` has that is factorised."""
+        """Returns the number of unique elements of each factorised layer in `stage`."""
         stages = list(self.shareable())
         return self.sharing.unique_rank << stages.index(stage) if stage in stages else 0
 
-    @nn.nowrap  # so that modules belong to the network's compact method
+    @nn.nowrap  # modules become submodules of the network
     def apply_stem(self, images: Array, features: int, train: bool,
                    activation: Callable[[Array], Array] = nn.relu) -> Array:
-        """Returns what the stem makes of `images`: a 3×3 convolution, of stride 2 for large ones, BN, activation."""
+        """Applies the stem to `images`: a 3×3 convolution, with stride 2 for large images, BN and activation."""
         conv = BasisConv(features, 3, 1 if self.stem == "cifar" else 2, dtype=self.dtype, name="stem")
         return activation(conv(images, train=train, then=batch_norm(train, self.dtype, "stem_norm")))
 
     @nn.nowrap
     def apply_stages(self, x: Array, stages: Mapping[str, tuple[int, Callable[[bool, str], nn.Module]]],
                    train: bool) -> Array:
-        """Maps `x` through `stages`, by name how many blocks each has and what makes one (see `Group.make_block`)."""
+        """Applies `stages` to `x`; by name, the number of blocks and the block constructor (see `Group.make_block`)."""
         bases = self.shared_arrays()
         for stage, (blocks, make) in stages.items():
             x = Group(make, blocks, self.loops(blocks), name=stage)(x, self.shared_by_layer(bases, stage), train=train)

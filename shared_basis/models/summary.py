@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates of a network beside its plain counterpart, without data or training."""
+"""Counts of a network compared with its plain counterpart, without data or training."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from shared_basis.runtime.files import align
 
 
 def count_network(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Counts the network of `config`, by abstract evaluation alone.
+    """Counts the network of `config` by abstract evaluation.
 
     Returns:
-      `model`, `parameters` (trainable), `macs` (multiply-accumulates of one image `[H, W, C]`) and `groups`: the same
-      by top-level module, with `shared_parameters`, those in shared bases. Bases of a group that is no such module are
-      counted as `bases/<group>`.
+      `model`, `parameters` (trainable), `macs` (multiply-accumulates for one image `[H, W, C]`) and `groups`: the same
+      by top-level module, with `shared_parameters`, those in shared bases. Bases of a group that is not such a module
+      are listed as `bases/<group>`.
 
     Raises:
-      UserError: as `create_model`, and as `check_network`.
+      UserError: see `create_model` and `check_network`.
     """
     model = create_model(config.name, num_classes=num_classes, stem=config.stem)
     check_declarations(model)
@@ -31,7 +31,7 @@ def count_network(config: ModelConfig, num_classes: int, image_shape: tuple[int,
     params = dict(variables["params"])
     bases = params.pop("bases", {})
     groups: dict[str, dict[str, int]] = {}
-    for name in (*macs, *params):  # in the order of the computation
+    for name in (*macs, *params):  # in order of computation
         owner = name.removesuffix("_norm")
         groups.setdefault(owner if owner in macs else name, {"parameters": 0, "shared_parameters": 0, "macs": 0})
     for name, tree in params.items():
@@ -48,7 +48,7 @@ def count_network(config: ModelConfig, num_classes: int, image_shape: tuple[int,
 
 
 def compare_with_plain(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Returns `count_network` with the plain counterpart's under `plain`, and the relative saving under `saving`."""
+    """Returns `count_network`, with the plain counterpart's counts as `plain` and the relative saving as `saving`."""
     counts = count_network(config, num_classes, image_shape)
     plain_config = ModelConfig(name=plain_counterpart(config.name), stem=config.stem)
     plain = count_network(plain_config, num_classes, image_shape)
@@ -57,7 +57,7 @@ def compare_with_plain(config: ModelConfig, num_classes: int, image_shape: tuple
 
 
 def render(comparison: dict[str, Any]) -> str:
-    """Returns the comparison as a table in plain text."""
+    """Returns the comparison as a plain-text table."""
     plain = comparison["plain"]
     rows: list[tuple[str, ...]] = [("", "parameters", "of these shared", "MACs", "plain parameters", "plain MACs")]
     for name, row in comparison["groups"].items():
@@ -74,7 +74,7 @@ def render(comparison: dict[str, Any]) -> str:
 
 
 def render_saving(comparison: dict[str, Any]) -> str:
-    """Returns one line: the counts beside those of the plain counterpart."""
+    """Returns one line with the counts compared with the plain counterpart."""
     plain = comparison["plain"]
 
     def change(key: str) -> str:

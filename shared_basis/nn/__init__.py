@@ -1,1 +1,1 @@
-"""The method: layers through shared filter bases."""
+"""The method: layers with shared filter bases."""

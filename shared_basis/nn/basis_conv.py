@@ -1,4 +1,4 @@
-"""The method: convolutions through filter bases that are shared by the layers of a residual group.
+"""The method: convolutions with filter bases that are shared by the layers of a residual group.
 
 A k×k convolution from C to T channels is factorised (Kang & Kim, section 3.1) into a *filter basis* of R elements,
 each k×k×C, and *coefficients*, a 1×1 convolution R → T. The basis of a layer is hybrid: R = u + s, where s *shared*
@@ -6,11 +6,11 @@ elements belong to the group and u *unique* ones to the layer:
 
     y = coefficients( BN( [unique ∗ x ; shared ∗ x] ) )
 
-Sharing is data, not a class: a layer that is handed a shared array uses it. Plain (R = 0), low rank but not shared
-(s = 0), shared only (u = 0), single and double sharing all come out of one layer. So do whole shared filters, where
-neighbouring 1×1 layers are the layer-specific part, and kernels combined from shared templates.
+Sharing is data, not a class: a layer that receives a shared array uses it. Plain (R = 0), low-rank without sharing
+(s = 0), shared only (u = 0), single and double sharing are all the same layer. So are whole shared filters, where
+adjacent 1×1 layers are the layer-specific part, and kernels combined from shared templates.
 
-`basis_conv` is the layer as a function of arrays. `BasisConv` owns its parameters in Linen, `shared_basis.nnx` in NNX.
+`basis_conv` is the layer as a function of arrays. `BasisConv` is the Linen module, `shared_basis.nnx` has that for NNX.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ def basis_conv(x: Array, basis: Sequence[Array], norm: Norm | Callable[[Array], 
                window: Window, train: bool = False, dtype: Dtype = jnp.float32, then: Norm | None = None,
                activation: Callable[[Array], Array] | None = None,
                axis_name: str | None = None) -> tuple[Array, Norm | None, Norm | None]:
-    """Convolves through a basis, as a function of arrays: `then( activation( norm( basis ∗ x ) ) coefficients )`.
+    """Convolves with a basis, as a function of arrays: `then( activation( norm( basis ∗ x ) ) coefficients )`.
 
     Args:
       x: `[N, *image, C]`.
-      basis: arrays of elements `[*k, C / groups, R_i]`, each with groups of its own.
-      norm: batch normalisation of ΣR_i channels, or any function in its place.
+      basis: arrays of elements `[*k, C / groups, R_i]`; each may have a different number of groups.
+      norm: batch normalisation of ΣR_i channels, or any other function.
       coefficients: `[ΣR_i, T]`.
-      train: whether statistics are those of the batch.
-      dtype: compute type.
-      then: the batch normalisation of T channels that follows; computed in one step with the rest where that is linear.
-      axis_name: an axis of `jax.shard_map` or `jax.vmap` whose members' batches are one.
+      train: whether to use the statistics of the batch.
+      dtype: compute dtype.
+      then: the batch normalisation of T channels that follows; fused with this layer if it is linear.
+      axis_name: an axis of `jax.shard_map` or `jax.vmap` over which batch statistics are averaged.
 
     Returns:
-      `[N, *image / strides, T]`, and the arrays of `norm` and `then` with their running statistics after this batch.
+      `[N, *image / strides, T]`, and `norm` and `then` with running statistics updated by this batch.
     """
     one_group = all(filters.shape[-2] == x.shape[-1] for filters in basis)
     if joined := one_group and not (use_cpu_forms() or is_portable()):
-        basis = [jnp.concatenate(basis, axis=-1)]  # so that x is read once
+        basis = [jnp.concatenate(basis, axis=-1)]  # reads x only once
     if isinstance(norm, Norm) and activation is None:
         found = [convolve(x, filters, window, dtype, one=joined) for filters in basis]
         return mix(found, norm, coefficients, train, dtype, then, axis_name, one=joined)
@@ -78,41 +78,41 @@ class BasisConv(nn.Module):
 
     - no shared array and no unique elements: an ordinary convolution with its own `kernel [*k, C / groups, T]`;
     - a filter basis: `unique [*k, C / groups, u]` if u > 0, `norm` (scale and bias of R channels) and
-      `coefficients [R, T]`; the shared elements `[*k, C / shared groups, s]` are the argument;
-    - whole filters `[*k, C, T]` with `whole_filters`: a convolution with them, and no parameter of its own;
-    - templates `[*k, C, T, templates]`: a convolution with the kernel that its `coefficients [templates]` combine.
+      `coefficients [R, T]`; the shared elements `[*k, C / shared groups, s]` are passed as argument;
+    - whole filters `[*k, C, T]` with `whole_filters`: a convolution with these, without parameters;
+    - templates `[*k, C, T, templates]`: a convolution with the combination of templates by `coefficients [templates]`.
 
     The network owns the shared arrays. Layers can share a basis if their kernel sizes and input channels are equal.
     """
 
     features: int
-    """T, the output channels."""
+    """T, the number of output channels."""
     kernel_size: int | Sequence[int] = 3
-    """k of a square kernel, or its size by axis: `(3,)` and `(3, 3, 3)` are convolutions of one and of three axes."""
+    """k of a square kernel, or its size by axis, e.g. `(3,)` for 1-D and `(3, 3, 3)` for 3-D convolutions."""
     strides: int | Sequence[int] = 1
     unique_rank: int = 0
     """u, the elements that belong to this layer alone; see `unique_init`."""
     dtype: Dtype = jnp.float32
     """Compute type."""
     padding: int | str | Sequence[int | tuple[int, int]] | None = None
-    """'SAME', 'VALID' or zeros by axis, as in `flax.linen.Conv`; None adds half of the kernel on each side."""
+    """'SAME', 'VALID' or zeros by axis, as in `flax.linen.Conv`; None pads half of the kernel on each side."""
     feature_group_count: int = 1
     """Channel groups of the layer's own kernel or unique elements."""
     shared_feature_group_count: int = 1
     """Channel groups of the shared elements."""
     whole_filters: bool = False
-    """Whether a shared array holds the layer's filters themselves and not the elements of a basis."""
+    """Whether a shared array contains the layer's filters rather than elements of a basis."""
     activation: Callable[[Array], Array] | None = None
-    """Applied between normalisation and coefficients; the method has none, ResNeXt has ReLU."""
+    """Applied between normalisation and coefficients; None in the paper's method, ReLU in ResNeXt."""
     use_bias: bool = False
     kernel_dilation: int | Sequence[int] = 1
     norm: str | Callable[..., nn.Module] | None = "batch"
     """Between basis and coefficients: 'batch' (the method), None, or a callable that returns a normalisation module,
     such as `functools.partial(nn.GroupNorm, num_groups=4)`."""
     use_running_average: bool | None = None
-    """As in `flax.linen.BatchNorm`, here or when called; False trains."""
+    """As in `flax.linen.BatchNorm`, set here or in the call; False for training."""
     axis_name: str | None = None
-    """Of batch normalisation, as in `flax.linen.BatchNorm`: an axis over which the statistics are those of all."""
+    """As in `flax.linen.BatchNorm`: an axis over which batch statistics are averaged."""
     param_dtype: Dtype = jnp.float32
     kernel_init: Callable[..., Array] = he_normal_fan_out
     unique_init: Callable[..., Array] = he_normal_fan_out
@@ -121,9 +121,9 @@ class BasisConv(nn.Module):
     coefficients_init: Callable[..., Array] = he_normal_fan_out
     bias_init: Callable[..., Array] = nn.initializers.zeros
     groups: int | None = None
-    """Earlier name of `feature_group_count`."""
+    """Deprecated name of `feature_group_count`."""
     shared_groups: int | None = None
-    """Earlier name of `shared_feature_group_count`."""
+    """Deprecated name of `shared_feature_group_count`."""
 
     def __post_init__(self) -> None:
         for old, new in (("groups", "feature_group_count"), ("shared_groups", "shared_feature_group_count")):
@@ -140,9 +140,9 @@ class BasisConv(nn.Module):
         """Maps `x [..., *image, C]` to `[..., *image / strides, T]`.
 
         Args:
-          shared: one of the arrays named above.
-          train: whether statistics are those of the batch; or say so by `use_running_average`.
-          then: the layer that follows; a `shared_basis.BatchNorm` is computed in one step with this one.
+          shared: one of the arrays described above.
+          train: whether to use the statistics of the batch; the inverse of `use_running_average`.
+          then: the layer that follows; a `shared_basis.BatchNorm` is fused with this one.
 
         Raises:
           TypeError: `shared` is not an array.
@@ -170,7 +170,7 @@ class BasisConv(nn.Module):
 
     @nn.nowrap
     def form(self, shared: Array | None) -> Form:
-        """Returns what the layer's filters are made of when it is handed `shared`."""
+        """Returns the kind of filters of the layer, given `shared`."""
         return form_of(shared, self.unique_rank, self.whole_filters, len(kernel_shape(self.kernel_size)))
 
     def _kernel(self, channels: int, shared: Array | None, form: Form) -> Array:

@@ -1,12 +1,12 @@
-"""Batch normalisation, alone and in closed form with the linear maps around it, as pure functions and a Linen layer.
+"""Batch normalisation, alone or fused with adjacent linear maps, as pure functions and a Linen layer.
 
-A basis layer computes norm₂(norm₁(b) A) from the results b `[..., R]` of its basis: three affine maps, so one, b M + c.
-Its statistics follow from the mean m and the covariance Σ of b alone (docs/method.md has the proof):
+A basis layer computes norm₂(norm₁(b) A) from the outputs b `[..., R]` of its basis: three affine maps, i.e. b M + c.
+Their statistics follow from the mean m and the covariance Σ of b (proof in docs/method.md):
 
     var₁ = diag Σ        A' = diag(scale₁ / √(var₁ + ε)) A        mean₂ = bias₁ A        var₂ = diag(A'ᵀ Σ A')
     M = A' diag(scale₂ / √(var₂ + ε))        c = (bias₁ A − mean₂) scale₂ / √(var₂ + ε) + bias₂ − m M
 
-so b is read twice and nothing between is written, where norms and product one by one take five passes.
+so b is read twice and no intermediate result is written; separate norms and products would take five passes.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from shared_basis.nn.ops import cross, gram, is_portable, keep, multiply, wide
 from shared_basis.nn.types import Array, Dtype
 
 MOMENTUM = 0.9
-"""Of the running statistics of batch normalisation: 0.9 old + 0.1 new, as published."""
+"""Momentum of the running statistics of batch normalisation: 0.9 old + 0.1 new, as published."""
 
 EPSILON = 1e-5
-"""Added to variances by batch normalisation, as published."""
+"""ε that batch normalisation adds to variances, as published."""
 
 
 class Norm(NamedTuple):
-    """The arrays of one batch normalisation, `[C]`: its parameters and running statistics."""
+    """The parameters and running statistics of a batch normalisation, each `[C]`."""
 
     scale: Array
     bias: Array
@@ -39,7 +39,7 @@ class Norm(NamedTuple):
     var: Array
 
     def moved(self, mean: Array, var: Array) -> Norm:
-        """Returns it with running statistics that have moved towards `mean` and `var` of a batch."""
+        """Returns a copy with running statistics updated by `mean` and `var` of a batch."""
         return self._replace(mean=MOMENTUM * self.mean + (1 - MOMENTUM) * mean,
                              var=MOMENTUM * self.var + (1 - MOMENTUM) * var)
 
@@ -48,12 +48,12 @@ def normalize(x: Array, norm: Norm, train: bool, dtype: Dtype, axis_name: str | 
     """Normalises `x [..., C]` over all axes but the last; statistics are float32, or float64 for float64.
 
     Args:
-      train: whether by the statistics of the batch, towards which running ones move, or by running ones.
-      dtype: type of the result.
-      axis_name: an axis of `jax.shard_map` or `jax.vmap` whose members' batches are one.
+      train: whether to use (and update running statistics with) the statistics of the batch, or to use running ones.
+      dtype: dtype of the result.
+      axis_name: an axis of `jax.shard_map` or `jax.vmap` over which batch statistics are averaged.
 
     Returns:
-      The result, and `norm` as it is afterwards.
+      The result, and `norm` with updated running statistics.
     """
     if not train:
         return ((x - norm.mean) * _factor(norm.var, norm.scale) + norm.bias).astype(dtype), norm
@@ -61,7 +61,7 @@ def normalize(x: Array, norm: Norm, train: bool, dtype: Dtype, axis_name: str | 
                               jnp.mean(jnp.square(x.astype(wide(x.dtype))), _batch(x))], axis_name)
     var = jnp.maximum(square - jnp.square(mean), 0)
     factor = _factor(var, norm.scale)
-    # The mean is taken off before the product, so that the gradient's sums are of differences, and cancel nothing.
+    # The mean is subtracted before the product, which avoids cancellation in the sums of the gradient.
     center = jax.lax.stop_gradient(mean)
     y = (x - center) * factor + (norm.bias - (mean - center) * factor)
     return y.astype(dtype), norm.moved(mean, var)
@@ -72,14 +72,14 @@ def mix(parts: Sequence[Array], norm: Norm, matrix: Array, train: bool, dtype: D
     """Normalises, multiplies by `matrix [ΣC_i, T]` and, with `then`, normalises again, in closed form.
 
     Args:
-      parts: `[..., C_i]`, whose channels follow one another.
-      train, dtype, axis_name: as in `normalize`.
+      parts: arrays `[..., C_i]`, concatenated along channels.
+      train, dtype, axis_name: see `normalize`.
       then: the batch normalisation of T channels that follows.
-      one: whether `parts` is one array that has a further channel, whose values are 1: b and 1 are multiplied together,
-        so that the product bᵀb holds the mean and the product b M adds the offset, and no further pass does.
+      one: whether `parts` is a single array with an additional channel of ones. The product bᵀb then includes the mean,
+        and the product b M adds the offset, which saves further passes.
 
     Returns:
-      The result `[..., T]`, and `norm` and `then` as they are afterwards.
+      The result `[..., T]`, and `norm` and `then` with updated running statistics.
     """
     if is_portable():
         y, norm = normalize(jnp.concatenate(parts, axis=-1), norm, train, dtype, axis_name)
@@ -92,7 +92,7 @@ def mix(parts: Sequence[Array], norm: Norm, matrix: Array, train: bool, dtype: D
         mean, var, covariance = _moments(parts, then is not None, axis_name, one)
         norm = norm.moved(mean, var)
     scaled = _factor(var, norm.scale)[:, None] * matrix
-    offset = jnp.sum(norm.bias[:, None] * matrix, 0)  # sums, as products would count as those of the network
+    offset = jnp.sum(norm.bias[:, None] * matrix, 0)  # sums, since matrix products would count as MACs
     if then is not None:
         mean_then, var_then = then.mean, then.var
         if covariance is not None:
@@ -102,7 +102,7 @@ def mix(parts: Sequence[Array], norm: Norm, matrix: Array, train: bool, dtype: D
         factor = _factor(var_then, then.scale)
         scaled, offset = scaled * factor, (offset - mean_then) * factor + then.bias
     scaled = scaled.astype(dtype)
-    offset = offset - jnp.sum(mean[:, None] * scaled, 0)  # by the rounded matrix, so that the mean goes exactly
+    offset = offset - jnp.sum(mean[:, None] * scaled, 0)  # uses the rounded matrix, so that the mean cancels exactly
     if one:
         scaled, offset = jnp.concatenate([scaled, offset[None].astype(dtype)]), jnp.zeros_like(offset)
     return _affine(tuple(parts), scaled, offset, dtype), norm, then
@@ -121,13 +121,13 @@ def _exact_product(a: Array, b: Array) -> Array:
 
 
 def _averages(values: list[Array], axis_name: str | None) -> list[Array]:
-    """Returns averages over a batch as those over all members of `axis_name`, kept by loops."""
+    """Averages batch statistics over all members of `axis_name`; marks them to be kept by `scan_with_remat`."""
     return [keep(value) for value in (values if axis_name is None else jax.lax.pmean(values, axis_name))]
 
 
 def _moments(parts: Sequence[Array], joint: bool, axis_name: str | None,
              one: bool) -> tuple[Array, Array, Array | None]:
-    """Returns the mean `[C]` and the (biased) variance `[C]` of the parts' channels, and if `joint` the covariance."""
+    """Returns mean `[C]` and (biased) variance `[C]` of the parts' channels and, if `joint`, the covariance."""
     count = parts[0].size // parts[0].shape[-1]
     if one:
         product, = _averages([gram(parts[0]) / count], axis_name)
@@ -145,21 +145,21 @@ def _moments(parts: Sequence[Array], joint: bool, axis_name: str | None,
 
 
 def _central(mean: Array, product: Array) -> tuple[Array, Array, Array]:
-    """Returns the mean, the variance and the covariance of what has this `mean [C]` and mean `product [C, C]`."""
+    """Returns mean, variance and covariance from the `mean [C]` and the mean of products, `product [C, C]`."""
     covariance = product - mean[:, None] * mean
     return mean, jnp.maximum(jnp.diagonal(covariance), 0), covariance
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _affine(parts: tuple[Array, ...], matrix: Array, offset: Array, dtype: Dtype) -> Array:
-    """Returns the product of `parts [..., C_i]`, side by side, and `matrix [ΣC_i, T]`, plus `offset [T]`."""
+    """Returns the concatenated `parts [..., C_i]` times `matrix [ΣC_i, T]`, plus `offset [T]`."""
     products = map(multiply, parts, _by_part(matrix, parts))
     return sum(products, offset).astype(dtype)
 
 
 @_affine.defjvp
 def _affine_jvp(dtype: Dtype, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """Is the derived one, with products in the type of the parts: so that gradients read and write no wider one."""
+    """The JVP with products in the dtype of the parts, so that gradients do not use a wider one."""
     (parts, matrix, _), (dparts, dmatrix, doffset) = primals, tangents
     products = [multiply(x, rows, x.dtype) for x, rows in (
         *zip(dparts, _by_part(matrix, parts), strict=True), *zip(parts, _by_part(dmatrix, parts), strict=True))]
@@ -175,16 +175,16 @@ def _by_part(matrix: Array, parts: Sequence[Array]) -> list[Array]:
 class BatchNorm(nn.Module):
     """Batch normalisation as published, as a Linen layer: ε 1e-5, running average 0.9 old + 0.1 new.
 
-    It computes what Flax's does, and keeps `scale`, `bias`, and in `batch_stats` `mean` and `var`, under the same
-    names, in float32.
+    Computes the same as Flax's, with `scale`, `bias` and, in `batch_stats`, `mean` and `var` under the same names, in
+    float32.
     """
 
     train: bool
-    """Whether to normalise by the statistics of the batch and to move the running ones towards them."""
+    """Whether to use the statistics of the batch and update the running ones."""
     dtype: Dtype = jnp.float32
-    """Type of the result."""
+    """Dtype of the result."""
     axis_name: str | None = None
-    """An axis of `jax.shard_map` or `jax.vmap` whose members' batches are one."""
+    """An axis of `jax.shard_map` or `jax.vmap` over which batch statistics are averaged."""
     param_dtype: Dtype = jnp.float32
 
     def __call__(self, x: Array) -> Array:
@@ -195,7 +195,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def read(self, channels: int) -> Norm:
-        """Returns the arrays, for `channels` channels."""
+        """Returns the parameters and running statistics for `channels` channels."""
         shape, dtype = (channels,), self.param_dtype
         return Norm(self.param("scale", nn.initializers.ones, shape, dtype),
                     self.param("bias", nn.initializers.zeros, shape, dtype),
@@ -203,7 +203,7 @@ class BatchNorm(nn.Module):
                     self.variable("batch_stats", "var", jnp.ones, shape, wide(dtype)).value)
 
     def write(self, norm: Norm) -> None:
-        """Takes over the running statistics of `norm`, if they have moved."""
+        """Stores the running statistics of `norm`, if they were updated."""
         if self.train and not self.is_initializing():
             self.put_variable("batch_stats", "mean", norm.mean)
             self.put_variable("batch_stats", "var", norm.var)

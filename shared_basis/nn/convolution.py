@@ -1,4 +1,4 @@
-"""Convolutions, of one form for each platform (see `shared_basis.nn.ops`), and how their kernels move."""
+"""Convolutions, implemented per platform (see `shared_basis.nn.ops`), and the geometry of their kernels."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from shared_basis.nn.ops import keep, multiply, use_cpu_forms
 from shared_basis.nn.types import Array, Dtype
 
 FEW_FILTERS = 8
-"""Up to so many filters, a vector of floats, a convolution on CPU is computed by `_convolve_by_few`."""
+"""Maximum number of filters, one vector of floats, for `_convolve_by_few` on CPU."""
 
 
 class Window(NamedTuple):
-    """How a kernel moves over an image, by spatial axis."""
+    """The geometry of a convolution: kernel strides, padding and dilation by spatial axis."""
 
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
-    """Zeros before and after."""
+    """Zero padding before and after, by axis."""
     dilation: tuple[int, ...]
 
     @classmethod
@@ -31,11 +31,11 @@ class Window(NamedTuple):
         """Returns the window of a kernel of spatial shape `kernel` on images of spatial shape `image`.
 
         Args:
-          padding: zeros on each side, also by axis, also before and after; 'SAME' and 'VALID' as in `flax.linen.Conv`;
-            None is half of the (dilated) kernel.
+          padding: zeros on each side, optionally by axis, optionally before and after; or 'SAME' or 'VALID' as in
+            `flax.linen.Conv`. None pads half of the (dilated) kernel.
 
         Raises:
-          ValueError: one of them has another number of axes than the kernel, or `padding` is another string.
+          ValueError: an argument has a different number of axes than the kernel, or `padding` is an invalid string.
         """
         steps, spread = (_by_axis(name, value, len(kernel)) for name, value in (
             ("strides", strides), ("kernel_dilation", dilation)))
@@ -56,10 +56,10 @@ def _by_axis(name: str, value: Any, axes: int) -> tuple[Any, ...]:
 
 
 def convolve(x: Array, kernel: Array, window: Window, dtype: Dtype, one: bool = False) -> Array:
-    """Convolves `x [N, *image, C]` by `kernel [*k, C / groups, T]`, as many groups as fit; computes in `dtype`.
+    """Convolves `x [N, *image, C]` with `kernel [*k, C / groups, T]`, with groups as implied; computes in `dtype`.
 
-    With `one` the result has a further channel, whose values are 1: a filter of zeros, with a bias that accelerators
-    add as they write.
+    With `one`, the result has an additional channel of ones: a zero filter with a bias, which accelerators add when
+    writing the result.
     """
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     if one:
@@ -75,9 +75,9 @@ def convolve(x: Array, kernel: Array, window: Window, dtype: Dtype, one: bool = 
 
 
 def _varying_alike(*arrays: Array) -> list[Array]:
-    """Returns `arrays` marked, in `jax.shard_map`, to vary over every axis that one of them varies over.
+    """Marks `arrays`, within `jax.shard_map`, as varying over every axis over which any of them varies.
 
-    Their gradients will, which JAX demands to be known beforehand of functions whose gradient is written out.
+    Their gradients vary like this, which JAX requires in advance for functions with custom gradients.
     """
     types = [getattr(jax.typeof(array), "manual_axis_type", None) for array in arrays]
     varies: list[frozenset[str]] = [getattr(kind, "varying", frozenset()) for kind in types]
@@ -95,9 +95,9 @@ def _convolve(x: Array, kernel: Array, window: Window) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolve_by_few(x: Array, kernel: Array, window: Window) -> Array:
-    """Is `_convolve` with stride 1: a matrix product for all taps at once, whose columns are then shifted and added.
+    """`_convolve` with stride 1: one matrix product for all taps, whose columns are then shifted and added.
 
-    For one filter it takes a third of the time, as there the kernels of a convolution leave most of a vector empty.
+    For a single filter it takes a third of the time, as convolution kernels then leave most of a vector register empty.
     """
     return _shifted_products(x, kernel, window)
 
@@ -112,7 +112,7 @@ def _shifted_products(x: Array, kernel: Array, window: Window) -> Array:
 
 
 def _taps(kernel: Array) -> Array:
-    """Returns `kernel [k, k, C, T]` as a matrix `[C, k · k · T]`."""
+    """Reshapes `kernel [k, k, C, T]` to a matrix `[C, k · k · T]`."""
     return kernel.transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1)
 
 
@@ -121,9 +121,9 @@ def _convolve_by_few_fwd(x: Array, kernel: Array, window: Window) -> tuple[Array
 
 
 def _convolve_by_few_bwd(window: Window, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    """Gathers for each pixel the gradients of the results that it went into; both products take the same matrix.
+    """Gathers, for each pixel, the gradients of the outputs that it affects; both products use the same matrix.
 
-    The derived gradient scatters them instead, and takes four times as long.
+    The derived gradient would scatter them, which takes four times as long.
     """
     x, kernel = saved
     (rows, columns, channels, filters), (height, width) = kernel.shape, x.shape[1:3]
@@ -142,7 +142,7 @@ _convolve_by_few.defvjp(_convolve_by_few_fwd, _convolve_by_few_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolve_on_cpu(x: Array, kernel: Array, window: Window) -> Array:
-    """Is `_convolve` for one channel group; differs in how its gradients are computed."""
+    """`_convolve` for one channel group, with custom gradients."""
     return _convolve(x, kernel, window)
 
 
@@ -151,13 +151,13 @@ def _convolve_on_cpu_fwd(x: Array, kernel: Array, window: Window) -> tuple[Array
 
 
 def _convolve_on_cpu_bwd(window: Window, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    """Computes both gradients as the convolutions that they are, of arrays that are turned round beforehand.
+    """Computes both gradients as convolutions of arrays that are transposed in advance.
 
-    The kernel, for the input's gradient: XLA takes one that is turned within the convolution by naive loops when that
-    is in the body of a loop. The input, for the kernel's gradient, whose batch are the channels and whose channels
-    are the images: XLA would fuse turning it with what has computed it (normalisation, ReLU, addition), and compute all
-    of that again in an order that misses the cache at each pixel: twenty times as slow as the turn itself. It does not
-    fuse into a matrix product, and one with the identity turns an array round exactly.
+    For the input's gradient, the kernel is transposed: if that happens inside the convolution and within a loop body,
+    XLA uses naive loops. For the kernel's gradient, the input is transposed (channels become the batch, images the
+    channels): XLA would fuse the transposition with the operations that computed the input (normalisation, ReLU,
+    addition) and recompute them in an order that misses the cache at each pixel, twenty times slower than the
+    transposition itself. XLA does not fuse into matrix products, and a product with the identity transposes exactly.
     """
     x, kernel = saved
     images, height, width, channels = x.shape

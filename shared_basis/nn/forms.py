@@ -1,4 +1,4 @@
-"""What the filters of a layer are made of, and what it refuses: the same for the faces in Linen and NNX."""
+"""The kinds of filters of a layer and the validation of its inputs, shared by the Linen and NNX modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared_basis.nn.types import Array
 
 
 class Form(enum.Enum):
-    """What the filters of a layer are made of."""
+    """The kind of filters of a layer."""
 
     OWN_KERNEL = enum.auto()
     BASIS = enum.auto()
@@ -20,7 +20,7 @@ class Form(enum.Enum):
 
 
 def kernel_shape(size: int | Sequence[int]) -> tuple[int, ...]:
-    """Returns the kernel's size by axis; one number is that of a square kernel."""
+    """Returns the kernel's size by axis; a single number means a square kernel."""
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
@@ -68,10 +68,10 @@ def check_norm(norm: object) -> None:
 
 
 def whether_to_train(train: bool | None, *use_running_average: bool | None) -> bool:
-    """Returns whether statistics are those of the batch, from the ways in which that can be said.
+    """Returns whether to use batch statistics, given by any of the arguments.
 
     Raises:
-      ValueError: it was said in none of them, or in two that contradict each other.
+      ValueError: none of the arguments is given, or they contradict each other.
     """
     said = {train} | {None if average is None else not average for average in use_running_average}
     said.discard(None)

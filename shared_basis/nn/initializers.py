@@ -1,4 +1,4 @@
-"""How kernels and bases are drawn."""
+"""Initialisers of kernels and bases."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from jax.nn import initializers
 from shared_basis.nn.types import Array
 
 he_normal_fan_out = initializers.variance_scaling(2.0, "fan_out", "normal")
-"""He initialisation by fan-out (k²T), as published."""
+"""He initialisation with fan-out (k²T), as published."""
 he_normal_templates = initializers.variance_scaling(
     2.0, "fan_out", "normal", in_axis=-3, out_axis=-2, batch_axis=(-1,))
-"""The same for each template of `[k, k, C, T, templates]`."""
+"""He initialisation for each template of `[k, k, C, T, templates]`."""
 orthonormal = initializers.orthogonal()
-"""Orthonormal elements, indexed by the last axis; a tight frame where they are more than the space has dimensions."""
+"""Orthonormal elements along the last axis; a tight frame if there are more elements than dimensions."""
 
 
 def init_shared_bases(key: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
@@ -27,10 +27,10 @@ def init_shared_bases(key: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict
     otherwise each is orthonormal by itself. A basis with more elements than dimensions is drawn as a tight frame.
 
     Args:
-      shapes: by name, `[k, k, C, elements]`.
+      shapes: `[k, k, C, elements]` by name.
 
     Returns:
-      By name, a float32 array of that shape.
+      A float32 array of each shape, by name.
     """
     names = sorted(shapes)
     *space, rank = shapes[names[0]]

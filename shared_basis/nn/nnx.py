@@ -1,4 +1,4 @@
-"""The layer in Flax NNX: its shared basis is an `nnx.Param` that several layers hold by reference."""
+"""The layer for Flax NNX; its shared basis is an `nnx.Param` that several layers reference."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class BasisConv(nnx.Module):
         coefficients_init: Callable[..., Array] = he_normal_fan_out,
         bias_init: Callable[..., Array] = nnx.initializers.zeros, rngs: nnx.Rngs,
     ) -> None:
-        """Takes C, T and the shared array, which other layers may hold too; the rest is as in Linen's.
+        """Sets C, T and the shared array, which other layers may reference too; other arguments are as in Linen.
 
         Args:
           norm: 'batch', None, or a callable that returns a normalisation module for a number of channels, such as
@@ -97,7 +97,7 @@ class BasisConv(nnx.Module):
 
     def __call__(self, x: Array, train: bool | None = None, *, use_running_average: bool | None = None,
                  then: Callable[..., Array] | None = None) -> Array:
-        """Maps `x [..., *image, C]` to `[..., *image / strides, T]`; arguments and errors are those of Linen's."""
+        """Maps `x [..., *image, C]` to `[..., *image / strides, T]`; see the Linen module for arguments and errors."""
         self._check(x)
         batch, image = x.shape[:-len(self.kernel_size) - 1], x.shape[-len(self.kernel_size) - 1:]
         window = Window.of(self.kernel_size, image[:-1], self.strides, self.padding, self.kernel_dilation)
@@ -119,7 +119,7 @@ class BasisConv(nnx.Module):
         return y.reshape(*batch, *y.shape[1:])
 
     def _is_joined_by(self, norm: nnx.BatchNorm) -> bool:
-        """Returns whether `norm` after this layer is what `basis_conv` computes, so that both can be one step."""
+        """Returns whether `basis_conv` can fuse the following `norm` with this layer."""
         found = norm.momentum, norm.epsilon, norm.axis, norm.axis_name, norm.dtype or jnp.float32
         return (found == (MOMENTUM, EPSILON, -1, self.axis_name, self.dtype) and norm.use_scale and norm.use_bias)
 

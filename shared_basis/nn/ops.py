@@ -1,9 +1,9 @@
-"""How operations are traced and compiled for a platform, loops over blocks, and products of matrices.
+"""Platform-dependent tracing and compilation, loops over blocks, and matrix products.
 
-What is computed does not depend on the form, but for rounding. As written down, operations are XLA's own: they can be
-differentiated, mapped, sharded and exported as those of any Flax layer. A program that is compiled for CPU alone is
-traced in other forms of the same sums (`forms_for`), as XLA's take several times as long there
-(`benchmarks/README.md` has the figures); these cannot be differentiated in forward mode.
+Results do not depend on the implementation, except for rounding. By default, operations are XLA's own, which can be
+differentiated, mapped, sharded and exported like those of any Flax layer. Programs compiled only for CPU are traced
+with other implementations of the same sums (`forms_for`), since XLA's take several times as long there
+(`benchmarks/README.md` has measurements); these do not support forward-mode differentiation.
 """
 
 from __future__ import annotations
@@ -22,44 +22,44 @@ from shared_basis.nn.types import Array, Dtype, Tree
 
 _KEPT = "kept"
 _FORMS = jax.make_user_context("usual")
-"""'usual', 'cpu' or 'portable'; JAX keeps what is traced in one apart from what is traced in another."""
+"""'usual', 'cpu' or 'portable'; part of JAX's trace cache key."""
 
 
 def forms_for(platform: str) -> contextlib.AbstractContextManager[Any]:
-    """Returns a context in which operations are traced in the forms that suit `platform`: 'cpu', 'gpu' or 'tpu'."""
+    """Returns a context that selects the implementations for `platform`: 'cpu', 'gpu' or 'tpu'."""
     return _FORMS("cpu" if platform == "cpu" else "usual")
 
 
 def portable() -> contextlib.AbstractContextManager[Any]:
-    """Returns a context in which each operation is traced by itself, none fused with another: for graphs to export."""
+    """Returns a context in which operations are traced separately, without fusion, for export to graphs."""
     return _FORMS("portable")
 
 
 def is_portable() -> bool:
-    """Returns whether operations are being traced within `portable`."""
+    """Returns whether tracing happens within `portable`."""
     return _FORMS.value == "portable"
 
 
 def use_cpu_forms() -> bool:
-    """Returns whether operations are to be traced in the forms that are fast on CPU."""
+    """Returns whether to trace the implementations that are fast on CPU."""
     return _FORMS.value == "cpu"
 
 
 def prefers_loops() -> bool:
-    """Returns whether many blocks that are alike are better computed by `scan_with_remat` than one after another.
+    """Returns whether to compute many identical blocks by `scan_with_remat` rather than unrolled.
 
-    On CPU it takes less memory and no more time, and compiles such blocks once. Elsewhere it has not been measured.
-    Where NaNs are traced (--debug_nans) a loop would hide their place.
+    On CPU a loop takes less memory, no more time, and compiles blocks once; not measured on other platforms. Not with
+    --debug_nans, as a loop would hide where a NaN occurs.
     """
     return use_cpu_forms() and not jax.config.jax_debug_nans  # type: ignore[attr-defined]
 
 
 def jit_for(platform: str, *, quick: bool = False, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Returns `jax.jit` as a decorator: traces in the forms, and compiles with XLA's options, that suit `platform`.
+    """Returns a decorator like `jax.jit` that uses the implementations and XLA options for `platform`.
 
     Args:
-      quick: whether the program runs once, such as initialisation: its time is compilation.
-      options: further arguments of `jax.jit`.
+      quick: whether the program runs once, like initialisation, so that compilation dominates.
+      options: other arguments of `jax.jit`.
     """
     def decorate(function: Callable[..., Any]) -> Any:
         @functools.wraps(function)
@@ -72,25 +72,25 @@ def jit_for(platform: str, *, quick: bool = False, **options: Any) -> Callable[[
 
 
 def compiler_options(platform: str | None = None) -> dict[str, Any]:
-    """Returns XLA's options for `jax.jit(…, compiler_options=…)` that suit these operations on `platform`.
+    """Returns XLA options for `jax.jit(…, compiler_options=…)` that make these operations fast on `platform`.
 
-    On CPU XLA hands convolutions to YNNPACK, which takes two to five times as long for gradients as Eigen does; sums
-    over batch and pixels are faster with it. Empty on other platforms, where XLA does not know the option, and where
-    the user has set it in `XLA_FLAGS`.
+    On CPU, XLA uses YNNPACK for convolutions, whose gradients take two to five times as long as with Eigen; sums over
+    batch and pixels are faster with it. Empty on other platforms, where XLA lacks the option, and if the user has set
+    it in `XLA_FLAGS`.
 
     Args:
-      platform: 'cpu', 'gpu' or 'tpu'; None is that of JAX's default backend.
+      platform: 'cpu', 'gpu' or 'tpu'; None for the platform of JAX's default backend.
     """
     return _known({"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}, platform)
 
 
 def quick_compiler_options(platform: str | None = None) -> dict[str, Any]:
-    """Returns likewise the options for a program that runs once, such as initialisation: its time is compilation."""
+    """Returns XLA options for a program that runs once, like initialisation, so that compilation dominates."""
     return _known({"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}, platform)
 
 
 def _known(options: dict[str, Any], platform: str | None) -> dict[str, Any]:
-    """Returns those of the `options` for CPU that this XLA has and that the user has not set in `XLA_FLAGS`."""
+    """Returns those CPU `options` that this version of XLA supports and the user has not set in `XLA_FLAGS`."""
     if (platform or jax.default_backend()) != "cpu":
         return {}
     return {name: value for name, value in options.items()
@@ -101,18 +101,18 @@ def _known(options: dict[str, Any], platform: str | None) -> dict[str, Any]:
 def _is_known(name: str, value: Any) -> bool:
     try:
         jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
-    except jax.errors.JaxRuntimeError:  # experimental options come and go with XLA's versions
+    except jax.errors.JaxRuntimeError:  # experimental options differ between XLA versions
         return False
     return True
 
 
 def scan_with_remat(body: Callable[[Tree, Tree], tuple[Tree, Tree]], carry: Tree,
                     inputs: list[Tree]) -> tuple[Tree, list[Tree]]:
-    """Returns what `carry, output = body(carry, input)` makes of `carry` over all `inputs`, and the list of outputs.
+    """Computes `carry, output = body(carry, input)` over all `inputs`; returns the final carry and the outputs.
 
-    The inputs have one structure and one shape. For the gradient the loop keeps no more than what `keep` was called
-    with, the results of convolutions and the statistics of batches: all else is computed again from them
-    (rematerialised), which takes less time on CPU than writing it to memory and reading it back.
+    All inputs have the same structure and shapes. For the gradient, the loop saves only the arrays marked by `keep`,
+    the results of convolutions and batch statistics; everything else is recomputed (rematerialised), which takes less
+    time on CPU than writing and reading it.
     """
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
     remat = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
@@ -121,24 +121,24 @@ def scan_with_remat(body: Callable[[Tree, Tree], tuple[Tree, Tree]], carry: Tree
 
 
 def keep(x: Array) -> Array:
-    """Marks `x` as what `scan_with_remat` keeps for the gradient, where it would compute it again otherwise."""
+    """Marks `x` to be saved for the gradient by `scan_with_remat` rather than recomputed."""
     return checkpoint_name(x, _KEPT)
 
 
 def unstack(tree: Tree, count: int) -> list[Tree]:
-    """Returns the `count` trees that the arrays of `tree`, `[count, …]`, hold one after another."""
+    """Splits arrays `[count, …]` of `tree` into `count` trees."""
     return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(count)]
 
 
 def wide(dtype: Dtype) -> Dtype:
-    """Returns the type of sums over many values of `dtype`: float32, or float64 for float64."""
+    """Returns the dtype for sums over many values of `dtype`: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def _rows(x: Array) -> Array:
-    """Returns `x [..., C]` as a matrix on CPU, as it is elsewhere.
+    """Returns `x [..., C]` as a matrix on CPU, unchanged elsewhere.
 
-    On CPU XLA turns round an array of more axes for a product, in one fusion with all that has computed it, in an order
+    For a product on CPU, XLA transposes an array of more axes, fused with the operations that computed it, in an order
     that misses the cache, which takes as long as the product itself.
     """
     return x.reshape(-1, x.shape[-1]) if use_cpu_forms() else x
@@ -151,7 +151,7 @@ def multiply(x: Array, matrix: Array, dtype: Dtype = None) -> Array:
 
 
 def cross(a: Array, b: Array, dtype: Dtype = None) -> Array:
-    """Returns the sums of products `aᵀ b [A, B]` over all axes but the last of `a [..., A]` and `b [..., B]`."""
+    """Returns `aᵀ b [A, B]`, summed over all axes but the last of `a [..., A]` and `b [..., B]`."""
     a, b = _rows(a), _rows(b)
     axes = tuple(range(a.ndim - 1))
     return jax.lax.dot_general(a, b, ((axes, axes), ((), ())), precision=jax.lax.Precision.HIGHEST,
@@ -160,23 +160,23 @@ def cross(a: Array, b: Array, dtype: Dtype = None) -> Array:
 
 @jax.custom_jvp
 def gram(x: Array) -> Array:
-    """Returns `cross(x, x)`; its gradient takes one product of `x` where the derived one takes two."""
+    """Returns `cross(x, x)`, with a gradient that needs one product of `x` instead of two."""
     return cross(x, x)
 
 
 @gram.defjvp
 def _gram_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (dx,) = primals, tangents
-    # In the type of x, so that the gradient's product reads and writes no wider one.
+    # In the dtype of x, so that the gradient does not use a wider one.
     half = cross(dx, x, x.dtype).astype(wide(x.dtype))
     return gram(x), half + half.T
 
 
 def relu_of_product(x: Array) -> Array:
-    """Returns `max(x, 0)` of a product `x`, which XLA's GPU compiler then takes as it writes the product.
+    """Returns `max(x, 0)` for a product `x`, which XLA's GPU compiler fuses with the product.
 
-    Its gradient goes by the result, which is kept anyway, so that `x` need not be. After batch normalisation, whose
-    gradient reads `x` too, `flax.linen.relu` takes fewer passes, as it does on CPU.
+    Its gradient uses the result, which is saved anyway, so that `x` need not be saved. After batch normalisation, whose
+    gradient needs `x` too, `flax.linen.relu` takes fewer passes, as it does on CPU.
     """
     return _relu_by_result(x) if _FORMS.value == "usual" else jax.nn.relu(x)
 

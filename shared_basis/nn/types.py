@@ -1,4 +1,4 @@
-"""The names of types that signatures use throughout."""
+"""Type aliases for signatures."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ Tree = Any
 """A pytree of arrays, such as nested dicts of parameters."""
 
 Path = tuple[str, ...]
-"""The keys on the way to a leaf of a tree: of dicts, names of fields, or positions, as strings."""
+"""The keys on the way to a leaf of a tree (dict keys, field names, positions), as strings."""

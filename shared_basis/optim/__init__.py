@@ -1,1 +1,1 @@
-"""The optimizer: penalty, exact orthogonality, schedule, as optax links."""
+"""The optimizer: penalty, exact orthogonality and schedule, as optax transformations."""

@@ -1,4 +1,4 @@
-"""How a user names the arrays that hold filter bases: by path, by glob, or by a predicate."""
+"""Selection of the arrays that contain filter bases: by path, by glob, or by a predicate."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from shared_basis.nn.types import Array, Path
 
 Predicate = Callable[[Path, Array], bool]
-"""Says of the path and the array of a parameter, of which only shape and dtype may be looked at, whether it is one."""
+"""Maps path and array of a parameter to whether it is selected; may only use the array's shape and dtype."""
 
 
 class Glob(str):
-    """A pattern over paths with '/' between keys."""
+    """A glob over paths with '/' between keys."""
 
 
 Selector = Path | str | Predicate
@@ -27,50 +27,50 @@ FORMS = ("a path ('bases/body' or ('bases', 'body')), a glob ('bases/*', '**/uni
 
 @dataclasses.dataclass(frozen=True, init=False)
 class BasisGroup:
-    """Names, in a tree of parameters, the basis elements of one group that are to be orthonormal together.
+    """Selects, in a tree of parameters, the basis elements of a group that should be jointly orthonormal.
 
         BasisGroup("bases/body")                                      # a path, as a string
         BasisGroup(("bases", "body"))                                 # the same, as a tuple of keys
         BasisGroup(["bases/first", "bases/second"], "**/unique")      # several paths; a glob
         BasisGroup(lambda path, array: path[-1] == "basis")           # a predicate
 
-    The rule: a tuple of keys (strings or integers) is one path, and a list holds several of whatever names one. A
-    string is a path with '/' between keys. With `*`, `?` or `[` it is a glob over such paths: `*` stands for a key or
-    a part of it, `**` for any number of keys; keys of a tuple are taken literally. Globs and predicates are matched
-    against the tree when a link is initialised or a penalty computed, each must match, and what they match must be
-    bases: `[k, k, C, s]`, or any `[..., elements]` of real numbers.
+    Rules: a tuple of keys (strings or integers) is one path; a list contains several selectors. A string is a path with
+    '/' between keys. With `*`, `?` or `[` it is a glob over such paths: `*` matches a key or a part of it, `**` any
+    number of keys; keys in a tuple are taken literally. Globs and predicates are evaluated when an optimizer is
+    initialised or a penalty computed. Each must match something, and only bases: `[k, k, C, s]`, or any
+    `[..., elements]` of real numbers.
 
-    Bases that `nn.vmap`, `nn.scan` or `nnx.vmap` has stacked are refused by their number of axes, unless `stack_axis`
-    says which axis counts them. A stack that has no more axes than a basis may have cannot be recognised: of kernels
-    of 1-D convolutions (set `num_spatial_dims=1` for these), or of elements that are flattened, `[members, D, s]`.
+    Bases stacked by `nn.vmap`, `nn.scan` or `nnx.vmap` are rejected because of their number of axes, unless
+    `stack_axis` specifies the stacking axis. Stacks with no more axes than a basis cannot be recognised: those of
+    1-D convolution kernels (set `num_spatial_dims=1` for these), or of flattened elements, `[members, D, s]`.
     """
 
     shared: tuple[Selector, ...]
-    """The arrays of shared elements; in double sharing both of the group."""
+    """The arrays of shared elements; with double sharing, both of the group."""
     unique: tuple[Selector, ...]
-    """One array of unique elements for each layer; empty where unique elements are not to be penalised."""
+    """One array of unique elements per layer; empty if unique elements should not be penalised."""
     reduction_group: str
-    """The mean penalty is taken over the basis groups of one reduction group; the means of several are added."""
+    """The mean penalty is taken over the basis groups of a reduction group; the means of several are added."""
     stack_axis: int | None
-    """The axis that stacks bases, each of them a group of its own; None where there are no stacks.
+    """The axis along which bases are stacked, each forming its own group; None without stacks.
 
-    All arrays of the group have it: an ensemble. Or only the unique ones have: a stack of layers that share a basis,
-    as `nn.scan` makes it. Their sizes say which."""
+    Either all arrays of the group have it (an ensemble), or only the unique ones (a stack of layers that share a basis,
+    as created by `nn.scan`); this is determined from their sizes."""
     num_spatial_dims: int
-    """The spatial axes of kernels: bases have at most two more, of channels and of elements."""
+    """The number of spatial axes of kernels; bases have at most two more, for channels and elements."""
 
     def __init__(self, shared: Selector | Iterable[Selector], unique: Selector | Iterable[Selector] = (),
                  reduction_group: str = "", *, stack_axis: int | None = None, num_spatial_dims: int = 2) -> None:
         if not isinstance(reduction_group, str):
-            raise TypeError(f"BasisGroup(reduction_group={reduction_group!r}): must be a string; paths of more bases "
-                            "belong in a list, BasisGroup([…])")
+            raise TypeError(f"BasisGroup(reduction_group={reduction_group!r}): must be a string; pass several paths "
+                            "as a list, BasisGroup([…])")
         for option, number in (("stack_axis", stack_axis or 0), ("num_spatial_dims", num_spatial_dims)):
             if not isinstance(number, int):
                 raise TypeError(f"BasisGroup({option}={_brief(number)}): must be an integer")
         fields = {"shared": _selectors("shared", shared), "unique": _selectors("unique", unique),
                   "reduction_group": reduction_group, "stack_axis": stack_axis, "num_spatial_dims": num_spatial_dims}
         for name, value in fields.items():
-            object.__setattr__(self, name, value)  # it is frozen
+            object.__setattr__(self, name, value)  # the dataclass is frozen
         if not self.shared and not self.unique:
             raise ValueError(f"BasisGroup names no basis: shared or unique must be {FORMS}")
 
@@ -79,8 +79,8 @@ def checked_groups(basis_groups: Iterable[BasisGroup]) -> tuple[BasisGroup, ...]
     """Returns `basis_groups` as a tuple.
 
     Raises:
-      TypeError: they are no list of `BasisGroup`.
-      ValueError: there is none.
+      TypeError: `basis_groups` is not a list of `BasisGroup`.
+      ValueError: `basis_groups` is empty.
     """
     if isinstance(basis_groups, BasisGroup):
         raise TypeError("basis_groups is a BasisGroup: must be a list of them, [BasisGroup(…)]")
@@ -96,7 +96,7 @@ def checked_groups(basis_groups: Iterable[BasisGroup]) -> tuple[BasisGroup, ...]
 
 
 def _selectors(name: str, value: Any) -> tuple[Selector, ...]:
-    """Returns what `value`, one selector or several, names."""
+    """Returns the selectors in `value`, which may be a single one or several."""
     if isinstance(value, str) or callable(value):
         return (_selector(name, value),)
     if _is_path(value):
@@ -129,6 +129,6 @@ def _is_path(value: Any) -> bool:
 
 
 def _brief(value: Any) -> str:
-    """Returns `value` as a message shows it: arrays and trees by their type."""
+    """Returns `value` for a message, with arrays and trees abbreviated to their type."""
     text = repr(value)
     return f"a {type(value).__name__}" if hasattr(value, "shape") or len(text) > 60 else text

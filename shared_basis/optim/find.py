@@ -1,4 +1,4 @@
-"""Finds in a tree of parameters the arrays that basis groups name, and takes them apart into elements."""
+"""Finds the arrays that basis groups select in a tree of parameters, and splits them into elements."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ Rows = tuple[list[Array], list[Array]]
 
 @dataclasses.dataclass(frozen=True)
 class FoundGroup:
-    """The arrays that a `BasisGroup` names in one tree."""
+    """The arrays that a `BasisGroup` selects in a tree."""
 
     shared: tuple[Path, ...]
     unique: tuple[Path, ...]
     reduction_group: str
     shared_axis: int | None
-    """The axis of all arrays that counts groups, the members of an ensemble; None where they are one group."""
+    """The axis of all arrays that enumerates groups, the members of an ensemble; None for a single group."""
     unique_axis: int | None
-    """The same for unique arrays; without a `shared_axis` it counts layers of one group."""
+    """The same axis for unique arrays; without `shared_axis` it enumerates layers of one group."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Those of all arrays."""
+        """The paths of all arrays."""
         return (*self.shared, *self.unique)
 
     def sizes(self, arrays: Mapping[Path, Array]) -> dict[Path, tuple[int, int]]:
-        """Returns by path how many elements a basis has, and how many numbers an element, D."""
+        """Returns, by path, the number of elements of a basis and the size D of an element."""
         axes = {**dict.fromkeys(self.shared, self.shared_axis), **dict.fromkeys(self.unique, self.unique_axis)}
         shapes = {path: _member(arrays[path].shape, axis) for path, axis in axes.items()}
         return {path: (shape[-1], math.prod(shape[:-1])) for path, shape in shapes.items()}
@@ -46,7 +46,7 @@ class FoundGroup:
     def rows(self, arrays: Mapping[Path, Array]) -> Rows:
         """Returns the elements as float32 rows: `[s, D]` for each shared array, and `[u, D]` for each layer.
 
-        Where `shared_axis` is not None, all of them are stacked, `[members, …]`; see `over_members`.
+        If `shared_axis` is not None, all of them are stacked, `[members, …]`; see `over_members`.
         """
         shared = [_rows(arrays[path], self.shared_axis) for path in self.shared]
         unique = [_rows(arrays[path], self.unique_axis) for path in self.unique]
@@ -55,7 +55,7 @@ class FoundGroup:
         return shared, unique
 
     def arrays(self, rows: Rows, like: Mapping[Path, Array]) -> dict[Path, Array]:
-        """Returns by path the arrays that `rows` took apart, with shapes and dtypes as in `like`."""
+        """Converts `rows` back to arrays by path, with shapes and dtypes as in `like`."""
         shared, unique = rows
         if self.unique_axis is not None and self.shared_axis is None:
             layers, axis = iter(unique), self.unique_axis
@@ -66,7 +66,7 @@ class FoundGroup:
                 for (path, part), axis in zip(parts, axes, strict=True)}
 
     def over_members(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns `function` of the rows of one group as one of what `rows` returns."""
+        """Lifts `function` of the rows of one group to the (possibly stacked) result of `rows`."""
         return function if self.shared_axis is None else jax.vmap(function)
 
 
@@ -86,7 +86,7 @@ def _array(rows: Array, shape: Shape, axis: int | None) -> Array:
 
 
 def alike(arrays: Sequence[Array]) -> list[list[int]]:
-    """Returns the positions of arrays of the same shape, for each shape."""
+    """Returns, for each shape, the indices of the arrays with that shape."""
     found: dict[Shape, list[int]] = {}
     for index, array in enumerate(arrays):
         found.setdefault(array.shape, []).append(index)
@@ -94,12 +94,12 @@ def alike(arrays: Sequence[Array]) -> list[list[int]]:
 
 
 def find_groups(params: Tree, basis_groups: Iterable[BasisGroup]) -> list[FoundGroup]:
-    """Returns the arrays that each of `basis_groups` names in `params`, arrays or abstract ones.
+    """Returns the arrays that each of `basis_groups` selects in `params`, which may be abstract.
 
     Raises:
-      KeyError: there is nothing at a path, or a glob or predicate matches nothing.
-      ValueError: what is named is no array of elements, or named twice, or a stack; or there is no basis group.
-      TypeError: `basis_groups` is no list of `BasisGroup`.
+      KeyError: a path does not exist, or a glob or predicate matches nothing.
+      ValueError: a selected leaf cannot be a basis, is selected twice, or is a stack; or `basis_groups` is empty.
+      TypeError: `basis_groups` is not a list of `BasisGroup`.
     """
     leaves = leaves_by_path(params)
     found = [_find(group, leaves, params) for group in checked_groups(basis_groups)]
@@ -109,17 +109,17 @@ def find_groups(params: Tree, basis_groups: Iterable[BasisGroup]) -> list[FoundG
 
 
 def check_named_once(named: Iterable[tuple[str, Path]], advice: str) -> None:
-    """Raises a ValueError where an item of `named` repeats an earlier one."""
+    """Raises a ValueError if an item of `named` occurs twice."""
     seen = set()
     for each in named:
         if each in seen:
             raise ValueError(f"the basis {'/'.join(each[1])} is named twice, by its path or by globs and predicates "
-                             f"that match it too: {advice}")
+                             f"that also match it: {advice}")
         seen.add(each)
 
 
 def paths_of(groups: Iterable[FoundGroup]) -> list[Path]:
-    """Returns the paths of all arrays that `groups` name, each once."""
+    """Returns the paths of all arrays in `groups`, without duplicates."""
     return list(dict.fromkeys(path for group in groups for path in group.paths))
 
 
@@ -130,7 +130,7 @@ def _find(group: BasisGroup, leaves: Mapping[Path, Any], tree: Tree) -> FoundGro
         _check_elements("/".join(path), leaves[path])
     shapes = {path: tuple(leaves[path].shape) for path in (*shared, *unique)}
     axis = group.stack_axis
-    # Either all arrays are stacks, or only unique ones are: the sizes of elements agree in one of the cases alone.
+    # Either all arrays are stacks, or only unique ones are: element sizes are consistent in only one of these cases.
     members = not unique or (axis is not None and _one_size(shapes, dict.fromkeys(shapes, axis)))
     axes = {path: axis if members or path in unique else None for path in shapes}
     for path in [path for path in shapes if axis is None or axes[path] is not None]:
@@ -144,7 +144,7 @@ def _find(group: BasisGroup, leaves: Mapping[Path, Any], tree: Tree) -> FoundGro
 
 
 def _matches(selector: Selector, leaves: Mapping[Path, Any], tree: Tree) -> list[Path]:
-    """Returns the paths that `selector` names, in the order of the tree."""
+    """Returns the paths that `selector` matches, in tree order."""
     if isinstance(selector, tuple):
         if selector not in leaves:
             raise not_found(selector, tree)
@@ -164,12 +164,12 @@ def _matches(selector: Selector, leaves: Mapping[Path, Any], tree: Tree) -> list
 
 def _check_elements(name: str, leaf: Any) -> None:
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        raise ValueError(f"{name} cannot be a basis: it is no array but {leaf!r}")
+        raise ValueError(f"{name} cannot be a basis: it is not an array but {leaf!r}")
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise ValueError(f"{name} cannot be a basis: it holds {leaf.dtype}, elements are real numbers")
+        raise ValueError(f"{name} cannot be a basis: its dtype is {leaf.dtype}, but elements must be real numbers")
     if leaf.ndim < 2:
         raise ValueError(f"{name} cannot be a basis: its shape {list(leaf.shape)} is that of a bias or a scale; "
-                         "elements lie on the last of at least 2 axes, [k, k, C, elements]")
+                         "elements are on the last of at least 2 axes, [k, k, C, elements]")
 
 
 def _check_axes(name: str, shape: Shape, axis: int | None, group: BasisGroup) -> None:
@@ -178,18 +178,18 @@ def _check_axes(name: str, shape: Shape, axis: int | None, group: BasisGroup) ->
         raise ValueError(f"{name} of shape {list(shape)} has no axis {axis}: check stack_axis")
     if axis is not None and len(shape) < 3:
         raise ValueError(f"{name} of shape {list(shape)} cannot be a stack of bases, which have at least 2 axes: give "
-                         "stack_axis to groups of stacks alone")
+                         "stack_axis only to groups of stacks")
     if len(shape) - (axis is not None) > most:
-        more = "name the axis that counts them, as in BasisGroup(…, stack_axis=0)" if axis is None else (
+        more = "specify the stacking axis, as in BasisGroup(…, stack_axis=0)" if axis is None else (
             "stacks of stacks must be reshaped to one")
         raise ValueError(
             f"{name} of shape {list(shape)} has more axes than {'a basis' if axis is None else 'a stack of bases'} may "
             f"have, {most + (axis is not None)}: if nn.vmap, nn.scan or nnx.vmap stacked bases, {more}; if kernels "
-            f"have more than {group.num_spatial_dims} spatial axes, say so, as in BasisGroup(…, num_spatial_dims=3)")
+            f"have more than {group.num_spatial_dims} spatial axes, set e.g. BasisGroup(…, num_spatial_dims=3)")
 
 
 def _member(shape: Shape, axis: int | None) -> Shape:
-    """Returns the shape of a basis of a stack."""
+    """Returns the shape of one basis in a stack."""
     if axis is None:
         return shape
     axis %= len(shape)
@@ -197,7 +197,7 @@ def _member(shape: Shape, axis: int | None) -> Shape:
 
 
 def _one_size(shapes: Mapping[Path, Shape], axes: Mapping[Path, int | None]) -> bool:
-    """Returns whether elements of all arrays are vectors of one length, and stacks of one height."""
+    """Returns whether the elements of all arrays have the same size, and all stacks the same height."""
     stacked = {path: axis for path, axis in axes.items() if axis is not None}
     if any(not -len(shapes[path]) <= axis < len(shapes[path]) for path, axis in stacked.items()):
         return False
@@ -212,8 +212,8 @@ def _different_sizes(shapes: Mapping[Path, Shape], axes: Mapping[Path, int | Non
     if any(axis is not None for axis in axes.values()):
         hint = "; check stack_axis"
     elif len({len(shape) for shape in shapes.values()}) > 1:
-        hint = "; where unique elements are a stack of layers, as nn.scan makes it, give BasisGroup(…, stack_axis=0)"
+        hint = "; if unique elements are a stack of layers, as from nn.scan, set BasisGroup(…, stack_axis=0)"
     else:
-        hint = "; give each size a BasisGroup of its own"
-    return (f"the elements of one group are multiplied with each other and must have one size, all axes but the last, "
+        hint = "; use a separate BasisGroup for each size"
+    return (f"the elements of a group are multiplied with each other, so all axes but the last must have one size, "
             f"and stacks one height: {', '.join(listed[:4])}{hint}")

@@ -1,4 +1,4 @@
-"""What kind of parameter each one is: of our networks by path, and of any tree; masks by kind, as optax takes them."""
+"""Kinds of parameters, for this package's networks and for any tree, and masks by kind as used by optax."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ KINDS = (*PARAMETER_LABELS, "other")
 
 
 def label_parameters(params: Tree) -> Tree:
-    """Returns a tree like `params` that holds the label of every parameter, one of `PARAMETER_LABELS`, by its path.
+    """Returns a tree like `params` with the label of each parameter, one of `PARAMETER_LABELS`, derived from its path.
 
-    It is for our networks, whose parameters are all of known kinds; `parameter_kinds` is for any tree.
+    Only for this package's networks, whose parameters all have known kinds; `parameter_kinds` works for any tree.
 
     Raises:
-      ValueError: a parameter is of no known kind.
+      ValueError: a parameter has no known kind.
     """
     def label(entries: tuple[Any, ...], leaf: Any) -> str:
         path = path_of(entries)
@@ -36,14 +36,14 @@ def label_parameters(params: Tree) -> Tree:
 
 
 def parameter_kinds(params: Tree, basis_groups: Iterable[BasisGroup] = ()) -> Tree:
-    """Returns a tree like `params`, any tree of arrays, that holds the kind of every parameter.
+    """Returns a tree like `params`, which may be any tree of arrays, with the kind of each parameter.
 
-    Such a tree is what `optax.partition` and `count_by_kind` take. The kinds are 'basis': what `basis_groups` name,
-    and by the names that this library gives them, arrays under `bases` and those named `unique`; 'coefficients' and
-    'kernel' by name; 'norm': each `scale`, and the `bias` beside it; 'bias'; and 'other' for all else.
+    The result can be passed to `optax.partition` and `count_by_kind`. The kinds are 'basis': arrays selected by
+    `basis_groups`, arrays under `bases` and those named `unique`; 'coefficients' and 'kernel', by name; 'norm': each
+    `scale`, and the `bias` next to it; 'bias'; and 'other' for everything else.
 
     Raises:
-      KeyError, ValueError, TypeError: `basis_groups` name no bases in `params`; see `orthogonality_penalty`.
+      KeyError, ValueError, TypeError: `basis_groups` select no bases in `params`; see `orthogonality_penalty`.
     """
     groups = tuple(basis_groups)
     named = set(paths_of(find_groups(params, groups))) if groups else set()
@@ -56,13 +56,13 @@ def parameter_kinds(params: Tree, basis_groups: Iterable[BasisGroup] = ()) -> Tr
 
 
 def mask_by_kind(kinds: Collection[str], basis_groups: Iterable[BasisGroup] = ()) -> Callable[[Tree], Tree]:
-    """Returns the function from parameters to a mask that holds those of some `kinds`, integers apart.
+    """Returns a function from parameters to a mask that selects some `kinds`, except integer arrays.
 
         optax.adamw(1e-3, weight_decay=1e-4, mask=mask_by_kind(["kernel", "coefficients"], basis_groups))
 
     Args:
       kinds: some of 'basis', 'coefficients', 'kernel', 'norm', 'bias', 'other'.
-      basis_groups: name the bases, as in `parameter_kinds`.
+      basis_groups: select the bases, as in `parameter_kinds`.
 
     Raises:
       ValueError: one of `kinds` is unknown.
@@ -80,7 +80,7 @@ def mask_by_kind(kinds: Collection[str], basis_groups: Iterable[BasisGroup] = ()
 
 
 def _label(path: Path, norm: bool) -> str:
-    """Returns the kind of the parameter at `path`; `norm` says whether a scale or bias there is a normalisation's."""
+    """Returns the kind of the parameter at `path`; `norm` is whether a scale or bias belongs to a normalisation."""
     name = path[-1] if path else ""
     if path[:1] == ("bases",) or name == "unique":
         return "basis"

@@ -1,6 +1,6 @@
-"""The learning rate schedule and the optax chain.
+"""The learning-rate schedule and the optax chain.
 
-A new link is a function here and its place in `LINKS`: each is handed the whole configuration.
+To add a link, define a function here and add it to `LINKS`; each link receives the whole configuration.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from shared_basis.optim.penalty import add_orthogonality_penalty
 from shared_basis.optim.select import frozen, rate_factors
 
 Descent = Callable[[optax.Schedule], optax.GradientTransformation]
-"""From the learning rate to what makes updates of gradients, such as `optax.adam`."""
+"""Maps the learning rate to an optax transformation, such as `optax.adam`."""
 
 
 class Setting(NamedTuple):
-    """What a link may depend on."""
+    """The information that links may use."""
 
     config: Config
     basis_groups: Sequence[BasisGroup]
     schedule: optax.Schedule
     steps_per_epoch: int
     descent: Descent | None
-    """The user's own."""
+    """The user-supplied optimizer, if any."""
 
     @property
     def exact(self) -> Sequence[BasisGroup]:
-        """What is orthonormal after every step."""
+        """The groups that are kept exactly orthonormal."""
         return self.basis_groups if self.config.orthogonality.method == "exact" else ()
 
     def decays(self, params: Tree) -> Tree:
-        """Returns a tree like `params` that holds which of them decay."""
+        """Returns a mask like `params` of the parameters with weight decay."""
         kept = set(paths_of(find_groups(params, self.exact))) if self.exact else set()
         labels = self.config.optimizer.weight_decay_labels
         return jax.tree_util.tree_map_with_path(
@@ -52,7 +52,7 @@ class Setting(NamedTuple):
 def learning_rate_schedule(config: OptimizerConfig, epochs: int, steps_per_epoch: int) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates made so far.
 
-    Epochs of the configuration become the nearest whole steps; a piecewise rate falls at its boundary step.
+    Epochs are rounded to whole steps; a piecewise rate changes at its boundary step.
     """
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if config.schedule == "cosine":
@@ -68,25 +68,25 @@ def learning_rate_schedule(config: OptimizerConfig, epochs: int, steps_per_epoch
 
 def make_optimizer(config: Config, basis_groups: Sequence[BasisGroup], schedule: optax.Schedule,
                    steps_per_epoch: int = 1, descent: Descent | None = None) -> optax.GradientTransformation:
-    """Returns the links of `LINKS` that `config` asks for: by default penalty, weight decay, SGD with momentum.
+    """Returns the links of `LINKS` that `config` enables: by default penalty, weight decay, SGD with momentum.
 
-    Both additions come before momentum, so that the chain equals descent on cross entropy + weight · penalty
-    + ½ weight_decay · ‖decaying parameters‖². With exact orthogonality `retraction` takes the place of the penalty, as
-    in `keep_orthonormal`.
+    Penalty and weight decay precede momentum, so the chain equals descent on cross entropy + weight · penalty
+    + ½ weight_decay · ‖decaying parameters‖². With exact orthogonality, `retraction` replaces the penalty, as in
+    `keep_orthonormal`.
 
     Args:
-      steps_per_epoch: what epochs of the configuration mean; the state before the first step does not depend on it.
-      descent: makes of the schedule what takes the place of weight decay and `config.optimizer.name`.
+      steps_per_epoch: the number of steps in an epoch; the initial state does not depend on it.
+      descent: maps the schedule to a transformation that replaces weight decay and `config.optimizer.name`.
 
     Raises:
-      TypeError: `descent` makes no optax transformation.
+      TypeError: `descent` does not return an optax transformation.
     """
     setting = Setting(config, basis_groups, schedule, steps_per_epoch, descent)
     return optax.chain(*(made for link in LINKS if (made := link(setting)) is not None))
 
 
 def _record(setting: Setting) -> optax.GradientTransformation | None:
-    """Averages the norms of the gradient itself over an epoch."""
+    """Averages the norms of the unmodified gradient over an epoch."""
     return record_gradient_norms(setting.steps_per_epoch) if setting.config.train.record_gradients else None
 
 
@@ -98,7 +98,7 @@ def _penalize(setting: Setting) -> optax.GradientTransformation | None:
 
 
 def _decay(setting: Setting) -> optax.GradientTransformation | None:
-    """Adds what decays to the gradient; the other optimizers have a decay of their own."""
+    """Adds weight decay to the gradient, for sgd; the other optimizers have their own."""
     given = setting.config.optimizer
     coupled = given.weight_decay and given.name == "sgd" and setting.descent is None
     return optax.add_decayed_weights(given.weight_decay, mask=setting.decays) if coupled else None
@@ -121,15 +121,15 @@ def _descend(setting: Setting) -> optax.GradientTransformation:
 def _own(descent: Descent, rate: optax.Schedule) -> optax.GradientTransformation:
     made = descent(rate) if callable(descent) else None
     if not isinstance(made, optax.GradientTransformation):
-        raise TypeError("optimizer must be a function from the learning rate schedule to an optax transformation, such "
-                        f"as optax.adam or lambda rate: optax.adam(rate, b2=0.95), and not {descent!r}")
+        raise TypeError("optimizer must be a function from the learning-rate schedule to an optax transformation, such "
+                        f"as optax.adam or lambda rate: optax.adam(rate, b2=0.95), not {descent!r}")
     return made
 
 
 def _muon(setting: Setting) -> optax.GradientTransformation:
-    """Returns muon for what maps channels to channels, and Adam for the head, norms and biases.
+    """Returns muon for parameters that map channels to channels, and Adam for the head, norms and biases.
 
-    optax masks the decay of muon's own part alone, hence a rate of 1, its sign undone, and one decay for both.
+    optax only masks the weight decay of muon's own part, so the rate is 1 (with its sign undone) and the decay common.
     """
     def matrices(params: Tree) -> Tree:
         def spec(label: str, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
@@ -146,7 +146,7 @@ def _muon(setting: Setting) -> optax.GradientTransformation:
 
 
 def _scale(setting: Setting) -> optax.GradientTransformation | None:
-    """Multiplies updates, which is to multiply the learning rate."""
+    """Multiplies updates by factors, which is equivalent to multiplying the learning rate."""
     entries = setting.config.optimizer.learning_rate_factors
     if not entries:
         return None
@@ -159,7 +159,7 @@ def _retract(setting: Setting) -> optax.GradientTransformation | None:
 
 
 def _freeze(setting: Setting) -> optax.GradientTransformation | None:
-    """Comes last, as penalty, weight decay and retraction move parameters too."""
+    """The last link, as penalty, weight decay and retraction also change parameters."""
     given = setting.config.train
     if not given.freeze:
         return None
@@ -170,4 +170,4 @@ def _freeze(setting: Setting) -> optax.GradientTransformation | None:
 
 LINKS: tuple[Callable[[Setting], optax.GradientTransformation | None], ...] = (
     _record, _penalize, _decay, _descend, _scale, _retract, _freeze)
-"""The links of the chain in their order; each is left out where it returns None."""
+"""The links of the chain in order; links that return None are omitted."""

@@ -1,14 +1,13 @@
-"""Exact orthogonality: filter bases that are orthonormal after every step, whatever the optimizer is.
+"""Exact orthogonality: filter bases that are orthonormal after every step, with any optimizer.
 
-The penalty (`shared_basis.optim.penalty`) pulls bases towards orthonormality; this keeps them there. Norms are then 1
-and coherence 0 at every step, with no weight λ to choose. Each update is projected to the tangent space of the
-orthonormal bases, so that neither momentum nor weight decay pulls away from them, and what is left of the deviation is
-removed by the polar factor: the nearest orthonormal basis (Absil, Mahony & Sepulchre 2008, section 4.1).
+While the penalty (`shared_basis.optim.penalty`) pulls bases towards orthonormality, this keeps them there: norms are 1
+and coherence is 0 at every step, without a weight λ. Each update is projected to the tangent space of the orthonormal
+bases, so that neither momentum nor weight decay pulls away from them, and the remaining deviation is removed by the
+polar factor, the nearest orthonormal basis (Absil, Mahony & Sepulchre 2008, section 4.1).
 
-The pairs that are made orthogonal are those that the penalty counts: all shared elements of a group with each other,
-and the unique elements of a layer with each other and with the shared ones. Where there are more shared elements than
-the space has dimensions, R > k²C, their rows cannot be orthonormal: the columns are made so instead, which is a tight
-frame.
+The pairs made orthogonal are those that the penalty counts: all shared elements of a group with each other, and the
+unique elements of a layer with each other and with the shared ones. If there are more shared elements than dimensions,
+R > k²C, their rows cannot be orthonormal; the columns are made orthonormal instead, which is a tight frame.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from shared_basis.optim.find import FoundGroup, alike, check_named_once, find_gr
 from shared_basis.optim.paths import arrays_at, replace_arrays
 
 LIFTING, CONVERGING = (3.4445, -4.775, 2.0315), (1.875, -1.25, 0.375)
-"""Of Newton–Schulz iterations X ← (a + b X Xᵀ + c (X Xᵀ)²) X.
+"""Coefficients of Newton–Schulz iterations X ← (a + b X Xᵀ + c (X Xᵀ)²) X.
 
-The first brings singular values to between 0.68 and 1.21, small ones by 3.4 times at each (Jordan et al. 2024, "Muon");
-the second takes them from there to 1, with an error that falls as its third power.
+The first maps singular values to between 0.68 and 1.21, multiplying small ones by 3.4 per iteration (Jordan et al.
+2024, "Muon"); the second takes them from there to 1, with cubic convergence.
 """
 
 ITERATIONS = (*(LIFTING,) * 5, *(CONVERGING,) * 2)
-"""With a last, third converging one, enough for singular values of a factor of a hundred; updates leave them close."""
+"""Together with a third, final iteration, enough for singular values within a factor of 100; updates stay closer."""
 
 
 def _product(a: Array, b: Array) -> Array:
@@ -46,13 +45,13 @@ def _transposed(a: Array) -> Array:
 
 
 def polar_factor(matrix: Array) -> Array:
-    """Returns the nearest matrix with orthonormal rows, or columns where there are more rows than columns.
+    """Returns the nearest matrix with orthonormal rows, or columns if there are more rows than columns.
 
     Args:
-      matrix: float32 `[…, R, D]` of full rank; a stack of matrices is treated one by one.
+      matrix: float32 `[…, R, D]` of full rank; leading axes are batch axes.
 
     Returns:
-      U Vᵀ of the singular value decomposition U S Vᵀ, by Newton–Schulz iteration: products alone, in float32.
+      U Vᵀ of the singular value decomposition U S Vᵀ, by Newton–Schulz iteration: only matrix products, in float32.
     """
     if matrix.shape[-2] > matrix.shape[-1]:
         return _transposed(polar_factor(_transposed(matrix)))
@@ -60,27 +59,27 @@ def polar_factor(matrix: Array) -> Array:
     gram = _product(matrix, _transposed(matrix))
     square = jnp.max(jnp.sum(jnp.abs(gram), axis=-1), axis=-1)[..., None, None]
     x = _product(_factor(gram / square, ITERATIONS), matrix / jnp.sqrt(square))
-    # A Gram matrix holds small singular values inexactly: the last iteration starts from what has really come out.
+    # A Gram matrix is inaccurate for small singular values, so the last iteration starts from the actual result.
     return _product(_factor(_product(x, _transposed(x)), [CONVERGING]), x)
 
 
 def _factor(gram: Array, iterations: Sequence[tuple[float, float, float]]) -> Array:
-    """Returns `[…, R, R]` what `iterations` multiply a matrix by whose Gram matrix is `gram`.
+    """Returns the factor `[…, R, R]` by which `iterations` multiply a matrix with Gram matrix `gram`.
 
-    A basis is much wider than high: products of Gram matrices take a small part of the time of those with the basis.
+    As a basis is much wider than high, products of Gram matrices are much cheaper than products with the basis.
     """
     total = eye = jnp.eye(gram.shape[-1])
     for index, (a, b, c) in enumerate(iterations):
         factor = a * eye + b * gram + c * _product(gram, gram)
         total = _product(factor, total) if index else factor
-        gram = _product(_product(factor, gram), factor)  # the last one, which nothing uses, is not compiled
+        gram = _product(_product(factor, gram), factor)  # the last one is unused and eliminated by XLA
     return total
 
 
 def tangent(matrix: Array, direction: Array) -> Array:
-    """Returns the part of `direction` along which `matrix`, both `[…, R, D]`, stays orthonormal to first order.
+    """Returns the part of `direction` along which `matrix`, both `[…, R, D]`, remains orthonormal to first order.
 
-    It is the orthogonal projection to {Z: X Zᵀ + Z Xᵀ = 0}, or, where columns are orthonormal, {Z: Xᵀ Z + Zᵀ X = 0}.
+    This is the orthogonal projection to {Z: X Zᵀ + Z Xᵀ = 0} or, if columns are orthonormal, {Z: Xᵀ Z + Zᵀ X = 0}.
     """
     if matrix.shape[-2] > matrix.shape[-1]:
         return _transposed(tangent(_transposed(matrix), _transposed(direction)))
@@ -90,44 +89,44 @@ def tangent(matrix: Array, direction: Array) -> Array:
 
 def keep_orthonormal(basis_groups: Iterable[BasisGroup],
                      optimizer: optax.GradientTransformation | None = None) -> optax.GradientTransformation:
-    """Returns `optimizer` with the named bases orthonormal after each of its updates.
+    """Wraps `optimizer` so that the selected bases are orthonormal after each update.
 
         keep_orthonormal(basis_groups, optax.sgd(0.1, momentum=0.9))
 
-    It works for any optimizer, and any pytree: nested dicts, `FrozenDict`, `nnx.State`, dataclasses. Bases that are
-    not orthonormal yet become so by the first update, or, with norms far from 1, by the first updates. Leave the same
-    paths out of weight decay: the projection removes its effect, but not from momentum.
+    Works with any optimizer and any pytree: nested dicts, `FrozenDict`, `nnx.State`, dataclasses. Bases that are not
+    yet orthonormal become so in the first update or, if norms are far from 1, the first updates. Exclude the same paths
+    from weight decay: the projection removes its effect, but not from momentum.
 
-    What comes out are the updates to add: no further link may change them, as a scale or clipping would. Such belong
-    into `optimizer`; `optax.MultiSteps`, `apply_if_finite`, `masked` and `partition` may stand around it, for they
-    pass updates on whole or not at all. `orthogonality_diagnostics` after an update shows whether all is well.
+    No later transformation may modify the returned updates, e.g. by scaling or clipping; include those in `optimizer`.
+    `optax.MultiSteps`, `apply_if_finite`, `masked` and `partition` may wrap the result, as they pass updates on
+    unchanged or not at all. `orthogonality_diagnostics` after an update can verify the bases.
 
     Args:
-      basis_groups: name the bases in the parameter tree, as for `add_orthogonality_penalty`.
-      optimizer: the whole optimizer, learning rate included. The earlier form without it, a link that had to be the
-        last one of a chain, goes with the next version.
+      basis_groups: select the bases in the parameter tree, as for `add_orthogonality_penalty`.
+      optimizer: the complete optimizer, including the learning rate. The deprecated form without it, a link that had to
+        be the last one of a chain, will be removed in the next version.
 
     Raises:
-      UserError: (when initialised) shared and unique elements of a layer are more than their space has dimensions.
-      KeyError: (when initialised) there is nothing at a path, or a glob or predicate matches nothing.
-      ValueError: what is named cannot be a basis, or is named twice, or is a stack without a `stack_axis`; there is no
-        basis group; or (when updating) `params` was not passed.
-      TypeError: `basis_groups` is no list of `BasisGroup`.
+      UserError: (on initialisation) shared and unique elements of a layer are more than the dimensions of their space.
+      KeyError: (on initialisation) a path does not exist, or a glob or predicate matches nothing.
+      ValueError: a selected leaf cannot be a basis, is selected twice, or is a stack without `stack_axis`;
+        `basis_groups` is empty; or (on update) `params` was not passed.
+      TypeError: `basis_groups` is not a list of `BasisGroup`.
     """
     if optimizer is None:
         note_renamed("keep_orthonormal(basis_groups), a link that had to be the last one of a chain,",
                      "keep_orthonormal(basis_groups, optimizer)")
         return retraction(basis_groups)
     if not isinstance(optimizer, optax.GradientTransformation):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}: must be one of optax, as "
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}: must be an optax transformation, as in "
                         "keep_orthonormal(basis_groups, optax.sgd(0.1))")
     return optax.chain(optimizer, retraction(basis_groups))
 
 
 def retraction(basis_groups: Iterable[BasisGroup]) -> optax.GradientTransformation:
-    """Returns the link that must end a chain so that bases are orthonormal after each update; see `keep_orthonormal`.
+    """Returns the last link of a chain, which makes bases orthonormal after each update; see `keep_orthonormal`.
 
-    Its state is empty, and its place that of the last link, as in the checkpoints of earlier versions.
+    Its state is empty and at the end of the chain, as in checkpoints of earlier versions.
     """
     basis_groups = checked_groups(basis_groups)
 
@@ -146,7 +145,7 @@ def retraction(basis_groups: Iterable[BasisGroup]) -> optax.GradientTransformati
                 if shared + unique > size:
                     raise UserError(f"{shared} shared elements and the {unique} of {'/'.join(path)} cannot all be "
                                     f"orthogonal in {size} dimensions; set --config.orthogonality.elements=shared, or "
-                                    "leave unique elements out of the BasisGroup.")
+                                    "omit unique elements from the BasisGroup.")
         return optax.EmptyState()
 
     def update(updates: Tree, state: optax.EmptyState, params: Tree = None) -> tuple[Tree, optax.EmptyState]:
@@ -169,10 +168,10 @@ def _retract(shared: list[Array], unique: list[Array], shared_moves: list[Array]
     """Returns the updates that lead from orthonormal elements to orthonormal ones.
 
     Args:
-      shared: the elements as they are, `[s, D]` for each shared array.
-      unique: the same, `[u, D]` for each layer.
-      shared_moves: the updates that were to be.
-      unique_moves: the same.
+      shared: the current elements, `[s, D]` for each shared array.
+      unique: the current elements, `[u, D]` for each layer.
+      shared_moves: the proposed updates of `shared`.
+      unique_moves: the proposed updates of `unique`.
     """
     space = None
     if shared:

@@ -1,6 +1,6 @@
-"""Arrays of any pytree by their path: nested dicts, `FrozenDict`, `nnx.State`, dataclasses, lists.
+"""Access to arrays of any pytree by path: nested dicts, `FrozenDict`, `nnx.State`, dataclasses, lists.
 
-    Path = ("bases", "body")    the keys on the way, names of fields and positions in lists as strings
+    Path = ("bases", "body")    the keys, field names and list indices on the way to an array, as strings
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path, tree_map_wi
 from shared_basis.nn.types import Array, Path, Tree
 
 _BOX = GetAttrKey("value")
-"""The last key to an array that an `nnx.Variable`, or Linen's `Partitioned`, holds: no part of a path here."""
+"""The last key to the array in an `nnx.Variable` or in Linen's `Partitioned`; omitted from paths here."""
 
 
 def path_of(entries: tuple[Any, ...]) -> Path:
-    """Returns the path of JAX's key entries, as `jax.tree_util.tree_map_with_path` hands them out."""
+    """Returns the path for JAX's key entries, as passed by `jax.tree_util.tree_map_with_path`."""
     if len(entries) > 1 and entries[-1] == _BOX:
         entries = entries[:-1]
     return tuple(keystr((entry,), simple=True) for entry in entries)
 
 
 def leaves_by_path(tree: Tree) -> dict[Path, Any]:
-    """Returns the leaves of `tree` by path, in its order."""
+    """Returns the leaves of `tree` by path, in tree order."""
     return {path_of(entries): leaf for entries, leaf in tree_leaves_with_path(tree)}
 
 
 def glob_matches(path: Path, glob: str) -> bool:
-    """Returns whether `glob` matches `path`, key by key; ** stands for any number of keys, none too."""
+    """Returns whether `glob` matches `path`, key by key; ** matches any number of keys, including none."""
     return _matches("/".join(path).split("/"), glob.split("/"))
 
 
@@ -48,8 +48,8 @@ def arrays_at(tree: Tree, paths: Iterable[Path]) -> dict[Path, Array]:
     """Returns the arrays of `tree` at `paths`, by path.
 
     Raises:
-      KeyError: there is nothing at a path.
-      ValueError: a path ends at a part of the tree that holds arrays, and not at one of them.
+      KeyError: a path does not exist.
+      ValueError: a path leads to a subtree rather than an array.
     """
     leaves = leaves_by_path(tree)
     found = {}
@@ -61,7 +61,7 @@ def arrays_at(tree: Tree, paths: Iterable[Path]) -> dict[Path, Array]:
 
 
 def not_found(path: Path, tree: Tree) -> Exception:
-    """Returns what is raised where `tree` has no array at `path`."""
+    """Returns the exception for a `path` at which `tree` has no array."""
     leaves, name = leaves_by_path(tree), "/".join(path)
     below = ["/".join(known) for known in leaves if known[:len(path)] == path]
     if below:
@@ -70,15 +70,15 @@ def not_found(path: Path, tree: Tree) -> Exception:
     masked = tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
     if any(isinstance(node, optax.MaskedNode) and path_of(entries) == path[:len(path_of(entries))]
            for entries, node in masked):
-        return KeyError(f"no basis at {name}: a mask of optax.masked or optax.partition leaves it out of what this "
-                        "link is given; put it into the mask")
+        return KeyError(f"no basis at {name}: a mask of optax.masked or optax.partition excludes it from the updates "
+                        "of this link; include it in the mask")
     known = {known[:length] for known in leaves for length in range(len(known) + 1)}
     absent = next(path[:length] for length in range(len(path) + 1) if path[:length] not in known)
     return KeyError(f"no basis at {name}: the parameter tree has no {'/'.join(absent)}{nearest(name, leaves)}")
 
 
 def nearest(name: str, leaves: Mapping[Path, Any]) -> str:
-    """Returns the end of a message that names those of `leaves` that may be bases and were perhaps meant by `name`."""
+    """Returns the end of a message, with those `leaves` that could be bases and are similar to `name`."""
     names = ["/".join(path) for path, leaf in leaves.items() if getattr(leaf, "ndim", 0) > 1]
     close = difflib.get_close_matches(name, names, cutoff=0.4)
     if close:
@@ -87,5 +87,5 @@ def nearest(name: str, leaves: Mapping[Path, Any]) -> str:
 
 
 def replace_arrays(tree: Tree, arrays: Mapping[Path, Array]) -> Tree:
-    """Returns `tree` with the arrays of `arrays` in place of those at their paths; all else is the same."""
+    """Returns `tree` with the given `arrays` replaced at their paths."""
     return tree_map_with_path(lambda entries, leaf: arrays.get(path_of(entries), leaf), tree)

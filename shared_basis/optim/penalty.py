@@ -4,10 +4,10 @@ With the basis elements of a group as the rows of B, and M a 0/1 mask over pairs
 
     penalty = Σ_groups Σ_ij M_ij (B Bᵀ − I)²_ij / Σ_groups Σ_ij M_ij
 
-(where bases belong to several reduction groups, such a mean for each of them, added).
+(if bases belong to several reduction groups, the sum of such a mean for each of them).
 
-Shared elements count with every row of the group; unique elements count with the unique elements of their own layer.
-Nothing here knows a network: bases are named by path (`BasisGroup`), in any pytree.
+Pairs of a shared element with any element of the group count, as do pairs of unique elements of the same layer.
+Independent of networks: bases are selected by path (`BasisGroup`), in any pytree.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from shared_basis.optim.paths import arrays_at, replace_arrays
 
 
 def _product(a: Array, b: Array) -> Array:
-    """Returns `a bᵀ` in full float32, whatever the device's default precision of products."""
+    """Returns `a bᵀ` in full float32, regardless of the device's default precision."""
     return jnp.matmul(a, jnp.swapaxes(b, -1, -2), precision=jax.lax.Precision.HIGHEST)
 
 
 def _gram_blocks(shared: Sequence[Array], unique: Sequence[Array]) -> list[tuple[Array, Array]]:
-    """Returns the counted pairs of one group as blocks of B Bᵀ, each with the block of I that it is compared with.
+    """Returns the counted pairs of one group as blocks of B Bᵀ, each with the corresponding block of I.
 
     The blocks are `[s, rows]` (shared × all rows) and, for the layers of each unique rank, `[layers, u, u]` (unique ×
     unique within each layer), so that no masked-out product is computed.
@@ -74,18 +74,18 @@ def _check_reduction(reduction: str) -> None:
 
 
 def orthogonality_penalty(params: Tree, basis_groups: Iterable[BasisGroup], reduction: str = "mean") -> Array:
-    """Returns the penalty of the bases named by `basis_groups` in `params`, a float32 scalar (section 3.2).
+    """Returns the penalty of the bases that `basis_groups` select in `params`, a float32 scalar (section 3.2).
 
     Args:
       params: any pytree of arrays, such as nested dicts or an `nnx.State`.
-      basis_groups: one for each group whose elements are to be orthonormal together.
-      reduction: 'mean' over the pairs that count, of a reduction group together (published), or their 'sum'.
+      basis_groups: one for each group whose elements should be jointly orthonormal.
+      reduction: 'mean' over the counted pairs of a reduction group (published), or their 'sum'.
 
     Raises:
-      KeyError: there is nothing at a path, or a glob or predicate matches nothing.
-      ValueError: what is named cannot be a basis, or is named twice in a reduction group, or is a stack without a
-        `stack_axis`; there is no basis group; or `reduction` is unknown.
-      TypeError: `basis_groups` is no list of `BasisGroup`.
+      KeyError: a path does not exist, or a glob or predicate matches nothing.
+      ValueError: a selected leaf cannot be a basis, is selected twice in a reduction group, or is a stack without
+        `stack_axis`; `basis_groups` is empty; or `reduction` is unknown.
+      TypeError: `basis_groups` is not a list of `BasisGroup`.
     """
     _check_reduction(reduction)
     groups = find_groups(params, basis_groups)
@@ -93,14 +93,14 @@ def orthogonality_penalty(params: Tree, basis_groups: Iterable[BasisGroup], redu
 
 
 def orthogonality_diagnostics(params: Tree, basis_groups: Iterable[BasisGroup]) -> dict[str, Array]:
-    """Returns how far the named bases are from orthonormal, as float32 scalars.
+    """Measures how far the selected bases are from orthonormal; returns float32 scalars.
 
-    `penalty` is the mean penalty, `norm_min`, `norm_mean`, `norm_max` are of the norms of all elements, and
-    `coherence` is the largest |product| of two different elements among the pairs that count. Orthonormal bases have
-    penalty 0, norms 1 and coherence 0.
+    `penalty` is the mean penalty; `norm_min`, `norm_mean` and `norm_max` are the norms of all elements; `coherence` is
+    the largest |product| of two different elements among the counted pairs. Orthonormal bases have penalty 0, norms 1
+    and coherence 0.
 
     Raises:
-      KeyError, ValueError, TypeError: as `orthogonality_penalty`.
+      KeyError, ValueError, TypeError: see `orthogonality_penalty`.
     """
     groups = find_groups(params, basis_groups)
     arrays = arrays_at(params, paths_of(groups))
@@ -116,34 +116,34 @@ def orthogonality_diagnostics(params: Tree, basis_groups: Iterable[BasisGroup]) 
 class PenaltyState(NamedTuple):
     """The state of `add_orthogonality_penalty`."""
 
-    count: Array  # type: ignore[assignment]  # a method of tuples; optax names it so too
-    """Updates made so far, int32."""
+    count: Array  # type: ignore[assignment]  # shadows a tuple method; optax uses this name
+    """Number of updates so far, int32."""
 
 
 def add_orthogonality_penalty(
     weight: float | Array | optax.Schedule, basis_groups: Iterable[BasisGroup], reduction: str = "mean",
 ) -> optax.GradientTransformation:
-    """Returns the optax link that adds the gradient of `weight · penalty` to the updates of the named bases.
+    """Returns the optax link that adds the gradient of `weight · penalty` to the updates of the selected bases.
 
-    Before momentum in the chain it equals training on the loss plus `weight · penalty`:
+    Placed before momentum in the chain, this equals training on the loss plus `weight · penalty`:
 
         optax.chain(add_orthogonality_penalty(10.0, basis_groups), optax.sgd(0.1, momentum=0.9))
 
     Args:
-      weight: λ, or a schedule that maps the number of updates made so far to λ; a hyperparameter of
+      weight: λ, or a schedule that maps the number of updates so far to λ; can be a hyperparameter of
         `optax.inject_hyperparams(add_orthogonality_penalty)`.
-      basis_groups: names the bases in the parameter tree, as in `orthogonality_penalty`.
-      reduction: as in `orthogonality_penalty`.
+      basis_groups: select the bases in the parameter tree, as in `orthogonality_penalty`.
+      reduction: see `orthogonality_penalty`.
 
     Raises:
-      KeyError, ValueError, TypeError: (at once, or when initialised) as `orthogonality_penalty`; (when updating)
+      KeyError, ValueError, TypeError: (immediately, or on initialisation) see `orthogonality_penalty`; (on update)
         `params` was not passed.
     """
     _check_reduction(reduction)
     basis_groups = checked_groups(basis_groups)
 
     def init(params: Tree) -> PenaltyState:
-        find_groups(params, basis_groups)  # what names no basis fails here, by name
+        find_groups(params, basis_groups)  # invalid groups fail here with a message
         return PenaltyState(jnp.zeros((), jnp.int32))
 
     def update(updates: Tree, state: PenaltyState, params: Tree = None) -> tuple[Tree, PenaltyState]:
@@ -152,7 +152,7 @@ def add_orthogonality_penalty(
         scale = weight(state.count) if callable(weight) else weight
         groups = find_groups(params, basis_groups)
         paths = paths_of(groups)
-        # Of the named arrays alone: other leaves may be integers, or more than a gradient of zeros is worth.
+        # Only of the selected arrays: other leaves may be integers, or too large for a gradient of zeros.
         gradient = jax.grad(_penalty)(arrays_at(params, paths), groups, reduction)
         sums = jax.tree.map(lambda g, p: g + (scale * p).astype(g.dtype), arrays_at(updates, paths), gradient)
         return replace_arrays(updates, sums), PenaltyState(optax.safe_increment(state.count))

@@ -1,4 +1,4 @@
-"""Parameters chosen by patterns, as fields of the configuration hold them: kinds of parameters, and globs of paths."""
+"""Selection of parameters by the patterns in configuration fields: kinds of parameters, and globs of paths."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Value = TypeVar("_Value")
 
 
 def frozen(params: Tree, patterns: str) -> Tree:
-    """Returns a tree like `params` that holds which of them the `patterns` of `train.freeze` keep as they are.
+    """Returns a mask like `params` of the parameters that the `patterns` of `train.freeze` freeze.
 
     Raises:
       UserError: a glob matches nothing.
@@ -27,7 +27,7 @@ def frozen(params: Tree, patterns: str) -> Tree:
 
 
 def rate_factors(params: Tree, entries: str) -> Tree:
-    """Returns a tree like `params` that holds the factor of the learning rate of each, by the `entries` WHAT=FACTOR.
+    """Returns a tree like `params` with the learning-rate factor of each parameter, from `entries` WHAT=FACTOR.
 
     Raises:
       UserError: a glob matches nothing.
@@ -36,9 +36,9 @@ def rate_factors(params: Tree, entries: str) -> Tree:
 
 
 def _last_match(params: Tree, entries: Iterable[tuple[str, _Value]], default: _Value, field: str) -> Tree:
-    """Returns a tree like `params` of the value of the last of `entries` whose pattern matches, or else `default`.
+    """Returns a tree like `params` with the value of the last of `entries` whose pattern matches, or `default`.
 
-    A kind that this network does not have matches nothing, so that plain and shared networks can have one recipe.
+    A kind that this network lacks matches nothing, so that plain and shared networks can use the same recipe.
     """
     kinds = leaves_by_path(parameter_kinds(params))
     found: dict[Path, _Value] = dict.fromkeys(kinds, default)

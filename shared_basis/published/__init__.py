@@ -1,1 +1,1 @@
-"""`python -m shared_basis.published`, as an earlier version had it; its code is `studies/published.py`."""
+"""`python -m shared_basis.published`, deprecated; moved to `studies/published.py`."""

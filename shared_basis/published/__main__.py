@@ -1,4 +1,4 @@
-"""Goes on as `python -m studies.published`, from the repository's root, with a note."""
+"""Runs `python -m studies.published` from the repository's root, with a deprecation note."""
 
 import runpy
 import sys

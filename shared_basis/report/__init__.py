@@ -1,1 +1,1 @@
-"""Reports: what a run was, did and got wrong, as one page with pictures; and several runs compared."""
+"""HTML reports: a run's results and errors with plots, and comparisons of several runs."""

@@ -1,4 +1,4 @@
-"""The mode `report --runs`: runs compared on a page, by error against parameters, MACs and time."""
+"""The mode `report --runs`: a page that compares runs by error against parameters, MACs and time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FILES = ("error_parameters.png", "error_macs.png", "error_time.png", "comparison.csv")
-"""What may lie in the folder beside the page."""
+"""All files that may be in the folder next to the page."""
 
 _BEST = {"validation": "the best validation epoch",
          "test": "the best test epoch, chosen on the test images as in the paper"}
-"""By `Point.chosen_on`, the epoch of the column `best`."""
+"""The epoch of the column `best`, by `Point.chosen_on`."""
 
 _AXES = {"parameters": ("Error against parameters", "parameters"),
          "macs": ("Error against MACs", "multiply-accumulates of one image"),
@@ -29,14 +29,14 @@ _AXES = {"parameters": ("Error against parameters", "parameters"),
 
 
 def compare(directories: Sequence[str], output: str) -> dict[str, Any]:
-    """Writes `report.html` and `report/` about the runs in `directories` into the directory `output`.
+    """Writes `report.html` and `report/` on the runs in `directories` to the directory `output`.
 
     Returns:
-      `report` (the page's path), `files` (the others' paths), `points`: see `points.as_result`, and `warnings`, of
-      damaged metrics.
+      `report` (the page's path), `files` (the paths of other files), `points`: see `points.as_result`, and `warnings`
+      about damaged metrics.
 
     Raises:
-      UserError: as `gather_points`, or the report cannot be written.
+      UserError: see `gather_points`; or the report cannot be written.
     """
     points, fields = gather_points(directories)
     pictures = [found for axis in _AXES if (found := _scatter(points, axis))]
@@ -59,7 +59,7 @@ def compare(directories: Sequence[str], output: str) -> dict[str, Any]:
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Returns `compare`'s result as human-readable lines."""
+    """Returns the result of `compare` as human-readable lines."""
     lines = []
     for point in result["points"]:
         error = (spread_text(Spread(*(math.nan if number is None else number for number in (
@@ -70,7 +70,7 @@ def render(result: Mapping[str, Any]) -> str:
 
 
 def spread_text(spread: Spread, digits: int = 2) -> str:
-    """Returns mean ± standard deviation, that alone of a single run, or a dash."""
+    """Returns mean ± standard deviation, only the mean for a single run, or a dash if unknown."""
     if math.isnan(spread.mean):
         return "–"
     return f"{spread.mean:,.{digits}f}" + ("" if math.isnan(spread.deviation) else f" ± {spread.deviation:,.{digits}f}")
@@ -87,9 +87,9 @@ def _explanation(points: Sequence[Point]) -> str:
 
 
 def _scatter(points: Sequence[Point], axis: str) -> Picture | None:
-    """Returns the error of each point against `axis`, with standard deviations; None where nothing is known.
+    """Returns a plot of the errors against `axis`, with standard deviations; None if no values are known.
 
-    Points have their numbers in the table beside them.
+    Points are labelled with their numbers in the table next to the plot.
     """
     title, unit = _AXES[axis]
     at = [(number, point, _position(point, axis)) for number, point in enumerate(points, start=1)
@@ -116,7 +116,7 @@ def _scatter(points: Sequence[Point], axis: str) -> Picture | None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if max(errors) > 8 * min(errors) > 0:
             set_log(axes, "y")
-            axes.set_ylim(min(errors) / 3, min(100.0, max(errors) * 2))  # bars may reach below 0
+            axes.set_ylim(min(errors) / 3, min(100.0, max(errors) * 2))  # error bars may extend below 0
 
     text = "; ".join(f"{number}: {point.label} {spread_text(point.error)} % at {short_number(where.mean)}"
                      for number, point, where in at)
@@ -132,7 +132,7 @@ def _bar(spread: Spread) -> float | None:
 
 
 def _rows(points: Sequence[Point], fields: Sequence[str]) -> tuple[list[str], list[list[str]], range]:
-    """Returns the header and the rows of the table of points, and which of its columns are numbers."""
+    """Returns the header and rows of the table of points, and the indices of its numeric columns."""
     differing = [field for field in fields if field != "model.name"]
     header = ["point", "network", "error (%)", "best (%)", "n", "epochs", "parameters", "MACs", "time (s)", *differing]
     rows = [[str(number), point.first.config.model.name, spread_text(point.error), spread_text(point.best_error),
@@ -163,4 +163,4 @@ def _csv(points: Sequence[Point]) -> bytes:
     rows = as_result(points)
     cells = [["" if entry is None else " ".join(map(str, entry)) if isinstance(entry, list) else str(entry)
               for entry in row.values()] for row in rows]
-    return csv_text(list(rows[0]), cells).encode(errors="backslashreplace")  # a path may be no Unicode
+    return csv_text(list(rows[0]), cells).encode(errors="backslashreplace")  # a path may not be valid Unicode

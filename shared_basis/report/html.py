@@ -1,4 +1,4 @@
-"""HTML: elements whose text is escaped, and the self-contained page around them."""
+"""HTML elements with escaped text, and the self-contained page around them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from shared_basis.errors import printable
 from shared_basis.plotting import Picture, data_uri
 
 NO_BREAK = "\u00a0"
-"""A space at which no line ends: not printable to Python."""
+"""A no-break space, which Python considers unprintable."""
 
 
 class Html(str):
-    """Markup; any other string is text, and is escaped where it becomes part of a page."""
+    """Markup; any other string is text, which is escaped when it becomes part of a page."""
 
 
 def element(tag: str, *children: str, **attributes: str) -> Html:
-    """Returns an element; an attribute `class_` is its class, and `aria_label` its aria-label."""
+    """Returns an element; the attributes `class_` and `aria_label` become class and aria-label."""
     inside = "".join(markup(child) for child in children)
     names = "".join(f' {name.rstrip("_").replace("_", "-")}="{html.escape(printable(value, NO_BREAK))}"'
                     for name, value in attributes.items())
@@ -30,14 +30,14 @@ def markup(child: str) -> Html:
 
 
 def join(children: Iterable[str]) -> Html:
-    """Returns the children one after another."""
+    """Returns the concatenated children."""
     return Html("".join(map(markup, children)))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], label: str, numbers: Container[int] = ()) -> Html:
-    """Returns a table, in a box of its own that scrolls where the screen is narrow; `label` says what it holds.
+    """Returns a table in a box that scrolls on narrow screens; `label` describes it.
 
-    The first column heads its row. Columns in `numbers`, counted from 0, are aligned to the right.
+    The first column contains row headers. Columns in `numbers`, counted from 0, are right-aligned.
     """
     def cells(tag: str, row: Sequence[str], **attributes: str) -> Html:
         return join(element(tag, cell, **attributes, **({"class_": "number"} if place in numbers else {}))
@@ -56,14 +56,14 @@ def shown(picture: Picture, folder: str) -> Html:
 
 
 def section(title: str, *children: str) -> Html:
-    """Returns a part of the page below a heading."""
+    """Returns a section of the page with a heading."""
     return element("section", element("h2", title), *children)
 
 
 def page(title: str, *children: str) -> bytes:
-    """Returns the file of a page."""
+    """Returns the contents of the page's file."""
     head = join((Html('<meta charset="utf-8">'), element("meta", name="viewport", content="width=device-width"),
-                 # Whatever a name on the page may hold, the browser loads nothing and runs nothing.
+                 # The browser must neither load nor run anything, whatever names on the page contain.
                  Html('<meta http-equiv="Content-Security-Policy" '
                       '''content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">'''),
                  element("title", title), Html(f"<style>{_STYLE}</style>")))

@@ -1,4 +1,4 @@
-"""The files of a report: `report.html`, and in `report/` its pictures and the data behind them."""
+"""The files of a report: `report.html`, and `report/` with plots and their data."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ FOLDER = "report"
 
 
 def picture_files(pictures: Iterable[Picture]) -> dict[str, bytes]:
-    """Returns the PNG files of pictures by name."""
+    """Returns the PNG files of pictures, keyed by file name."""
     return {f"{each.name}.png": each.png for each in pictures}
 
 
 def write_report(directory: Place, page: bytes, files: Mapping[str, bytes], known: Iterable[str]) -> list[str]:
-    """Writes a report into `directory`; its files get their names when all of them are complete.
+    """Writes a report to `directory`; files are renamed into place once all are complete.
 
     Args:
-      page: the file of the page.
-      files: those beside it, by name.
-      known: names that reports write; those that this one does not are removed, as they belong to an earlier one.
+      page: the contents of the page.
+      files: the other files, by name.
+      known: all names that reports may write; files of an earlier report with these names are removed.
 
     Returns:
-      The names of those that were removed.
+      The names of removed files.
 
     Raises:
       UserError: `directory` cannot be written.

@@ -1,4 +1,4 @@
-"""The pictures of one run."""
+"""The plots of a run."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NAMED_CLASSES = 20
-"""Up to this many classes a confusion matrix shows each by its name, and each count."""
+"""Maximum number of classes for a confusion matrix with class names and counts."""
 
 CELLS = 250
-"""A confusion matrix of more classes is shown in this many rows, each the greatest share of those it stands for."""
+"""Number of rows for a confusion matrix of more classes; each shows the maximum over several classes."""
 
 _SPLITS = ("train", "validation", "test")
 
 
 def learning_curves(run: RunSummary) -> list[Picture]:
-    """Returns loss, accuracy and learning rate over the epochs; none for a run without evaluations."""
+    """Returns plots of loss, accuracy and learning rate over the epochs; empty for a run without evaluations."""
     if not run.lines:
         return []
     return [_curves(run, "loss", "Loss", "cross entropy (nats per image)",
@@ -52,7 +52,7 @@ def learning_curves(run: RunSummary) -> list[Picture]:
 
 
 def basis_curves(run: RunSummary) -> list[Picture]:
-    """Returns penalty, norms and coherence of the filter bases over the epochs; none where there are none."""
+    """Returns plots of penalty, norms and coherence of the filter bases over the epochs; empty if there are none."""
     if not np.isfinite(run.series("penalty")).any():
         return []
     norms = [("largest", "norm_max"), ("mean", "norm_mean"), ("smallest", "norm_min")]
@@ -65,7 +65,7 @@ def basis_curves(run: RunSummary) -> list[Picture]:
 
 def _curves(run: RunSummary, name: str, title: str, unit: str, metrics: Sequence[tuple[str, str]], scale: float = 1,
             log: bool = False) -> Picture:
-    """Returns `metrics`, as labels and names, over the epochs; a label's place decides on colour, dash and marker."""
+    """Plots `metrics`, pairs of label and name, over the epochs; a label's index determines colour, dash and marker."""
     epochs = run.series("epoch")
     series = [(place, label, scale * run.series(metric)) for place, (label, metric) in enumerate(metrics)]
     series = [entry for entry in series if np.isfinite(entry[2]).any()]
@@ -93,7 +93,7 @@ def _first_and_last(values: np.ndarray) -> str:
 
 
 def _learning_rate(run: RunSummary) -> Picture:
-    """Returns the learning rate over the epochs: the schedule as a line, and its values at evaluations as points."""
+    """Plots the learning rate over the epochs: the schedule as a line, the values at evaluations as points."""
     config, steps = run.config, run.steps_per_epoch
     schedule = learning_rate_schedule(config.optimizer, config.train.epochs, steps)
     updates = np.unique(np.linspace(0, run.epoch * steps - 1, 1000).astype(np.int32))
@@ -119,14 +119,14 @@ def _learning_rate(run: RunSummary) -> Picture:
 
 
 def boundaries(config: Config) -> list[tuple[float, str]]:
-    """Returns the epochs at which the schedule of the learning rate changes, and the change."""
+    """Returns the epochs at which the learning-rate schedule changes, with a description of the change."""
     warmup = [(config.optimizer.warmup_epochs, "warm-up ends")] if config.optimizer.warmup_epochs else []
     return warmup + [(epoch, f"× {factor:g}") for epoch, factor in zip(
         config.optimizer.boundary_epochs(config.train.epochs), config.optimizer.factors, strict=True)]
 
 
 def _mark_boundaries(axes: Axes, run: RunSummary, named: bool) -> None:
-    """Draws a vertical line at each change of the learning rate that was reached."""
+    """Draws a vertical line at each past change of the learning rate."""
     for epoch, text in boundaries(run.config):
         if epoch <= run.epoch:
             axes.axvline(epoch, color=INK, linewidth=0.8, linestyle=(0, (2, 3)), label=f"_{text}", zorder=1)
@@ -136,7 +136,7 @@ def _mark_boundaries(axes: Axes, run: RunSummary, named: bool) -> None:
 
 
 def count_bars(run: RunSummary) -> list[Picture]:
-    """Returns parameters and MACs by group, each beside those of the plain network."""
+    """Returns plots of parameters and MACs by group, compared with the plain network."""
     return [_bars(run, "parameters", "Parameters by group", "parameters"),
             _bars(run, "macs", "MACs by group", "multiply-accumulates of one image")]
 
@@ -167,12 +167,12 @@ def _bars(run: RunSummary, key: str, title: str, unit: str) -> Picture:
 
     text = "; ".join(f"{name} {row[key]:,}" + ("" if alone else f" against {plain['groups'][name][key]:,}")
                      for name, row in groups.items())
-    return picture(key, f"{title}, {'' if alone else 'beside the plain network: '}{text}.", paint,
+    return picture(key, f"{title}, {'' if alone else 'compared with the plain network: '}{text}.", paint,
                    (4.8, 1.6 + 0.42 * len(groups)))
 
 
 def short_number(value: float) -> str:
-    """Returns a count in three digits with its unit, e.g. 1.23M."""
+    """Returns a count with three digits and a unit, e.g. 1.23M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * size:
             return f"{value / size:.3g}{letter}"
@@ -180,23 +180,23 @@ def short_number(value: float) -> str:
 
 
 def class_labels(classes: Sequence[str]) -> list[str]:
-    """Returns what pictures call the classes: their names, or where the font lacks a letter, 'class <number>'."""
+    """Returns class labels for plots: their names, or 'class <number>' if the font lacks a character."""
     return [drawable(name, f"class {number}") for number, name in enumerate(classes)]
 
 
 def confusion(scores: Scores, classes: Sequence[str]) -> Picture:
-    """Returns the confusion matrix: named and with its counts, or for many classes as an overview."""
+    """Plots the confusion matrix: with names and counts, or as an overview if there are many classes."""
     totals = np.maximum(scores.confusion.sum(1, keepdims=True), 1)
     shares = 100 * scores.confusion / totals
     text = (f"Confusion matrix of {scores.count} test images in {len(classes)} classes; {100 * scores.accuracy:.2f} % "
-            "are on its diagonal, that is correct.")
+            "are on its diagonal, i.e. correct.")
     many = len(classes) > NAMED_CLASSES
 
     def paint(figure: Figure) -> None:
         from matplotlib.colors import PowerNorm
         axes = figure.add_subplot()
         axes.set(title="Confusion matrix", xlabel="predicted class", ylabel="true class")
-        # The root makes single confusions visible beside a diagonal of nearly 100 %.
+        # The root makes single confusions visible next to a diagonal of nearly 100 %.
         image = axes.imshow(_pooled(shares), cmap=POSITIVE, norm=PowerNorm(0.5, 0, 100), interpolation="nearest",
                             extent=(-0.5, len(classes) - 0.5, len(classes) - 0.5, -0.5))
         axes.grid(False)
@@ -217,14 +217,14 @@ def confusion(scores: Scores, classes: Sequence[str]) -> Picture:
 
 
 def _pooled(shares: np.ndarray) -> np.ndarray:
-    """Returns the greatest value of each block where there are more rows and columns than a picture can show."""
+    """Returns block-wise maxima if there are more rows and columns than a plot can show."""
     block = -(-len(shares) // CELLS)
     padded = np.pad(shares, (0, -len(shares) % block))
     return padded.reshape(len(padded) // block, block, len(padded) // block, block).max((1, 3))
 
 
 def worst_images(scores: Scores, classes: Sequence[str]) -> bytes:
-    """Returns the images with the highest loss as a PNG file, each with its true and its predicted class."""
+    """Returns a PNG file of the images with the highest loss, with their true and predicted classes."""
     labels, columns = class_labels(classes), 6
     rows = max(1, -(-len(scores.worst) // columns))
 
@@ -233,7 +233,7 @@ def worst_images(scores: Scores, classes: Sequence[str]) -> bytes:
                 f"p = {image.probability:.3f}, loss {image.loss:.2f}")
 
     def paint(figure: Figure) -> None:
-        figure.set_layout_engine("none")  # it would measure every caption
+        figure.set_layout_engine("none")  # it would measure every caption, which is slow
         for place, image in enumerate(scores.worst):
             row, column = divmod(place, columns)
             axes = figure.add_axes(((column + 0.08) / columns, 1 - (row + 0.99) / rows, 0.84 / columns, 0.68 / rows))

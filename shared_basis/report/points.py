@@ -1,4 +1,4 @@
-"""Runs as points of a comparison: those that differ only in the seed are one."""
+"""Groups runs into points of a comparison: runs that differ only in the seed form one point."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from shared_basis.report.run_summary import RunSummary, load_run_summary
 from shared_basis.runtime.files import open_files
 
 LABELS = ("name", "seed", "train.record_gradients", "train.checkpoint_minutes")
-"""Fields of the configuration that runs of one point may differ in: what the run is called, the seed, and what is only
-noted or saved. (`config.differences` leaves out where things lie.)"""
+"""Configuration fields in which the runs of a point may differ: the name, the seed, and what is only recorded or saved.
+(`config.differences` ignores locations.)"""
 
 SHOWN = 5
-"""Fields that a label names; if more differ, it states their number."""
+"""Maximum number of fields in a label; further ones are only counted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation of a figure over runs."""
+    """Mean and standard deviation of a value over runs."""
 
     mean: float
-    """NaN if a run has none."""
+    """NaN if the value is unknown for a run."""
     deviation: float
-    """With n − 1 in the denominator; NaN of a single run."""
+    """With denominator n − 1; NaN for a single run."""
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Returns that of `values`, one at least."""
+        """Returns the mean and standard deviation of `values` (at least one)."""
         return cls(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan)
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """Runs that differ in nothing but the seed, and have come to the same epoch."""
+    """Runs that differ only in the seed and have reached the same epoch."""
 
     runs: Sequence[RunSummary]
     label: str
-    """The network, and the fields that distinguish it from the other points."""
+    """The network, and the fields that distinguish it from other points."""
 
     @property
     def first(self) -> RunSummary:
-        """One that stands for all."""
+        """A run that represents the point."""
         return self.runs[0]
 
     @property
@@ -71,12 +71,12 @@ class Point:
 
     @property
     def error(self) -> Spread:
-        """The test error after the last epoch in %, NaN without evaluations."""
+        """The test error after the last epoch in %; NaN without evaluations."""
         return self._errors("test_accuracy")
 
     @property
     def best_error(self) -> Spread:
-        """The test error of the best epoch in %, likewise; `chosen_on` says by which images it is the best."""
+        """The test error of the best epoch in %; NaN without evaluations. `chosen_on` is the split that chose it."""
         return self._errors("best_test_accuracy")
 
     @property
@@ -90,10 +90,10 @@ class Point:
 
 
 def find_runs(directories: Sequence[str]) -> list[PurePath]:
-    """Returns the workdirs of `directories`, each once: themselves, or the runs directly within them.
+    """Returns the workdirs in `directories`, each once: the directories themselves, or runs directly inside them.
 
     Raises:
-      UserError: one is no run and holds none.
+      UserError: a directory neither is a run nor contains one.
     """
     found: dict[str, PurePath] = {}
     for files in map(open_files, directories):
@@ -107,7 +107,7 @@ def find_runs(directories: Sequence[str]) -> list[PurePath]:
 
 
 def group(runs: Sequence[RunSummary]) -> tuple[list[Point], list[str]]:
-    """Returns runs as points, by parameters, and the fields of the configuration that points differ in."""
+    """Groups runs into points, sorted by parameters; also returns the configuration fields in which points differ."""
     groups: list[list[RunSummary]] = []
     for run in runs:
         alike = next((each for each in groups if _alike(each[0], run)), None)
@@ -129,7 +129,7 @@ def _alike(one: RunSummary, other: RunSummary) -> bool:
 
 
 def _label(run: RunSummary, groups: Sequence[Sequence[RunSummary]], fields: Sequence[str]) -> str:
-    """Returns the name of the network, and the fields that distinguish it from others of this name."""
+    """Returns the name of the network and the fields that distinguish it from others with the same name."""
     name = run.config.model.name
     rivals = [each[0] for each in groups if each[0] is not run and each[0].config.model.name == name]
     parts = [f"{field.rpartition('.')[2]} {value(run, field)}" for field in fields
@@ -142,7 +142,7 @@ def _label(run: RunSummary, groups: Sequence[Sequence[RunSummary]], fields: Sequ
 
 
 def value(run: RunSummary, field: str) -> str:
-    """Returns a field of the run's configuration, given by its dotted path, as text."""
+    """Returns a field of the run's configuration, given by dotted path, as text."""
     found = operator.attrgetter(field)(run.config)
     if isinstance(found, tuple):
         return ", ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in found) or "–"
@@ -150,16 +150,16 @@ def value(run: RunSummary, field: str) -> str:
 
 
 def gather_points(directories: Sequence[str]) -> tuple[list[Point], list[str]]:
-    """Returns the runs of `directories` as points, and the fields that these differ in: see `find_runs`, `group`.
+    """Returns the points of the runs in `directories` and the fields in which they differ: see `find_runs`, `group`.
 
     Raises:
-      UserError: as `find_runs`, or the record of a run is damaged.
+      UserError: see `find_runs`; or the record of a run is damaged.
     """
     return group([load_run_summary(path) for path in find_runs(directories)])
 
 
 def as_result(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """Returns points as plain data for JSON; None stands for what is not known."""
+    """Returns points as JSON-serialisable data; unknown values are None."""
     def spread(name: str, found: Spread) -> Mapping[str, float | None]:
         return {key: None if math.isnan(number) else number for key, number in (
             (f"{name}_mean", found.mean), (f"{name}_deviation", found.deviation))}

@@ -1,4 +1,4 @@
-"""The mode `report`: one run as a page with pictures and tables."""
+"""The mode `report`: a page with plots and tables on a run."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from shared_basis.runtime.reporter import Reporter
 
 FILES = (*(f"{name}.png" for name in ("loss", "accuracy", "learning_rate", "penalty", "norms", "coherence",
                                       "parameters", "macs", "confusion", "errors")), "confusion.csv", "errors.csv")
-"""What may lie in the folder beside the page."""
+"""All files that may be in the folder next to the page."""
 
 
 def report(workdir: Place, which: str = "latest", overrides: Mapping[str, Any] | None = None,
            reporter: Reporter | None = None, output: str = "", scoring: bool = True) -> dict[str, Any]:
     """Writes `report.html` and `report/` of a run.
 
-    Where the test images or the checkpoint no longer exist, the page says so in place of the sections that need them,
-    unless the caller named them.
+    If the test images or the checkpoint no longer exist, the page says so instead of the sections that need them,
+    unless the caller selected them explicitly.
 
     Args:
-      which, overrides: as in `Trained.open`: the checkpoint that scores the test images one by one.
-      reporter: shows the images and the progress; None for nothing.
-      output: the directory to write to; empty is `workdir`.
-      scoring: whether to score the test images. It takes one process that sees all devices.
+      which, overrides: see `Trained.open`; the checkpoint with which the test images are scored.
+      reporter: shows the images and progress; None shows nothing.
+      output: the directory to write to; by default `workdir`.
+      scoring: whether to score the test images, which requires a single process.
 
     Returns:
-      `workdir`, `model`, `report` (the page's path), `files` (the others' paths), `step` and `test_accuracy` of the
-      checkpoint, and `missing`: why they are None, or None; `removed`: files of an earlier report that are not in
-      this one; `warning`: of damaged metrics, or None.
+      `workdir`, `model`, `report` (the page's path), `files` (the paths of other files), `step` and `test_accuracy` of
+      the checkpoint, `missing`: why these are None, or None; `removed`: removed files of an earlier report; and
+      `warning`: about damaged metrics, or None.
 
     Raises:
-      UserError: there is no such run or checkpoint, the images named by `overrides` cannot be read, or the report
-        cannot be written.
+      UserError: there is no such run or checkpoint, images selected by `overrides` cannot be read, or the report cannot
+        be written.
     """
     run = load_run_summary(workdir)
     scores: Scores | None = None
@@ -51,9 +51,9 @@ def report(workdir: Place, which: str = "latest", overrides: Mapping[str, Any] |
         if scoring:
             scores = score(Trained.open(workdir, which, overrides), reporter or Reporter(verbosity="quiet"))
         else:
-            missing = "the training had several processes, and this takes one alone."
+            missing = "training used several processes, and scoring requires a single one."
     except UserError as error:
-        if overrides or which != "latest":  # the user asks for these very images, or this checkpoint
+        if overrides or which != "latest":  # selected explicitly by the user
             raise
         missing = str(error)
     directory = as_path(output) if output else run.path
@@ -66,25 +66,25 @@ def report(workdir: Place, which: str = "latest", overrides: Mapping[str, Any] |
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Returns `report`'s result as human-readable lines."""
+    """Returns the result of `report` as human-readable lines."""
     missing = f"\nwithout confusion matrix and images: {result['missing']}" if result["missing"] else ""
     removed = f"\nremoved files of an earlier report: {', '.join(result['removed'])}" if result["removed"] else ""
     warning = f"\nwarning: {result['warning']}" if result["warning"] else ""
-    return f"{result['report']}, and {len(result['files'])} pictures and tables beside it{missing}{removed}{warning}"
+    return f"{result['report']}, and {len(result['files'])} plots and tables next to it{missing}{removed}{warning}"
 
 
 def after_training(workdir: Place, reporter: Reporter, scoring: bool) -> str | None:
-    """Writes the report of a run that has just ended; a failure is a warning, as the run is saved.
+    """Writes the report of a run that has just ended; a failure is only a warning, as the run is saved.
 
     Returns:
-      The page's path, or None.
+      The page's path, or None on failure.
     """
     try:
         reporter.info("writing the report …")
         result = report(workdir, reporter=reporter, scoring=scoring)
-    except Exception as error:  # whatever it is, the training has not failed
+    except Exception as error:  # a failed report must not fail the training
         reporter.end_progress()
-        reporter.warn(f"the run is saved, but not its report ({first_line(error)}); make it with --mode=report "
+        reporter.warn(f"the run was saved, but the report failed ({first_line(error)}); make it with --mode=report "
                       f"--workdir={workdir}")
         return None
     missing = (f" (without confusion matrix and images: {result['missing']}; complete it with --mode=report "
@@ -94,15 +94,15 @@ def after_training(workdir: Place, reporter: Reporter, scoring: bool) -> str | N
 
 
 def _data_name(config: DataConfig) -> str:
-    """Returns the data set as a title names it: of images in a folder, the folder."""
+    """Returns the data set's name for titles; for a folder of images, the folder's name."""
     return PurePath(config.directory).name if config.name == "folder" else config.name
 
 
 def compose(run: RunSummary, scores: Scores | None, which: str, missing: str | None) -> tuple[bytes, dict[str, bytes]]:
-    """Returns the page, and the files beside it by name.
+    """Returns the page and the files next to it by name.
 
     Args:
-      which: the user's name of the checkpoint of `scores`.
+      which: the checkpoint of `scores`, as given by the user.
       missing: why there are no `scores`.
     """
     learning, bases, counts = plots.learning_curves(run), plots.basis_curves(run), plots.count_bars(run)

@@ -1,4 +1,4 @@
-"""A run as far as it is known without its network and its images: its record, its metrics, its counts."""
+"""The parts of a run that need neither its network nor its images: record, metrics and counts."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from shared_basis.runtime.files import Place
 
 @dataclasses.dataclass(frozen=True)
 class RunSummary:
-    """A run as far as it is known without its network and its images."""
+    """The record, metrics and counts of a run."""
 
     path: PurePath
     config: Config
     record: Mapping[str, Any]
     """See `shared_basis.runs.workdir.make_record`."""
     lines: Sequence[Mapping[str, Any]]
-    """Of metrics.jsonl: the evaluations, in the order of their epochs."""
+    """The evaluations in metrics.jsonl, ordered by epoch."""
     counts: Mapping[str, Any]
     """See `shared_basis.models.summary.compare_with_plain`."""
     damaged: int
-    """Lines of metrics.jsonl that are no evaluation, and are left out."""
+    """Number of lines in metrics.jsonl that are not valid evaluations and are ignored."""
 
     @property
     def classes(self) -> Sequence[str]:
@@ -42,42 +42,42 @@ class RunSummary:
 
     @property
     def outcome(self) -> dict[str, Any] | None:
-        """What training returned: the counts, the last evaluation, and the best one; None without any evaluation."""
+        """The result of training: counts, the last and the best evaluation; None without evaluations."""
         return {**self.counts, **last_and_best(self.lines)} if self.lines else None
 
     @property
     def changed(self) -> dict[str, tuple[Any, Any]]:
-        """The configuration where it is not the default: values and defaults by dotted path."""
+        """Configuration fields that are not the defaults: (value, default) by dotted path."""
         return differences(self.config, Config())
 
     @property
     def epoch(self) -> int:
-        """The epoch of the last evaluation; 0 without any."""
+        """The epoch of the last evaluation; 0 if there is none."""
         return self.lines[-1]["epoch"] if self.lines else 0
 
     @property
     def steps_per_epoch(self) -> int:
-        """Updates an epoch, as the last evaluation tells."""
+        """Updates per epoch, derived from the last evaluation."""
         return self.lines[-1]["step"] // self.lines[-1]["epoch"]
 
     @property
     def saved(self) -> int | None:
-        """The step of the latest checkpoint, if there is one."""
+        """The step of the latest checkpoint, or None."""
         with contextlib.closing(Checkpoints(self.path / "checkpoints", read_only=True)) as checkpoints:
             return max(checkpoints.steps, default=None)
 
     @property
     def warning(self) -> str:
-        """Why the figures may be incomplete, or ''."""
-        return (f"{self.damaged} damaged line{'s' * (self.damaged > 1)} of {self.path / 'metrics.jsonl'} left out: the "
-                "last evaluation that can be read need not be the run's last") if self.damaged else ""
+        """Why the results may be incomplete, or an empty string."""
+        return (f"{self.damaged} damaged line{'s' * (self.damaged > 1)} of {self.path / 'metrics.jsonl'} ignored: the "
+                "last readable evaluation may not be the run's last") if self.damaged else ""
 
     @property
     def seconds(self) -> float:
-        """Seconds of training, NaN where they are not known: the images trained on, over the images per second.
+        """Seconds of training, from the images trained on and the images per second; NaN if unknown.
 
-        Compilation, evaluations and what a process does before its second step are left out. A run that was
-        interrupted counts as if its last process had done all of it.
+        Excludes compilation, evaluations and the time before the second step of a process. An interrupted run counts as
+        if its last process had performed all of it.
         """
         if not self.lines:
             return math.nan
@@ -86,7 +86,7 @@ class RunSummary:
         return images / speed if speed > 0 else math.nan
 
     def series(self, name: str) -> np.ndarray:
-        """Returns a metric at each evaluation, float64; NaN where it is missing or no finite number."""
+        """Returns a metric at each evaluation, float64; NaN where it is missing or not finite."""
         return np.array([number(line.get(name)) for line in self.lines])
 
 
@@ -106,5 +106,5 @@ def load_run_summary(workdir: Place) -> RunSummary:
 
 @functools.cache
 def _count(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Counts a network once, as compared runs often have the same."""
+    """Counts a network; cached, as compared runs often use the same one."""
     return summary.compare_with_plain(config, num_classes, image_shape)

@@ -24,20 +24,20 @@ from shared_basis.runs.metrics import render_outcome
 from shared_basis.runtime.reporter import duration
 
 PAIRS = 12
-"""Of the classes that are taken for another, the page lists so many pairs."""
+"""Number of most frequent confusions on the page."""
 
 IMAGE_SIDE = 96
-"""Images of the page are enlarged by a whole factor to about so many pixels; larger ones are reduced to twice that."""
+"""Images are enlarged by an integer factor to about this many pixels; larger ones are reduced to twice this size."""
 
 
 def headline(run: RunSummary) -> str:
-    """Returns how the run ended, or how far it came, and a warning where the figures are incomplete."""
+    """Returns the outcome or the progress of the run, with a warning if its data is incomplete."""
     text = render_outcome(run.outcome) if run.outcome else f"{run.config.model.name}: {_unscored(run.saved)}"
     return f"{text}." + (f" Warning: {run.warning}." if run.warning else "")
 
 
 def _unscored(step: int | None) -> str:
-    """Returns what a run without evaluations is, by the step of its latest checkpoint."""
+    """Describes a run without evaluations, given the step of its latest checkpoint."""
     if step is None:
         return "no checkpoint is saved"
     if step == 0:
@@ -66,22 +66,22 @@ def cards(run: RunSummary) -> Html:
 
 
 def _time(seconds: float) -> str:
-    """Returns `seconds` as h:mm:ss, or below a minute as seconds."""
+    """Returns `seconds` as h:mm:ss, or in seconds if below a minute."""
     if math.isnan(seconds):
         return "–"
     return f"{seconds:.3g} s" if seconds < 60 else duration(seconds)
 
 
 def _unbroken(text: str) -> str:
-    """Returns `text` with numbers kept together with their percent signs."""
+    """Returns `text` with no-break spaces between numbers and percent signs."""
     return text.replace(" %", "\u00a0%")
 
 
 def learning_curves(run: RunSummary, pictures: Sequence[Picture]) -> Html:
-    """Returns the part with `plots.learning_curves`, and all evaluations."""
+    """Returns the section with `plots.learning_curves` and all evaluations."""
     if not pictures:
         return section("Learning curves", element("p", "Not available: metrics.jsonl contains no evaluation."))
-    marked = "; dotted vertical lines stand where the learning rate changes its course" if plots.boundaries(
+    marked = "; dotted vertical lines mark changes of the learning-rate schedule" if plots.boundaries(
         run.config) else ""
     return section(
         "Learning curves",
@@ -95,7 +95,7 @@ def _evaluated(run: RunSummary) -> str:
 
 
 def _evaluations(run: RunSummary) -> Html:
-    """Returns all evaluations as a table, folded."""
+    """Returns all evaluations as a collapsed table."""
     names = [name for name in dict.fromkeys(key for line in run.lines for key in line)
              if np.isfinite(run.series(name)).any()]
     whole = [bool((run.series(name) % 1 == 0).all()) for name in names]
@@ -109,7 +109,7 @@ def _evaluations(run: RunSummary) -> Html:
 
 
 def filter_bases(run: RunSummary, pictures: Sequence[Picture]) -> Html:
-    """Returns the part with `plots.basis_curves`."""
+    """Returns the section with `plots.basis_curves`."""
     if not pictures:
         return section("Filter bases", element("p", "No penalty was recorded" + (
             ": metrics.jsonl contains no evaluation." if not run.lines else
@@ -123,7 +123,7 @@ def filter_bases(run: RunSummary, pictures: Sequence[Picture]) -> Html:
 
 
 def _method(config: OrthogonalityConfig) -> str:
-    """Returns what keeps the bases orthogonal."""
+    """Describes how orthogonality is enforced."""
     if config.method == "penalty":
         return (f"The penalty, the {config.reduction} over pairs, enters the loss with the weight λ = "
                 f"{config.weight:g}.")
@@ -131,7 +131,7 @@ def _method(config: OrthogonalityConfig) -> str:
 
 
 def confusion_matrix(picture: Picture, scores: Scores, run: RunSummary, which: str) -> Html:
-    """Returns the part with `plots.confusion` and the most frequent confusions; `which` is the checkpoint asked for."""
+    """Returns the section with `plots.confusion` and the most frequent confusions of the checkpoint `which`."""
     classes, totals = run.classes, scores.confusion.sum(1)
     right = int(np.trace(scores.confusion))
     pairs = table(["true class", "predicted as", "images", "share"], [
@@ -150,10 +150,10 @@ def confusion_matrix(picture: Picture, scores: Scores, run: RunSummary, which: s
 
 
 def worst_images(scores: Scores, classes: Sequence[str]) -> Html:
-    """Returns the part with the images of the highest loss."""
+    """Returns the section with the images of highest loss."""
     return section(
         "Images with the highest loss",
-        element("p", f"The {len(scores.worst)} test images with the highest loss, the highest first. p is the "
+        element("p", f"The {len(scores.worst)} test images with the highest loss, in decreasing order. p is the "
                      "predicted probability of a class.", class_="soft"),
         element("div", *(_image(image, classes) for image in scores.worst), class_="gallery"))
 
@@ -170,12 +170,12 @@ def _image(image: Image, classes: Sequence[str]) -> Html:
 
 
 def short_name(name: str) -> str:
-    """Returns class and file of an image that is a file; another is named as it is."""
+    """Returns a file's class directory and name; other image names are returned unchanged."""
     return "/".join(PurePath(name).parts[-2:]) if os.path.isabs(name) else name
 
 
 def _pixels(pixels: np.ndarray, text: str) -> Html:
-    """Returns an image uint8 `[H, W, C]` as a part of the page, enlarged so that each pixel is a square."""
+    """Returns an image uint8 `[H, W, C]` as an element, enlarged with square pixels."""
     height, width, channels = pixels.shape
     picture, file = Pillow.fromarray(pixels.squeeze(-1) if channels == 1 else pixels), io.BytesIO()
     times = max(1, round(IMAGE_SIDE / max(height, width)))
@@ -190,7 +190,7 @@ def _pixels(pixels: np.ndarray, text: str) -> Html:
 
 
 def counts(run: RunSummary, pictures: Sequence[Picture]) -> Html:
-    """Returns the part with `plots.count_bars`, and the counts as a table."""
+    """Returns the section with `plots.count_bars` and a table of the counts."""
     own, plain = run.counts, run.counts["plain"]
     rows = [[name, f"{row['parameters']:,}", f"{row['shared_parameters']:,}", f"{row['macs']:,}",
              f"{plain['groups'][name]['parameters']:,}", f"{plain['groups'][name]['macs']:,}"]
@@ -207,12 +207,12 @@ def counts(run: RunSummary, pictures: Sequence[Picture]) -> Html:
 
 
 def run_facts(run: RunSummary) -> Html:
-    """Returns the part with what the run is and was made with."""
+    """Returns the section with the properties of the run and its environment."""
     data, config = run.record["data"], run.config
     images = ", ".join(f"{data[f'{name}_examples'] - data.get(f'{name}_broken', 0)} {name}"
                        for name in ("train", "validation", "test") if f"{name}_examples" in data)
     shape = "×".join(map(str, data["image_shape"]))
-    less = (", less those that cannot be decoded" if config.data.on_broken == "skip" and not any(
+    less = (", minus those that cannot be decoded" if config.data.on_broken == "skip" and not any(
         name.endswith("_broken") for name in data) else "")
     rows = [("workdir", str(run.path)),
             ("data", f"{config.data.name}: {images + ' ' if images else ''}images of {shape}, {len(run.classes)} "
@@ -231,18 +231,18 @@ def run_facts(run: RunSummary) -> Html:
         "div",
         element("div", element("h3", "Summary"), table(["property", "value"], rows, "Properties of the run"),
                 element("h3", "Versions at the start"), table(["package", "version"], versions, "Versions")),
-        element("div", element("h3", "Configuration, where it is not the default"),
+        element("div", element("h3", "Configuration, non-default fields"),
                 table(["field", "value", "default"], changed, "Changed fields")),
         class_="beside"))
 
 
 def _value(value: Any) -> Html:
-    """Returns a field's value as it would be written in Python."""
+    """Returns a field's value in Python syntax."""
     return element("code", repr(value))
 
 
 def file_list(names: Sequence[str]) -> Html:
-    """Returns the part that names the files beside the page."""
-    return section("Files", element("p", "Beside this page, as files: ", join(
+    """Returns the section that lists the files next to the page."""
+    return section("Files", element("p", "Files next to this page: ", join(
         piece for name in names for piece in (element("a", f"{FOLDER}/{name}", href=f"{FOLDER}/{name}"), " ")),
         "; the evaluations are in metrics.jsonl."))

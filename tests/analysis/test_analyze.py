@@ -122,7 +122,7 @@ def test_the_result_is_plain_data_and_its_text_has_a_line_for_each_basis(analyse
     text = tables.render(analysed)
     for part in ("shared (shared)", "block2/first", "2 + 1", "effective rank", "coefficients of 2 layers on group1",
                  "initialisation: first", f"{len(analysed['files'])} files",
-                 "note: no gradients while training: the run was made without --config.train.record_gradients"):
+                 "note: no gradients during training: the run did not set --config.train.record_gradients"):
         assert part in text, part
 
 
@@ -130,7 +130,7 @@ def test_the_result_is_plain_data_and_its_text_has_a_line_for_each_basis(analyse
 def test_without_its_images_a_run_is_analysed_but_for_gradients(runs: tuple[Path, Path], tmp_path: Path) -> None:
     found = analyze.analyze(runs[1], overrides={"data.train_examples": 10**6}, output=str(tmp_path / "a" / "b"))
     assert found["gradient_flow"] == {}
-    assert any("for want of images: data.train_examples=1000000" in note for note in found["notes"])
+    assert any("since the images are not available: data.train_examples=1000000" in note for note in found["notes"])
     assert "gradient_flow.png" not in found["files"]
     assert (tmp_path / "a" / "b" / "products_group1.png").exists()
 

@@ -314,7 +314,7 @@ def test_photographs_of_phones_are_counted_with_what_reads_them(folder, monkeypa
     assert reporter.lines[0].endswith(f"; .heic: {advice} reads these, or convert them to JPEG")
     (tmp_path / "phone").mkdir()
     (tmp_path / "phone" / "IMG_1.HEIC").write_bytes(b"")
-    with user_error("no image in this directory", advice):
+    with user_error("no images in this directory", advice):
         list_images([str(tmp_path / "phone")])
     for path in cats.glob("*.png"):
         path.unlink()
@@ -589,8 +589,8 @@ def test_one_class_is_too_few(folder, tmp_path, mistake):
     assert "train/<class>/*" in message
     assert "is itself a class" not in message
     photos = write(tmp_path / "photos", "dog/IMG_1.png", "cat/IMG_1.png", "cat/IMG_2.png")
-    assert (f"holds 1 class, 'IMG'; at least 2 classes are needed. If cat is itself a class, like cat, dog, give {photos}"
-            in mistake(config(photos / "cat")))
+    assert ("holds 1 class, 'IMG'; at least 2 classes are needed. If cat is itself a class, like cat, dog, give "
+            f"{photos}. ") in mistake(config(photos / "cat"))
     flat = write(tmp_path / "flat", "cat.0.png", "cat.1.png")
     assert "'cat'; at least 2 classes are needed" in mistake(config(flat))
     (tmp_path / "empty").mkdir()

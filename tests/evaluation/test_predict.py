@@ -109,7 +109,7 @@ def test_a_mistake_is_told(run: Path, tmp_path: Path) -> None:
         predict.predict(run, [])
     with user_error("absent.png", "no such file"):
         predict.predict(run, [str(tmp_path / "absent.png")])
-    with user_error(str(tmp_path), "no image in this directory", ".png"):
+    with user_error(str(tmp_path), "no images in this directory", ".png"):
         predict.predict(run, [str(tmp_path)])
     with user_error("--config.model.name cannot be changed"):
         predict.predict(run, [str(run.parent)], overrides={"model.name": "resnet20"})

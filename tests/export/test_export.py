@@ -354,9 +354,9 @@ def test_an_operation_that_cannot_be_exported_is_named() -> None:
 
 
 def test_invalid_arguments_are_named(run: Path, tmp_path: Path) -> None:
-    with user_error("format 'tflite'", "onnx, stablehlo"):
+    with user_error("format='tflite'", "onnx, stablehlo"):
         export.export(run, "tflite")
-    with user_error("fold 'all'", "auto, basis, composed, none"):
+    with user_error("fold='all'", "auto, basis, composed, none"):
         export.export(run, "onnx", "all")
     with user_error(str(tmp_path / "absent" / "model.onnx"), "cannot be written", "--output=FILE"):
         export.export(run, "onnx", output=str(tmp_path / "absent" / "model.onnx"))

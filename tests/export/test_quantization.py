@@ -108,7 +108,8 @@ def test_a_quantised_file_says_what_the_network_does_and_how_well(run: Path, cho
 def test_nothing_is_written_that_loses_more_than_is_allowed(tmp_path: Path) -> None:
     """Weights of 1e7 are infinite in float16, and what is not a number classifies nothing."""
     path = save(tmp_path / "run", scale=1e7)
-    with user_error("no file was written", "float16 classifies 0.00 %", " images), but only --tolerance=1", "give --tolerance="):
+    with user_error("no file was written", "float16 classifies 0.00 %", " images), but only --tolerance=1",
+                    "give --tolerance="):
         export.export(path, "onnx", quantize="float16")
     assert not (path / "export").exists()
 

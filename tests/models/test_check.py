@@ -64,16 +64,16 @@ def test_a_network_that_does_what_it_says_is_taken_wherever_its_layers_are(shari
 
 
 @pytest.mark.parametrize(("fault", "parts"), [
-    ("forgotten", ("declares bases/body/shared and its logits do not depend on it", "hand it to the layers")),
-    ("has no effect", ("declares bases/body/shared and its logits do not depend on it",)),
-    ("forgotten once", ("body_block2_conv has a basis of 4 elements, and it has coefficients for 1", "hand it")),
+    ("forgotten", ("declares bases/body/shared but its logits do not depend on it", "pass it to the layers")),
+    ("has no effect", ("declares bases/body/shared but its logits do not depend on it",)),
+    ("forgotten once", ("body_block2_conv which has coefficients for 1", "pass it")),
     ("no parameter", ("declares bases/body/shared [3, 3, 4, 3]", "no such parameter", "call self.shared_arrays()")),
-    ("declares nothing", ("is to share shared, and shared_shapes() declares no array",)),
+    ("declares nothing", ("should share shared, but shared_shapes() is empty",)),
     ("another name", ("declares body/basis", "layers share shared", "self.sharing.layers")),
-    ("another group", ("group 'bodies'", "sharing_blocks() names body")),
-    ("another path", ("has body/block1/conv", "layer_path(group, block, layer)", "Layers: body_block1_conv, body_bl")),
+    ("another group", ("group 'bodies'", "sharing_blocks() returns body")),
+    ("another path", ("body/block1/conv", "layer_path(group, block, layer)", "Layers: body_block1_conv, body_bl")),
     ("no unique elements", ("unique elements", "body_block1_conv has none", "unique_rank=self.sharing.unique_rank")),
-    ("other variables", ("variables of cache", "params and batch_stats alone")),
+    ("other variables", ("variables of cache", "only updates params and batch_stats")),
 ])
 def test_one_that_does_not_is_refused(fault: str, parts: tuple[str, ...]) -> None:
     with user_error("network Own ", *parts):

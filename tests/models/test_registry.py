@@ -359,8 +359,8 @@ def test_registering_again_replaces_the_network_and_takes_no_other_s_name():
 
 @pytest.mark.parametrize(("build", "forms", "message"), [
     (Chain, ("s16u1",), r"'s16u1' must be one of s<S>u<U>, s<S>u<U>-double, shared"),
-    (Wide, (BASIS,), r"s<S>u<U> needs layers, and Wide\.basis_layers\(\) names none"),
-    (Chain, (BASIS, "shared"), r"shared needs layers, and Chain\.whole_layers\(\) names none"),
+    (Wide, (BASIS,), r"s<S>u<U> needs layers, and Wide\.basis_layers\(\) returns none"),
+    (Chain, (BASIS, "shared"), r"shared needs layers, and Chain\.whole_layers\(\) returns none"),
     (lambda num_classes, parent: nn.Dense(num_classes, parent=parent), (), "returns a Dense"),
 ])
 def test_a_network_that_cannot_share_as_it_says_is_not_registered(build, forms, message):

@@ -69,7 +69,7 @@ def test_a_width_in_the_name_is_that_of_the_first_group():
 @pytest.mark.parametrize(("name", "words"), [
     ("resnet57", "unknown network 'resnet57'. The nearest: resnet56"),
     ("Resnet20", "unknown network 'Resnet20'. The nearest: resnet20"),
-    ("resnet20-s8", "network 'resnet20-s8': no sharing 's8'; resnet20 admits s<S>u<U>, s<S>u<U>-double, tied,"),
+    ("resnet20-s8", "network 'resnet20-s8': no sharing 's8'; resnet20 supports s<S>u<U>, s<S>u<U>-double, tied,"),
     ("resnet20-s8u1-single", "no sharing 's8u1-single'"),
     ("resnet20-double", "no sharing 'double'"),
     ("resnet20-s8u1-double-double", "no sharing 's8u1-double-double'"),
@@ -82,7 +82,7 @@ def test_a_width_in_the_name_is_that_of_the_first_group():
     ("resnet20\n", "unknown network 'resnet20\\n'"),
     ("", "unknown network ''. Networks:"),
     ("vgg", "unknown network 'vgg'. Networks: resnet14, resnet20, resnet32, resnet44, resnet56, resnet110, resnet18,"),
-    ("resnet20-s0u4-double", "-double shares two bases a group, and s0 shares none; drop -double"),
+    ("resnet20-s0u4-double", "-double shares two bases per group, but s0 shares none; omit -double"),
     ("resnet20-s140u5", "group 1: a basis of 145 elements does not fit the 144-dimensional space of its 3×3×16 filters;"
                         " choose shared + unique rank at most 144."),
     ("resnet20-s999999u0", "group 1: a basis of 999999 elements does not fit"),

@@ -110,7 +110,7 @@ def test_options_of_wrong_types_are_refused_at_once() -> None:
         BasisGroup("bases/body", stack_axis="0")
     with pytest.raises(TypeError, match=r"num_spatial_dims=None\): must be an integer"):
         BasisGroup("bases/body", num_spatial_dims=None)
-    with pytest.raises(TypeError, match="paths of more bases belong in a list"):
+    with pytest.raises(TypeError, match="pass several paths as a list"):
         BasisGroup("bases/body", "layers/0/unique", ("layers", 1, "unique"))
 
 
@@ -124,7 +124,7 @@ REFUSED = [
     (BasisGroup(lambda path, _: False), KeyError, "the predicate <lambda> selects no array"),
     (BasisGroup("layers/0/norm/bias"), ValueError, r"layers/0/norm/bias cannot be a basis: its shape \[3\] is that of"),
     (BasisGroup("layers/**"), ValueError, "layers/0/norm/bias cannot be a basis"),
-    (BasisGroup("steps"), ValueError, "steps cannot be a basis: it holds int32"),
+    (BasisGroup("steps"), ValueError, "steps cannot be a basis: its dtype is int32"),
     (BasisGroup("bases/*", "bases/body"), ValueError, "the basis bases/body is named twice"),
     (BasisGroup(["bases/body", "bases/*"]), ValueError, "the basis bases/body is named twice"),
     (BasisGroup("bases/body", ["layers/0/unique", "**/unique"]), ValueError, "layers/0/unique is named twice"),
@@ -133,7 +133,7 @@ REFUSED = [
     (BasisGroup("stack", stack_axis=5), ValueError, r"has no axis 5: check stack_axis"),
     (BasisGroup("a*b/w".replace("*", "?"), stack_axis=0), ValueError, r"a\*b/w of shape \[2, 2\] cannot be a stack"),
     (BasisGroup("bases/body", "line"), ValueError, r"one size.*bases/body \[3, 3, 2, 4\], line \[3, 2, 4\]; where"),
-    (BasisGroup("bases/body", "wide"), ValueError, r"one size.*wide \[3, 3, 5, 1\]; give each size a BasisGroup"),
+    (BasisGroup("bases/body", "wide"), ValueError, r"one size.*wide \[3, 3, 5, 1\]; use a separate BasisGroup"),
     (BasisGroup("stack", "bases/body", stack_axis=0), ValueError, "must have one size.*check stack_axis"),
 ]
 
@@ -167,5 +167,5 @@ def test_groups_that_are_none_are_refused_at_once(groups: Any, words: str) -> No
 
 def test_a_basis_that_a_mask_leaves_out_is_explained() -> None:
     link = optax.masked(add_orthogonality_penalty(1.0, [BasisGroup("bases/body")]), {"bases": False, "other": True})
-    with pytest.raises(KeyError, match=r"no basis at bases/body: a mask of optax.masked or .* leaves it out"):
+    with pytest.raises(KeyError, match=r"no basis at bases/body: a mask of optax.masked or .* excludes it"):
         link.init({"bases": {"body": jnp.ones((2, 2))}, "other": jnp.ones(2)})

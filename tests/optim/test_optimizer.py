@@ -276,7 +276,7 @@ def test_an_optimizer_of_ones_own_takes_the_place_of_descent_and_decay_alone():
 
 @pytest.mark.parametrize("descent", [optax.adam(1e-3), lambda rate: None], ids=["made", "none"])
 def test_what_makes_no_optimizer_is_refused(descent):
-    with pytest.raises(TypeError, match=r"must be a function from the learning rate schedule.*such as optax\.adam or"):
+    with pytest.raises(TypeError, match=r"must be a function from the learning-rate schedule.*such as optax\.adam or"):
         descend(1, descent=descent)
 
 

@@ -166,7 +166,7 @@ def test_elements_that_cannot_all_be_orthogonal_are_refused() -> None:
         link.update(params, (sgd.init(params), optax.EmptyState()))
     with pytest.raises(ValueError, match="at least one basis"):
         keep_orthonormal([], sgd)
-    with pytest.raises(TypeError, match=r"optimizer is a float: must be one of optax"):
+    with pytest.raises(TypeError, match=r"optimizer is a float: must be an optax transformation"):
         keep_orthonormal(SETS, 0.1)
     with pytest.raises(ValueError, match=r"the basis wide is named twice.*so name it in one"):
         keep_orthonormal([BasisGroup("wide"), BasisGroup("wide", reduction_group="b")], sgd).init({"wide": np.eye(4)})

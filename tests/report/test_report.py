@@ -289,7 +289,7 @@ def test_damaged_lines_are_left_out(run: Path, tmp_path: Path) -> None:
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "epo')  # what a killed run leaves
     result = run_report.report(workdir, scoring=False)
-    assert f"6 damaged lines of {workdir / 'metrics.jsonl'} left out" in Page(workdir / "report.html").text
+    assert f"6 damaged lines of {workdir / 'metrics.jsonl'} ignored" in Page(workdir / "report.html").text
     assert "warning: 6 damaged lines" in run_report.render(result)
     assert "warning: 6 damaged lines" in compare.render(
         compare.compare([str(workdir)], str(tmp_path / "compared")))
@@ -363,7 +363,7 @@ def test_after_training_a_failure_is_a_warning(run: Path, tmp_path: Path, monkey
             patch.setattr(Path, "mkdir", fail)
             assert run_report.after_training(workdir, told, scoring=False) is None
         line = told.text.getvalue().splitlines()[-1]
-        assert line.startswith("warning: the run is saved, but not its report (")
+        assert line.startswith("warning: the run was saved, but the report failed (")
         assert f"--mode=report --workdir={workdir}" in line
 
 

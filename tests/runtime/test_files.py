@@ -145,7 +145,7 @@ def test_a_process_that_was_taken_for_dead_writes_no_more(storage: Emulator, buc
     with bucket.locked(0, pytest.fail):
         other = open_files(bucket.path)
         other.write({".lock": "another", "metrics.jsonl": "one\nother\n"})
-        with user_error("metrics.jsonl: another process has written it"):
+        with user_error("metrics.jsonl: another process has modified it"):
             bucket.append("metrics.jsonl", "two\n")
         time.sleep(1)
         with pytest.raises(OSError, match="another process has taken over"):

@@ -144,7 +144,7 @@ def test_another_normalisation_is_warned_of(source: Path) -> None:
     (Init("SOURCE", classes="list"), ("--classes=list", "has class names")),
     (Init("SOURCE", calibration=5), ("--calibration=5", "omit it")),
     (Init("SOURCE", measure="macs"), ("--budget_of=macs", "omit it")),
-    (Init("SOURCE", budget=0.5), ("--budget=0.5 chooses the ranks, which", "tiny"))])
+    (Init("SOURCE", budget=0.5), ("--budget=0.5 chooses the ranks, but", "tiny"))])
 def test_a_mistake_is_told(source: Path, init: Init, parts: tuple[str, ...]) -> None:
     with user_error(*(part.replace("SOURCE", str(source)) for part in parts)):
         make(DIGITS, Init(init.source.replace("SOURCE", str(source)), init.classes, init.calibration, init.budget,
