@@ -79,7 +79,7 @@ def test_main_prints_a_note_in_one_line(tmp_path: Path) -> None:
                           env=user_environment(), text=True, capture_output=True, timeout=300, check=False)
     note, error = done.stderr.splitlines()
     assert note.startswith("note: --checkpoint=FILE of --mode=import is now --weights=FILE")
-    assert error.startswith("error: absent.pth")
+    assert error.startswith("error: --weights=absent.pth: no such file")
     assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
 
 
