@@ -1,9 +1,9 @@
 """A folder of photographs with one directory per class, and any network of this package.
 
-    python main.py --config=configs/folder.py:resnet20-s16u1-double --images=DIR
+    python main.py --config=configs/folder.py:resnet20-s8u1-double --images=DIR
 
 DIR contains <class>/*, or train/<class>/* and test/<class>/*. `--images=DIR` without `--config` selects this recipe.
-The run is named after the folder: runs/DIR-resnet20-s16u1-double. From a single tree, a fifth of each class is held out
+The run is named after the folder: runs/DIR-resnet20-s8u1-double. From a single tree, a fifth of each class is held out
 for testing, and a tenth of the rest to choose the best checkpoint. Mean, standard deviation and batch size are chosen
 from the images.
 
@@ -28,7 +28,7 @@ from shared_basis.config import (
 )
 
 
-def get_config(variant: str = "resnet20-s16u1-double") -> ConfigDict:
+def get_config(variant: str = "resnet20-s8u1-double") -> ConfigDict:
     """Returns the recipe for the network `variant`; set the folder with --images."""
     small = is_for_small_images(variant)
     config = to_config_dict(Config(

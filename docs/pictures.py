@@ -19,7 +19,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 PHOTOS, DIGITS, PLAIN = (Path("runs") / name for name in (
-    "photos-resnet20-s16u1-double", "digits_resnet-resnet20-s8u1-double", "digits_resnet-resnet20"))
+    "photos-resnet20-s8u1-double", "digits_resnet-resnet20-s8u1-double", "digits_resnet-resnet20"))
 
 COMMANDS = (
     ("--images=photos", "--config.train.epochs=20"),

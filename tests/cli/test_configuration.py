@@ -38,7 +38,7 @@ def test_images_alone_mean_the_recipe_of_folders_and_a_run_named_after_them() ->
     for arguments in (("--images=photos",), ("--images", "photos/"), ("--mode", "summary", "--images=./photos")):
         config, _, workdir = read(*arguments)
         assert (config.data.name, config.data.mean, config.train.batch_size) == ("folder", (), 0)
-        assert (config.name, workdir) == ("photos-resnet20-s16u1-double", "runs/photos-resnet20-s16u1-double")
+        assert (config.name, workdir) == ("photos-resnet20-s8u1-double", "runs/photos-resnet20-s8u1-double")
     config, _, workdir = read(f"{FOLDER}:resnet34-s32u1", "--config.data.directory=photos", "--config.train.epochs=1")
     assert (config.data.directory, config.train.epochs, config.data.image_size) == ("photos", 1, 224)
     assert workdir == "runs/photos-resnet34-s32u1"
@@ -47,7 +47,7 @@ def test_images_alone_mean_the_recipe_of_folders_and_a_run_named_after_them() ->
 def test_names_of_folders_become_names_of_runs(desk: Path) -> None:
     for name, expected in ((".hidden", "hidden"), ("a\\b\n", "a_b_"), ("...", "images")):
         (desk / name).mkdir()
-        assert read(f"--images={name}")[0].name == f"{expected}-resnet20-s16u1-double"
+        assert read(f"--images={name}")[0].name == f"{expected}-resnet20-s8u1-double"
 
 
 @pytest.mark.usefixtures("desk")
@@ -86,7 +86,7 @@ def test_modes_of_a_trained_run_take_another_folder_as_overrides() -> None:
                          "data.train_split": "", "data.test_split": "", "data.validation_split": "", "data.test": 0.5}
     assert workdir == "run"
     assert read("--mode=predict", "--workdir=run", "--images=photo.jpg", "--images=photos").overrides == {}
-    assert read("--mode=evaluate", FOLDER, "--images=photos").workdir == "runs/photos-resnet20-s16u1-double"
+    assert read("--mode=evaluate", FOLDER, "--images=photos").workdir == "runs/photos-resnet20-s8u1-double"
 
 
 @pytest.mark.parametrize(("arguments", "parts"), [

@@ -21,7 +21,7 @@ import shared_basis
 import shared_basis.nnx
 
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py")
-                  if path.stem not in ("own_model", "make_notebook"))  # of the notebook, which test_notebook.py tests
+                  if path.stem not in ("own_model", "make_notebook", "pytorch_resnet"))  # see the tests beside
 NAMES = [path.stem for path in EXAMPLES]
 PAGE = (ROOT / "docs" / "examples.md").read_text()
 
