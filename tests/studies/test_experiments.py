@@ -108,7 +108,7 @@ def test_a_stop_ends_the_running_process_and_begins_no_further_one(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ([], "name a --study (tiny)"), (["--study=tiny", "--seeds=0"], "'0' is not a positive whole number")])
+    ([], "give --study (tiny)"), (["--study=tiny", "--seeds=0"], "'0' is not a positive whole number")])
 def test_an_invalid_option_ends_in_one_line(arguments: list[str], message: str, root: Path,
                                             capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
