@@ -322,6 +322,6 @@ def test_a_name_may_ask_for_another_width() -> None:
                           ("shufflenetv2_x1_0w65", "width 65: the units of ShuffleNet V2 halve it"),
                           ("mobilenetv1-s600u0", "stage4: a basis of 600 elements"),
                           ("mobilenetv2-s20u1", "stage6: a basis of 168 elements does not fit the 160-dim"),
-                          ("shufflenetv1_g3-s4u1", "shufflenetv1_g3 admits shared, shared")):
+                          ("shufflenetv1_g3-s4u1", "shufflenetv1_g3 supports shared, shared")):
         with pytest.raises(UserError, match=message):
             create_model(name)

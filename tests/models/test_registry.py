@@ -251,9 +251,9 @@ def test_an_unknown_name_is_answered_with_the_nearest():
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("resnet50-s16u1", "resnet50 admits shared, shared\\+\\+"),
-    ("resnet34-shared", "resnet34 admits s<S>u<U>"),
-    ("densenet121-s16u1-double", "densenet121 admits s<S>u<U>"),
+    ("resnet50-s16u1", "resnet50 supports shared, shared\\+\\+"),
+    ("resnet34-shared", "resnet34 supports s<S>u<U>"),
+    ("densenet121-s16u1-double", "densenet121 supports s<S>u<U>"),
     ("resnet34-template0", "no sharing 'template0'"),
     ("resnext50_32x4d-s6u4", "shared rank 6"),
     ("resnext50_32x4d-s64u3", "unique rank 3"),
@@ -333,7 +333,7 @@ def test_a_registered_network_is_asked_for_what_is_specific_to_it():
     assert params["block2_conv"]["unique"].shape == (3, 3, 4, 1)
     group, = model.basis_groups("shared+unique")
     assert group == BasisGroup(["bases/body/shared"], ["block1_conv/unique", "block2_conv/unique"])
-    with pytest.raises(UserError, match="chain admits s<S>u<U>"):
+    with pytest.raises(UserError, match="chain supports s<S>u<U>"):
         create_model("chain-shared")
     with pytest.raises(UserError, match="Chain has no published weights"):
         model.published_names()
