@@ -473,7 +473,7 @@ def test_the_unlabelled_test_images_of_imagenet_are_not_tested_on(tmp_path, monk
         message = mistake(dataclasses.replace(config, test_split="test"))
         assert "of 'test' in" in message
         assert "has the label -1" in message
-        assert "no labels" in message
+        assert "no valid labels" in message
 
 
 # Examples.
