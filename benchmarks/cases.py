@@ -25,7 +25,7 @@ from shared_basis.runtime.distributed import check_batch_size, make_mesh
 SECONDS = 1.5
 """Minimum duration of a measurement of steps, to hide the overhead of clocks and queues."""
 MOST_STEPS = 1000
-"""Minimum number of steps in a measurement."""
+"""Maximum number of steps in a measurement, however short they are."""
 
 NETWORKS = {
     "cpu": ("resnet32", "resnet32-s16u1-double", "resnet34", "resnet34-s32u1"),
