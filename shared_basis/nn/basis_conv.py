@@ -139,7 +139,7 @@ class BasisConv(nn.Module):
           then: the layer that follows; a `shared_basis.BatchNorm` is fused with this one.
 
         Raises:
-          ValueError: `x` or `shared` does not fit this layer, or neither `train` nor `use_running_average` is set.
+          ValueError: `x` or `shared` does not fit this layer, or whether to train is not given or contradictory.
         """
         size = kernel_shape(self.kernel_size)
         form = self.form(shared)

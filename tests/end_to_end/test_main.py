@@ -62,7 +62,7 @@ def test_the_same_command_again_changes_nothing(main: CommandLine, trained: Any)
 
 
 @pytest.mark.parametrize(("checkpoint", "chosen"), [
-    ("10", ""), ("best", " (the best test epoch, chosen on these images as in the paper)")])
+    ("10", ""), ("best", " (best test epoch, chosen on these images as in the paper)")])
 def test_evaluation_needs_the_workdir_alone(main: CommandLine, trained: Any, tmp_path: Path, checkpoint: str,
                                             chosen: str) -> None:
     workdir = trained[0] / "runs" / "digits_resnet-resnet14-s4u1-double"
