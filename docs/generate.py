@@ -110,7 +110,7 @@ def fields_tables() -> str:
     """Returns the fields of the configuration, a table for each section."""
     config = Config()
     own = [field for field in dataclasses.fields(config) if not dataclasses.is_dataclass(getattr(config, field.name))]
-    parts = [f"## The run\n\n{_fields('', config, [field.name for field in own])}"]
+    parts = [f"## Top-level fields\n\n{_fields('', config, [field.name for field in own])}"]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):

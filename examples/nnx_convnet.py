@@ -26,7 +26,8 @@ from shared_basis.nnx import BasisConv, shared_basis
 WIDTH, SHARED, UNIQUE = 32, 16, 1
 
 GROUPS = [BasisGroup("basis", "layers/*/unique")]
-"""By path in `nnx.state(model, nnx.Param)`: the basis is where the model names it first."""
+"""By path in `nnx.state(model, nnx.Param)`, where an array that several modules hold has the path that comes first in
+alphabetical order: here `basis`, which comes before `layers`."""
 
 
 class ConvNet(nnx.Module):

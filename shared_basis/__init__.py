@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Any
 
+    from shared_basis import nnx  # noqa: F401  an attribute, and not among the names that a star imports
     from shared_basis.analysis.basis_figures import draw_basis
     from shared_basis.compression.compress import compress
-    from shared_basis.compression.kernels import factorize_kernels
+    from shared_basis.compression.kernels import LayerFactors, SharedFactors, factorize_kernels
     from shared_basis.compression.patches import patch_moments
     from shared_basis.config import Config
     from shared_basis.errors import UserError
@@ -43,8 +44,10 @@ __all__ = [
     "BasisGroup",
     "BatchNorm",
     "Config",
+    "LayerFactors",
     "Network",
     "Reporter",
+    "SharedFactors",
     "Sharing",
     "StagedNetwork",
     "UserError",
@@ -74,7 +77,7 @@ __all__ = [
 _MODULES = {
     "analysis.basis_figures": ("draw_basis",),
     "compression.compress": ("compress",),
-    "compression.kernels": ("factorize_kernels",),
+    "compression.kernels": ("LayerFactors", "SharedFactors", "factorize_kernels"),
     "compression.patches": ("patch_moments",),
     "config": ("Config",),
     "errors": ("UserError",),
@@ -104,6 +107,8 @@ if not TYPE_CHECKING:  # type checkers should only see the names above
         for module, names in _MODULES.items():
             if name in names:
                 return getattr(importlib.import_module(f"shared_basis.{module}"), name)
+        if name == "nnx":
+            return importlib.import_module("shared_basis.nnx")
         if name == "__version__":
             return importlib.import_module("importlib.metadata").version("shared-basis")
         if name == "ElementSet":

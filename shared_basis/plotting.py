@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -148,11 +149,25 @@ def _letters() -> set[int]:
 
 
 @contextlib.contextmanager
+def _silent(logger: str) -> Iterator[None]:
+    """Silences the warnings of the package `logger` until the context ends."""
+    log = logging.getLogger(logger)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+@contextlib.contextmanager
 def _style() -> Iterator[None]:
     """Sets Matplotlib's defaults and this module's changes until the context ends, whatever the user's settings."""
     try:
-        import matplotlib
-        from cycler import cycler
+        with _silent("matplotlib"):  # warns where it cannot keep its cache in a home directory, which costs time only
+            import matplotlib
+            import matplotlib.font_manager
+            from cycler import cycler
     except ImportError:
         raise UserError("plots require Matplotlib, which is not installed: pip install matplotlib.") from None
     with matplotlib.rc_context():

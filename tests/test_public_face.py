@@ -158,7 +158,10 @@ counts: dict[str, int] = shared_basis.count_by_kind({"bases": bases}, groups)
 picture: bytes = shared_basis.draw_basis(bases["body"])
 with shared_basis.forms_for("cpu"):
     pass
-factors = shared_basis.factorize_kernels([bases["body"]], 2, activations=[shared_basis.patch_moments(bases["body"])])
+factors: shared_basis.SharedFactors = shared_basis.factorize_kernels(
+    [bases["body"]], 2, activations=[shared_basis.patch_moments(bases["body"])], biases=[None])
+factor: shared_basis.LayerFactors = factors.layers[0]
+in_nnx = shared_basis.nnx.BasisConv
 error: ValueError = UserError("")
 reveal_type((network, classes, compressed))
 shared_basis.trian

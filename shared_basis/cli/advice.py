@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 
 from absl import flags
 
 from shared_basis.cli.flags import FLAGS, MODES
-from shared_basis.config import Config, flatten, to_dict
+from shared_basis.config import OTHER_TRAINERS, Config, flatten, to_dict
 
 
 def on_flag(name: str) -> str:
-    """Returns a suggestion for an unknown flag with the name or the initials of a recipe field, such as --lr."""
+    """Returns what to give in place of an unknown flag: other trainers', or one that is called like a field.
+
+    --lr has the initials of learning_rate, --max-epochs ends in the name of a field.
+    """
+    name = name.replace("-", "_")
+    if name in OTHER_TRAINERS:
+        return f": {OTHER_TRAINERS[name]}"
+    near = difflib.get_close_matches(name, [flag.name for flag in FLAGS], n=1, cutoff=0.7)
     fields = [field for field in flatten(to_dict(Config())) for last in [field.rpartition(".")[2]]
-              if name in (last, "".join(word[0] for word in last.split("_")))]
-    return f". Did you mean --config.{' or --config.'.join(fields)}?" if fields and len(name) > 1 else ""
+              if name in (last, "".join(word[0] for word in last.split("_"))) or name.endswith(f"_{last}")]
+    meant = [*near, *(f"config.{field}" for field in fields if len(name) > 1)]
+    return f". Did you mean --{' or --'.join(meant)}?" if meant else ""
 
 
 def on_argument(argument: str, values: flags.FlagValues) -> str:

@@ -76,7 +76,8 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
         rest = values(ordered)
         values.config.to_dict()  # a missing configuration file is only detected on access
     except flags.UnrecognizedFlagError as error:
-        raise UserError(f"{error}{advice.on_flag(error.flagname)} (see --help; set a field of the recipe with "
+        meant = advice.on_flag(error.flagname)
+        raise UserError(f"unknown flag --{error.flagname}{meant} (see --help; set a field of the recipe with "
                         "--config.seed=1).") from error
     except Exception as error:  # a configuration file is code and may raise anything
         text = str(error).replace("\\n", "\n") or type(error).__name__

@@ -20,6 +20,7 @@ from shared_basis.config import Config
 from shared_basis.errors import UserError, note_renamed
 from shared_basis.evaluation import evaluate, predict
 from shared_basis.export import export, pytorch, quantization
+from shared_basis.interop.weights import find_weights
 from shared_basis.models import summary
 from shared_basis.report import compare, run_report
 from shared_basis.runs import inspect
@@ -199,9 +200,14 @@ def _import(request: Request) -> Result:
 
 
 def _compress(request: Request) -> Result:
+    source, named = find_weights(request.source, "--source") if request.source else ("", None)
+    which = request.checkpoint if named in (None, "latest") else named
+    if request.checkpoint not in ("latest", which):
+        raise UserError(f"--source={request.source} and --checkpoint={request.checkpoint} name two checkpoints of one "
+                        "run; leave one out.")
     if request.spectra:
         with request.reporter:
-            result = spectra.write_spectra(request.source, request.reporter, which=request.checkpoint,
+            result = spectra.write_spectra(source, request.reporter, which=which,
                                            overrides=request.overrides, calibration=request.calibration,
                                            output=request.output)
         return result, spectra.render(result)
@@ -210,7 +216,7 @@ def _compress(request: Request) -> Result:
     workdir = request.workdir if request.workdir_given else f"{request.workdir}-compressed"
     with request.reporter:
         result = start.compress_run(
-            request.config, workdir, request.source, request.reporter, which=request.checkpoint,
+            request.config, workdir, source, request.reporter, which=which,
             calibration=request.calibration, budget=request.budget, measure=request.budget_of)
     return result, compress.render(result)
 

@@ -13,6 +13,7 @@ from shared_basis.cli.flags import FOLDER_MODES
 from shared_basis.compression.compress import named_for
 from shared_basis.config import FOLDER, Config, folder_fields, from_config_dict, named_after, replace
 from shared_basis.errors import UserError
+from shared_basis.interop.weights import find_weights
 from shared_basis.runs.workdir import stored_config
 
 RUN_OF = {"train": "workdir", "summary": "workdir", "prepare": "workdir", "compress": "source"}
@@ -36,7 +37,8 @@ def read(values: flags.FlagValues, trained: bool) -> Configuration:
         overrides are validated against it later.
 
     Raises:
-      UserError: a field has an invalid value, or --images is not a single directory.
+      UserError: a field has an invalid value, --source is neither a run nor a file, or --images is not a single
+        directory.
     """
     set_by_user = config_flags.get_override_values(values["config"])
     images = _images(values, set_by_user)
@@ -44,6 +46,8 @@ def read(values: flags.FlagValues, trained: bool) -> Configuration:
     if trained:
         return Configuration(Config(), overrides, _workdir(values, values.config.name, images))
     run = getattr(values, RUN_OF.get(values.mode, ""), None)
+    if run and values.mode == "compress":
+        run, _ = find_weights(run, "--source")
     asks_recipe = _names_recipe(values) and values.mode != "summary"
     then = stored_config(os.path.expanduser(run)) if run and not asks_recipe else None
     if then is None:

@@ -109,6 +109,7 @@ def compress(config: Config, source: str | os.PathLike[str] | Origin, reporter: 
     groups = network.basis_groups(config.orthogonality.elements)
     return Compressed(config, network, spec, variables, {
         "source": origin.path, "step": origin.step, "head": plain.head,
+        "epochs": config.train.epochs, "learning_rate": config.optimizer.learning_rate,
         "calibration": images.count("train") if "train" in images.splits else 0,
         **compare_with_plain(config.model, len(spec.classes), spec.image_shape),
         "layers": errors, "penalty": float(orthogonality_penalty(variables["params"], groups)) if groups else None,
@@ -236,4 +237,6 @@ def render(result: Mapping[str, Any]) -> str:
     return "\n".join([
         f"{head}:", *(f"  {line}" for line in table), f"{result['model']}: {render_saving(dict(result))}",
         f"{render_scores(result)}{penalty}",
-        f"now step 0 of {result['workdir']}; fine-tune it with --workdir={result['workdir']}"])
+        f"now step 0 of {result['workdir']}; fine-tune it with --workdir={result['workdir']} ({result['epochs']} "
+        f"epochs, learning rate {result['learning_rate']:g}; change them with --config.train.epochs and "
+        "--config.optimizer.learning_rate)"])

@@ -22,7 +22,7 @@ from shared_basis.nn.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class LayerFactors:
-    """A layer's factors besides the shared basis: the arrays of a `BasisConv`, float32, and their errors."""
+    """One layer of `SharedFactors`: the arrays of its `BasisConv`, float32, and the errors of the approximation."""
 
     unique: np.ndarray
     """`[*k, C, u]`, orthonormal and orthogonal to the shared elements."""
@@ -39,11 +39,17 @@ class LayerFactors:
     filter_error: float
     """‖W − Ŵ‖ / ‖W‖ for the kernel W and its approximation Ŵ."""
     activation_error: float | None
-    """The same error of the layer's outputs on the activations; None without activations."""
+    """The same for the layer's results on the activations; None without them."""
+    bias: np.ndarray | None = None
+    """`[T]`, of a layer that has a bias: it compensates for the shift of the means, and `mean_shift` is 0."""
+
+    def __repr__(self) -> str:
+        return (f"LayerFactors(unique={list(self.unique.shape)}, coefficients={list(self.coefficients.shape)}, "
+                f"captured={self.captured:.3f})")
 
     @property
     def captured(self) -> float:
-        """The fraction, in [0, 1], of energy that is captured: of the activations or, without them, of the filters."""
+        """1 minus the squared relative error, in [0, 1]: of the results on activations, or without them of filters."""
         error = self.filter_error if self.activation_error is None else self.activation_error
         return 1 - error**2
 
@@ -53,6 +59,8 @@ class LayerFactors:
         params = {"coefficients": self.coefficients, "norm": {"scale": scale, "bias": bias}}
         if self.unique.size:
             params["unique"] = self.unique
+        if self.bias is not None:
+            params["bias"] = self.bias
         return {"params": params, "batch_stats": {"norm": {"mean": mean, "var": var}}}
 
 
@@ -65,39 +73,48 @@ class SharedFactors:
     layers: tuple[LayerFactors, ...]
     """The factors of each layer, in the order of the kernels."""
 
+    def __repr__(self) -> str:
+        return f"SharedFactors(basis={list(self.basis.shape)}, layers={list(self.layers)})"
+
 
 def factorize_kernels(kernels: Sequence[Array | np.ndarray], shared_rank: int, unique_rank: int = 0, *,
-                      activations: Sequence[Array | np.ndarray | Moments] | None = None,
-                      centered: bool = False) -> SharedFactors:
-    """Factorises the kernels of several layers with one shared basis, in closed form (docs/compress.md).
+                      activations: Sequence[Array | np.ndarray | Moments] | None = None, centered: bool = False,
+                      biases: Sequence[Array | np.ndarray | None] | None = None) -> SharedFactors:
+    """Factorises the kernels of several layers by one basis that they share, in closed form (docs/compress.md).
 
         found = factorize_kernels([first, second], 16, unique_rank=1, activations=[inputs_of_first, inputs_of_second])
         params["bases"]["body"] = found.basis
         params["first"], params["second"] = (layer.variables()["params"] for layer in found.layers)
 
-    Without activations, filters are compared: the shared elements are the truncated SVD of all normalised kernels side
-    by side, the unique ones that of a layer's residual, and the coefficients the least-squares fit. With activations,
-    the layers' outputs are compared, which is what affects the network. For double sharing, call this function once per
-    basis.
+    Without activations the error of the filters is minimised: the shared elements are the truncated SVD of all kernels
+    side by side, each divided by its norm, the unique ones that of a layer's residual, and the coefficients their
+    least-squares fit. With activations the error of the layers' results on them is minimised, which preserves much more
+    of what the network computes. For double sharing call it once for each basis.
 
     Args:
-      kernels: `[*k, C, T_i]`, of convolutions with one channel group.
-      shared_rank: s, the number of elements in the shared basis; 0 for none.
-      unique_rank: u, the number of unique elements of each layer.
-      activations: for each kernel, its layer's inputs `[N, *image, C]` on images like those of the training set; for
-        strides and padding other than the defaults of `BasisConv`, their `patch_moments`.
-      centered: whether errors are measured about the mean output. Appropriate if batch normalisation follows, which
-        removes the mean; then apply `mean_shift` to it.
+      kernels: `[*k, C, T_i]`, of convolutions of one channel group.
+      shared_rank: s, the elements of the shared basis; 0 shares nothing.
+      unique_rank: u, the elements that each layer has to itself.
+      activations: for each kernel the inputs of its layer, `[N, *image, C]`, on images such as those of the training
+        set; for other strides and padding than 1 and half of the kernel, their `patch_moments`.
+      centered: whether errors are measured about the mean of results. Right where a batch normalisation follows,
+        which removes the mean; then add `mean_shift` to its running mean and multiply its running variance by
+        `var_ratio`. Where the results of several layers are added before it, add their `mean_shift`, and recalculate
+        the running variance by some batches in training mode.
+      biases: for each kernel the bias `[T]` of its layer, or None: `variables` then contain it, with which the layer
+        must be a `BasisConv(…, use_bias=True)`.
 
     Raises:
-      ValueError: the kernels differ in `[*k, C]`, a rank or an array is invalid, or an array is not finite.
+      TypeError: `kernels` is one array, not a list of them.
+      ValueError: the kernels do not agree in `[*k, C]`, a rank or an array is invalid, or one of them is not finite.
     """
     space = _check_kernels(kernels)
     _check_ranks(shared_rank, unique_rank, space)
     if activations is None and centered:
         raise ValueError("centered=True requires activations, whose means are used")
-    if activations is not None and len(activations) != len(kernels):
-        raise ValueError(f"{len(activations)} activations for {len(kernels)} kernels: give one for each kernel")
+    for name, given in (("activations", activations), ("biases", biases)):
+        if given is not None and len(given) != len(kernels):
+            raise ValueError(f"{len(given)} {name} for {len(kernels)} kernels: give one for each kernel")
     moments = [None] * len(kernels) if activations is None else [
         _moments(f"activations[{index}]", each, space) for index, each in enumerate(activations)]
     layers = {index: measured_layer(np.asarray(kernel), seen, centered)
@@ -105,8 +122,21 @@ def factorize_kernels(kernels: Sequence[Array | np.ndarray], shared_rank: int, u
     group = Group(layers, dict.fromkeys(layers, "shared") if shared_rank else {})
     bases = group.bases(shared_rank)
     shared = group.basis_of(0, bases)
-    return SharedFactors(_float32(shared, *space, shared_rank), tuple(
-        factorize_layer(layer, space, shared, unique_rank, moments[index]) for index, layer in layers.items()))
+    found = [factorize_layer(layer, space, shared, unique_rank, moments[index]) for index, layer in layers.items()]
+    if biases is not None:
+        found = [_with_bias(index, layer, bias) for index, (layer, bias) in enumerate(zip(found, biases, strict=True))]
+    return SharedFactors(_float32(shared, *space, shared_rank), tuple(found))
+
+
+def _with_bias(index: int, layer: LayerFactors, bias: Array | np.ndarray | None) -> LayerFactors:
+    """Returns `layer` with the `bias` that compensates for its mean shift too."""
+    if bias is None:
+        return layer
+    if np.shape(bias) != layer.mean_shift.shape:
+        raise ValueError(f"biases[{index}] of shape {list(np.shape(bias))}: must be {list(layer.mean_shift.shape)}, as "
+                         "its kernel has output channels, or None")
+    return dataclasses.replace(layer, bias=np.asarray(bias, np.float32) - layer.mean_shift,
+                               mean_shift=np.zeros_like(layer.mean_shift))
 
 
 def measured_layer(kernel: np.ndarray, moments: Moments | None, centered: bool) -> Layer:
@@ -162,6 +192,9 @@ def _float32(array: np.ndarray, *shape: int) -> np.ndarray:
 
 def _check_kernels(kernels: Sequence[Array | np.ndarray]) -> tuple[int, ...]:
     """Returns `(*k, C)` of the kernels."""
+    if hasattr(kernels, "ndim"):
+        raise TypeError(f"kernels is one array of shape {list(np.shape(kernels))}: must be a list of kernels, one for "
+                        "each layer; list(kernels) if its first axis counts layers")
     if not len(kernels):
         raise ValueError("kernels is empty: give the kernels of the layers that share a basis")
     for index, kernel in enumerate(kernels):
@@ -181,7 +214,7 @@ def _check_ranks(shared: int, unique: int, space: tuple[int, ...]) -> None:
     size = math.prod(space)
     if min(shared, unique) < 0 or not 0 < shared + unique <= size:
         raise ValueError(f"shared_rank={shared} and unique_rank={unique}: must be 0 or more, and together from 1 to "
-                         f"{size}, the numbers in a filter of shape {list(space)}")
+                         f"{size}, the dimension of filters of shape {list(space)}")
 
 
 def _moments(name: str, given: Array | np.ndarray | Moments, space: tuple[int, ...]) -> Moments:

@@ -6,6 +6,7 @@ A configuration file (`configs/*.py`) builds a `Config` and converts it to an ml
 
 from shared_basis.config.checks import split
 from shared_basis.config.convert import (
+    OTHER_TRAINERS,
     check_field,
     differences,
     flatten,
@@ -46,6 +47,7 @@ __all__ = [
     "FOLDER",
     "FORMAT",
     "LOCATION_FIELDS",
+    "OTHER_TRAINERS",
     "PARAMETER_LABELS",
     "RENAMED",
     "SCHEDULE_FIELDS",

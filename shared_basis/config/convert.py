@@ -87,6 +87,21 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+_DEVICES = "all devices are used; CUDA_VISIBLE_DEVICES and JAX_PLATFORMS choose among them"
+_PRECISION = "--config.model.dtype=bfloat16 computes in half precision"
+_RESUME = "the same --workdir resumes a run"
+
+OTHER_TRAINERS = {
+    "num_classes": "the classes are those of the images, a directory for each",
+    **dict.fromkeys(("gpus", "gpu", "num_gpus", "devices", "device", "accelerator", "tpu", "cuda"), _DEVICES),
+    **dict.fromkeys(("resume", "resume_from_checkpoint", "ckpt_path"), _RESUME),
+    **dict.fromkeys(("pretrained", "finetune"), "--init=RUN or --init=FILE starts from trained weights"),
+    **dict.fromkeys(("amp", "fp16", "bf16", "precision", "half"), _PRECISION),
+    **dict.fromkeys(("output_dir", "save_dir", "log_dir", "logdir"), "--workdir=RUN is the directory of a run"),
+}
+"""What other trainers have an option of this name for: how it is done here."""
+
+
 def _unknown(path: str, known: Sequence[str]) -> str:
     """Returns the message about an unknown field; its section must exist."""
     section, _, name = path.rpartition(".")
@@ -94,7 +109,10 @@ def _unknown(path: str, known: Sequence[str]) -> str:
     elsewhere = [field for field in known if field.rpartition(".")[2] == name]
     near = (difflib.get_close_matches(path, elsewhere, n=1, cutoff=0.0) or _nearest(name, beside, 0.5)
             or _nearest(name, known, 0.8 if beside else 0.5))
-    return (f"unknown configuration field {path!r}.{''.join(f' Did you mean {field!r}?' for field in near)} The fields "
+    advice = "".join(f" Did you mean {field!r}?" for field in near)
+    if name in OTHER_TRAINERS:
+        advice = f" {OTHER_TRAINERS[name][0].upper()}{OTHER_TRAINERS[name][1:]}."
+    return (f"unknown configuration field {path!r}.{advice} The fields "
             f"{f'of {section} ' if beside else ''}are: {', '.join(beside or known)}.")
 
 

@@ -121,7 +121,7 @@ def load(source: Source, config: DataConfig, mesh: Mesh, reporter: Reporter) -> 
       UserError: resident images do not fit into memory, or cannot be decoded.
     """
     streamed, line = choose(source, config, mesh, memory.available_memory())
-    reporter.info(line)
+    (reporter.debug if not streamed and config.placement == "auto" else reporter.info)(line)  # news only if unusual
     if streamed:
         return Images(source.spec, source.splits, config, reporter.warn)
     loaded = {name: in_memory.load_split(part, source.spec, config, reporter.warn,

@@ -204,15 +204,23 @@ def _list_tree(root: Path, directory: Path, least: int, others: PassedOver) -> d
             name = _NUMBER.sub("", Path(path).stem)
             if not name or name == Path(path).stem:
                 raise UserError(f"{directory} holds no class directories, and the file name {Path(path).name!r} is not "
-                                f"a class followed by a number, such as cat.12.jpg; {_LAYOUT}.")
+                                f"a class followed by a number, such as cat.12.jpg; {_LAYOUT}. "
+                                f"{_parent_hint(directory)}".rstrip())
             tree.setdefault(name, []).append(path)
     if len(tree) < least:
         names = "".join(f", {name!r}" for name in tree)
-        raise UserError(f"{directory} holds {len(tree)} class{'es' if len(tree) != 1 else ''}{names}; at "
-                        f"least {least} class{'es are' if least > 1 else ' is'} needed. "
-                        f"{_LAYOUT[0].upper()}{_LAYOUT[1:]}.")
+        raise UserError(f"{directory} holds {len(tree)} class{'es' if len(tree) != 1 else ''}{names}; at least {least} "
+                        f"class{'es are' if least > 1 else ' is'} needed. "
+                        f"{'' if folders else _parent_hint(directory)}{_LAYOUT[0].upper()}{_LAYOUT[1:]}.")
     start = len(os.path.join(root, ""))
     return {name: [path[start:] for path in tree[name]] for name in sorted(tree)}
+
+
+def _parent_hint(directory: Path) -> str:
+    """Returns a sentence if `directory`, which holds no class directories, may itself be a class of its parent."""
+    beside = [entry.name for entry in scan(directory.absolute().parent) if is_directory(entry)]
+    return (f"If {directory.name} is itself a class, like {', '.join(beside[:3])}, give {directory.parent}. "
+            if len(beside) > 1 else "")
 
 
 def _common_classes(trees: Mapping[str, Mapping[str, object]], directories: Mapping[str, Path]) -> tuple[str, ...]:

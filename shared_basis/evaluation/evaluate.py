@@ -24,8 +24,9 @@ def evaluate(workdir: Place, which: str = "latest", overrides: Mapping[str, Any]
       reporter: shows the source of the images and progress; None shows nothing.
 
     Returns:
-      `workdir`, `step`, `model`, `test_loss`, `test_accuracy`, `test_accuracy_top5`, `test_examples`, and `chosen_on`:
-      the split on which 'best' was chosen, 'validation' or 'test' (the published protocol); None for other checkpoints.
+      `workdir`, `step`, `model`, `test_loss`, `test_accuracy`, `test_accuracy_top5`, `test_examples`, `num_classes`,
+      and `chosen_on`: for 'best' the images it was chosen on, 'validation' or 'test' (the published protocol);
+      otherwise None.
 
     Raises:
       UserError: see `Trained.open`; or the data does not match the run.
@@ -47,6 +48,7 @@ def evaluate(workdir: Place, which: str = "latest", overrides: Mapping[str, Any]
     return {"workdir": str(trained.run.path), "step": trained.step, "model": config.model.name,
             "test_loss": scores["loss"], "test_accuracy": scores["accuracy"],
             "test_accuracy_top5": scores["accuracy_top5"], "test_examples": int(scores["count"]),
+            "num_classes": len(trained.spec.classes),
             "chosen_on": chosen_on(trained.checkpoints.metrics(trained.step) or {}) if which == "best" else None}
 
 
@@ -55,6 +57,7 @@ def render(result: Mapping[str, Any]) -> str:
     chosen = {None: "", "validation": " (best validation epoch)",
               "test": " (best test epoch, chosen on these images as in the paper)"}[
                   result["chosen_on"]]
+    top5 = f", top-5 {100 * result['test_accuracy_top5']:.2f} %" if result["num_classes"] > 5 else ""  # otherwise 100 %
     return (f"{result['model']} at step {result['step']:,} of {result['workdir']}{chosen}: test accuracy "
-            f"{100 * result['test_accuracy']:.2f} %, top-5 {100 * result['test_accuracy_top5']:.2f} %, loss "
-            f"{result['test_loss']:.4f}, on {result['test_examples']:,} images")
+            f"{100 * result['test_accuracy']:.2f} %{top5}, loss {result['test_loss']:.4f}, on "
+            f"{result['test_examples']:,} images")

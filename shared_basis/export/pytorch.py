@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 
 from shared_basis.errors import UserError
-from shared_basis.export.export import write_files
+from shared_basis.export.export import resizing, write_files
 from shared_basis.interop.pytorch import convert_official, to_published
 from shared_basis.models.parameters import count_parameters
 from shared_basis.nn.types import Tree
@@ -45,7 +45,8 @@ def export_weights(workdir: Place, which: str = "latest", overrides: Mapping[str
         name: json.dumps(value) for name, value in (
             ("model", trained.config.model.name), ("stem", trained.config.model.stem), ("step", trained.step),
             ("classes", trained.spec.classes), ("image_shape", trained.spec.image_shape),
-            ("mean", trained.config.data.mean), ("std", trained.config.data.std))}})
+            ("mean", trained.config.data.mean), ("std", trained.config.data.std),
+            ("resize", resizing(trained.config.data, trained.spec.image_shape)))}})
     _verify(safetensors.numpy.load(content), trained, variables)
     path = write_files(output, trained.run.path / "export" / "model.safetensors", {"": content})
     return {"workdir": str(trained.run.path), "step": trained.step, "model": trained.config.model.name,

@@ -64,7 +64,8 @@ def quantize(content: bytes, choice: str, tolerance: float, trained: Trained,
 
     Returns:
       The model, and a dict with `choice`; `calibration`, the number of training images used; `test_examples`; for
-      'float32' and `choice`, `test_accuracy`, `bytes` and `latency`, in seconds per image; and `by`, the runtime.
+      'float32' and `choice`, `test_accuracy`, `bytes` and `latency`, in seconds per image; `same_class`, the fraction
+      of test images, in [0, 1], for which both predict the same class; and `by`, the runtime.
 
     Raises:
       UserError: the model loses more than `tolerance` percentage points, or the run's images cannot be opened.
@@ -81,15 +82,18 @@ def quantize(content: bytes, choice: str, tolerance: float, trained: Trained,
     sessions = {name: onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
                 for name, model in contents.items()}
     reporter.info("scoring both files on the test images")
-    accuracy, examples = _score(sessions, batches("test"))
+    correct, same, examples = _score(sessions, batches("test"))
+    accuracy = {name: number / examples for name, number in correct.items()}
     lost = 100 * (accuracy["float32"] - accuracy[choice])
     if lost > tolerance:
         other = "or --quantize=float16" if choice == "int8" else "or leave --quantize out"
         raise UserError(
             f"no file was written: on {examples:,} test images, {choice} classifies {100 * accuracy[choice]:.2f} % "
-            f"correctly and float32 {100 * accuracy['float32']:.2f} %, a loss of {lost:.2f} points, but only "
-            f"--tolerance={tolerance:g} is allowed; give --tolerance={np.ceil(lost):g}, {other}.")
+            f"correctly and float32 {100 * accuracy['float32']:.2f} %, a loss of {lost:.2f} points "
+            f"({correct['float32'] - correct[choice]:,} images), but only --tolerance={tolerance:g} is allowed; give "
+            f"--tolerance={np.ceil(lost):g}, {other}.")
     return small, {"choice": choice, "calibration": calibration, "test_examples": examples, "test_accuracy": accuracy,
+                   "same_class": same / examples,
                    "bytes": {name: len(model) for name, model in contents.items()},
                    "latency": _latency(sessions, np.zeros((1, *trained.spec.image_shape), np.uint8)),
                    "by": f"onnxruntime {onnxruntime.__version__}"}
@@ -190,15 +194,18 @@ def _without_advice() -> Iterator[None]:
         logging.disable(before)
 
 
-def _score(sessions: dict[str, Any], batches: Batches) -> tuple[dict[str, float], int]:
-    """Returns the accuracy of each model, in [0, 1], and the number of images."""
-    correct, examples = dict.fromkeys(sessions, 0), 0
+def _score(sessions: dict[str, Any], batches: Batches) -> tuple[dict[str, int], int, int]:
+    """Returns how many images each model classifies correctly, how many all classify alike, and how many there are."""
+    correct, same, examples = dict.fromkeys(sessions, 0), 0, 0
     for pixels, labels in batches:
         examples += len(labels)
+        found = []
         for name, session in sessions.items():
             logits = session.run(None, {"images": pixels})[0]
-            correct[name] += int(np.sum((logits.argmax(-1) == labels) & np.isfinite(logits).all(-1)))
-    return {name: number / examples for name, number in correct.items()}, examples
+            found.append(np.where(np.isfinite(logits).all(-1), logits.argmax(-1), -1))
+            correct[name] += int(np.sum(found[-1] == labels))
+        same += int(np.sum((np.ptp(found, axis=0) == 0) & (found[0] >= 0)))
+    return correct, same, examples
 
 
 def _latency(sessions: dict[str, Any], image: np.ndarray) -> dict[str, float]:
@@ -219,6 +226,7 @@ def render(result: dict[str, Any]) -> str:
     measured = f", calibrated on {result['calibration']:,} training images" if result["calibration"] else ""
     accuracy, size = result["test_accuracy"], result["bytes"]
     return (f"float32 → {choice}{measured}: accuracy {100 * accuracy['float32']:.2f} → {100 * accuracy[choice]:.2f} % "
-            f"of {result['test_examples']:,} test images; file {size_text(size['float32'])} → "
-            f"{size_text(size[choice])}; latency {milliseconds['float32']:.2f} → {milliseconds[choice]:.2f} ms per "
-            f"image, by {result['by']}, median of {ROUNDS} calls")
+            f"of {result['test_examples']:,} test images, and the same class for {100 * result['same_class']:.2f} % of "
+            f"them; file {size_text(size['float32'])} → {size_text(size[choice])}; latency "
+            f"{milliseconds['float32']:.2f} → {milliseconds[choice]:.2f} ms per image, by {result['by']}, median of "
+            f"{ROUNDS} calls")

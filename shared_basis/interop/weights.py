@@ -28,25 +28,29 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """The normalisation of torchvision, timm and the official implementation."""
 
 
-def find_weights(source: str) -> tuple[str, str | None]:
+def find_weights(source: str, flag: str = "--init") -> tuple[str, str | None]:
     """Splits `source`, RUN[:best|STEP] or FILE, into its path and a run's checkpoint: 'latest', 'best' or a step.
+
+    Args:
+      flag: the name of the flag that `source` was given with, for messages.
 
     Raises:
       UserError: there is no such run or file.
     """
+    source = os.path.expanduser(source)
     if os.path.isfile(source):
         own = run_around(source)
         if own and (os.path.basename(source) == "run.json" or "checkpoints" in PurePath(source).parts[:-1]):
-            raise UserError(f"--init={source} is a file of the run in {own}; give the run: --init={own}.")
+            raise UserError(f"{flag}={source} is a file of the run in {own}; give the run: {flag}={own}.")
         return source, None
     run, step = named_checkpoint(source)
     files = open_files(run)
     if files.exists("run.json"):
         return run, step
     if files.is_directory():
-        raise UserError(f"--init={source}: the directory holds no run (no run.json); give the workdir of a trained "
+        raise UserError(f"{flag}={source}: the directory holds no run (no run.json); give the workdir of a trained "
                         f"run, or a file of PyTorch weights.{hint(run)}")
-    raise UserError(f"--init={source}: no such run or file; give RUN, RUN:best or RUN:STEP, where RUN is a "
+    raise UserError(f"{flag}={source}: no such run or file; give RUN, RUN:best or RUN:STEP, where RUN is a "
                     "workdir, or a file of PyTorch weights.")
 
 
@@ -95,10 +99,12 @@ def open_weights(source: str, config: Config, spec: data.Spec, classes: str, rep
 def open_file(path: str, config: Config, spec: data.Spec, classes: str, reporter: Reporter) -> Origin:
     """Opens the file of weights `path` like `open_weights`; logs the assumed order of the outputs."""
     names = read_classes(classes) if classes else None
-    target, plain, said = build_model(config, spec), plain_counterpart(config.model.name), _said(path)
+    plain, said = plain_counterpart(config.model.name), _said(path)
+    config = replace(config, {f"data.{name}": said[name] for name in ("mean", "std") if name in said})
+    target = build_model(config, spec)
     network, variables = load_network(path, target, create_model(plain, stem=config.model.stem))
-    changes = {f"data.{name}": said[name] for name in ("mean", "std") if name in said}
-    config = replace(config, changes if network.sharing == target.sharing else {"model.name": plain, **changes})
+    if network.sharing != target.sharing:
+        config = replace(config, {"model.name": plain})
     channels, count = np.shape(variables["params"]["stem"]["kernel"])[-2], network.num_classes
     outputs = said.get("classes", ())
     if names is not None:

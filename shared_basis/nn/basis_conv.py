@@ -66,17 +66,23 @@ def basis_conv(x: Array, basis: Sequence[Array], norm: Norm | Callable[[Array], 
 
 
 class BasisConv(nn.Module):
-    """The convolution of all variants, with the arguments of `flax.linen.Conv`.
+    """A convolution through a filter basis, which it may share with other layers (Kang & Kim, section 3.1).
 
-    The shared array that it receives, and its ranks, determine what it computes (see `form`):
+        basis = self.param("body", nn.initializers.orthogonal(), (3, 3, 64, 16))    # or init_shared_bases
+        y = BasisConv(64, unique_rank=1, unique_init=nn.initializers.orthogonal())(x, basis, train)
+
+    The arguments are those of `flax.linen.Conv` with two other defaults: `padding=None` adds half of the kernel on each
+    side, as PyTorch's convolutions do (at strides above 1 'SAME' pads differently), and `use_bias=False`.
+
+    The shared array that it is called with, and `unique_rank`, determine what it computes:
 
     - no shared array and no unique elements: an ordinary convolution with its own `kernel [*k, C / groups, T]`;
     - a filter basis: `unique [*k, C / groups, u]` if u > 0, `norm` (scale and bias of R channels) and
       `coefficients [R, T]`; the shared elements `[*k, C / shared groups, s]` are passed as argument;
-      - whole filters `[*k, C, T]` with `whole_filters`: a convolution with these, without parameters;
+    - whole filters `[*k, C, T]` with `whole_filters`: a convolution with these, without parameters;
     - templates `[*k, C, T, templates]`: a convolution with the combination of templates by `coefficients [templates]`.
 
-    Shared arrays are owned by the network.
+    The network owns the shared arrays. Layers can share a basis if their kernel sizes and input channels are equal.
     """
 
     features: int
@@ -85,8 +91,7 @@ class BasisConv(nn.Module):
     """k of a square kernel, or its size by axis, e.g. `(3,)` for 1-D and `(3, 3, 3)` for 3-D convolutions."""
     strides: int | Sequence[int] = 1
     unique_rank: int = 0
-    """u, the number of unique elements. As published, their norms start at √(2C/u), while those of shared elements
-    start at 1: see `unique_init`."""
+    """u, the elements that belong to this layer alone; see `unique_init`."""
     dtype: Dtype = jnp.float32
     """Compute type."""
     padding: int | str | Sequence[int | tuple[int, int]] | None = None
@@ -102,8 +107,8 @@ class BasisConv(nn.Module):
     use_bias: bool = False
     kernel_dilation: int | Sequence[int] = 1
     norm: str | Callable[..., nn.Module] | None = "batch"
-    """The normalisation between basis and coefficients: 'batch' (the paper's method), None, or a function that creates
-    a layer, such as `functools.partial(nn.GroupNorm, num_groups=4)`."""
+    """Between basis and coefficients: 'batch' (the method), None, or a callable that returns a normalisation module,
+    such as `functools.partial(nn.GroupNorm, num_groups=4)`."""
     use_running_average: bool | None = None
     """As in `flax.linen.BatchNorm`, set here or in the call; False for training."""
     axis_name: str | None = None
@@ -111,7 +116,8 @@ class BasisConv(nn.Module):
     param_dtype: Dtype = jnp.float32
     kernel_init: Callable[..., Array] = he_normal_fan_out
     unique_init: Callable[..., Array] = he_normal_fan_out
-    """As published; with a penalty on unique elements, `nn.initializers.orthogonal()` starts them at norm 1."""
+    """As published, with which the norms of unique elements start at √(2C/u). In your own network, and wherever the
+    penalty applies to unique elements too, use `nn.initializers.orthogonal()`: norms start at 1, as of shared ones."""
     coefficients_init: Callable[..., Array] = he_normal_fan_out
     bias_init: Callable[..., Array] = nn.initializers.zeros
     groups: int | None = None
@@ -139,6 +145,7 @@ class BasisConv(nn.Module):
           then: the layer that follows; a `shared_basis.BatchNorm` is fused with this one.
 
         Raises:
+          TypeError: `shared` is not an array.
           ValueError: `x` or `shared` does not fit this layer, or whether to train is not given or contradictory.
         """
         size = kernel_shape(self.kernel_size)

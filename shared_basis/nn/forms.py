@@ -25,10 +25,17 @@ def kernel_shape(size: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def form_of(shared: Array | None, unique_rank: int, whole_filters: bool, axes: int) -> Form:
-    """Returns the kind of filters of a layer with `axes` spatial axes, given `shared`."""
+    """Returns what the filters are made of for a layer with `axes` spatial axes that is called with `shared`.
+
+    Raises:
+      TypeError: `shared` is not an array: a dict of bases, or `train` in its place.
+    """
     if shared is None:
         return Form.BASIS if unique_rank else Form.OWN_KERNEL
-    if shared.ndim == axes + 3:  # templates are whole kernels, stacked on the last axis
+    if not hasattr(shared, "ndim"):
+        advice = "pass train by name, train=True" if isinstance(shared, bool) else "pass one, as bases['body']"
+        raise TypeError(f"shared is a {type(shared).__name__}: must be an array [*k, C, s], or None; {advice}")
+    if shared.ndim == axes + 3:  # the last axis counts templates, each of which is a whole kernel
         return Form.TEMPLATES
     return Form.WHOLE_FILTERS if whole_filters else Form.BASIS
 
@@ -54,9 +61,10 @@ def check_arrays(x: Array, shared: Array | None, form: Form, size: tuple[int, ..
 
 
 def check_norm(norm: object) -> None:
-    """Raises `ValueError` unless `norm` is a valid normalisation between basis and coefficients."""
+    """Raises `ValueError` unless `norm` names what is applied between basis and coefficients."""
     if not (norm in ("batch", None) or callable(norm)):
-        raise ValueError(f"norm={norm!r}: must be 'batch', None, or a function that creates a normalisation layer")
+        raise ValueError(f"norm={norm!r}: must be 'batch', None, or a callable that returns a normalisation module, "
+                         "such as functools.partial(flax.linen.GroupNorm, num_groups=4)")
 
 
 def whether_to_train(train: bool | None, *use_running_average: bool | None) -> bool:

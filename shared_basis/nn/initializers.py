@@ -21,10 +21,10 @@ orthonormal = initializers.orthogonal()
 
 
 def init_shared_bases(key: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-    """Initialises the shared bases of one group with orthonormal elements (section 3.2).
+    """Draws shared bases with orthonormal elements (Kang & Kim, section 3.2): of one group, or of a network.
 
-    Two bases of the same shape (double sharing) are jointly orthonormal if the filter space is large enough; otherwise
-    each is orthonormal separately. A basis with more elements than dimensions becomes a tight frame.
+    If all bases have one shape (double sharing), they are one orthonormal set as long as the filter space can hold it;
+    otherwise each is orthonormal by itself. A basis with more elements than dimensions is drawn as a tight frame.
 
     Args:
       shapes: `[k, k, C, elements]` by name.

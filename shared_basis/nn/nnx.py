@@ -16,18 +16,25 @@ from shared_basis.nn.initializers import he_normal_fan_out, orthonormal
 from shared_basis.nn.types import Array, Dtype
 
 
-def shared_basis(key: Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> nnx.Param:
-    """Returns a basis `[*k, C, s]` with orthonormal elements (section 3.2), to pass to several `BasisConv`.
+def shared_basis(key: Array | nnx.Rngs, shape: Sequence[int], dtype: Dtype = jnp.float32) -> nnx.Param:
+    """Returns a basis `[*k, C, s]` with orthonormal elements (Kang & Kim, section 3.2), for several `BasisConv`.
 
         body = shared_basis(rngs.params(), (3, 3, 64, 16))
         first = BasisConv(64, 64, body, unique_rank=1, rngs=rngs)
         second = BasisConv(64, 64, body, unique_rank=1, rngs=rngs)
+
+    Args:
+      key: a random key, or the `nnx.Rngs` whose `params` stream gives one.
     """
-    return nnx.Param(orthonormal(key, tuple(shape), dtype))
+    return nnx.Param(orthonormal(key.params() if isinstance(key, nnx.Rngs) else key, tuple(shape), dtype))
 
 
 class BasisConv(nnx.Module):
-    """`shared_basis.BasisConv` for NNX, with the arguments of `flax.nnx.Conv`; see there for what it computes."""
+    """The convolution of `shared_basis.BasisConv`, whose documentation says what it computes, as an NNX module.
+
+    The third argument is the shared basis; `kernel_size`, unlike in `flax.nnx.Conv`, is given by name. Layers that hold
+    one basis hold one `nnx.Param`; its path in `nnx.state` is the first in alphabetical order.
+    """
 
     def __init__(
         self, in_features: int, out_features: int, shared: nnx.Variable | None = None, *,
@@ -44,13 +51,18 @@ class BasisConv(nnx.Module):
         """Sets C, T and the shared array, which other layers may reference too; other arguments are as in Linen.
 
         Args:
-          norm: 'batch', None, or a layer constructor, e.g. `functools.partial(nnx.GroupNorm, num_groups=4)`.
-          use_running_average: the default for calls, which `model.train()` and `model.eval()` set.
+          norm: 'batch', None, or a callable that returns a normalisation module for a number of channels, such as
+            `functools.partial(nnx.GroupNorm, num_groups=4)`.
+          use_running_average: what `model.train()` and `model.eval()` set, for calls that do not say it.
 
         Raises:
-          ValueError: `shared` does not fit, or `norm` is invalid.
+          TypeError: `shared` is not an `nnx.Variable`.
+          ValueError: `shared` does not fit, or `norm` is none of these.
         """
         check_norm(norm)
+        if not (shared is None or isinstance(shared, nnx.Variable)):
+            raise TypeError(f"shared is a {type(shared).__name__}: must be an nnx.Param, such as shared_basis.nnx."
+                            "shared_basis returns, or None; give the kernel's size by name, kernel_size=(3, 3)")
         size = kernel_shape(kernel_size)
         self.shared: Any = nnx.data(shared)
         self.form = form_of(None if shared is None else shared[...], unique_rank, whole_filters, len(size))

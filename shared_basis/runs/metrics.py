@@ -193,5 +193,7 @@ def render_outcome(outcome: Mapping[str, Any]) -> str:
     """Returns the result of `last_and_best`, with the `model` name added, as human-readable text."""
     protocol = ("best validation epoch" if outcome["chosen_on"] == "validation" else
                 "best test epoch, chosen on the test images as in the paper")
-    return (f"{outcome['model']}: {100 * outcome['test_accuracy']:.2f} % test accuracy after {outcome['epoch']} epochs"
-            f", {100 * outcome['best_test_accuracy']:.2f} % after {outcome['best_epoch']} ({protocol})")
+    last = f"{outcome['model']}: {100 * outcome['test_accuracy']:.2f} % test accuracy after {outcome['epoch']} epochs"
+    if outcome["best_epoch"] == outcome["epoch"]:
+        return f"{last} ({protocol})"
+    return f"{last}, {100 * outcome['best_test_accuracy']:.2f} % after {outcome['best_epoch']} ({protocol})"

@@ -18,7 +18,7 @@ from shared_basis import data
 from shared_basis.compression import compress as compressing
 from shared_basis.compression.compress import compress
 from shared_basis.compression.layers import open_plain
-from shared_basis.config import Config
+from shared_basis.config import Config, replace
 from shared_basis.errors import UserError
 from shared_basis.interop.weights import find_weights, open_file, open_weights
 from shared_basis.models import Network, plain_counterpart
@@ -197,9 +197,13 @@ def import_weights(config: Config, workdir: Place, file: str, reporter: Reporter
             return import_weights(config, workdir, file, printing, classes)
     if not file:
         raise UserError("--mode=import needs --weights=FILE, a file of PyTorch weights.")
+    if not os.path.isfile(file):
+        raise UserError(f"--weights={file}: no such file; give a file of PyTorch weights.")
     require_new(workdir)
     spec = data.describe(config.data)
     origin = open_file(file, config, spec, classes, reporter)
+    config = replace(config, {f"data.{name}": getattr(origin.config.data, name) for name in ("mean", "std")
+                              if not getattr(config.data, name)})
     start = _make(config, spec, origin, Init(file, classes), reporter)
     parameters = _write(start, workdir, reporter)
     return {"workdir": str(workdir), "model": config.model.name, "file": str(file), "parameters": parameters,
@@ -221,12 +225,11 @@ def compress_run(config: Config, workdir: Place, source: str, reporter: Reporter
     Raises:
       UserError: see `shared_basis.compression.compress.compress`; or `workdir` already holds checkpoints.
     """
+    origin = None if os.path.isfile(source) else open_plain(source, which)
     require_new(workdir)
     compressing.check_target(config, budget, measure)
-    if os.path.isfile(source):
+    if origin is None:
         origin = open_file(source, config, data.describe(config.data), "", reporter)
-    else:
-        origin = open_plain(source, which)
     start = _compress(config, origin, Init(source, "", calibration, budget, measure), reporter)
     _write(start, workdir, reporter)
     return {"workdir": str(workdir), **(start.report or {})}
@@ -277,7 +280,7 @@ def save_start(checkpoints: Checkpoints, config: Config, model: Network, variabl
 
 def render(result: dict[str, Any]) -> str:
     """Returns the result of `import_weights` as human-readable text."""
+    use = "evaluate it with --mode=evaluate" if result["head"].startswith("kept") else "train it with"
     said = (f"{result['file']}: {result['model']}, {result['parameters']:,} parameters, classifier "
-            f"{result['head']}; now step 0 of {result['workdir']}; evaluate it with --mode=evaluate "
-            f"--workdir={result['workdir']}")
+            f"{result['head']}; now step 0 of {result['workdir']}; {use} --workdir={result['workdir']}")
     return said if result["compressed"] is None else f"{said}\n{_compressed(result['model'], result['compressed'])}"

@@ -79,7 +79,7 @@ def test_main_prints_a_note_in_one_line(tmp_path: Path) -> None:
                           env=user_environment(), text=True, capture_output=True, timeout=300, check=False)
     note, error = done.stderr.splitlines()
     assert note.startswith("note: --checkpoint=FILE of --mode=import is now --weights=FILE")
-    assert error.startswith("error: absent.pth")
+    assert error.startswith("error: --weights=absent.pth: no such file")
     assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
 
 
@@ -100,15 +100,17 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (("--config.train.epochs=abc", RECIPE), ("abc", "epochs")),
     (("--config.train.epochs",), ("epochs",)),
     (("--mode=test",), ("--mode=test", "train", "evaluate", "summary")),
-    (("--wrokdir=x",), ("'wrokdir'", "Did you mean: workdir", "see --help", "--config.seed=1")),
+    (("--wrokdir=x",), ("--wrokdir", "Did you mean --workdir?", "see --help", "--config.seed=1")),
     (("--budget=half",), ("--budget=half",)),
     (("--json=maybe",), ("--json=maybe",)),
     (("train",), ("'train'", "--mode=train")), (("export", "a"), ("'export'", "--mode=export")),
     (("--mode=predict", "--images", "a.png", "b.png"), ("'b.png'", "--images=b.png")),
     (("--mode=report", "--runs=a", "b"), ("'b'", "--runs=b")),
     (("syntax.py",), ("'syntax.py'", "pass a path with its flag", "--workdir=syntax.py")),
-    (("--epochs=3",), ("'epochs'", "Did you mean --config.train.epochs?")),
-    (("--lr=3",), ("'lr'", "Did you mean --config.optimizer.learning_rate?")),
+    (("--epochs=3",), ("unknown flag --epochs. Did you mean --config.train.epochs?",)),
+    (("--max-epochs=3",), ("--max-epochs. Did you mean --config.train.epochs?",)),
+    (("--num_classes=3",), ("--num_classes: the classes are those of the images", "(see --help")),
+    (("--lr=3",), ("unknown flag --lr", "Did you mean --config.optimizer.learning_rate?")),
     (("--name=x",), ("--config.name or --config.model.name or ",)),
     (("--quiet", "--verbose"), ("--quiet and --verbose", "give one of them")),
     (("--config=.",), ("--config=.: no such file",)),

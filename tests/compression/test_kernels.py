@@ -107,6 +107,37 @@ def test_the_layers_are_those_of_basis_conv_and_of_the_normalisation_after_it(
         assert float(one["penalty"]) < 1e-10
 
 
+def test_a_bias_comes_along_and_takes_the_shift_of_the_means(kernels: list[np.ndarray],
+                                                              inputs: list[np.ndarray]) -> None:
+    biases = [np.arange(kernel.shape[-1], dtype=np.float32) for kernel in kernels]
+    for activations in (None, inputs):
+        found = factorize_kernels(kernels, 5, 2, activations=activations, centered=activations is not None,
+                                  biases=[None, *biases[1:]])
+        assert "bias" not in found.layers[0].variables()["params"]
+        for kernel, x, layer, bias in list(zip(kernels, inputs, found.layers, biases, strict=True))[1:]:
+            y = BasisConv(kernel.shape[-1], unique_rank=2, use_bias=True).apply(
+                layer.variables(), x, found.basis, train=False)
+            by_hand = flat(_convolved(x, stand_in(found, layer))) + bias
+            if activations is None:
+                np.testing.assert_allclose(flat(y), by_hand, atol=1e-4)
+            else:
+                before = flat(_convolved(x, kernel)) + bias
+                np.testing.assert_allclose(flat(y).mean(0), before.mean(0), atol=1e-4)
+                assert abs(by_hand.mean(0) - before.mean(0)).max() > 1e-3
+            np.testing.assert_array_equal(layer.mean_shift, 0)
+
+
+def test_what_is_found_is_shown_by_its_shapes(kernels: list[np.ndarray]) -> None:
+    shown = repr(factorize_kernels(kernels, 5, 1))
+    assert shown.startswith(f"SharedFactors(basis=[3, 3, {CHANNELS}, 5], layers=[LayerFactors("
+                            f"unique=[3, 3, {CHANNELS}, 1], coefficients=[6, {kernels[0].shape[-1]}], captured=0.")
+
+
+def test_one_array_is_no_list_of_kernels(kernels: list[np.ndarray]) -> None:
+    with pytest.raises(TypeError, match=r"kernels is one array of shape \[3, 3, .*list\(kernels\) if its first axis"):
+        factorize_kernels(kernels[0], 2)
+
+
 def test_what_is_not_measured_is_left_at_zero_mean_and_unit_variance(kernels: list[np.ndarray]) -> None:
     found = factorize_kernels(kernels, 5)
     for layer in found.layers:
@@ -150,6 +181,8 @@ GOOD = np.ones((3, 3, CHANNELS, 2))
     ([GOOD], (2, -1), {}, "unique_rank=-1"),
     ([GOOD], (1, 0), {"centered": True}, "centered=True"),
     ([GOOD, GOOD], (1, 0), {"activations": [np.ones((1, 4, 4, 3))]}, "1 activations for 2 kernels"),
+    ([GOOD, GOOD], (1, 0), {"biases": [None]}, "1 biases for 2 kernels"),
+    ([GOOD], (1, 0), {"biases": [np.ones(3)]}, r"biases\[0\] of shape \[3\]: must be \[2\]"),
     ([GOOD], (1, 0), {"activations": [np.ones((1, 4, 4, 2))]}, r"activations\[0\] of shape \[1, 4, 4, 2\]: must be"),
     ([GOOD], (1, 0), {"activations": [np.full((1, 4, 4, 3), np.inf)]}, r"activations\[0\]: inputs hold NaN"),
     ([GOOD], (1, 0), {"activations": [np.ones((4, 4, 3))]}, r"activations\[0\]: inputs of shape \[4, 4, 3\]"),

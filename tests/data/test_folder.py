@@ -587,6 +587,10 @@ def test_one_class_is_too_few(folder, tmp_path, mistake):
     message = mistake(config(folder))
     assert f"{folder / 'train'} holds 1 class, 'cat'; at least 2" in message
     assert "train/<class>/*" in message
+    assert "is itself a class" not in message
+    photos = write(tmp_path / "photos", "dog/IMG_1.png", "cat/IMG_1.png", "cat/IMG_2.png")
+    assert ("holds 1 class, 'IMG'; at least 2 classes are needed. If cat is itself a class, like cat, dog, give "
+            f"{photos}. ") in mistake(config(photos / "cat"))
     flat = write(tmp_path / "flat", "cat.0.png", "cat.1.png")
     assert "'cat'; at least 2 classes are needed" in mistake(config(flat))
     (tmp_path / "empty").mkdir()

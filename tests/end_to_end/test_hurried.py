@@ -22,7 +22,7 @@ HURRIED = {
     "predict": (("--mode=predict --workdir=runs/a", "--images=PATH"),
                 ("--mode=predict --workdir=runs/a x.png", "--images=x.png"),
                 ("--mode=predict --workdir=runs/a --images x.png notes.txt", "--images=notes.txt"),
-                ("--mode=predict --workdir=runs/a --image=x.png", "Did you mean: images"),
+                ("--mode=predict --workdir=runs/a --image=x.png", "Did you mean --images?"),
                 ("--mode=predict --workdir=runs/a --images=x.png --output=empty", "choose another")),
     "export": (("--mode=export", "pass a trained run with --workdir"),
                ("--mode=export --workdir=runs/a --format=tflite", "onnx|stablehlo|pytorch"),

@@ -55,7 +55,9 @@ def test_what_is_exported_is_imported_again(run: Path, tmp_path: Path) -> None:
     with safe_open(path, "numpy") as file:
         about = {name: json.loads(value) for name, value in file.metadata().items() if name != "format"}
     assert about == {"model": TINY, "stem": "cifar", "step": 10, "classes": ["cat", "dog", "owl"],
-                     "image_shape": [8, 8, 3], "mean": [0.5], "std": [0.5]}
+                     "image_shape": [8, 8, 3], "mean": [0.5], "std": [0.5],
+                     "resize": {"height": 8, "width": 8, "color": "RGB", "crop": "center", "part": 1.0,
+                                "filter": "bilinear, antialiased", "shorter_side": 8}}
 
 
 def test_the_file_goes_where_it_is_asked_to_or_nowhere(run: Path, tmp_path: Path) -> None:

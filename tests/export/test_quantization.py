@@ -76,12 +76,15 @@ def test_a_quantised_file_says_what_the_network_does_and_how_well(run: Path, cho
     assert found["test_accuracy"]["float32"] > 0.25  # of ten classes, so that there is something to lose
     assert found["test_accuracy"] == {"float32": float(np.mean(expected.argmax(-1) == labels)),
                                       choice: float(np.mean(actual.argmax(-1) == labels))}
+    assert found["same_class"] == np.mean(expected.argmax(-1) == actual.argmax(-1))
     assert found["bytes"] == {"float32": len(given[0]), choice: file.stat().st_size}
     assert (result["bytes"], found["test_examples"]) == (file.stat().st_size, len(labels))
     assert found["calibration"] == (quantization.CALIBRATION_IMAGES if choice == "int8" else 0)
     assert set(found["latency"]) == {"float32", choice}
     assert all(seconds > 0 for seconds in found["latency"].values())
-    assert f"float32 → {choice}" in export.render(result)
+    said = export.render(result)
+    assert f"float32 → {choice}" in said
+    assert f"and the same class for {100 * found['same_class']:.2f} % of them" in said
 
     model = onnx.load(file)
     onnx.checker.check_model(model, full_check=True)
@@ -105,7 +108,8 @@ def test_a_quantised_file_says_what_the_network_does_and_how_well(run: Path, cho
 def test_nothing_is_written_that_loses_more_than_is_allowed(tmp_path: Path) -> None:
     """Weights of 1e7 are infinite in float16, and what is not a number classifies nothing."""
     path = save(tmp_path / "run", scale=1e7)
-    with user_error("no file was written", "float16 classifies 0.00 %", "--tolerance=1", "give --tolerance="):
+    with user_error("no file was written", "float16 classifies 0.00 %", " images), but only --tolerance=1",
+                    "give --tolerance="):
         export.export(path, "onnx", quantize="float16")
     assert not (path / "export").exists()
 

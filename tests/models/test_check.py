@@ -66,7 +66,7 @@ def test_a_network_that_does_what_it_says_is_taken_wherever_its_layers_are(shari
 @pytest.mark.parametrize(("fault", "parts"), [
     ("forgotten", ("declares bases/body/shared but its logits do not depend on it", "pass it to the layers")),
     ("has no effect", ("declares bases/body/shared but its logits do not depend on it",)),
-    ("forgotten once", ("for body_block2_conv, which has coefficients for 1", "pass it")),
+    ("forgotten once", ("body_block2_conv, which has coefficients for 1", "pass it")),
     ("no parameter", ("declares bases/body/shared [3, 3, 4, 3]", "no such parameter", "call self.shared_arrays()")),
     ("declares nothing", ("should share shared, but shared_shapes() is empty",)),
     ("another name", ("declares body/basis", "layers share shared", "self.sharing.layers")),

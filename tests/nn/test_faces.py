@@ -145,7 +145,7 @@ X, BASIS = draw(0, (2, 5, 5, 4), (3, 3, 4, 4))
     ({"shared_feature_group_count": 3}, BASIS, {"train": True}, "shared_feature_group_count=3"),
     ({"feature_group_count": 3}, None, {}, "feature_group_count=3"),
     ({"strides": (1, 1, 2)}, None, {}, "strides"),
-    ({"norm": "bacth"}, BASIS, {"train": True}, "norm='bacth'"),
+    ({"norm": "bacth"}, BASIS, {"train": True}, "norm='bacth': must be 'batch', None, or a callable that returns"),
 ])
 @pytest.mark.parametrize("face", ["linen", "nnx"])
 def test_what_does_not_fit_is_refused_by_name(face, options, shared, arguments, said):
@@ -157,6 +157,21 @@ def test_what_does_not_fit_is_refused_by_name(face, options, shared, arguments, 
         shared_basis.nnx.BasisConv(4, 5, held, rngs=nnx.Rngs(0), **options)(X, **arguments)
     with pytest.raises(ValueError, match=said):
         {"linen": in_linen, "nnx": in_nnx}[face]()
+
+
+def test_what_is_no_array_is_refused_by_name():
+    for shared, said in (({"body": BASIS}, r"shared is a dict: must be an array .* bases\['body'\]"),
+                         (True, "shared is a bool: .* train=True")):
+        with pytest.raises(TypeError, match=said):
+            BasisConv(5).init(jax.random.key(0), X, shared, train=True)
+    for shared in (BASIS, (3, 3), {"body": BASIS}):
+        with pytest.raises(TypeError, match=r"must be an nnx\.Param.* kernel_size=\(3, 3\)"):
+            shared_basis.nnx.BasisConv(4, 5, shared, rngs=nnx.Rngs(0))
+
+
+def test_a_basis_in_nnx_is_drawn_from_a_key_or_a_stream():
+    by_key = shared_basis.nnx.shared_basis(nnx.Rngs(0).params(), (3, 3, 4, 6))
+    np.testing.assert_array_equal(by_key[...], shared_basis.nnx.shared_basis(nnx.Rngs(0), (3, 3, 4, 6))[...])
 
 
 def test_whether_to_train_must_be_said():

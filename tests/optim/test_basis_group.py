@@ -132,7 +132,7 @@ REFUSED = [
     (BasisGroup("bases/body", num_spatial_dims=1), ValueError, "bases/body of shape .* has more axes"),
     (BasisGroup("stack", stack_axis=5), ValueError, r"has no axis 5: check stack_axis"),
     (BasisGroup("a*b/w".replace("*", "?"), stack_axis=0), ValueError, r"a\*b/w of shape \[2, 2\] cannot be a stack"),
-    (BasisGroup("bases/body", "line"), ValueError, r"one size.*bases/body \[3, 3, 2, 4\], line \[3, 2, 4\]; if"),
+    (BasisGroup("bases/body", "line"), ValueError, r"one size.*bases/body \[3, 3, 2, 4\], line \[3, 2, 4\]; if unique"),
     (BasisGroup("bases/body", "wide"), ValueError, r"one size.*wide \[3, 3, 5, 1\]; use a separate BasisGroup"),
     (BasisGroup("stack", "bases/body", stack_axis=0), ValueError, "must have one size.*check stack_axis"),
 ]

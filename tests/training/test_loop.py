@@ -425,6 +425,8 @@ def test_without_validation_images_the_test_images_choose_and_this_is_said(tmp_p
     text = render({**outcome, **COUNTS})
     assert "10.00 % test accuracy after 4 epochs, 80.00 % after 2 (best test epoch, chosen on" in text
     assert "3 parameters" in text
+    last, _ = run_with(tmp_path / "last", validation=[], test=[0.2, 0.3, 0.4, 0.8])
+    assert "80.00 % test accuracy after 4 epochs (best test epoch, chosen on" in render({**last, **COUNTS})
 
 
 COUNTS = {"model": "x", "parameters": 3, "macs": 5, "saving": {"parameters": 0.0, "macs": 0.0},

@@ -237,6 +237,12 @@ def test_a_file_that_this_package_wrote_names_its_classes_and_normalisation(sour
                                   np.asarray(read_arrays(source, 20)["params"]["head"]["bias"])[[7, 0, 3]])
     assert '--config.data.mean="(0.3,)" --config.data.std="(0.5,)"' in reporter.text.getvalue()
     assert normalization_of(str(path)) == ((0.3,), (0.5,))
+    unknown = replace(DIGITS, {"data.mean": (), "data.std": ()})
+    import_weights(unknown, tmp_path / "imported", str(path), reporter)
+    config, _ = Workdir(tmp_path / "imported").load()
+    assert (config.data.mean, config.data.std) == ((0.3,), (0.5,))
+    with user_error("--weights=absent: no such file"):
+        import_weights(unknown, tmp_path / "none", "absent", reporter)
 
 
 def test_a_file_of_the_plain_network_is_compressed(images: Path, tmp_path: Path) -> None:
