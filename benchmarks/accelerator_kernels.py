@@ -1,4 +1,4 @@
-"""What the kernels of a step on a GPU are for: the rows of `results/accelerator_kernels.csv`, and tables of them."""
+"""The purposes of the kernels in a GPU step: the rows of `results/accelerator_kernels.csv`, and their tables."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from benchmarks.common import NOT_MEASURED, Table, markdown
 from benchmarks.hlo import Kernel
 
 SMALL = 500_000
-"""Bytes below which a kernel costs its launch."""
+"""Bytes below which the launch dominates a kernel's time."""
 
 SHOWN = (("resnet32-s16u1-double", 32, "bfloat16"), ("resnet34-s32u1", 224, "bfloat16"))
-"""Networks, image sizes and types that the page shows; the file holds them all."""
+"""Networks, image sizes and dtypes to show on the page; the file contains all."""
 
 _CONVOLUTIONS = {"convForward": "convolutions", "convBiasActivationForward": "convolutions",
                  "convBackwardInput": "convolutions, gradient of the input",
@@ -24,7 +24,7 @@ PURPOSES = (*dict.fromkeys(_CONVOLUTIONS.values()), *(
     f"{what}, {when}" for what in ("products", "sums over batch and pixels", "arrays, element by element")
     for when in ("forward", "backward")), "update, penalty, metrics", *(
     f"small: {what}" for what in ("forward", "backward", "update, penalty, metrics", "copies")))
-"""In the order of a table."""
+"""The purposes, in table order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +45,19 @@ class KernelsRow:
     bytes: float
 
     def step(self, network: str = "") -> tuple[object, ...]:
-        """Returns what identifies its step, or that of another network."""
+        """Returns the key of the row's step, or of that of another network."""
         return self.target, network or self.network, self.modules, self.image_size, self.dtype
 
 
 def purpose(kernel: Kernel) -> str:
-    """Returns what a kernel of a GPU's program is for, one of `PURPOSES`."""
+    """Returns the purpose of a kernel in a GPU program, one of `PURPOSES`."""
     for end, what in _CONVOLUTIONS.items():
         if kernel.kind.endswith(end):
             return what
     small = kernel.bytes < SMALL * kernel.times
     if small and kernel.kind.startswith("copy"):
         return "small: copies"
-    # As JAX names operations: what is differentiated within jvp(…), its gradient within transpose(jvp(…)).
+    # JAX marks differentiated operations with jvp(…) and their gradients with transpose(jvp(…)).
     if "jvp(" not in kernel.source or "jvp()" in kernel.source:
         return "small: update, penalty, metrics" if small else "update, penalty, metrics"
     when = "backward" if "transpose(" in kernel.source else "forward"
@@ -69,7 +69,7 @@ def purpose(kernel: Kernel) -> str:
 
 
 def rows_of(row: AcceleratorRow, kernels: Iterable[Kernel]) -> list[KernelsRow]:
-    """Returns the rows of the step that `row` is of."""
+    """Returns the rows for the step of `row`."""
     count: collections.Counter[str] = collections.Counter()
     moved: collections.Counter[str] = collections.Counter()
     for kernel in kernels:
@@ -80,9 +80,9 @@ def rows_of(row: AcceleratorRow, kernels: Iterable[Kernel]) -> list[KernelsRow]:
 
 
 def tables(rows: Sequence[KernelsRow]) -> str:
-    """Returns a table in Markdown for each step of a network with sharing whose plain network's step is there too."""
+    """Returns a Markdown table for each step of a network with sharing, if the plain network's step exists too."""
     last: dict[tuple[object, ...], dict[str, KernelsRow]] = {}
-    for row in rows:  # of a step compiled again, the newer rows count, and all of them
+    for row in rows:  # if a step was compiled again, only its newer rows count
         kept = last.setdefault(row.step(), {})
         if any((other.date, other.commit) != (row.date, row.commit) for other in kept.values()):
             kept.clear()
@@ -99,7 +99,7 @@ def tables(rows: Sequence[KernelsRow]) -> str:
 
 
 def of_the_page(rows: Sequence[KernelsRow]) -> str:
-    """Returns the tables of those that are `SHOWN`."""
+    """Returns the tables for the steps in `SHOWN`."""
     return tables([row for row in rows if any(
         row.network in (name, row.plain) and (row.image_size, row.dtype) == of and name.startswith(f"{row.plain}-")
         for name, *rest in SHOWN for of in [tuple(rest)])])

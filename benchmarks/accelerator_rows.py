@@ -1,4 +1,4 @@
-"""The rows of `results/accelerators.csv`, and the tables that are made of them."""
+"""The rows of `results/accelerators.csv` and the tables derived from them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.session import OURS
 
 @dataclasses.dataclass(frozen=True)
 class AcceleratorRow:
-    """What a compiler says of a program; the fields are the columns. Figures are those of one device."""
+    """A compiler's analysis of a program; the fields are the columns. Figures are per device."""
 
     date: str
     commit: str
@@ -26,11 +26,11 @@ class AcceleratorRow:
     plain: str
     """The network without sharing."""
     modules: str
-    """This package, or 'stock' Flax modules; with norm_images=N, if batch statistics are those of N images."""
+    """This package, or 'stock' Flax modules; with norm_images=N if batch statistics cover N images."""
     program: str
-    """'step', that of training, or 'evaluation', that of a batch."""
+    """'step' for a training step, or 'evaluation' for a batch."""
     batch: int
-    """Of all devices."""
+    """Number of images over all devices."""
     image_size: int
     dtype: str
     kernels: int
@@ -43,24 +43,24 @@ class AcceleratorRow:
     argument_bytes: float
     exchanged_bytes: float
     hidden_collectives: float
-    """Those that have kernels beside them; this and the two above are NaN in rows that are older."""
+    """Number of collectives that overlap with kernels; this and the two fields above are NaN in older rows."""
     compile_seconds: float
     command: str
 
     def key(self, **changes: str) -> tuple[object, ...]:
-        """Returns what it is a row of, or what a row with these `changes` were."""
+        """Returns the key of the row, or of one with the given `changes`."""
         one = dataclasses.replace(self, **changes)  # type: ignore[arg-type]
         return one.target, one.network, one.modules, one.program, one.batch, one.image_size, one.dtype
 
 
 def newest(rows: Sequence[AcceleratorRow]) -> list[AcceleratorRow]:
-    """Returns the last row of each key, in the order of targets, and within one in that of their first rows."""
+    """Returns the last row of each key, ordered by target, then by first occurrence."""
     last = {row.key(): row for row in rows}
     return sorted(last.values(), key=lambda row: list(TARGETS).index(row.target))
 
 
 def tables(rows: Sequence[AcceleratorRow], among: Sequence[AcceleratorRow]) -> str:
-    """Returns a table for each target in Markdown, ratios first, to plain and stock networks that are in `among`."""
+    """Returns a Markdown table per target, ratios first, relative to plain and stock networks in `among`."""
     by_key = {row.key(): row for row in among}
     parts = []
     for target in dict.fromkeys(row.target for row in rows):
@@ -94,11 +94,11 @@ def _table(rows: Sequence[AcceleratorRow], by_key: dict[tuple[object, ...], Acce
 
 
 def _figure(value: float, digits: int = 0) -> str:
-    """Returns a figure that older rows do not have."""
+    """Formats a value that older rows lack."""
     return NOT_MEASURED if math.isnan(value) else f"{value:,.{digits}f}"
 
 
 def _over(row: AcceleratorRow, other: AcceleratorRow | None, field: str) -> str:
-    """Returns a figure over that of another row, where there is one."""
+    """Returns the ratio of a field to that of another row, if there is one."""
     divisor = getattr(other, field, 0)
     return f"{getattr(row, field) / divisor:.2f}" if divisor else NOT_MEASURED

@@ -1,4 +1,4 @@
-"""Accelerators that are not here: their compilers run on any machine, and compile the trainer's own step for them."""
+"""Compiles the trainer's own step for accelerators that are not present; their compilers run on any machine."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from shared_basis.runtime.distributed import batch_sharding
 from shared_basis.training.program import define
 
 MOST_IMAGES = 4096
-"""Of a batch, over all devices together."""
+"""Maximum number of images in a batch, over all devices."""
 STOCK = "stock"
-"""How rows name networks in stock Flax modules."""
+"""The value by which rows mark networks in stock Flax modules."""
 STEP, EVALUATION = "step", "evaluation"
-"""How rows name the two programs of a run: the train step, and the scoring of a batch."""
+"""The values by which rows mark the two programs of a run: the training step, and scoring a batch."""
 
 UNCHANGED = {"data__pad": 0, "data__flip": False}
-"""The configuration under which a step takes images as they come: see `Case.config`."""
+"""Configuration changes under which a step uses images as they are: see `Case.config`."""
 
 _H100 = Path(__file__).with_name("h100.txtpb")
 
@@ -45,14 +45,14 @@ class Target:
 
     title: str
     platform: str
-    """As JAX's plugins call it: 'cuda' or 'tpu'."""
+    """The platform name of JAX's plugin: 'cuda' or 'tpu'."""
     topology: str
     devices: int
     compiler: str
-    """The package that holds the compiler."""
+    """The package that contains the compiler."""
 
     def mesh(self) -> Mesh:
-        """Returns a mesh of these devices, made as `runtime.distributed.make_mesh` makes that of real ones.
+        """Returns a mesh of these devices, constructed as in `runtime.distributed.make_mesh`.
 
         Raises:
           UserError: the compiler is not installed.
@@ -69,12 +69,12 @@ class Target:
         return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
     def batch(self, image_size: int) -> int:
-        """Returns the images of a step: 256 for each device, 64 of large ones, and no more than `MOST_IMAGES`."""
+        """Returns the images per step: 256 per device, 64 for large images, at most `MOST_IMAGES`."""
         return min((256 if image_size <= 64 else 64) * self.devices, MOST_IMAGES)
 
     @property
     def compiler_options(self) -> dict[str, Any]:
-        """XLA's options: tuning by measurement needs the device."""
+        """XLA options: disables autotuning, which needs the device."""
         return {"xla_gpu_autotune_level": 0} if self.platform == "cuda" else {}
 
 
@@ -84,11 +84,11 @@ TARGETS = {
     **{f"v5e:{rows}x{rows}": Target(f"{rows * rows} TPU v5e", "tpu", f"v5e:{rows}x{rows}", rows * rows, "libtpu")
        for rows in (2, 4, 16)},
 }
-"""By name; on TPU, that of the topology."""
+"""The targets by name; on TPU, the name of the topology."""
 
 
 class _Unread:
-    """Stands for images that are never read."""
+    """Placeholder for images that are never read."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -99,24 +99,24 @@ class _Unread:
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What the compiler says of a program, for each device."""
+    """The compiler's analysis of a program, per device."""
 
     kernels: int
     bytes: float
-    """Read and written: by XLA's own analysis, or where it has none by all kernels."""
+    """Bytes read and written: from XLA's analysis, or if unavailable summed over kernels."""
     main_memory_bytes: float
-    """By all kernels, without what a TPU keeps in its core's own memory."""
+    """Bytes over all kernels, excluding data that a TPU keeps in on-core memory."""
     flops: float
-    """By XLA's own analysis, or where it has none an even share of those of convolutions and products of matrices."""
+    """From XLA's analysis, or if unavailable an even share of those of convolutions and matrix products."""
     all_reduces: int
     other_collectives: int
     temporary_bytes: float
     argument_bytes: float
-    """The state and the batch; the new state takes the place of the old one."""
+    """Bytes of the state and the batch; the new state reuses the memory of the old one."""
     exchanged_bytes: float
-    """What the collectives are given."""
+    """Bytes that collectives receive as input."""
     hidden_collectives: float
-    """Those between whose beginning and end other kernels run."""
+    """Number of collectives between whose start and end other kernels run."""
     compile_seconds: float
 
 
@@ -125,25 +125,25 @@ class Program:
     """A compiled program."""
 
     batch: int
-    """Images, of all devices: those asked for, or in an evaluation as many as the devices divide."""
+    """Images over all devices: as requested or, for an evaluation, rounded to a multiple of the devices."""
     figures: Figures
     text: str
-    """The optimized program."""
+    """The text of the optimised program."""
 
 
 def compile_program(program: str, case: Case, target: Target, modules: str, norm_images: int = 0) -> Program:
     """Compiles one of the two programs of a run of `case`, as the trainer defines them.
 
-    Images are streamed, so that a step reads its batch and not the whole data set, and neither cropped nor mirrored,
-    which is the same for all networks.
+    Images are streamed, so that a step reads only its batch, and neither cropped nor mirrored, which is the same for
+    all networks.
 
     Args:
       program: `STEP`, or `EVALUATION` of a batch of the usual size.
-      modules: `STOCK`, or anything else for this package's own.
-      norm_images: the images that batch statistics are those of; 0 is the whole batch.
+      modules: `STOCK`, or any other value for this package's own.
+      norm_images: the number of images that batch statistics cover; 0 for the whole batch.
 
     Raises:
-      UserError: `norm_images` does not divide the batch, the compiler is not installed, or refuses the program.
+      UserError: `norm_images` does not divide the batch, the compiler is not installed, or it rejects the program.
     """
     traced, batch = trace(program, case, target.mesh(), modules, norm_images)
     lowered = traced.lower()
@@ -167,7 +167,7 @@ def compile_program(program: str, case: Case, target: Target, modules: str, norm
 
 
 def trace(program: str, case: Case, mesh: Mesh, modules: str = "", norm_images: int = 0) -> tuple[Any, int]:
-    """Returns a program as `compile_program` compiles it, traced for the devices of `mesh`, and its images."""
+    """Traces a program as in `compile_program` for the devices of `mesh`; returns it and its number of images."""
     config = case.config(**UNCHANGED, model__norm_images=norm_images)
     spec = Spec((case.image_size, case.image_size, 3), tuple(map(str, range(case.classes))))
     unread: Any = _Unread(50_000)
@@ -184,7 +184,7 @@ def trace(program: str, case: Case, mesh: Mesh, modules: str = "", norm_images: 
 
 
 def count_flops(jaxpr: Any) -> int:
-    """Returns two for each product in the convolutions and matrix products of a jaxpr, zeros of padding included."""
+    """Returns two per multiply-accumulate in the convolutions and matrix products of a jaxpr, including padding."""
     return sum(_flops(equation) for equation in jaxpr.eqns)
 
 
@@ -200,7 +200,7 @@ def _flops(equation: Any) -> int:
         (contracted, _), _ = equation.params["dimension_numbers"]
         return products * math.prod(left[axis] for axis in contracted)
     filters = right[equation.params["dimension_numbers"].rhs_spec[0]]
-    # Zeros between the input's pixels, in the gradient of a convolution with strides, are not multiplied.
+    # In the gradient of a strided convolution, zeros between the input's pixels are not multiplied.
     return products * math.prod(right) // filters // math.prod(equation.params["lhs_dilation"])
 
 

@@ -1,11 +1,11 @@
-"""What the programs of a run are on accelerators that are not here: their own compilers' figures, and no clock's.
+"""Analyses of a run's programs for accelerators that are not present, by their compilers; no time is measured.
 
     python -m benchmarks.accelerators --targets=h100x1 --networks=resnet32,resnet32-s16u1-double --append --write
 
-The trainer's own step is compiled, and beside it that of the same network in stock Flax modules, where it is written in
-them; with --programs=evaluation the scoring of a batch. --append adds a row for each to results/accelerators.csv, and
-for steps on GPUs rows that say what their kernels are for to results/accelerator_kernels.csv; --write puts tables of
-the newest rows in that file into benchmarks/README.md. See there for what the figures say.
+Compiles the trainer's own step, also with the same network in stock Flax modules if available; with
+--programs=evaluation, the scoring of a batch. --append adds a row for each to results/accelerators.csv and, for steps
+on GPUs, rows on the purposes of kernels to results/accelerator_kernels.csv; --write updates the tables of the newest
+rows in benchmarks/README.md, which explains the figures.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # before JAX is imported: nothing is computed, and no device is to be looked for
+if __name__ == "__main__":  # before JAX is imported: no device is needed
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -40,11 +40,11 @@ from shared_basis.models import plain_counterpart
 
 RESULTS = Path("results")
 FILE, KERNELS = RESULTS / "accelerators.csv", RESULTS / "accelerator_kernels.csv"
-"""Below the repository's root."""
+"""Relative to the repository's root."""
 NETWORKS = ("resnet32", "resnet32-s16u1-double", "resnet56", "resnet56-s16u1-double", "resnet34", "resnet34-s32u1",
             "resnet34@224", "resnet34-s32u1@224", "resnet50", "resnet50-shared", "mobilenetv2", "mobilenetv2-shared",
             "densenet121", "densenet121-s64u4", "resnext50_32x4d", "resnext50_32x4d-s64u4")
-"""What is compiled unless others are named; after '@' comes the size of the images, if it is not the usual one."""
+"""The default programs; '@' is followed by the image size, if it is not the usual one."""
 DTYPES = ("float32", "bfloat16")
 MODULES = (OURS, STOCK)
 PROGRAMS = (STEP, EVALUATION)
@@ -54,41 +54,41 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options."""
     parser = Parser(description=__doc__.split("\n")[0])
     for option, usual, about in (("targets", tuple(TARGETS), "devices to compile for"),
-                                 ("dtypes", DTYPES, "what to compute in"),
+                                 ("dtypes", DTYPES, "compute dtypes"),
                                  ("modules", MODULES, f"{OURS}, or the same networks in Flax's own modules")):
         parser.add_argument(f"--{option}", type=functools.partial(names, choices=usual), default=usual,
                             help=f"{about}: some of {','.join(usual)}; default: all")
     parser.add_argument("--programs", type=functools.partial(names, choices=PROGRAMS), default=PROGRAMS[:1],
-                        help=f"what of a run to compile: some of {','.join(PROGRAMS)}; default: {PROGRAMS[0]}")
+                        help=f"programs of a run to compile: some of {','.join(PROGRAMS)}; default: {PROGRAMS[0]}")
     parser.add_argument("--networks", type=names, default=NETWORKS,
                         help="e.g. resnet34,resnet34-s32u1@224, for images of 224×224; default: the usual ones")
-    parser.add_argument("--batch", type=positive, help="images a step, of all devices; default: by target and size")
+    parser.add_argument("--batch", type=positive, help="images per step, over all devices; default: by target and size")
     parser.add_argument("--norm-images", type=positive, default=0, metavar="N",
-                        help="model.norm_images: batch statistics are those of N images; default: of the whole batch")
+                        help="model.norm_images: batch statistics cover N images; default: the whole batch")
     parser.add_argument("--kernels", type=Path, metavar="DIRECTORY",
-                        help="write a list of each program's kernels (.tsv) and the program itself (.hlo) there")
+                        help="directory for each program's kernels (.tsv) and text (.hlo)")
     parser.add_argument("--append", action="store_true", help="add the rows to results/accelerators.csv")
     parser.add_argument("--write", action="store_true",
-                        help="put tables of the newest rows in that file into benchmarks/README.md")
+                        help="update the tables of the newest rows in benchmarks/README.md")
     return parser.parse_args(arguments)
 
 
 def case_of(network: str, target: Target, dtype: str, batch: int | None) -> Case:
-    """Returns the case of `network`, which may end with '@' and the size of the images.
+    """Returns the case for `network`, which may end with '@' and the image size.
 
     Raises:
-      UserError: there is no such network, or the size is no number.
+      UserError: there is no such network, or the size is not a number.
     """
     name, at, size = network.partition("@")
     if at and not (size.isdecimal() and 8 <= int(size) <= 1024):
-        raise UserError(f"--networks: {network!r}: after '@' comes the size of images, 8 to 1024, as in {name}@224.")
+        raise UserError(f"--networks: {network!r}: '@' must precede the image size, 8 to 1024, as in {name}@224.")
     case = make_case(name, "tpu", batch, dtype)
     image_size = int(size) if at else case.image_size
     return Case(name, batch or target.batch(image_size), image_size, dtype)
 
 
 def cases_of(options: argparse.Namespace) -> Iterator[tuple[str, Case, str, str]]:
-    """Yields what the options ask for: the name of a target, a case, the modules that it is made of, and a program."""
+    """Yields the requested combinations: name of a target, case, modules, and program."""
     for target in options.targets:
         for dtype in options.dtypes:
             for network in options.networks:
@@ -99,7 +99,7 @@ def cases_of(options: argparse.Namespace) -> Iterator[tuple[str, Case, str, str]
 
 
 def row_of(target: str, case: Case, modules: str, norm_images: int, kind: str, program: Program) -> AcceleratorRow:
-    """Returns the row of a compiled program, with the command that compiles it again."""
+    """Returns the row for a compiled program, including the command to reproduce it."""
     compiler, network = TARGETS[target].compiler, f"{case.network}@{case.image_size}"
     words = ["python", "-m", "benchmarks.accelerators", f"--targets={target}", f"--networks={network}",
              f"--dtypes={case.dtype}", f"--modules={modules}", f"--batch={case.batch}"]
@@ -116,7 +116,7 @@ def row_of(target: str, case: Case, modules: str, norm_images: int, kind: str, p
 
 
 def keep_kernels(directory: Path, row: AcceleratorRow, program: Program) -> None:
-    """Writes the list of a program's kernels, and its text, into `directory`."""
+    """Writes the list of a program's kernels, and its text, to `directory`."""
     name = "-".join((row.target.replace(":", "_"), row.network, str(row.image_size), row.dtype,
                      *row.modules.split(", "), *([] if row.program == STEP else [row.program])))
     directory.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def keep_kernels(directory: Path, row: AcceleratorRow, program: Program) -> None
 
 
 def write_page(root: Path = ROOT) -> None:
-    """Replaces the tables of the page by those of the newest rows in the file."""
+    """Updates the tables of the newest rows on the page."""
     kept = newest(records.read(root / FILE, AcceleratorRow))
     replace_section(root / PAGE, "accelerators", tables(kept, kept))
     kernels = accelerator_kernels.of_the_page(records.read(root / KERNELS, KernelsRow))
@@ -133,17 +133,17 @@ def write_page(root: Path = ROOT) -> None:
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
-    """Compiles and prints, and keeps each row below `root` as soon as it is there, where the options say so.
+    """Compiles and prints; stores each row below `root` immediately, if requested.
 
     Raises:
-      UserError: the options do not fit, or a compiler is missing.
+      UserError: the options are inconsistent, or a compiler is missing.
       SystemExit: an option is invalid.
     """
     options = parse(arguments)
     earlier = records.read(root / FILE, AcceleratorRow)
     cases, rows = list(cases_of(options)), []
     for target in options.targets:
-        TARGETS[target].mesh()  # refuses one whose compiler is missing before anything is compiled
+        TARGETS[target].mesh()  # raises if the compiler is missing, before compiling anything
     for target, case, modules, kind in cases:
         print(f"{target}: {case.network} at {case.image_size}, {case.dtype}, {modules}, {kind} …", file=sys.stderr,
               flush=True)

@@ -1,9 +1,9 @@
-"""How fast the train step is beside an earlier commit's: steps of both trees in turns, in processes of their own.
+"""Measures the training step against an earlier commit's, alternating steps of both trees in separate processes.
 
     python -m benchmarks.against bb59da4 --networks=resnet32,resnet32-s16u1-double --rounds=7 --append --write
 
-The earlier tree is checked out into a temporary git worktree; its `benchmarks.cases` builds its step. A cell holds the
-median, and in brackets the least and the greatest.
+The earlier tree is checked out into a temporary git worktree, whose `benchmarks.cases` builds its step. A cell shows
+the median and, in parentheses, minimum and maximum.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ print("ready", flush=True)
 for _ in sys.stdin:
     print(step.run(steps), flush=True)
 """
-"""Builds a step with whatever package lies in the working directory, and answers each line with seconds per step."""
+"""Builds a step with the package in the working directory, and answers each input line with seconds per step."""
 
 
 class _Stepper:
@@ -55,7 +55,7 @@ class _Stepper:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise UserError(f"The step of {self._name} cannot be measured: its process has ended, see above.")
+            raise UserError(f"The step of {self._name} cannot be measured: its process has exited, see above.")
         return line
 
     def measure(self) -> float:
@@ -68,15 +68,15 @@ class _Stepper:
     def close(self) -> None:
         """Ends the process."""
         self._process.kill()
-        self._process.communicate()  # waits, and closes its pipes
+        self._process.communicate()  # waits and closes its pipes
 
 
 @contextlib.contextmanager
 def worktree(commit: str) -> Iterator[Path]:
-    """Yields the tree of an earlier commit, checked out for as long.
+    """Yields a temporary checkout of an earlier commit.
 
     Raises:
-      UserError: git knows no such commit here.
+      UserError: the commit is unknown to git.
     """
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "tree"
@@ -91,7 +91,7 @@ def worktree(commit: str) -> Iterator[Path]:
 
 
 def compare(session: Session, cases: Sequence[Case], commit: str, earlier: Path) -> Table:
-    """Returns a table of steps in this tree and in `earlier`, that of `commit`, and adds rows to the session."""
+    """Returns a table of steps in this tree and in `earlier`, checked out at `commit`; adds rows to the session."""
     table = [["step", f"over {commit}'s", "ms", f"{commit}, ms"]]
     for case in cases:
         session.print_progress(f"against {commit}: {case.network}")
@@ -111,19 +111,19 @@ def compare(session: Session, cases: Sequence[Case], commit: str, earlier: Path)
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
-    """Measures, prints, and keeps below `root` what the options say.
+    """Measures, prints, and stores rows and tables below `root` if requested.
 
     Raises:
       UserError: a network or the commit is unknown, or a step cannot be measured.
       SystemExit: an option is invalid.
     """
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("commit", help="the earlier commit, as git names it")
+    parser.add_argument("commit", help="the earlier commit, in any form that git accepts")
     parser.add_argument("--networks", type=names, default=(), help="default: those of the benchmark of speed")
-    parser.add_argument("--rounds", type=positive, default=7, help="measurements of each; the median counts")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="what a measurement lasts, at least")
+    parser.add_argument("--rounds", type=positive, default=7, help="number of measurements to take the median of")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="minimum duration of a measurement")
     parser.add_argument("--append", action="store_true", help="add the rows to results/speed.csv")
-    parser.add_argument("--write", action="store_true", help="replace the figures in benchmarks/README.md")
+    parser.add_argument("--write", action="store_true", help="update the figures in benchmarks/README.md")
     options = parser.parse_args(arguments)
     records.check_file(root / FILE, SpeedRow)
     for network in options.networks:

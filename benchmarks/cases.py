@@ -1,4 +1,4 @@
-"""What `benchmarks.speed` measures: networks with a batch, images of random pixels, and the trainer's own step."""
+"""The cases of `benchmarks.speed`: networks with a batch, random images, and the trainer's own step."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from shared_basis.runs.trained import build_model
 from shared_basis.runtime.distributed import check_batch_size, make_mesh
 
 SECONDS = 1.5
-"""What a measurement of steps is to last, at least, so that clocks and queues do not show."""
+"""Minimum duration of a measurement of steps, to hide the overhead of clocks and queues."""
 MOST_STEPS = 1000
-"""Of a measurement, however short they are."""
+"""Maximum number of steps in a measurement, however short they are."""
 
 NETWORKS = {
     "cpu": ("resnet32", "resnet32-s16u1-double", "resnet34", "resnet34-s32u1"),
     "accelerator": ("resnet56", "resnet56-s16u1-double", "resnet34", "resnet34-s32u1", "resnet50", "resnet50-shared",
                     "mobilenetv2", "mobilenetv2-shared"),
 }
-"""The networks that are measured unless others are named."""
+"""The default networks."""
 
 _SMALL = ("resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 _LARGE_IMAGES = ("resnet50", "resnet101", "mobilenetv2")
@@ -40,18 +40,18 @@ _BATCHES = {
     "cpu": {"small": (64, 1000), "wide": (32, 200), "large": (8, 32)},
     "accelerator": {"small": (256, 1000), "wide": (256, 1000), "large": (64, 250)},
 }
-"""Images of a step, and of an evaluation's batch."""
+"""Images per step and per batch of an evaluation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A network, the images that it sees, and how it computes."""
+    """A network, its images, and its dtype."""
 
     network: str
     batch: int
     image_size: int = 32
     dtype: str = "float32"
-    """Compute type of this package; PyTorch's is the mode's."""
+    """Compute dtype of this package; for PyTorch it depends on the mode."""
     eval_batch: int = 1000
 
     @property
@@ -61,7 +61,7 @@ class Case:
 
     @property
     def form(self) -> str:
-        """The sharing, as the name says it; empty for a plain network."""
+        """The sharing in the network's name; empty for a plain network."""
         return self.network.partition("-")[2]
 
     @property
@@ -71,12 +71,12 @@ class Case:
 
     @property
     def classes(self) -> int:
-        """Logits: those of the data set that the network is published for."""
+        """Number of logits: classes of the data set for which the network is published."""
         return 1000 if self.stem == "imagenet" else 10 if self.plain in _SMALL else 100
 
     @property
     def elements(self) -> str:
-        """The basis elements that the published penalty counts."""
+        """The basis elements that the published penalty covers."""
         return "shared+unique" if self.classes == 10 else "shared"
 
     @property
@@ -85,17 +85,17 @@ class Case:
         return {10: "cifar_resnet", 100: "cifar100", 1000: "imagenet"}[self.classes]
 
     def config(self, **changes: Any) -> Config:
-        """Returns the published recipe's configuration, for one epoch; `changes` are fields, with '__' for the dot."""
+        """Returns the published recipe for one epoch; `changes` are configuration fields, with '__' instead of dots."""
         recipe = importlib.import_module(f"configs.{self.recipe}").get_config(self.network)
         config = replace(from_config_dict(recipe), {
             "model.stem": self.stem, "model.dtype": self.dtype,
-            "data.crop": "center",  # images at random are cropped while they are read, not in the step
+            "data.crop": "center",  # random crops are made while reading, outside of the step
             "optimizer.boundaries": (), "optimizer.factors": (), "train.epochs": 1,
             "train.batch_size": self.batch, "train.eval_batch_size": self.eval_batch})
         return replace(config, {name.replace("__", "."): value for name, value in changes.items()})
 
     def counts(self) -> dict[str, float]:
-        """Returns multiply-accumulates of an image, parameters, and both over those of the plain network."""
+        """Returns multiply-accumulates per image, parameters, and both relative to the plain network."""
         found = compare_with_plain(ModelConfig(name=self.network, stem=self.stem), self.classes,
                                    (self.image_size, self.image_size, 3))
         return {"macs": found["macs"], "parameters": found["parameters"],
@@ -103,7 +103,7 @@ class Case:
 
 
 def make_case(network: str, platform: str, batch: int | None = None, dtype: str = "float32") -> Case:
-    """Returns the case of `network` with the image size, and on `platform` the batch, that are usual for it.
+    """Returns the case for `network` with its usual image size and the usual batch on `platform`.
 
     Raises:
       UserError: there is no such network.
@@ -116,12 +116,12 @@ def make_case(network: str, platform: str, batch: int | None = None, dtype: str 
 
 
 def default_networks(platform: str) -> tuple[str, ...]:
-    """Returns the networks that are measured on `platform` unless others are named."""
+    """Returns the default networks on `platform`."""
     return NETWORKS["cpu" if platform == "cpu" else "accelerator"]
 
 
 def beside_plain(cases: Iterable[Case]) -> list[list[Case]]:
-    """Returns the cases by plain network, each list with that network, which need not be among them, first."""
+    """Groups the cases by plain network, which is placed first in each list and added if missing."""
     groups: dict[str, list[Case]] = {}
     for case in cases:
         group = groups.setdefault(case.plain, [dataclasses.replace(case, network=case.plain)])
@@ -131,7 +131,7 @@ def beside_plain(cases: Iterable[Case]) -> list[list[Case]]:
 
 
 def random_images(case: Case, train: int, test: int, config: Config) -> Images:
-    """Returns images of random pixels that are to be resident on the device."""
+    """Returns random images that will be resident on the device."""
     random, size = np.random.default_rng(0), case.image_size
     splits = {name: Split(random.integers(0, 256, (count, size, size, 3), dtype=np.uint8),
                           random.integers(0, case.classes, count).astype(np.int32))
@@ -140,14 +140,14 @@ def random_images(case: Case, train: int, test: int, config: Config) -> Images:
 
 
 def make_step(case: Case, model: Network | None = None, test: int = 1, **changes: Any) -> BareStep:
-    """Returns the trainer's compiled step of `case`, or of another `model`, on resident images.
+    """Returns the trainer's compiled step for `case`, or for another `model`, on resident images.
 
     Args:
       test: the number of test images.
-      changes: as in `Case.config`.
+      changes: see `Case.config`.
 
     Raises:
-      UserError: the batch does not divide among the devices.
+      UserError: the batch does not divide evenly among the devices.
     """
     config, mesh = case.config(**changes), make_mesh()
     check_batch_size(case.batch, mesh)
@@ -159,21 +159,21 @@ def make_step(case: Case, model: Network | None = None, test: int = 1, **changes
 
 
 class Timed:
-    """Seconds of one step: measures as many of them as take so many `seconds`, which the first call finds out."""
+    """Measures seconds per step over as many steps as take `seconds`, determined by the first call."""
 
     def __init__(self, run: Callable[[int], float], seconds: float = SECONDS) -> None:
         self._run, self._seconds = run, seconds
         self._steps = 0
 
     def __call__(self) -> float:
-        """Returns the seconds of one step."""
+        """Returns the seconds per step."""
         if not self._steps:
             self._steps = min(MOST_STEPS, max(2, round(self._seconds / self._run(2))))
         return self._run(self._steps)
 
 
 def repeated(function: Callable[[], object]) -> Callable[[int], float]:
-    """Returns a function that calls `function`, which waits for its result, so many times, and returns the seconds."""
+    """Returns a function that calls the blocking `function` a given number of times and returns the seconds."""
     def run(times: int) -> float:
         function()
         began = time.perf_counter()
@@ -184,6 +184,6 @@ def repeated(function: Callable[[], object]) -> Callable[[int], float]:
 
 
 def by_form(cases: Sequence[Case]) -> dict[str, list[Case]]:
-    """Returns the cases by sharing, in their order."""
+    """Groups the cases by sharing, in order."""
     forms = dict.fromkeys(case.form for case in cases)
     return {form: [case for case in cases if case.form == form] for form in forms}

@@ -1,4 +1,4 @@
-"""What benchmarks and studies have in common: measuring in turns, tables, sections of pages, options."""
+"""Common code of benchmarks and studies: alternating measurements, tables, sections of pages, options."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from shared_basis.errors import UserError
 from shared_basis.runtime.files import write_atomic
 
 PAGE = Path("benchmarks") / "README.md"
-"""The page that benchmarks write their tables to, below the repository's root."""
+"""The page with the benchmarks' tables, relative to the repository's root."""
 
 NOT_MEASURED = "–"
-"""What a cell shows where there is no value."""
+"""The contents of a cell without a value."""
 
 Table = list[list[str]]
 Measure = Callable[[], float]
@@ -29,7 +29,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class Parser(argparse.ArgumentParser):
-    """Ends at an invalid argument with one line and exit code 2."""
+    """An argument parser that exits with a one-line message and code 2 on invalid arguments."""
 
     def error(self, message: str) -> NoReturn:
         """See `argparse.ArgumentParser`."""
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def names(text: str, choices: Sequence[str] = ()) -> tuple[str, ...]:
-    """Returns the names in a list with commas; raises argparse's error for one that is none of `choices`, or none."""
+    """Parses a comma-separated list; raises argparse's error if it is empty or an entry is not in `choices`."""
     given = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     unknown = [name for name in given if choices and name not in choices]
     if unknown or not given:
@@ -55,7 +55,7 @@ def positive(text: str) -> int:
 
 
 def in_turns(subjects: Mapping[Key, Measure], rounds: int) -> dict[Key, list[float]]:
-    """Returns what each subject returns, `rounds` times, called in turns."""
+    """Calls all subjects alternately, for `rounds` rounds; returns each subject's results."""
     values: dict[Key, list[float]] = {name: [] for name in subjects}
     for _ in range(rounds):
         for name, measure in subjects.items():
@@ -69,7 +69,7 @@ def medians(values: Mapping[Key, Sequence[float]]) -> dict[Key, float]:
 
 
 def markdown(table: Table) -> str:
-    """Returns a table in Markdown, numbers to the right."""
+    """Returns a table in Markdown, with right-aligned numbers."""
     head, *rows = table
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -85,14 +85,14 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def machine(packages: Iterable[str]) -> str:
-    """Returns the day, and what is measured on."""
+    """Returns the date, and the machine and versions used for measuring."""
     named = (f"{name} {version}" for name, version in versions(packages).items())
     return (f"{datetime.date.today().isoformat()}, {os.cpu_count()} cores ({platform.machine()}), Python "
             f"{platform.python_version()}, {', '.join(named)}")
 
 
 def section_of(path: Path, name: str) -> str:
-    """Returns what stands between the marks `<!-- name -->` and `<!-- end of name -->`, each a line of a file.
+    """Returns the text between the lines `<!-- name -->` and `<!-- end of name -->` of a file.
 
     Raises:
       UserError: a mark is missing.
@@ -101,7 +101,7 @@ def section_of(path: Path, name: str) -> str:
 
 
 def replace_section(path: Path, name: str, text: str) -> None:
-    """Replaces what `section_of` returns.
+    """Replaces the text that `section_of` returns.
 
     Raises:
       UserError: a mark is missing.
@@ -111,9 +111,9 @@ def replace_section(path: Path, name: str, text: str) -> None:
 
 
 def _split(path: Path, name: str) -> tuple[str, str, str]:
-    """Returns what stands before, between and after the marks, which belong to the first and the last part."""
+    """Returns the text before, between and after the marks; first and last part include the marks."""
     content, begin, end = path.read_text(encoding="utf-8"), f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
     if not 0 <= content.find(begin) < content.find(end):
-        raise UserError(f"{path.name} has not the marks {begin.strip()} and, below it, {end.strip()}.")
+        raise UserError(f"{path.name} lacks the marks {begin.strip()} and, below it, {end.strip()}.")
     first, last = content.index(begin) + len(begin), content.index(end)
     return content[:first], content[first:last], content[last:]

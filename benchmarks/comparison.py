@@ -1,4 +1,4 @@
-"""This package beside PyTorch, and networks beside their plain counterparts, measured in turns within one process."""
+"""Compares this package with PyTorch, and networks with their plain counterparts, alternating in one process."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ MISSING = "PyTorch is not installed and its columns are empty: pip install -e '.
 
 @dataclasses.dataclass
 class Comparison:
-    """Seconds of each network in each framework, one value for each round, as rows and tables."""
+    """Seconds of each network in each framework, one value per round, as rows and tables."""
 
     session: Session
     subject: str
     groups: list[list[Case]]
-    """Each begins with the plain network."""
+    """Groups of cases, each starting with the plain network."""
     frameworks: list[str]
-    """Those beside this package; the usual one to compare with first."""
+    """The PyTorch modes to compare with, starting with the default one."""
     seconds: dict[tuple[str, str], list[float]] = dataclasses.field(default_factory=dict)
-    """By network and framework; of a step, or a batch, of `Case.batch` images."""
+    """Seconds by network and framework, for a step or batch of `Case.batch` images."""
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def measure(self, ours: Callable[[Case], Measure], theirs: Callable[[Any], Measure]) -> None:
-        """Measures all networks of a group in turns, in all frameworks, and adds rows.
+        """Measures all networks of a group alternately, in all frameworks, and adds rows.
 
         Args:
-          ours: makes what is measured of this package.
-          theirs: makes what is measured of PyTorch, from a `pytorch_trainer.Trainer`.
+          ours: returns the measurement for this package.
+          theirs: returns the measurement for PyTorch, given a `pytorch_trainer.Trainer`.
         """
         pytorch = _pytorch(self.session) if self.frameworks else None
         for group in self.groups:
@@ -53,7 +53,7 @@ class Comparison:
 
     def _prepared(self, pytorch: Any, case: Case,
                   theirs: Callable[[Any], Measure]) -> Iterator[tuple[str, Measure]]:
-        """Yields PyTorch's ways to do it, each tried once; what does not work becomes a note."""
+        """Yields PyTorch's modes after one trial each; failures become notes."""
         for framework in self.frameworks:
             self.session.print_progress(f"{self.subject}: preparing {case.network}, {framework}")
             try:
@@ -62,7 +62,7 @@ class Comparison:
             except UserError as error:
                 self.notes.append(f"{error}.")
                 return
-            except Exception as error:  # a compiler may fail in any way
+            except Exception as error:  # compilers may raise anything
                 self.notes.append(f"{case.network}, {framework}: {failure(error)}.")
             else:
                 yield framework, measure
@@ -80,15 +80,15 @@ class Comparison:
 
     @property
     def cases(self) -> list[Case]:
-        """All of them, plain ones first."""
+        """All cases, plain ones first."""
         return [case for group in self.groups for case in group]
 
     def ratio(self, above: tuple[str, str], below: tuple[str, str]) -> list[float]:
-        """Returns the quotients of two measurements, round by round; empty where one is missing."""
+        """Returns the ratios of two measurements by round; empty if one is missing."""
         return [a / b for a, b in zip(self.seconds.get(above, ()), self.seconds.get(below, ()), strict=False)]
 
     def times_as_fast(self) -> Table:
-        """Returns how many times as fast as PyTorch this package is, and adds rows of it."""
+        """Returns a table of speed relative to PyTorch, and adds rows for it."""
         table = [["this package is times as fast as", *self.frameworks]]
         for case in self.cases:
             table.append([f"{case.network}, batch {case.batch}"])
@@ -100,7 +100,7 @@ class Comparison:
         return table
 
     def against_plain(self) -> Table:
-        """Returns time over the plain network's, beside multiply-accumulates over its, and adds rows of it."""
+        """Returns a table of times relative to the plain network, next to relative MACs, and adds rows for it."""
         frameworks = (OURS, *self.frameworks[:1])
         table = [["over the plain network's", *(f"time, {_shown(name)}" for name in frameworks), "MACs", "parameters"]]
         for group in self.groups:
@@ -116,7 +116,7 @@ class Comparison:
         return table
 
     def absolute(self, unit: str) -> Table:
-        """Returns milliseconds of everything, and images per second of this package."""
+        """Returns a table of milliseconds of all measurements and this package's images per second."""
         frameworks = (OURS, *self.frameworks)
         table = [[f"ms a {unit}", *map(_shown, frameworks), "images/s, this package"]]
         for case in self.cases:
@@ -128,17 +128,17 @@ class Comparison:
         return table
 
     def tables(self, unit: str) -> list[Table]:
-        """Returns all that have anything in them, ratios first."""
+        """Returns all non-empty tables, ratios first."""
         tables = [self.times_as_fast(), self.against_plain(), self.absolute(unit)]
         return [table for table in tables if len(table) > 1 and len(table[0]) > 1]
 
 
 def torch_frameworks(platform: str, dtype: str) -> list[str]:
-    """Returns the ways to use PyTorch that are measured beside this package, the usual one to compare with first.
+    """Returns the PyTorch modes to compare with, starting with the default one.
 
-    bfloat16 on a CPU without instructions for it is several times slower than float32; it is measured there on demand.
+    bfloat16 on a CPU without instructions for it is several times slower than float32, and only measured on request.
     """
-    if platform == "tpu":  # PyTorch has no such device
+    if platform == "tpu":  # not supported by PyTorch
         return []
     modes = ["channels_last", "eager", "compiled"]
     if dtype == "bfloat16":
@@ -149,14 +149,14 @@ def torch_frameworks(platform: str, dtype: str) -> list[str]:
 
 
 def dtype_of(framework: str, case: Case) -> str:
-    """Returns what a framework computes in."""
+    """Returns the compute dtype of a framework."""
     if framework == OURS:
         return case.dtype
     return "bfloat16" if framework.endswith("bf16") else "float32"
 
 
 def failure(error: Exception) -> str:
-    """Returns in one line that something does not work."""
+    """Returns a one-line description of a failure."""
     return f"does not work: {type(error).__name__}: {first_line(error)[:200]}".rstrip(" .:")
 
 
@@ -165,7 +165,7 @@ def _shown(framework: str) -> str:
 
 
 def _pytorch(session: Session) -> Any:
-    """Returns `benchmarks.pytorch_trainer`; where PyTorch is not installed prints so, and returns None."""
+    """Returns `benchmarks.pytorch_trainer`; None, with a message, if PyTorch is not installed."""
     try:
         from benchmarks import pytorch_trainer
     except ImportError:

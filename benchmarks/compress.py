@@ -1,4 +1,4 @@
-"""`python benchmarks/compress.py`, as an earlier version had it; its code is `studies/compress.py`."""
+"""`python benchmarks/compress.py`, deprecated; moved to `studies/compress.py`."""
 
 from moved import run_as_module
 

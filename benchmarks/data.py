@@ -1,9 +1,9 @@
-"""How fast images are streamed and trained on. Prints tables; --write puts them into benchmarks/README.md.
+"""Measures streaming of images and training on them. Prints tables; --write updates benchmarks/README.md.
 
     python -m benchmarks.data --write
 
-Subjects are measured in turns within one session, several rounds, and medians are reported: on a shared machine
-only ratios mean much. Images are photographs (scikit-learn's two samples, cut at random) of ImageNet's usual size.
+Subjects are measured alternately in one session over several rounds, and medians are reported: on a shared machine,
+only ratios are meaningful. Images are random crops of photographs (from scikit-learn), in ImageNet's usual size.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-if not __package__:  # python benchmarks/data.py, as an earlier version had it
+if not __package__:  # python benchmarks/data.py, deprecated
     from moved import run_as_module
     run_as_module("benchmarks.data")
 
-# Each worker that Grain starts imports this file: without JAX, as those of a training do.
+# Each Grain worker imports this file: without JAX, as in training.
 from benchmarks.common import PAGE, Parser, Table, in_turns, machine, markdown, medians, positive, replace_section
 from benchmarks.records import ROOT
 from shared_basis.cli.app import run_and_exit
@@ -44,7 +44,7 @@ PACKAGES = ("jax", "pillow", "grain")
 
 
 def photographs(count: int, size: tuple[int, int], quality: int = 92) -> list[bytes]:
-    """Returns JPEG files of `size` (height, width), each another part of a photograph."""
+    """Returns JPEG files of `size` (height, width), each a different crop of a photograph."""
     from sklearn.datasets import load_sample_images
 
     samples = [Image.fromarray(sample) for sample in load_sample_images().images]
@@ -62,7 +62,7 @@ def photographs(count: int, size: tuple[int, int], quality: int = 92) -> list[by
 
 
 def pipeline(rounds: int) -> Table:
-    """Returns images per second of the whole pipeline, by number of workers, and its memory."""
+    """Returns a table of the pipeline's images per second and memory, by number of workers."""
     from shared_basis import data
 
     with tempfile.TemporaryDirectory() as root:
@@ -94,7 +94,7 @@ def pipeline(rounds: int) -> Table:
 
 
 def _streamed(source: Source, config: DataConfig, workers: int) -> tuple[float, int]:
-    """Returns images per second of the batches after the first eight, and the most memory that streaming took."""
+    """Returns images per second after the first eight batches, and the peak memory of streaming."""
     batches = TrainingBatches(source.splits["train"], source.spec, config, seed=0, batch_size=64, epochs=8)
     before, peak, began, counted, speed = _memory(), 0, 0.0, 0, 0.0
     with contextlib.closing(streaming.read(batches, workers, warn_on_stderr)) as reader:
@@ -105,13 +105,13 @@ def _streamed(source: Source, config: DataConfig, workers: int) -> tuple[float, 
                 counted += len(batch.labels)
             if number == len(batches) - 1:
                 speed = counted / (time.perf_counter() - began)
-            if number in (4, 6, len(batches) - 1):  # not while it is timed
+            if number in (4, 6, len(batches) - 1):  # not while timing
                 peak = max(peak, _memory() - before)
     return speed, peak
 
 
 def _memory() -> int:
-    """Returns the bytes that this process and its workers hold, what they share counted once; on Linux alone."""
+    """Returns the bytes of this process and its workers, counting shared memory once; Linux only."""
     processes = (os.getpid(), *(child.pid for child in multiprocessing.active_children()))
     maps = "".join(Path(f"/proc/{process}/smaps_rollup").read_text() for process in processes)
     own = sum(map(int, re.findall(r"^Private_(?:Clean|Dirty):\s+(\d+) kB", maps, re.MULTILINE)))
@@ -119,7 +119,7 @@ def _memory() -> int:
 
 
 def training(rounds: int) -> Table:
-    """Returns how much of the compiled step's speed the whole trainer keeps, resident and streamed."""
+    """Returns a table of the trainer's speed relative to the compiled step, with resident and streamed images."""
     from benchmarks.trainer import trainers
 
     digits = Config(model=ModelConfig(name="resnet20-s8u1-double"), train=TrainConfig(
@@ -151,16 +151,16 @@ def _load(config: Config, mesh: Mesh) -> Images:
 
 
 def report(parts: Iterator[Table]) -> str:
-    """Returns the section for the README."""
+    """Returns the section for benchmarks/README.md."""
     tables = "\n".join(markdown(part) for part in parts)
     return f"`python -m benchmarks.data --write`, {machine(PACKAGES)}:\n\n{tables}"
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
-    """Measures and prints; writes the page below `root` if asked to."""
+    """Measures and prints; updates the page below `root` if requested."""
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=positive, default=7, help="measurements of each subject; the median counts")
-    parser.add_argument("--write", action="store_true", help="replace the figures in benchmarks/README.md")
+    parser.add_argument("--rounds", type=positive, default=7, help="number of measurements to take the median of")
+    parser.add_argument("--write", action="store_true", help="update the figures in benchmarks/README.md")
     options = parser.parse_args(arguments)
     text = report(part(options.rounds) for part in (pipeline, training))
     print(text)

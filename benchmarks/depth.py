@@ -1,4 +1,4 @@
-"""`python benchmarks/depth.py`, as an earlier version had it; its code is `studies/depth.py`."""
+"""`python benchmarks/depth.py`, deprecated; moved to `studies/depth.py`."""
 
 from moved import run_as_module
 

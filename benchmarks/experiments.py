@@ -1,4 +1,4 @@
-"""`python benchmarks/experiments.py`, as an earlier version had it; its code is `studies/experiments.py`."""
+"""`python benchmarks/experiments.py`, deprecated; moved to `studies/experiments.py`."""
 
 from moved import run_as_module
 

@@ -1,11 +1,11 @@
-"""How large exported files are and how fast, beside the plain network's; and whether they say what the network does.
+"""Measures size and latency of exported files relative to the plain network's, and their agreement with the network.
 
     python -m benchmarks.export --append --write
     python -m benchmarks.export --workdirs=runs/NAME
 
-Files are ONNX and computed by onnxruntime. Networks that are named have random weights; runs in workdirs have their own
-and are held to their network on all of their test images. --append adds the rows to results/export.csv; --write puts
-the tables into benchmarks/README.md.
+Files are ONNX and run with onnxruntime. Networks given by name have random weights; runs given by workdir are compared
+with their network on all of their test images. --append adds the rows to results/export.csv; --write updates the tables
+in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # python benchmarks/export.py, as an earlier version had it
+if not __package__:  # python benchmarks/export.py, deprecated
     from moved import run_as_module
     run_as_module("benchmarks.export")
 
@@ -45,24 +45,24 @@ from shared_basis.runs.trained import Trained
 from shared_basis.runtime.reporter import Reporter
 
 FILE = Path("results") / "export.csv"
-"""Below the repository's root."""
+"""Relative to the repository's root."""
 NETWORKS = ("resnet32-s16u1-double", "resnet56-s8u1", "resnet34-s32u1", "densenet121-s64u4", "mobilenetv2-shared")
-"""What is measured unless others are named."""
+"""The default networks."""
 FOLDS = tuple(choice for choice in CHOICES if choice != "none")
 
 Key = tuple[str, str]
-"""Of a file: its network and fold."""
+"""Identifies a file by network and fold."""
 
 
 def graph_of(case: Case) -> Node:
-    """Returns the graph of a network with weights at random: how fast it is does not depend on them."""
+    """Returns the graph of a network with random weights, which do not affect its speed."""
     model = create_model(case.network, num_classes=case.classes, stem=case.stem, scan_blocks=False)
     shape, random = (case.image_size, case.image_size, 3), np.random.default_rng(0)
 
     def draw(path: Any, leaf: Any) -> np.ndarray:
         if path[-1].key in ("scale", "var"):
             return random.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-        width = math.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 10  # offsets and means are small, and not 0
+        width = math.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 10  # small but non-zero offsets and means
         return random.normal(0, width**-0.5, leaf.shape).astype(np.float32)
 
     variables = jax.tree_util.tree_map_with_path(draw, dict(abstract_variables(model, shape)))
@@ -70,14 +70,14 @@ def graph_of(case: Case) -> Node:
 
 
 def session_of(content: bytes) -> Any:
-    """Returns what computes an ONNX model."""
+    """Returns an inference session for an ONNX model."""
     import onnxruntime
 
     return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
 
 
 def files(session: Session, cases: Sequence[Case]) -> Table:
-    """Measures size and latency of each case's files beside those of its plain network, which is folded too."""
+    """Measures size and latency of each case's files relative to those of its plain network, which is folded too."""
     contents: dict[Key, bytes] = {}
     macs: dict[Key, int] = {}
     by_network = {name: case for case in cases for name in (case.plain, case.network)}
@@ -93,7 +93,7 @@ def files(session: Session, cases: Sequence[Case]) -> Table:
     timed = {key: Timed(repeated(functools.partial(session_of(content).run, None, {"images": images[key[0]]})),
                         session.seconds) for key, content in contents.items()}
     for measure in timed.values():
-        measure()  # finds out how often
+        measure()  # determines the number of calls
     seconds = in_turns(timed, session.rounds)
     table = [["network, fold", "MACs, million", "file, KiB", "over plain's", "latency, ms", "over plain's"]]
     for (name, choice), content in contents.items():
@@ -118,7 +118,7 @@ def load_tests(trained: Trained, reporter: Reporter) -> list[tuple[np.ndarray, n
     images = feeds.load(trained.open_source(), trained.config.data, trained.mesh, reporter)
     batches = images.batches("test", trained.config.train.eval_batch_size, trained.mesh)()
     arrays = [(np.asarray(pixels), np.asarray(labels)) for pixels, labels in batches]
-    return [(pixels[labels >= 0], labels[labels >= 0]) for pixels, labels in arrays]  # the last batch is filled up
+    return [(pixels[labels >= 0], labels[labels >= 0]) for pixels, labels in arrays]  # the last batch is padded
 
 
 def classify(model: Any, tests: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -127,7 +127,7 @@ def classify(model: Any, tests: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.n
 
 
 def agreement(session: Session, workdirs: Sequence[str]) -> Table:
-    """Holds the files of runs to their networks on all test images of these."""
+    """Compares the exported files of runs with their networks on all test images."""
     table = [["network, fold", "test images", "largest difference of logits", "predictions that differ",
               "narrowest margin"]]
     for workdir in workdirs:
@@ -152,18 +152,18 @@ def agreement(session: Session, workdirs: Sequence[str]) -> Table:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options."""
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--networks", type=names, help="in place of the usual ones; with --workdirs none are usual")
-    parser.add_argument("--workdirs", type=names, default=(), help="runs to hold to their networks")
-    parser.add_argument("--batch", type=positive, default=1, help="images at once")
-    parser.add_argument("--rounds", type=positive, default=5, help="measurements of each; the median counts")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="what a measurement of latency lasts, at least")
+    parser.add_argument("--networks", type=names, help="networks; with --workdirs, there are no default ones")
+    parser.add_argument("--workdirs", type=names, default=(), help="runs to compare with their networks")
+    parser.add_argument("--batch", type=positive, default=1, help="batch size")
+    parser.add_argument("--rounds", type=positive, default=5, help="number of measurements to take the median of")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="minimum duration of a latency measurement")
     parser.add_argument("--append", action="store_true", help="add the rows to results/export.csv")
-    parser.add_argument("--write", action="store_true", help="replace the figures in benchmarks/README.md")
+    parser.add_argument("--write", action="store_true", help="update the figures in benchmarks/README.md")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
-    """Measures and prints, and keeps the figures below `root` where the options say so.
+    """Measures, prints, and stores rows and tables below `root` if requested.
 
     Raises:
       UserError: a network or a run does not exist, or a package is missing.

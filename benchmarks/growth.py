@@ -1,4 +1,4 @@
-"""How time and memory of a train step grow with depth, width, batch and devices; as rows, a table and a picture."""
+"""Measures how time and memory of a training step scale with depth, width, batch and devices: rows, table, plot."""
 
 from __future__ import annotations
 
@@ -27,40 +27,40 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTHS = (1, 2, 4)
-"""Times the usual width."""
+"""Factors of the usual width."""
 BATCHES = (1 / 4, 1 / 2, 1, 2, 4)
-"""Times the usual batch."""
+"""Factors of the usual batch."""
 DEVICES = (1, 2, 4)
 
 UNITS = {"depth": "depth (layers)", "width": "width (× 16, 32, 64)", "batch": "batch (images)",
          "devices": "devices (same batch)"}
-"""What a network grows by, as the label of an axis."""
+"""The dimensions of scaling, as axis labels."""
 
 
 @dataclasses.dataclass
 class Point:
-    """One size of a network, with what was measured of it."""
+    """A network at one size, with its measurements."""
 
     axis: str
     size: float
     case: Case
     name: str
-    """Of the line that it belongs to."""
+    """The name of its line in the plot."""
     work: float
-    """Multiply-accumulates of the forward pass of a batch."""
+    """Multiply-accumulates of the forward pass for a batch."""
     model: Network | None = None
-    """Where the case's name does not say it."""
+    """The network, if it differs from the one that the case names."""
     seconds: list[float] = dataclasses.field(default_factory=list)
     bytes: int = 0
-    """Of parameters, optimizer and step, on each device, by XLA."""
+    """Bytes of parameters, optimizer and step per device, by XLA."""
 
 
 def growth(session: Session, cases: Sequence[Case], picture: Path | None, *, widths: Sequence[int] = WIDTHS,
            batches: Sequence[float] = BATCHES, devices: Sequence[int] = DEVICES) -> Part:
-    """Measures `cases` by depth, and the first one of each form of sharing by width, batch and devices.
+    """Measures `cases` by depth, and the first one of each kind of sharing by width, batch and devices.
 
     Args:
-      picture: where the plot goes; None leaves it out.
+      picture: the path of the plot; None for no plot.
       widths, batches: factors of the usual ones.
     """
     base = [networks[0] for networks in by_form(cases).values()]
@@ -81,7 +81,7 @@ def growth(session: Session, cases: Sequence[Case], picture: Path | None, *, wid
 
 
 def macs(case: Case, model: Network | None = None) -> int:
-    """Returns the multiply-accumulates of an image."""
+    """Returns the multiply-accumulates per image."""
     shape = (case.image_size, case.image_size, 3)
     network = model or _model(case)
     return sum(count_macs(network, abstract_variables(network, shape), shape).values())
@@ -117,7 +117,7 @@ def _by_batch(cases: Sequence[Case], factors: Sequence[float]) -> list[Point]:
 
 
 def _measure(points: Sequence[Point], session: Session) -> None:
-    """Measures points in this process, in turns."""
+    """Measures points alternately in this process."""
     subjects: dict[int, Measure] = {}
     for index, point in enumerate(points):
         made = make_step(point.case, point.model)
@@ -128,7 +128,7 @@ def _measure(points: Sequence[Point], session: Session) -> None:
 
 
 def _by_devices(cases: Sequence[Case], session: Session, usual: Sequence[int]) -> list[Point]:
-    """Measures one batch on several devices, each time in a process of its own."""
+    """Measures the same batch on several devices, each in a separate process."""
     counts = [count for count in usual if all(case.batch % count == 0 for case in cases)]
     if session.platform != "cpu":
         counts = [count for count in counts if count <= ask("device")["devices"]] if session.platform == "gpu" else []
@@ -141,7 +141,7 @@ def _by_devices(cases: Sequence[Case], session: Session, usual: Sequence[int]) -
                                             "JAX_COMPILATION_CACHE_DIR": cache})
         point.bytes = answer["program"]
         return answer["seconds"]
-    with tempfile.TemporaryDirectory() as cache:  # so that all rounds but the first begin at once
+    with tempfile.TemporaryDirectory() as cache:  # shared, so that only the first round compiles
         found = in_turns({index: functools.partial(measure, point, cache) for index, point in enumerate(points)},
                          min(ROUNDS, session.rounds))
     for index, seconds in found.items():
@@ -150,7 +150,7 @@ def _by_devices(cases: Sequence[Case], session: Session, usual: Sequence[int]) -
 
 
 def _some_devices(platform: str, count: int) -> dict[str, str]:
-    """Returns the environment in which JAX has so many devices: on a CPU virtual ones, which share its cores."""
+    """Returns the environment for `count` devices; on a CPU these are virtual and share its cores."""
     if platform == "cpu":
         others = os.environ.get("XLA_FLAGS", "")
         return {"XLA_FLAGS": f"{others} --xla_force_host_platform_device_count={count}".strip()}
@@ -168,7 +168,7 @@ def _record(session: Session, points: Sequence[Point]) -> None:
 
 
 def _table(points: Sequence[Point]) -> Table:
-    """Returns each point over the smallest of its line: where time over MACs is not 1, it bends."""
+    """Returns each point relative to the smallest of its line; time over MACs other than 1 means non-linear scaling."""
     table = [["growth by", "network", "time over MACs", "time", "MACs", "memory", "ms a step", "MiB"]]
     for point in points:
         first = next(other for other in points if (other.axis, other.name) == (point.axis, point.name))
@@ -181,7 +181,7 @@ def _table(points: Sequence[Point]) -> Table:
 
 
 def _paint(points: Sequence[Point], figure: Figure) -> None:
-    """Draws time and memory by each axis."""
+    """Draws time and memory over each dimension."""
     axes = list(dict.fromkeys(point.axis for point in points))
     grid = figure.subplots(2, len(axes), squeeze=False, sharey="row")
     for column, axis in enumerate(axes):
@@ -196,7 +196,7 @@ def _paint(points: Sequence[Point], figure: Figure) -> None:
 
 
 def _draw(axes: Any, points: Sequence[Point], value: Callable[[Point], float], *, work: bool) -> None:
-    """Draws a line for each name; with `work`, dashed, the time that grows as the MACs do from the smallest on."""
+    """Draws a line per name; with `work`, also dashed lines proportional to MACs from the smallest point."""
     names = list(dict.fromkeys(point.name for point in points))
     for index, name in enumerate(names):
         line = [point for point in points if point.name == name]

@@ -1,4 +1,4 @@
-"""What an optimized XLA program does, by its text: kernels, the bytes that each reads and writes, collectives."""
+"""Analyses the text of an optimised XLA program: kernels, the bytes that each reads and writes, collectives."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
                "ragged-all-to-all")
-"""The operations by which devices exchange data."""
+"""The operations for communication between devices."""
 
 _NO_KERNEL = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "add-dependency",
               "opt-barrier", "partition-id", "replica-id"}
-"""Operations that only name what is there."""
+"""Operations that only rename existing data."""
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _LINE = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*)")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _TPU_FAST_MEMORY = "S(1)"
-"""How a layout on TPU says that an array lies in the core's own memory."""
+"""The marker in TPU layouts for arrays in on-core memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Array:
     dtype: str
     shape: tuple[int, ...]
     layout: str = ""
-    """As the program has it, e.g. '{3,2,1,0}'."""
+    """The layout in the program's text, e.g. '{3,2,1,0}'."""
 
     @property
     def bytes(self) -> int:
-        """What it takes in the device's main memory."""
+        """Bytes in the device's main memory."""
         if self.dtype in ("token", "opaque") or _TPU_FAST_MEMORY in self.layout:
             return 0
         found = re.search(r"\d+", self.dtype)  # pred has none
@@ -44,48 +44,48 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A line of a computation."""
+    """An instruction: a line of a computation."""
 
     name: str
     result: str
-    """The type of what it returns: an array, or a tuple of them."""
+    """The type of its result: an array, or a tuple of arrays."""
     operation: str
     operands: tuple[str, ...]
     rest: str
     """Its attributes, as text."""
 
     def attribute(self, pattern: str) -> str:
-        """Returns what the group of `pattern` matches among the attributes, or nothing."""
+        """Returns the group of `pattern` if it matches the attributes, or an empty string."""
         found = re.search(pattern, self.rest)
         return found[1] if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What is launched at once."""
+    """A single kernel launch."""
 
     name: str
     kind: str
-    """A fusion's kind, a library's function, or the operation."""
+    """The kind of a fusion, the function of a library, or the operation."""
     reads: tuple[Array, ...]
-    """Each array once."""
+    """The arrays that it reads, without duplicates."""
     writes: tuple[Array, ...]
     source: str
-    """Where it comes from: the path of modules and the operation, as JAX names them."""
+    """Its source: the path of modules and the operation, as named by JAX."""
     times: int = 1
-    """How often it runs, where it is in the body of a loop."""
+    """The number of executions, above 1 in a loop body."""
 
     @property
     def bytes(self) -> int:
-        """Bytes read and written, all times together."""
+        """Bytes read and written in all executions."""
         return self.times * sum(array.bytes for array in (*self.reads, *self.writes))
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Returns the instructions of each computation in the text of a program, and the name of the one that is run.
+    """Returns the instructions of each computation in a program's text, and the name of the entry computation.
 
     Raises:
-      ValueError: none is marked as `ENTRY`.
+      ValueError: no computation is marked as `ENTRY`.
     """
     computations: dict[str, list[Instruction]] = {}
     current, entry = None, ""
@@ -112,7 +112,7 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """Returns where the bracket that `text` begins with is closed: the place after it."""
+    """Returns the index after the bracket that closes the one at the start of `text`."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -122,11 +122,10 @@ def _closing(text: str) -> int:
 
 
 def kernels(text: str) -> list[Kernel]:
-    """Returns the kernels of a program in the order in which they run: every instruction of `ENTRY` that is one.
+    """Returns the kernels of a program in execution order, from the instructions of `ENTRY`.
 
-    What is called is taken apart, and the body of a loop counts as often as it runs. An asynchronous operation is one
-    kernel. Workspaces that libraries ask for (bytes, `u8`) are left out. An array that a kernel reads twice is read
-    once.
+    Calls are expanded, and loop bodies count once per iteration. An asynchronous operation is one kernel. Workspaces of
+    libraries (bytes, `u8`) are excluded. An array that a kernel reads twice counts once.
     """
     computations, entry = parse(text)
     return list(_kernels(computations, entry, 1))
@@ -142,7 +141,7 @@ def _kernels(computations: Mapping[str, list[Instruction]], name: str, times: in
         elif one.operation == "call":
             yield from _kernels(computations, one.attribute(r"to_apply=%?([\w.\-]+)"), times)
         elif one.operation not in _NO_KERNEL and not one.operation.endswith("-done"):
-            written = _arrays(done.get(one.name, one).result)  # what is started returns its operands too
+            written = _arrays(done.get(one.name, one).result)  # asynchronous starts also return their operands
             read = _read(one, defined)
             if one.operation == "custom-call":
                 written = tuple(array for array in written if array.dtype != "u8")
@@ -153,13 +152,13 @@ def _kernels(computations: Mapping[str, list[Instruction]], name: str, times: in
 
 
 def _arrays(result: str) -> tuple[Array, ...]:
-    """Returns the arrays of a type, which may be a tuple."""
+    """Returns the arrays in a type, which may be a tuple."""
     return tuple(Array(dtype, tuple(int(size.strip("<=")) for size in shape.split(",") if size), layout)
                  for dtype, shape, layout in _ARRAY.findall(result))
 
 
 def _read(one: Instruction, defined: Mapping[str, Instruction]) -> tuple[Array, ...]:
-    """Returns the arrays that an instruction reads, each once, whatever names it goes by."""
+    """Returns the arrays that an instruction reads, without duplicates under different names."""
     found: dict[str, tuple[Array, ...]] = {}
     for name in one.operands:
         found.setdefault(_origin(name, defined), _arrays(defined[name].result))
@@ -167,7 +166,7 @@ def _read(one: Instruction, defined: Mapping[str, Instruction]) -> tuple[Array, 
 
 
 def _origin(name: str, defined: Mapping[str, Instruction]) -> str:
-    """Returns what identifies the memory of `name`: where it was written, behind bitcasts and parts of tuples."""
+    """Returns the name under which the memory of `name` was written, through bitcasts and tuple elements."""
     one = defined[name]
     if one.operation not in ("bitcast", "get-tuple-element"):
         return name
@@ -177,14 +176,14 @@ def _origin(name: str, defined: Mapping[str, Instruction]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """An exchange between devices."""
+    """A communication between devices."""
 
     operation: str
     """One of the `COLLECTIVES`."""
     arrays: tuple[Array, ...]
-    """What a device gives; several that were combined are exchanged at once."""
+    """The arrays that a device contributes; combined collectives are a single one."""
     beside: int
-    """Kernels that the schedule has between its beginning and its end; 0 if the device waits for it."""
+    """Number of kernels scheduled between its start and end; 0 if the device waits for it."""
 
     @property
     def is_reduce(self) -> bool:
@@ -193,12 +192,12 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Bytes that a device gives, wherever they lie."""
+        """Bytes that a device contributes, in any memory."""
         return sum(dataclasses.replace(array, layout="").bytes for array in self.arrays)
 
 
 def collectives(text: str) -> list[Collective]:
-    """Returns what a program's devices exchange, in the order of its computations, wherever it is."""
+    """Returns all collectives of a program, in the order of its computations."""
     computations, _ = parse(text)
     return [found for instructions in computations.values() for found in _collectives(instructions)]
 
@@ -219,13 +218,13 @@ def _collectives(instructions: list[Instruction]) -> Iterator[Collective]:
 
 
 def _computes(one: Instruction) -> bool:
-    """Returns whether an instruction is a kernel, and no exchange of its own."""
+    """Returns whether an instruction is a kernel other than a collective."""
     operation = one.operation.removesuffix("-start").removesuffix("-done")
     return operation not in _NO_KERNEL and operation not in COLLECTIVES and not one.operation.endswith("-done")
 
 
 def render(listing: Iterable[Kernel]) -> str:
-    """Returns kernels as text, tab-separated, a line for each: name, kind, MB, times, reads, writes, source."""
+    """Returns kernels as tab-separated text, one per line: name, kind, MB, times, reads, writes, source."""
     lines = ["name\tkind\tMB\ttimes\treads\twrites\tsource"]
     for kernel in listing:
         reads, writes = (" ".join(map(str, part)) for part in (kernel.reads, kernel.writes))

@@ -1,6 +1,6 @@
-"""Scripts of an earlier version, `python benchmarks/NAME.py`: each goes on for one version as a module, with a note.
+"""Deprecated scripts, `python benchmarks/NAME.py`: each still runs as a module for one version, with a note.
 
-Whatever imports this is run as a script, whose own directory is where Python looks for modules first.
+Modules that import this one run as scripts, so Python searches their own directory for modules first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NoReturn
 
 
 def run_as_module(name: str) -> NoReturn:
-    """Goes on as `python -m NAME` with the same arguments, from whichever directory."""
+    """Runs `python -m NAME` with the same arguments, from any working directory."""
     old = f"benchmarks/{Path(sys.argv[0]).name}"
     print(f"note: python {old} is now python -m {name}", file=sys.stderr, flush=True)
     root = str(Path(__file__).resolve().parents[1])

@@ -1,9 +1,9 @@
-"""Slices of many chips, from what is measured already: whether data keeps up with them, and what programs exchange.
+"""Estimates for slices of many chips from existing measurements: input throughput and communication.
 
     python -m benchmarks.pods --write
 
-Reads results/accelerators.csv, the compilers' figures, and what a core decodes in benchmarks/README.md; nothing is run.
---write puts the tables into docs/pods.md, which says how to read them.
+Reads the compilers' figures in results/accelerators.csv and the decoding speed in benchmarks/README.md; runs nothing.
+--write updates the tables in docs/pods.md, which explains them.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from shared_basis.cli.app import run_and_exit
 from shared_basis.errors import UserError
 
 DOC = Path("docs") / "pods.md"
-"""The page with the tables, below the repository's root."""
+"""The page with the tables, relative to the repository's root."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What its maker publishes of an accelerator and of the machines that hold it."""
+    """Published data of an accelerator and its host machines."""
 
     name: str
     flops: float
-    """Per second, of bfloat16, without sparsity."""
+    """FLOPs per second in bfloat16, without sparsity."""
     bandwidth: float
-    """Bytes per second of its main memory."""
+    """Main memory bandwidth in bytes per second."""
     memory: float
-    """Bytes of it."""
+    """Main memory in bytes."""
     cores: float
-    """vCPUs of the host for each chip."""
+    """vCPUs of the host per chip."""
 
 
 V5E = Chip("TPU v5e", 197e12, 819e9, 16e9, 28)  # cloud.google.com/tpu/docs/v5e; VMs of 4 chips have 112 vCPUs
@@ -48,29 +48,29 @@ H100 = Chip("H100", 989e12, 3350e9, 80e9, 26)  # NVIDIA's data sheet (SXM); a3-h
 CHIPS = {target: V5E if target.startswith("v5e") else H100 for target in TARGETS}
 
 SLICES = {"v5e:16x16": 256, "h100x1": 8}
-"""The chips of the slice or machine for which data is reckoned, by the target whose step of large images is read."""
+"""The number of chips for which input throughput is estimated, by the target whose large-image step is used."""
 
 
 def fastest(row: AcceleratorRow) -> float:
-    """Returns images a second that a chip cannot exceed: all arithmetic at its peak, or all memory at full speed."""
+    """Returns an upper bound of a chip's images per second: all arithmetic at peak, or all memory at full bandwidth."""
     chip = CHIPS[row.target]
     return row.batch / TARGETS[row.target].devices / max(row.flops / chip.flops, row.main_memory_bytes / chip.bandwidth)
 
 
 def decoded(root: Path = ROOT) -> float:
-    """Returns images a second that a core decodes, as `benchmarks.data` has measured last.
+    """Returns the images per second that a core decodes, from the latest `benchmarks.data`.
 
     Raises:
-      UserError: the page does not say so.
+      UserError: the page does not contain it.
     """
     found = re.search(r"\| \d+ threads? \| [\d,]+ \| ([\d,]+) \|", section_of(root / PAGE, "data"))
     if found is None:
-        raise UserError(f"{PAGE} has no row of threads in its section of data; python -m benchmarks.data --write.")
+        raise UserError(f"{PAGE} has no row for threads in its data section; run python -m benchmarks.data --write.")
     return float(found[1].replace(",", ""))
 
 
 def data_table(rows: Sequence[AcceleratorRow], each: float) -> Table:
-    """Returns what a slice needs a second beside what its hosts deliver, where a core decodes `each` images."""
+    """Returns the images that a slice needs and that its hosts deliver, if a core decodes `each` images per second."""
     table = [["network, 224×224", "devices", "a chip at most, images/s", "the slice at most, images/s",
               "vCPUs of a chip's share of the host", "of these busy with decoding", "at its limit bound by"]]
     for row in rows:
@@ -85,7 +85,7 @@ def data_table(rows: Sequence[AcceleratorRow], each: float) -> Table:
 
 
 def program_table(rows: Sequence[AcceleratorRow]) -> Table:
-    """Returns what a device of several exchanges and holds, of the rows that say so."""
+    """Returns communication and memory per device, for rows with several devices."""
     table = [["program", "devices", "images a device", "all-reduces", "other collectives", "exchanged, MB",
               "collectives beside kernels", "arguments, MB", "temporary, MB", "of the device's memory"]]
     for row in rows:
@@ -107,14 +107,14 @@ def sections(root: Path = ROOT) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
-    """Prints the tables, and writes them where the option says so.
+    """Prints the tables, and updates the page if requested.
 
     Raises:
       SystemExit: an option is invalid.
-      UserError: a file that they are made of is missing or invalid.
+      UserError: an input file is missing or invalid.
     """
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help=f"put the tables into {DOC}")
+    parser.add_argument("--write", action="store_true", help=f"update the tables in {DOC}")
     options = parser.parse_args(arguments)
     for name, text in sections(root).items():
         print(text)

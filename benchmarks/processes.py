@@ -1,4 +1,4 @@
-"""The subjects that need fresh processes: compile time, latency of the first step, peak memory."""
+"""The subjects that need separate processes: compile time, latency of the first step, peak memory."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from benchmarks.session import OURS, Part, Session, spread
 from shared_basis.errors import UserError
 
 ROUNDS = 3
-"""The most rounds of what takes a process each."""
+"""Maximum number of rounds of subjects that need a process per measurement."""
 
 WITHOUT_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_COMPILATION_CACHE_DIR": ""}
 
 _USERS_SHELL = dict.fromkeys(("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE", "GLIBC_TUNABLES",
                               "OMP_WAIT_POLICY", "XLA_PYTHON_CLIENT_PREALLOCATE"), "")
-"""Takes away what `speed.py` has set for itself, and what would have programs be kept elsewhere."""
+"""Removes the settings of `speed.py`, and those that would change the compilation cache."""
 
 MIB = 2**20
 
 
 def ask(task: str, case: Case | None = None, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Returns what `benchmarks.worker` answers; an empty variable in `environment` is one that is not set.
+    """Returns the answer of `benchmarks.worker`; an empty variable in `environment` is unset.
 
     Raises:
-      UserError: it failed; with the last line that it printed.
+      UserError: the worker failed; the message includes its last line of output.
     """
     request = json.dumps({"task": task, "case": dataclasses.asdict(case) if case else None})
     command = [sys.executable, "-m", "benchmarks.worker", request]
@@ -59,7 +59,7 @@ def _changed(changes: Mapping[str, str]) -> dict[str, str]:
 
 
 def compiling(session: Session, cases: Sequence[Case]) -> Part:
-    """Measures how long it takes to compile the train step without a cache."""
+    """Measures the time to compile the training step without a cache."""
     rounds = min(ROUNDS, session.rounds)
     answers: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
 
@@ -85,7 +85,7 @@ def compiling(session: Session, cases: Sequence[Case]) -> Part:
 
 
 def memory(session: Session, cases: Sequence[Case]) -> Part:
-    """Measures the memory of a few train steps in processes of their own."""
+    """Measures the memory of a few training steps in separate processes."""
     torch = bool(torch_frameworks(session.platform, cases[0].dtype)) and importlib.util.find_spec("torch") is not None
     answers: dict[tuple[Case, str], dict[str, Any]] = {}
     notes = [] if torch or session.platform == "tpu" else [f"{MISSING}."]
@@ -111,7 +111,7 @@ _QUANTITIES = {
     "more": "bytes of the process at its peak, beyond its imports",
     "device": "bytes of the device at its peak",
 }
-"""What is read of a process, in the order of the columns."""
+"""The quantities measured in a process, in column order."""
 
 
 def _bytes(answer: Mapping[str, Any], key: str) -> float:
@@ -151,7 +151,7 @@ _SHORT = {"program": "the program, by XLA", "peak": "the process", "more": "the 
 
 
 def latency(session: Session, cases: Sequence[Case]) -> Part:
-    """Measures from the command to the first finished step, with an empty compilation cache and with a filled one."""
+    """Measures the time from the command to the first finished step, with cold and warm compilation cache."""
     table = [["first step", "warm over cold", "cold cache, s", "warm cache, s", "whole command, cold, s",
               "whole command, warm, s"]]
     for case in cases:
@@ -170,7 +170,7 @@ def latency(session: Session, cases: Sequence[Case]) -> Part:
 
 
 def _latencies(session: Session, case: Case, root: Path) -> dict[str, list[float]]:
-    """Returns seconds to the first step, and of the whole command, 'cold' and 'warm'."""
+    """Returns the seconds to the first step and of the whole command, 'cold' and 'warm'."""
     wholes: dict[str, list[float]] = {"cold whole": [], "warm whole": []}
     runs = iter(range(10**6))
     cache = root / "cache"
@@ -190,7 +190,7 @@ def _latencies(session: Session, case: Case, root: Path) -> dict[str, list[float
 
 
 def _command(case: Case, images: Path, workdir: Path) -> list[str]:
-    """Returns a user's command whose only epoch is one step."""
+    """Returns a user's command with a single epoch of one step."""
     return [sys.executable, str(ROOT / "main.py"), f"--config={ROOT / 'configs' / case.recipe}.py:{case.network}",
             "--config.data.name=folder", f"--config.data.directory={images}", f"--workdir={workdir}",
             f"--config.model.dtype={case.dtype}", "--config.train.epochs=1", "--config.optimizer.boundaries=()",
@@ -199,7 +199,7 @@ def _command(case: Case, images: Path, workdir: Path) -> list[str]:
 
 
 def write_images(root: Path, count: int = 300, classes: int = 10) -> None:
-    """Writes `count` images of 32×32 random pixels, in directories of classes."""
+    """Writes `count` random 32×32 images in class directories."""
     random = np.random.default_rng(0)
     for index in range(count):
         path = root / f"class{index % classes}" / f"{index}.png"
@@ -208,13 +208,13 @@ def write_images(root: Path, count: int = 300, classes: int = 10) -> None:
 
 
 def first_step(command: Sequence[str], environment: Mapping[str, str]) -> tuple[float, float]:
-    """Runs a training command on a terminal of its own, and returns the seconds to its first step, and to its end.
+    """Runs a training command on a pseudo-terminal; returns the seconds to its first step and to its end.
 
-    The first step is finished when a person sees it: when the progress line, which is drawn ten times a second, shows
-    it for the first time.
+    The first step counts as finished when the progress line, which is drawn ten times per second, shows it for the
+    first time.
 
     Raises:
-      UserError: the command fails, or shows no step.
+      UserError: the command failed or showed no step.
     """
     import pty  # not on Windows
 
@@ -227,7 +227,7 @@ def first_step(command: Sequence[str], environment: Mapping[str, str]) -> tuple[
     while True:
         try:
             part = os.read(terminal, 2**16)
-        except OSError:  # how Linux says that the other end is closed
+        except OSError:  # raised by Linux when the other end is closed
             break
         if not part:
             break

@@ -1,4 +1,4 @@
-"""The blocks of the networks in PyTorch: ordinary modules in NCHW, which may be given the filters of other blocks."""
+"""The networks' blocks in PyTorch: ordinary modules in NCHW, which may receive the filters of other blocks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 
 def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1, groups: int = 1, bias: bool = False) -> nn.Conv2d:
-    """Returns a convolution that keeps height and width, but for the stride."""
+    """Returns a convolution that preserves height and width, except for the stride."""
     return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=bias)
 
 
 class BasisConv2d(nn.Module):
-    """A 3×3 layer as coefficients of its unique elements and of the group's shared ones, with batch normalisation."""
+    """A 3×3 layer with coefficients for its unique and the group's shared elements, and batch normalisation."""
 
     def __init__(self, shared: nn.Conv2d | None, width: int, unique_rank: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class BasisConv2d(nn.Module):
 
 
 class OptionA(nn.Module):
-    """The shortcut without parameters: subsampled, with zero channels on both sides."""
+    """The parameter-free shortcut: subsampling, with zero channels on both sides."""
 
     def __init__(self, missing: int, stride: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 1×1, a 3×3 and a 1×1 layer; the last two may be those of other blocks."""
+    """A 1×1, a 3×3 and a 1×1 layer; the last two may be shared with other blocks."""
 
     def __init__(self, inputs: int, width: int, stride: int, shared: dict[str, nn.Conv2d]) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Bottleneck(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1×1 expansion, 3×3 depthwise, 1×1 projection; the 1×1 layers may be those of other blocks."""
+    """1×1 expansion, 3×3 depthwise, 1×1 projection; the 1×1 layers may be shared with other blocks."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int, shared: dict[str, nn.Conv2d]) -> None:
         super().__init__()

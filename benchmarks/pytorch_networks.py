@@ -1,8 +1,8 @@
-"""The networks in PyTorch, as its users would write them: what `benchmarks.speed` compares this package with.
+"""The networks in PyTorch, as its users would write them, for comparison in `benchmarks.speed`.
 
-Ordinary modules in NCHW; a shared basis is an `nn.Conv2d` that all blocks of a group but the first are given. Modules
-are named as this package names its parameters (`group1.1.first.unique.weight` is `group1/block2/first/unique`), so
-that tests can hold the two to the same numbers.
+Ordinary modules in NCHW; a shared basis is an `nn.Conv2d` that all blocks of a group except the first receive. Module
+names correspond to this package's parameter names (`group1.1.first.unique.weight` is `group1/block2/first/unique`), so
+that tests can compare the two.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ SMALL = {f"resnet{depth}": ((depth - 2) // 6,) * 3 for depth in (14, 20, 32, 44,
 BASIC = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 BOTTLENECK = {"resnet50": (3, 4, 6, 3)}
 STAGES = ((1, 16, 1, 1), (2, 24, 2, 6), (3, 32, 2, 6), (4, 64, 2, 6), (3, 96, 1, 6), (3, 160, 2, 6), (1, 320, 1, 6))
-"""MobileNetV2: blocks, output channels, stride of the first block, and expansion of each stage."""
+"""MobileNetV2, by stage: blocks, output channels, stride of the first block, and expansion."""
 SHARING_STAGES = (3, 4, 5, 6)
 
 
 @dataclasses.dataclass
 class Elements:
-    """Basis elements of one group that are to be orthonormal together."""
+    """Basis elements of one group that should be jointly orthonormal."""
 
     shared: list[nn.Conv2d]
     unique: list[nn.Conv2d] = dataclasses.field(default_factory=list)
 
 
 class Network(nn.Module):
-    """What the networks have in common: who owns the shared filters, and which elements are penalised."""
+    """The base of the networks: owns the shared filters and defines which elements are penalised."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bases = nn.ModuleDict()
         self.penalised: list[list[Elements]] = []
-        """Families of groups: the mean over the pairs of each family counts."""
+        """Families of groups; the penalty is averaged over the pairs of each family."""
 
     def share(self, group: str, filters: dict[str, nn.Conv2d]) -> None:
-        """Makes `filters` the shared ones of `group`."""
+        """Registers `filters` as the shared ones of `group`."""
         self.bases[group] = nn.ModuleDict(filters)
 
     def initialise(self) -> None:
@@ -58,7 +58,7 @@ class Network(nn.Module):
                 nn.init.orthogonal_(module.weight)
 
     def penalise_each(self) -> None:
-        """Has every kind of shared filters be a family, as is published where whole layers are shared."""
+        """Makes each kind of shared filters a family, as published for shared whole layers."""
         kinds: dict[str, list[Elements]] = {}
         for named in self.bases.values():
             for kind, filters in named.items():  # type: ignore[operator]
@@ -67,7 +67,7 @@ class Network(nn.Module):
 
 
 class ResNet(Network):
-    """ResNets of basic blocks, whose 3×3 layers may have filter bases, and of bottlenecks, which may share layers."""
+    """ResNets: basic blocks, whose 3×3 layers may have filter bases, or bottlenecks, which may share layers."""
 
     def __init__(self, name: str, classes: int, stem: str, elements: str) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class ResNet(Network):
 
 
 class MobileNetV2(Network):
-    """MobileNetV2 for large images, whose expansions, and projections, may be shared within stages 3 to 6."""
+    """MobileNetV2 for large images; expansions and projections may be shared within stages 3 to 6."""
 
     def __init__(self, name: str, classes: int) -> None:
         super().__init__()
@@ -162,14 +162,14 @@ class MobileNetV2(Network):
 
 @dataclasses.dataclass(frozen=True)
 class Sharing:
-    """What the second part of a network's name asks for."""
+    """The sharing in the second part of a network's name."""
 
     shared: int = 0
     unique: int = 0
     bases: tuple[str, ...] = ()
     """The names of a group's bases."""
     whole: tuple[str, ...] = ()
-    """The layers that are shared as they are."""
+    """The layers that are shared as a whole."""
 
     @property
     def factorised(self) -> bool:
@@ -178,10 +178,10 @@ class Sharing:
 
 
 def parse(name: str) -> tuple[str, Sharing]:
-    """Returns the network and the sharing that `name`, one of this package's names, stands for.
+    """Parses `name`, one of this package's names, into the network and its sharing.
 
     Raises:
-      UserError: it is not written in PyTorch here.
+      UserError: the network is not implemented in PyTorch here.
     """
     base, _, form = name.partition("-")
     basis = re.fullmatch(r"s(\d+)u(\d+)(-double)?", form)
@@ -194,29 +194,29 @@ def parse(name: str) -> tuple[str, Sharing]:
     if base in {*BOTTLENECK, "mobilenetv2"} and form in ("", "shared", "shared++"):
         layers = ("second", "third") if base in BOTTLENECK else ("first", "third")
         return base, Sharing(whole={"": (), "shared": layers[:1], "shared++": layers}[form])
-    raise UserError(f"{name} is not written in PyTorch here")
+    raise UserError(f"{name} is not implemented in PyTorch here")
 
 
 def create(name: str, classes: int, stem: str, elements: str) -> Network:
-    """Returns the network `name`, as this package names it.
+    """Returns the network `name`, using this package's naming.
 
     Args:
       stem: 'cifar' or 'imagenet'.
-      elements: 'shared', or 'shared+unique': the basis elements that the penalty counts.
+      elements: 'shared' or 'shared+unique', the basis elements to penalise.
 
     Raises:
-      UserError: it is not written in PyTorch here.
+      UserError: the network is not implemented in PyTorch here.
     """
     base, _ = parse(name)
     if base != "mobilenetv2":
         return ResNet(name, classes, stem, elements)
     if stem != "imagenet":
-        raise UserError(f"{name} for small images is not written in PyTorch here")
+        raise UserError(f"{name} for small images is not implemented in PyTorch here")
     return MobileNetV2(name, classes)
 
 
 def orthogonality_penalty(network: Network) -> Tensor:
-    """Returns the penalty: for each family the mean of (B Bᵀ − I)² over the pairs that count, added."""
+    """Returns the penalty: the sum over families of the mean of (B Bᵀ − I)² over the counted pairs."""
     means = []
     for family in network.penalised:
         errors = [error.flatten() for elements in family for error in _errors(elements)]

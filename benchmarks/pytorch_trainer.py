@@ -1,4 +1,4 @@
-"""Training and evaluation in PyTorch, in the modes that its users choose among."""
+"""Training and evaluation in PyTorch, in its usual modes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, PENALTY_WEIGHT = 0.1, 0.9, 5e-4, 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """How PyTorch is used."""
+    """A mode of PyTorch."""
 
     channels_last: bool = False
     autocast: bool = False
-    """Computes in bfloat16 what autocast lets it."""
+    """Whether to use autocast to bfloat16."""
     compiled: bool = False
 
 
@@ -34,21 +34,21 @@ MODES = {
     "compiled": Mode(channels_last=True, compiled=True),
     "compiled bf16": Mode(channels_last=True, autocast=True, compiled=True),
 }
-"""By name; all but the first are in channels_last."""
+"""The modes by name; all except the first use channels_last."""
 
 
 def make_trainer(case: Case, mode: str) -> Trainer:
-    """Returns what trains the network of `case` in a mode, one of `MODES`.
+    """Returns a trainer for the network of `case` in a mode, one of `MODES`.
 
     Raises:
-      UserError: the network is not written in PyTorch here.
+      UserError: the network is not implemented in PyTorch here.
     """
     network = create(case.network, case.classes, case.stem, case.elements)
     return Trainer(network, MODES[mode], case.batch, case.image_size)
 
 
 class Trainer:
-    """A network with its optimizer, and a batch of normalised images that lies on the device already."""
+    """A network with its optimizer and a batch of normalised images on the device."""
 
     def __init__(self, network: Network, mode: Mode, batch: int, image_size: int) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,7 +61,7 @@ class Trainer:
         self.optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM,
                                          weight_decay=WEIGHT_DECAY)
         self.beginning = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        # Not a step that is compiled in part: what does not work as a whole does not count.
+        # Requires compilation of the full graph: partially compiled steps would not be comparable.
         wrap = functools.partial(torch.compile, fullgraph=True, dynamic=False) if mode.compiled else _as_it_is
         self.loss: Callable[[], Tensor] = wrap(self._loss)
         self.score: Callable[[Tensor, Tensor], Tensor] = wrap(self._score)
@@ -82,13 +82,13 @@ class Trainer:
         return torch.stack([F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum(), top5])
 
     def step(self) -> None:
-        """Makes one update."""
+        """Performs one update."""
         self.optimizer.zero_grad(set_to_none=True)
         self.loss().backward()
         self.optimizer.step()
 
     def run(self, steps: int) -> float:
-        """Returns the seconds that a step takes, from the beginning of training and without the first one."""
+        """Returns the seconds per step from the beginning of training, excluding the first step."""
         self.network.load_state_dict(self.beginning)
         self.optimizer.state.clear()
         self.network.train()
@@ -101,7 +101,7 @@ class Trainer:
         return (time.perf_counter() - began) / steps
 
     def evaluate(self, images: Tensor, labels: Tensor) -> float:
-        """Returns the seconds that it takes to score a batch: cross entropy, top-1 and top-5."""
+        """Returns the seconds for scoring a batch: cross entropy, top-1 and top-5."""
         self.network.eval()
         began = time.perf_counter()
         with torch.inference_mode():
@@ -114,7 +114,7 @@ class Trainer:
             torch.cuda.synchronize()
 
     def peak_bytes(self) -> int | None:
-        """Returns the most memory that was in use on the device, where it has a memory of its own."""
+        """Returns the peak memory of the device, if it has its own memory."""
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
 
 
@@ -123,5 +123,5 @@ def _as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def forget_compiled() -> None:
-    """Has `torch.compile` begin anew: it counts, per line of code, how often that was compiled, and then gives up."""
+    """Resets `torch.compile`, which counts recompilations per line of code and gives up after a limit."""
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Rows of measurements under `results/`: a dataclass whose fields are the columns of a CSV file, read and appended."""
+"""Rows of measurements in `results/`: dataclasses whose fields are the columns of CSV files, read and appended."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from shared_basis.errors import UserError
 Row = typing.TypeVar("Row")
 
 ROOT = Path(__file__).resolve().parents[1]
-"""Of the repository."""
+"""The root of the repository."""
 
 
 def columns(kind: type) -> list[str]:
-    """Returns the columns of a file whose rows are of the dataclass `kind`."""
+    """Returns the columns of a file with rows of the dataclass `kind`."""
     return [field.name for field in dataclasses.fields(kind)]
 
 
 def cells(row: Any) -> list[str]:
-    """Returns the values of a row as its file holds them: numbers in six digits, and whole from 100,000 on."""
+    """Returns the cells of a row for its file: numbers with six digits, without decimals from 100,000 on."""
     return [_plain_number(value) if isinstance(value, float) else str(value) for value in dataclasses.astuple(row)]
 
 
@@ -33,7 +33,7 @@ def _plain_number(value: float) -> str:
 
 
 def check_file(path: Path, kind: type) -> None:
-    """Raises `UserError` unless rows of `kind` can be appended to `path`: it is absent, empty, or has these columns."""
+    """Raises `UserError` unless rows of `kind` can be appended to `path`: it is missing, empty or has these columns."""
     ours = columns(kind)
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -43,14 +43,14 @@ def check_file(path: Path, kind: type) -> None:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path.name} cannot be read: {error}.") from error
     if found != ours:
-        raise UserError(f"{path.name} has the columns {', '.join(found)}; ours have {', '.join(ours)}.")
+        raise UserError(f"{path.name} has the columns {', '.join(found)}; expected {', '.join(ours)}.")
 
 
 def read(path: Path, kind: type[Row]) -> list[Row]:
-    """Returns the rows of a file as the dataclass `kind`; none where there is no file.
+    """Returns the rows of a file as instances of `kind`; empty if there is no file.
 
     Raises:
-      UserError: it has other columns, or a value is invalid.
+      UserError: the columns differ, or a value is invalid.
     """
     check_file(path, kind)
     if not path.exists():
@@ -65,10 +65,10 @@ def read(path: Path, kind: type[Row]) -> list[Row]:
 
 
 def append(path: Path, rows: Sequence[Any]) -> None:
-    """Adds `rows`, all of one dataclass, to the end of the file, which gets its header if it is new.
+    """Appends `rows`, all of one dataclass, to the file, which gets a header if it is new.
 
     Raises:
-      UserError: as `check_file`.
+      UserError: see `check_file`.
     """
     if not rows:
         return
@@ -77,7 +77,7 @@ def append(path: Path, rows: Sequence[Any]) -> None:
     content = path.read_bytes() if path.exists() else b""
     end = "\r\n" if b"\r\n" in content else "\n"
     with path.open("a", newline="", encoding="utf-8") as file:
-        if content and not content.endswith(b"\n"):  # an editor, or a full disk, left it so
+        if content and not content.endswith(b"\n"):  # left by an editor or a full disk
             file.write(end)
         writer = csv.writer(file, lineterminator=end)
         if not content:
@@ -86,9 +86,9 @@ def append(path: Path, rows: Sequence[Any]) -> None:
 
 
 def commit(root: Path = ROOT) -> str:
-    """Returns the commit that is measured, with '+' if files differ from it; results and figures may.
+    """Returns the current commit, with '+' if files other than results and figures differ from it.
 
-    'unknown' where `root` is no checkout.
+    'unknown' if `root` is not a checkout.
     """
     try:
         head = _git(root, "rev-parse", "--short", "HEAD")

@@ -1,4 +1,4 @@
-"""One call of a benchmark: the rows of `results/speed.csv` and `results/export.csv`, and tables for a reader."""
+"""A call of a benchmark: the rows of `results/speed.csv` and `results/export.csv`, and Markdown tables."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from benchmarks.common import Table, markdown, versions
 from benchmarks.records import commit
 
 OURS = "shared_basis"
-"""How the column `framework` names this package."""
+"""The name of this package in the column `framework`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SpeedRow:
-    """A measured quantity; its fields are the columns."""
+    """A measured quantity; the fields are the columns."""
 
     date: str
     commit: str
@@ -49,22 +49,22 @@ class Part:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def render(self) -> str:
-        """Returns it in Markdown."""
+        """Returns the part in Markdown."""
         return "\n".join([*map(markdown, self.tables), *(f"{note}\n" for note in self.notes)])
 
 
 @dataclasses.dataclass
 class Session:
-    """What a benchmark runs on, how often it measures, and the rows so far."""
+    """The device, the number of rounds, and the rows so far."""
 
     device: str
     """Human-readable: 'cpu, 2 cores', or the accelerators."""
     platform: str
-    """As JAX calls it: 'cpu', 'gpu' or 'tpu'."""
+    """The platform's name in JAX: 'cpu', 'gpu' or 'tpu'."""
     command: str
     rounds: int
     seconds: float = SECONDS
-    """What a measurement of steps is to last, at least."""
+    """Minimum duration of a measurement of steps."""
     print_progress: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
     rows: list[SpeedRow] = dataclasses.field(default_factory=list)
 
@@ -74,10 +74,10 @@ class Session:
 
     def add(self, subject: str, case: Case, quantity: str, values: Sequence[float], *, framework: str = OURS,
             network: str = "", device: str = "", dtype: str = "") -> str:
-        """Adds a row for `values`, one for each round, and returns its median and spread as text.
+        """Adds a row for `values`, one per round, and returns their median and range as text.
 
         Args:
-          network, device, dtype: where they are not those of the case and the session.
+          network, device, dtype: only if they differ from those of the case and the session.
         """
         values = list(values)
         self.rows.append(SpeedRow(
@@ -89,7 +89,7 @@ class Session:
 
 
 def spread(values: Sequence[float], scale: float = 1.0) -> str:
-    """Returns the median, and the least and the greatest of `values` where they are several, in three digits."""
+    """Returns the median and, for several `values`, minimum and maximum, with three digits."""
     scaled = sorted(value * scale for value in values)
     middle = _digits(statistics.median(scaled))
     return middle if len(scaled) == 1 else f"{middle} ({_digits(scaled[0])} – {_digits(scaled[-1])})"

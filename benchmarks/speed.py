@@ -1,9 +1,9 @@
-"""How fast training is, and what it takes: prints tables, ratios first. See benchmarks/README.md for what they say.
+"""Measures speed and memory of training; prints tables, ratios first, which benchmarks/README.md explains.
 
     python -m benchmarks.speed --append --write
 
-Subjects are measured in turns within one session, several rounds; a cell holds the median, and in brackets the least
-and the greatest. --append adds the rows to results/speed.csv; --write puts the tables into benchmarks/README.md.
+Subjects are measured alternately in one session over several rounds; a cell shows the median and, in parentheses,
+minimum and maximum. --append adds the rows to results/speed.csv; --write updates the tables in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-if not __package__:  # python benchmarks/speed.py, as an earlier version had it
+if not __package__:  # python benchmarks/speed.py, deprecated
     from moved import run_as_module
     run_as_module("benchmarks.speed")
-# As in main.py; PyTorch is measured in the same process and has huge pages too.
+# As in main.py; PyTorch is measured in the same process and also uses huge pages.
 if __name__ == "__main__" and sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-# Threads of PyTorch that wait spin, and where a core is taken by other work a step then lasts ten times as long.
+# Waiting PyTorch threads spin; if other work occupies a core, a step would then take ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory of the device too
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves device memory for PyTorch
 
 from benchmarks import growth, processes, records, subjects
 from benchmarks.cases import SECONDS, Case, default_networks, make_case
@@ -38,7 +38,7 @@ from shared_basis.models import create_model
 
 RESULTS = Path("results")
 FILE, PICTURE = RESULTS / "speed.csv", RESULTS / "speed_growth.png"
-"""Below the repository's root."""
+"""Relative to the repository's root."""
 PACKAGES = ("jax", "flax", "torch")
 
 _DEPTHS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
@@ -55,10 +55,10 @@ SUBJECTS: dict[str, tuple[str, Callable[[Session, Sequence[Case]], Part] | None,
     "penalty": ("Penalty", subjects.penalty, ()),
     "growth": ("Growth", None, (*_DEPTHS, *(depth + _SHARING for depth in _DEPTHS))),
 }
-"""By name: the title, what measures it, and its networks if they are not those of `cases.NETWORKS`."""
+"""By name: title, measuring function, and networks, if other than `cases.NETWORKS`."""
 
 _SHARING_ALONE = ("trainer", "penalty")
-"""Subjects that leave out the plain ones among the default networks."""
+"""Subjects without the plain ones of the default networks."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -67,19 +67,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--subjects", type=functools.partial(names, choices=tuple(SUBJECTS)),
                         default=tuple(SUBJECTS), help=f"some of {','.join(SUBJECTS)}; default: all")
     parser.add_argument("--networks", type=names, default=(),
-                        help="networks to measure in place of each subject's usual ones, e.g. resnet56,resnet56-s16u1")
+                        help="networks to measure instead of the default ones, e.g. resnet56,resnet56-s16u1")
     parser.add_argument("--batch", type=positive,
-                        help="images a step, and a batch of an evaluation; default: what is usual")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="what to compute in")
-    parser.add_argument("--rounds", type=positive, default=5, help="measurements of each; the median counts")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="what a measurement of steps lasts, at least")
+                        help="images per step and per evaluation batch; default: the usual number")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
+    parser.add_argument("--rounds", type=positive, default=5, help="number of measurements to take the median of")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="minimum duration of a measurement")
     parser.add_argument("--append", action="store_true", help="add the rows to results/speed.csv")
-    parser.add_argument("--write", action="store_true", help="replace the figures in benchmarks/README.md")
+    parser.add_argument("--write", action="store_true", help="update the figures in benchmarks/README.md")
     return parser.parse_args(arguments)
 
 
 def cases_of(subject: str, options: argparse.Namespace, platform: str) -> list[Case]:
-    """Returns what is measured for a subject.
+    """Returns the cases to measure for a subject.
 
     Raises:
       UserError: a network is unknown.
@@ -92,7 +92,7 @@ def cases_of(subject: str, options: argparse.Namespace, platform: str) -> list[C
 
 
 def command(options: argparse.Namespace) -> str:
-    """Returns the command that measures this again."""
+    """Returns the command that repeats these measurements."""
     words = ["python", "-m", "benchmarks.speed"]
     if options.subjects != tuple(SUBJECTS):
         words.append(f"--subjects={','.join(options.subjects)}")
@@ -109,7 +109,7 @@ def command(options: argparse.Namespace) -> str:
 
 
 def measure(subject: str, session: Session, cases: Sequence[Case], picture: Path | None) -> str:
-    """Returns a subject's section in Markdown; `picture` is where that of growth goes, None leaves it out."""
+    """Measures a subject; returns its section in Markdown. `picture` is the path of the growth plot, or None."""
     title, function, _ = SUBJECTS[subject]
     if function is None:
         part = growth.growth(session, cases, picture)
@@ -119,7 +119,7 @@ def measure(subject: str, session: Session, cases: Sequence[Case], picture: Path
 
 
 def write(page: Path, sections: dict[str, str]) -> None:
-    """Replaces the sections of these subjects between the marks of the page, and leaves the others."""
+    """Updates the sections of these subjects between the marks of the page; keeps the others."""
     pieces = re.split(r"<!-- speed: (\w+) -->\n", section_of(page, "speed"))
     all_of_them = {**dict(zip(pieces[1::2], pieces[2::2], strict=True)), **sections}
     text = "".join(f"<!-- speed: {name} -->\n{all_of_them[name]}" for name in SUBJECTS if name in all_of_them)
@@ -127,17 +127,17 @@ def write(page: Path, sections: dict[str, str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
-    """Measures and prints, and keeps each subject below `root` as soon as it is measured, where the options say so.
+    """Measures and prints; stores each subject below `root` immediately, if requested.
 
     Raises:
-      UserError: the options do not fit, or something that was started fails.
+      UserError: the options are inconsistent, or a subprocess failed.
       SystemExit: an option is invalid.
     """
     options = parse(arguments)
     if options.append:
         records.check_file(root / FILE, SpeedRow)
     for network in options.networks:
-        create_model(network)  # refuses an unknown one before anything is started
+        create_model(network)  # raises for unknown names before starting anything
     found = processes.ask("device")
     cases = {subject: cases_of(subject, options, found["platform"]) for subject in options.subjects}
     session = Session(found["device"], found["platform"], command(options), options.rounds,

@@ -1,7 +1,7 @@
-"""ResNets as a user of Flax would write them, from `nn.Conv` and `nn.BatchNorm`, to be compared with ours.
+"""ResNets as users of Flax would write them, from `nn.Conv` and `nn.BatchNorm`, for comparison with this package.
 
-Their variables have the paths and shapes of this package's networks, so that both can be given the same ones, and
-penalty and optimizer are the same. A layer with a basis is one convolution with the filters of both kinds joined.
+Their variables have the same paths and shapes as this package's networks, so that both can use the same values,
+penalty and optimizer. A layer with a basis is one convolution with the concatenated shared and unique filters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _conv(features: int, size: int, strides: int, dtype: Dtype, name: str) -> nn
 
 
 def _convolve(x: Array, kernel: Array) -> Array:
-    """Is what `nn.Conv` computes, with a kernel that has another owner."""
+    """Computes `nn.Conv` with a kernel that belongs to another module."""
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
@@ -85,7 +85,7 @@ class StockBlock(nn.Module):
 
 
 class StockResNet(ResNet):
-    """A `ResNet` of basic blocks in stock modules; who owns which basis, and what it is penalised by, is inherited."""
+    """A `ResNet` of basic blocks in stock modules; ownership of the bases and the penalty are inherited."""
 
     @nn.nowrap
     def block(self, g: int, first: bool, name: str) -> nn.Module:
@@ -112,7 +112,7 @@ class StockResNet(ResNet):
 
 
 def has_stock(network: str) -> bool:
-    """Returns whether `network` is written in stock modules: ResNets of basic blocks, plain or with filter bases.
+    """Returns whether `network` has a version in stock modules: ResNets of basic blocks, plain or with filter bases.
 
     Raises:
       UserError: there is no such network.
@@ -128,9 +128,9 @@ def make_stock(ours: Network) -> Network:
     """Returns the network `ours` in stock modules.
 
     Raises:
-      ValueError: it is not written.
+      ValueError: there is no such version.
     """
     if not _is_written(ours):
-        raise ValueError(f"{type(ours).__name__} with {ours.sharing} is not written in stock modules; see has_stock")
+        raise ValueError(f"{type(ours).__name__} with {ours.sharing} has no version in stock modules; see has_stock")
     fields = (field.name for field in dataclasses.fields(ours) if field.init and field.name not in ("parent", "name"))
     return StockResNet(**{name: getattr(ours, name) for name in fields})

@@ -1,4 +1,4 @@
-"""The subjects that are measured within one process: train step, evaluation, whole trainer, penalty."""
+"""The subjects that are measured in a single process: training step, evaluation, whole trainer, penalty."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from shared_basis.optim.orthonormal import retraction
 from shared_basis.optim.penalty import orthogonality_penalty
 
 PENALTY_ROUNDS = 3
-"""Rounds of the penalty for one of another subject: its share is small, and the difference of two steps is noisy."""
+"""Rounds of the penalty per round of other subjects: its share is small, and differences of steps are noisy."""
 
 
 def step(session: Session, cases: Sequence[Case]) -> Part:
-    """Measures the compiled train step, beside PyTorch's and the plain network's."""
+    """Measures the compiled training step, compared with PyTorch and the plain network."""
     found = Comparison(session, "step", beside_plain(cases), torch_frameworks(session.platform, cases[0].dtype))
     found.measure(lambda case: Timed(make_step(case).run, session.seconds),
                   lambda trainer: Timed(trainer.run, session.seconds))
@@ -35,7 +35,7 @@ def step(session: Session, cases: Sequence[Case]) -> Part:
 
 
 def evaluation(session: Session, cases: Sequence[Case]) -> Part:
-    """Measures the evaluator on one resident batch, beside PyTorch's and the plain network's."""
+    """Measures the evaluator on one resident batch, compared with PyTorch and the plain network."""
     scored = [dataclasses.replace(case, batch=case.eval_batch) for case in cases]
     found = Comparison(session, "evaluation", beside_plain(scored), torch_frameworks(session.platform, cases[0].dtype))
     found.measure(lambda case: Timed(_our_evaluation(case), session.seconds), lambda trainer: Timed(repeated(
@@ -52,7 +52,7 @@ def _our_evaluation(case: Case) -> Callable[[int], float]:
 
 
 def trainer(session: Session, cases: Sequence[Case]) -> Part:
-    """Measures the training loop's images per second over those of the compiled step alone."""
+    """Measures the images per second of the training loop relative to those of the compiled step."""
     table = [["trainer over bare step", "ratio", "trainer, images/s", "bare step, images/s"]]
     for case in cases:
         session.print_progress(f"trainer: compiling {case.network}")
@@ -68,13 +68,13 @@ def trainer(session: Session, cases: Sequence[Case]) -> Part:
 
 
 def _an_epoch(case: Case, platform: str, config: Any, mesh: Any) -> Any:
-    """Returns images for an epoch: few steps on a CPU, where they are long."""
+    """Returns images for an epoch, with few steps on a CPU, where they are slow."""
     steps = 5 if platform == "cpu" else 20 if case.image_size > 64 else 100
     return random_images(case, steps * case.batch, case.batch, config)
 
 
 def penalty(session: Session, cases: Sequence[Case]) -> Part:
-    """Measures what the penalty takes of a step, in two ways, and what exact orthogonality takes."""
+    """Measures the share of the penalty in a step, in two ways, and that of exact orthogonality."""
     table = [["penalty", "its gradient alone over the step", "step with λ = 10 over step with λ = 0",
               "exact orthogonality alone over the step", "gradient alone, ms", "exact alone, ms", "step, ms"]]
     for case in cases:
@@ -103,9 +103,9 @@ def penalty(session: Session, cases: Sequence[Case]) -> Part:
 
 
 def _alone(params: Any, groups: Sequence[BasisGroup]) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Returns two functions of the arrays of `groups` alone, which wait for their results.
+    """Returns two functions that only use the arrays of `groups` and wait for their results.
 
-    The first computes the gradient of the penalty, the second what `retraction` makes of an update.
+    The first computes the gradient of the penalty, the second the retraction of an update.
     """
     named: dict[str, Any] = {}
     for path in paths_of(find_groups(params, groups)):

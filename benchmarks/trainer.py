@@ -1,4 +1,4 @@
-"""The trainer's own step, alone and within the training loop: what `speed` and `data` measure."""
+"""The trainer's own step, alone and within the training loop, for `speed` and `data`."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from shared_basis.training.program import build as build_program
 
 
 def build(config: Config, images: Images, model: Network, mesh: Mesh, root: Path) -> tuple[Any, Program]:
-    """Returns the state before the first step, and the trainer's compiled program; `root` is for its checkpoints."""
+    """Returns the initial state and the trainer's compiled program; `root` is for its checkpoints."""
     with contextlib.closing(Checkpoints(root)) as checkpoints:
         return build_program(config, images, model, mesh, checkpoints)
 
 
 class BareStep:
-    """The trainer's compiled step, called on one batch again and again, from the beginning of training each time."""
+    """The trainer's compiled step, called repeatedly on one batch, starting from the initial state."""
 
     def __init__(self, state: Any, program: Program, mesh: Mesh) -> None:
         self.program, self._mesh = program, mesh
         self._inputs = next(program.batches(0))
-        self._beginning = jax.device_get(state)  # steps donate the state they are given
+        self._beginning = jax.device_get(state)  # steps donate their input state
 
     def state(self) -> Any:
-        """Returns the state before the first step, on the devices."""
+        """Returns the initial state on the devices."""
         return jax.device_put(self._beginning, replicated(self._mesh))
 
     def run(self, steps: int) -> float:
-        """Returns the seconds that a step takes, without the first one."""
+        """Returns the seconds per step, excluding the first one."""
         # Several steps in flight can deadlock virtual devices that outnumber the cores.
         virtual = self._mesh.size > 1 and self._mesh.devices.flat[0].platform == "cpu"
         state, _ = self.program.step(self.state(), *self._inputs)
@@ -62,11 +62,11 @@ class BareStep:
 
 def trainers(config: Config, load: Callable[[Config, Mesh], Images], placements: Sequence[str],
              root: Path) -> dict[str, Measure]:
-    """Returns functions that train two epochs and return images per second: 'bare', the step alone, and by placement.
+    """Returns functions that train two epochs and return images per second: 'bare', only the step, and by placement.
 
     Args:
       load: returns the images of a configuration.
-      placements: of `data.placement`; the training loop is measured with each, the step alone with the first.
+      placements: values of `data.placement`; the loop is measured with each, the step only with the first.
       root: an empty directory, for workdirs.
     """
     mesh, numbers = make_mesh(), iter(range(10**6))
@@ -97,5 +97,5 @@ def trainers(config: Config, load: Callable[[Config, Mesh], Images], placements:
 
 
 def _two_epochs(config: Config, placement: str) -> Config:
-    """Returns `config` for two epochs that are evaluated once, with images that wait in `placement`."""
+    """Returns `config` for two epochs with a single evaluation, and the given `placement` of images."""
     return replace(config, {"data.placement": placement, "train.epochs": 2, "train.evaluate_every": 2})

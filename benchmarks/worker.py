@@ -1,6 +1,6 @@
-"""A process of its own for what must begin afresh: `python -m benchmarks.worker REQUEST`, from the repository's root.
+"""A fresh process for one measurement: `python -m benchmarks.worker REQUEST`, from the repository's root.
 
-The request is JSON: a task, one of `TASKS`, and the fields of a `Case`. So is the answer, the last line printed.
+The request is JSON with a task, one of `TASKS`, and the fields of a `Case`. The answer is the last line, also JSON.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from benchmarks.cases import Case, Timed, make_step
 from shared_basis.runtime.memory import Memory
 
 STEPS = 3
-"""Steps after which the memory of a process is read."""
+"""Number of steps after which the memory of a process is read."""
 
 
 def device(_: Case | None = None) -> dict[str, Any]:
-    """Returns the platform, as JAX calls it, and the devices, human-readable and their number."""
+    """Returns the platform's name in JAX, a description of the devices, and their number."""
     import jax
 
     devices = jax.devices()
@@ -34,9 +34,9 @@ def device(_: Case | None = None) -> dict[str, Any]:
 
 
 def compiling(case: Case) -> dict[str, Any]:
-    """Returns seconds: of tracing, lowering and compiling the step, and of all that precedes it once images are there.
+    """Returns the seconds for tracing, lowering and compiling the step, and for all before it except loading images.
 
-    JAX says how long each function took. The step is the one that took longest.
+    JAX reports the time per function; the step is the one that took longest.
     """
     import jax.monitoring
 
@@ -52,7 +52,7 @@ def compiling(case: Case) -> dict[str, Any]:
 
 
 def memory(case: Case) -> dict[str, Any]:
-    """Returns bytes: the process's peak, what its imports hold, the step's by XLA, and the device's peak if it says."""
+    """Returns bytes: the process's peak, the memory of its imports, the step by XLA, and the device's peak if known."""
     import jax
 
     imported = resident_bytes("VmRSS")
@@ -64,7 +64,7 @@ def memory(case: Case) -> dict[str, Any]:
 
 
 def pytorch_memory(case: Case) -> dict[str, Any]:
-    """Returns the same of PyTorch in channels_last, which has no analysis of a program."""
+    """Returns the same for PyTorch in channels_last, which has no analysis of a program."""
     from benchmarks.pytorch_trainer import make_trainer
 
     imported = resident_bytes("VmRSS")
@@ -74,20 +74,20 @@ def pytorch_memory(case: Case) -> dict[str, Any]:
 
 
 def timing(case: Case) -> dict[str, Any]:
-    """Returns the seconds of a step, and its bytes on each device by XLA."""
+    """Returns the seconds per step, and its bytes per device by XLA."""
     made = make_step(case)
     return {"seconds": Timed(made.run)(), "program": without_images(made.program.memory)}
 
 
 def without_images(memory: Memory) -> int:
-    """Returns the bytes of parameters, optimizer and step: the random images here are not those of a run."""
+    """Returns the bytes of parameters, optimizer and step, excluding the random images."""
     return memory.total - memory.data
 
 
 def resident_bytes(field: str) -> int:
-    """Returns the resident memory of this process now ('VmRSS'), or at its peak ('VmHWM'); elsewhere always its peak.
+    """Returns the current ('VmRSS') or peak ('VmHWM') resident memory of this process; without Linux always the peak.
 
-    Not what getrusage says: on Linux that begins with the memory of the process that started this one.
+    Does not use getrusage, which on Linux starts with the memory of the parent process.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -1,1 +1,1 @@
-"""Does sharing win? Each study is a module, run from the repository's root: `python -m studies.experiments`, …"""
+"""Does sharing improve accuracy? Each study is a module, run from the repository's root: `python -m studies.NAME`."""

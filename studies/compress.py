@@ -1,12 +1,12 @@
-"""A trained network compressed at several budgets: before and after fine-tuning, from scratch, and as a file to ship.
+"""Compresses a trained network at several budgets: before and after fine-tuning, from scratch, and exported.
 
     python -m studies.compress --write                                       ResNet-20 on the digits
     python -m studies.compress --data=fashion_mnist --epochs=3 --tuning=1 --write           an hour on two cores
     python -m studies.compress --data=DIR --network=resnet56 --write         on a directory of images (32×32)
 
-Runs are kept below --runs: the same command goes on where it was stopped. Fine-tuned networks are exported folded, as
-ONNX, and classify all test images by onnxruntime; files are timed in turns with the plain network's. The rows go to
-results/compress.csv; --write puts the tables of all that is there into docs/compress.md.
+Runs are stored below --runs, and the same command resumes them. Fine-tuned networks are exported to ONNX with folding,
+and classify all test images with onnxruntime; latency is measured alternately with the plain network's file. Rows are
+appended to results/compress.csv; --write updates the tables of all rows in docs/compress.md.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from studies.kept import Kept, RowsOf
 
 @dataclasses.dataclass(frozen=True)
 class CompressionRow:
-    """A network that was compressed; its fields are the columns. Accuracies are parts of 1."""
+    """A compressed network; the fields are the columns. Accuracies are in [0, 1]."""
 
     date: str
     commit: str
@@ -61,20 +61,20 @@ class CompressionRow:
     tuned_epochs: int
     tuned_accuracy: float
     scratch_epochs: str
-    """Empty where it was not trained from scratch, as is its accuracy."""
+    """Empty if the network was not trained from scratch, as is its accuracy."""
     scratch_accuracy: str
     test_examples: int
     file_bytes: int
     plain_file_bytes: int
     file_accuracy: float
     latency: float
-    """Seconds of one image."""
+    """Seconds per image."""
     latency_over_plain: float
     rounds: int
 
 
 def recipe(options: argparse.Namespace, network: str) -> Config:
-    """Returns the recipe of `network` from scratch."""
+    """Returns the recipe for training `network` from scratch."""
     if options.data == "digits":
         return replace(from_config_dict(digits_resnet.get_config(network)), {"seed": options.seed})
     data = {"data.name": options.data} if options.data in ("cifar10", "fashion_mnist") else {
@@ -88,7 +88,7 @@ def recipe(options: argparse.Namespace, network: str) -> Config:
 
 
 def tuning(config: Config, epochs: int) -> Config:
-    """Returns the recipe of fine-tuning: a tenth of the learning rate, which falls to 0 as a cosine."""
+    """Returns the fine-tuning recipe: a tenth of the learning rate, with cosine decay to 0."""
     return replace(config, {
         "train.epochs": epochs, "train.evaluate_every": epochs, "optimizer.schedule": "cosine",
         "optimizer.boundaries": (), "optimizer.factors": (), "optimizer.warmup_epochs": 0.0,
@@ -96,7 +96,7 @@ def tuning(config: Config, epochs: int) -> Config:
 
 
 def measure(options: argparse.Namespace, command: str, reporter: Reporter) -> list[CompressionRow]:
-    """Returns a row for each budget; runs that are finished already take no time."""
+    """Returns a row for each budget; finished runs are not repeated."""
     runs = Path(options.runs) / f"{Path(options.data).name}-{options.network}-{options.seed}"
     plain = recipe(options, options.network)
     train.train(plain, runs / "plain", reporter)
@@ -127,7 +127,7 @@ def measure(options: argparse.Namespace, command: str, reporter: Reporter) -> li
 
 
 def ship(workdirs: Sequence[Path], rounds: int, reporter: Reporter) -> list[dict[str, Any]]:
-    """Exports runs, folded, and returns of each but the first, the plain one, how large, right and fast its file is."""
+    """Exports runs with folding; returns size, accuracy and latency of each file, except for the first, plain one."""
     opened = [Trained.open(workdir) for workdir in workdirs]
     tests = load_tests(opened[0], reporter)
     labels = np.concatenate([classes for _, classes in tests])
@@ -138,7 +138,7 @@ def ship(workdirs: Sequence[Path], rounds: int, reporter: Reporter) -> list[dict
              for index, session in enumerate(sessions)}
     reporter.info(f"timing {len(sessions)} files, an image at a time …")
     for measure_one in timed.values():
-        measure_one()  # finds out how often
+        measure_one()  # determines the number of calls
     plain, *others = in_turns(timed, rounds).values()
     return [{"file_bytes": len(content), "plain_file_bytes": len(contents[0]),
              "file_accuracy": float(np.mean(classify(session, tests).argmax(-1) == labels)),
@@ -148,7 +148,7 @@ def ship(workdirs: Sequence[Path], rounds: int, reporter: Reporter) -> list[dict
 
 
 def tables(rows: Sequence[CompressionRow]) -> str:
-    """Returns two tables in Markdown: what was learned, and what is shipped."""
+    """Returns two Markdown tables: on accuracy and on the exported files."""
     def percent(value: float) -> str:
         return f"{100 * value:.2f}"
 
@@ -174,15 +174,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="digits", help="digits, cifar10, fashion_mnist, or a directory of images")
-    parser.add_argument("--network", default="resnet20", help="the plain network")
+    parser.add_argument("--network", default="resnet20", help="name of the plain network")
     parser.add_argument("--budgets", type=_budget, nargs="+", default=[0.35, 0.5, 0.75],
-                        help="parts of its parameters")
-    parser.add_argument("--epochs", type=positive, default=12, help="of training from scratch; of digits always 24")
+                        help="fractions of its parameters")
+    parser.add_argument("--epochs", type=positive, default=12, help="epochs from scratch (digits: always 24)")
     parser.add_argument("--tuning", type=positive, default=4, help="epochs of fine-tuning")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--noscratch", action="store_true", help="train nothing from scratch but the plain network")
-    parser.add_argument("--rounds", type=positive, default=9, help="measurements of each file's latency")
-    parser.add_argument("--runs", default="runs/compress", help="where runs are kept")
+    parser.add_argument("--noscratch", action="store_true", help="train only the plain network from scratch")
+    parser.add_argument("--rounds", type=positive, default=9, help="number of latency measurements per file")
+    parser.add_argument("--runs", default="runs/compress", help="directory for the runs")
     parser.add_argument("--write", action="store_true", help="replace the tables in docs/compress.md")
     return parser.parse_args(arguments)
 
@@ -204,10 +204,10 @@ STUDY = Kept("compress", CompressionRow, Path("docs") / "compress.md",
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT, rows_of: RowsOf[CompressionRow] = measure) -> None:
-    """Measures, keeps the rows below `root`, prints the tables, and writes them to the page if asked to.
+    """Measures, stores the rows below `root`, prints the tables, and writes them to the page if requested.
 
     Args:
-      rows_of: measures, by the options, and returns rows with the command.
+      rows_of: measures according to the options and returns rows, which contain the command.
 
     Raises:
       UserError: an option does not fit the data, a package is missing, or the rows cannot be read.

@@ -1,4 +1,4 @@
-"""What is trained to answer whether sharing with orthogonality wins: studies, each a table of networks and settings."""
+"""The definitions of the studies on sharing with orthogonality: networks, settings and hypotheses."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ JPEG = "CIFAR-10 (JPEG copy)"
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One row of a study: a network, and what is set beside its recipe."""
+    """A row of a study: a network and changes to its recipe."""
 
     label: str
     network: str
     settings: tuple[str, ...] = ()
-    """Flags of main.py."""
+    """Additional flags of main.py."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hypothesis:
-    """A claim about two variants: the final error of `variant` less that of `reference` is below `margin` points.
+    """A claim about two variants: the final error of `variant` minus that of `reference` is below `margin` points.
 
-    It is judged by the 95 % interval of the difference, paired by seed: confirmed where all of the interval lies below
-    the margin, refuted where all of it lies above, not decided otherwise.
+    It is judged by the 95 % confidence interval of the difference, paired by seed: confirmed if the whole interval is
+    below the margin, refuted if it is above, otherwise undecided.
     """
 
     claim: str
@@ -33,31 +33,31 @@ class Hypothesis:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Networks that are trained alike, over several seeds."""
+    """Networks that are trained with the same recipe over several seeds."""
 
     title: str
     question: str
     config: str
-    """The recipe, a file of configs/."""
+    """The recipe, a file in configs/."""
     seeds: int
     groups: tuple[tuple[Variant, ...], ...]
-    """Variants that are compared with one another; the first one of each is the reference."""
+    """Groups of variants to compare; the first variant of each group is the reference."""
     settings: tuple[str, ...] = ()
-    """Flags of main.py for all of them."""
+    """Flags of main.py for all variants."""
     contrasts: tuple[tuple[str, str], ...] = ()
-    """Labels of variants, the second of which is to differ from the first in one thing."""
+    """Pairs of labels of variants that should differ in only one respect."""
     hypotheses: tuple[Hypothesis, ...] = ()
-    """What was claimed before the first run."""
+    """The claims made before the first run."""
     needs_images: bool = False
-    """Whether a directory of images has to be named."""
+    """Whether a directory of images must be given."""
     first_seed: int = 0
-    """A study that an earlier one suggested takes other seeds than that one."""
+    """The first seed; a study suggested by an earlier one uses other seeds."""
     published: str = ""
-    """The data set under which `studies.published` has figures that these can be compared with."""
+    """The data set in `studies.published` whose errors are comparable."""
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """All of them, in order."""
+        """All variants, in order."""
         return tuple(variant for group in self.groups for variant in group)
 
 
@@ -66,7 +66,7 @@ EXACT = "--config.orthogonality.method=exact"
 
 
 def _ways(depth: int, rank: int) -> tuple[Variant, ...]:
-    """Returns the ways of sharing for a ResNet of `depth` with `rank` shared elements in its first group."""
+    """Returns the kinds of sharing for a ResNet of `depth` with `rank` shared elements in its first group."""
     net, shared = f"resnet{depth}", f"s{rank}u1"
     return (
         Variant(f"{net} plain", net),
@@ -82,14 +82,14 @@ def _ways(depth: int, rank: int) -> tuple[Variant, ...]:
 
 
 def _contrasts(*nets: str) -> tuple[tuple[str, str], ...]:
-    """Returns what of double sharing matters in the networks that are labelled `nets`."""
+    """Returns contrasts that isolate the parts of double sharing, for the networks labelled `nets`."""
     ends = ((" double, no penalty", " double"), (" double", " double, exact"), (" single", " double"),
             (" shared only", " double"), (" non-shared", " double"), (" tied", " double"), (" template2", " double"))
     return tuple((net + one, net + other) for net in nets for one, other in ends)
 
 
 def _cifar(epochs: int) -> tuple[str, ...]:
-    """Returns the published recipe scaled to `epochs`, on a directory of images."""
+    """Returns flags for the published recipe scaled to `epochs`, on a directory of images."""
     return (f"--config.train.epochs={epochs}", f"--config.optimizer.boundaries=({epochs * 0.5}, {epochs * 0.75})",
             f"--config.train.evaluate_every={max(1, epochs // 60)}", "--config.data.name=folder")
 
@@ -198,4 +198,4 @@ STUDIES = {
         "CIFAR-10, 300 epochs", "The published table, on the original images.", "configs/cifar_resnet.py", 3, _CLAIM,
         contrasts=_CLAIM_CONTRASTS, published="CIFAR-10"),
 }
-"""By the name that --study takes."""
+"""The studies, by the name for --study."""

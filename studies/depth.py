@@ -1,15 +1,15 @@
-"""Do gradients vanish or explode with the number of layers that share a basis, and does orthogonality prevent it?
+"""Do gradients vanish or explode with the number of layers sharing a basis, and does orthogonality prevent it?
 
     python -m studies.depth [--layers=2,10,54] [--seeds=2]
-    python -m studies.depth --write                      the section of docs/results.md again, without training
+    python -m studies.depth --write                      only update docs/results.md, without training
 
 The paper argues (section 3.2) that a shared basis multiplies gradients along the chain of layers that share it, as a
-recurrence does, so that singular values away from 1 make them explode or vanish. Here ResNets of more and more blocks,
-in which one basis a group serves 2, 10 or 54 layers, are trained on the digits, and the gradient is measured by depth
-at initialisation and through training: with the penalty, without it, exactly orthonormal, and from bases whose
-singular values are spread on purpose. The plain network of the same depth says what depth alone does.
+recurrence does, so singular values other than 1 make them explode or vanish. This study trains ResNets of increasing
+depth, in which one basis per group serves 2, 10 or 54 layers, on the digits, and measures gradients by depth at
+initialisation and during training: with the penalty, without it, exactly orthonormal, and from bases with
+deliberately spread singular values. A plain network of the same depth is the control.
 
-Each training leaves rows in results/depth.csv when it is finished, and is not run again.
+Finished trainings are stored as rows in results/depth.csv and not repeated.
 """
 
 from __future__ import annotations
@@ -41,37 +41,37 @@ from shared_basis.runtime.reporter import Reporter
 from studies.depth_findings import FILE, MEASURED, TREATMENTS, DepthRow, Treatment, write_page
 
 SPREAD = 4.0
-"""Singular values of bases that are spread on purpose lie between 1 / SPREAD and SPREAD."""
+"""Deliberately spread singular values are between 1 / SPREAD and SPREAD."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options."""
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--layers", type=_even, default=(2, 10, 54), help="layers that share a basis, e.g. 2,10,54")
+    parser.add_argument("--layers", type=_even, default=(2, 10, 54), help="layers per basis, e.g. 2,10,54")
     parser.add_argument("--seeds", type=positive, default=2, help="how many")
-    parser.add_argument("--write", action="store_true", help="only write the section of docs/results.md again")
+    parser.add_argument("--write", action="store_true", help="only update the section in docs/results.md")
     return parser.parse_args(arguments)
 
 
 def _even(text: str) -> tuple[int, ...]:
-    """Returns even numbers, as a block has two layers; raises argparse's error for other text."""
+    """Returns even numbers, since blocks have two layers; raises argparse's error for other text."""
     numbers = tuple(positive(part) for part in text.split(","))
     if any(number % 2 for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r}: blocks have two layers, so even numbers are wanted")
+        raise argparse.ArgumentTypeError(f"{text!r}: blocks have two layers, so numbers must be even")
     return numbers
 
 
 def train(layers: int, treatment: Treatment, seed: int, measured: Sequence[int] = MEASURED) -> Iterator[DepthRow]:
     """Trains a network in which each basis serves `layers` layers.
 
-    Yields a row after each of the epochs `measured`; the last of them is the end of training.
+    Yields a row after each of the epochs `measured`, the last of which is the end of training.
     """
     config = replace(from_config_dict(get_config(f"resnet20{treatment.form}")), {
         "seed": seed, "orthogonality.method": treatment.method, "train.epochs": measured[-1]})
     mesh = make_mesh()
     source, reporter = data.open_source(config.data), Reporter(verbosity="quiet")
     images = feeds.load(source, config.data, mesh, reporter)
-    model = build_model(config, images.spec).clone(blocks=(layers // 2 + 1,) * 3)  # the first of a group is plain
+    model = build_model(config, images.spec).clone(blocks=(layers // 2 + 1,) * 3)  # the first block of a group is plain
     split = in_memory.load_split(source.splits["train"], source.spec, config.data, reporter.warn)
     size = config.train.batch_size
     batch = normalize(jax.numpy.asarray(split.images[:size]), config.data), split.labels[:size]
@@ -102,13 +102,13 @@ def train(layers: int, treatment: Treatment, seed: int, measured: Sequence[int] 
 
 
 def _spread(basis: Any) -> Any:
-    """Returns `basis [k, k, C, s]` with the same singular vectors, and singular values from 1 / SPREAD to SPREAD."""
+    """Returns `basis [k, k, C, s]` with the same singular vectors and singular values from 1 / SPREAD to SPREAD."""
     left, _, right = np.linalg.svd(np.asarray(basis).reshape(-1, basis.shape[-1]), full_matrices=False)
     return ((left * np.geomspace(1 / SPREAD, SPREAD, left.shape[1])) @ right).reshape(basis.shape).astype(np.float32)
 
 
 def _singular_values(params: Any) -> tuple[float, float]:
-    """Returns the least and the greatest singular value of the shared bases; zeros without bases."""
+    """Returns the smallest and largest singular value of the shared bases; zeros without bases."""
     values = [np.linalg.svd(np.asarray(basis).reshape(-1, basis.shape[-1]), compute_uv=False)
               for basis in jax.tree.leaves(params.get("bases", {}))]
     return (float(min(map(min, values))), float(max(map(max, values)))) if values else (0.0, 0.0)
@@ -120,14 +120,14 @@ def _joined(norms: Iterable[float]) -> str:
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT,
          rows_of: Callable[[int, Treatment, int], Iterable[DepthRow]] = train) -> None:
-    """Trains what has no rows yet, and writes the section.
+    """Trains the networks that have no rows yet, and writes the section.
 
     Args:
-      root: holds the rows and the page.
-      rows_of: trains once and returns the rows of it.
+      root: contains the rows and the page.
+      rows_of: performs one training and returns its rows.
 
     Raises:
-      UserError: rows cannot be read, or the page has no marks.
+      UserError: the rows cannot be read, or the page lacks the marks.
       SystemExit: an option is invalid.
     """
     options = parse(arguments)

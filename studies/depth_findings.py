@@ -1,4 +1,4 @@
-"""Rows of `results/depth.csv`, and what they say: the picture and the section of docs/results.md."""
+"""The rows of `results/depth.csv`, and the figure and section of docs/results.md derived from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FILE, PICTURE = Path("results") / "depth.csv", Path("results") / "depth.png"
 PAGE = Path("docs") / "results.md"
-"""Below the repository's root."""
+"""Relative to the repository's root."""
 
 EPOCHS = 12
 MEASURED = (0, 1, 3, EPOCHS)
@@ -29,11 +29,11 @@ MEASURED = (0, 1, 3, EPOCHS)
 
 @dataclasses.dataclass(frozen=True)
 class Treatment:
-    """A way to hold bases orthonormal, or not to."""
+    """A way of keeping bases orthonormal, or a control."""
 
     label: str
     form: str = "-s8u1"
-    """The sharing, as a network's name has it: one basis a group for both layers of its blocks."""
+    """The sharing, as in network names: one basis per group for both layers of its blocks."""
     method: str = "none"
     """Of `orthogonality.method`."""
     spread: bool = False
@@ -47,50 +47,50 @@ TREATMENTS = (Treatment("plain, nothing shared", form=""), Treatment("penalty", 
 
 @dataclasses.dataclass(frozen=True)
 class DepthRow:
-    """Gradients at one moment of one training; its fields are the columns."""
+    """Gradients at one epoch of a training; the fields are the columns."""
 
     date: str
     commit: str
     device: str
     jax: str
     layers: int
-    """That share each basis."""
+    """Number of layers sharing each basis."""
     variant: str
     seed: int
     epoch: int
     train_loss: float
-    """Of the epoch that ended; 0 at initialisation."""
+    """The finished epoch; 0 at initialisation."""
     test_error: float
     """In percent."""
     singular_min: float
     singular_max: float
-    """Of the shared bases; 0 for a network without."""
+    """Of the shared bases; 0 without bases."""
     blocks: str
-    """In order of depth the norm of the gradient with respect to each block's output (`analysis.gradient_flow`)."""
+    """The gradient norm with respect to each block's output, ordered by depth (`analysis.gradient_flow`)."""
     parameters: str
-    """Likewise of the gradient with respect to each layer's coefficients, or kernel where it has none."""
+    """The gradient norm with respect to each layer's coefficients, or its kernel if it has none."""
     command: str
 
 
 def growth(row: DepthRow) -> float:
-    """Returns how many times larger the gradient is after the first than after the last sharing block of a group.
+    """Returns the ratio of gradient norms after the first and after the last sharing block of a group.
 
-    It is what all sharing layers of one group, with their shortcuts, multiply it by: the geometric mean of the groups.
+    This is the factor from all sharing layers of a group with their shortcuts; the geometric mean over groups.
     """
     norms = [float(norm) for norm in row.blocks.split()]
     blocks = len(norms) // 3
-    # The first block of each group is plain: its output is the input of the first one that shares.
+    # The first block of each group is plain: its output is the input of the first sharing block.
     return statistics.geometric_mean(norms[group * blocks] / norms[(group + 1) * blocks - 1] for group in range(3))
 
 
 def _values(rows: Sequence[DepthRow], value: Callable[[DepthRow], Any], layers: int, label: str,
             epoch: int) -> list[Any]:
-    """Returns a figure of each run, one for each seed, at one moment."""
+    """Returns a value for each run, one per seed, at one epoch."""
     return [value(row) for row in rows if (row.layers, row.variant, row.epoch) == (layers, label, epoch)]
 
 
 def table(rows: Sequence[DepthRow]) -> Table:
-    """Returns for each number of sharing layers and each treatment the growth of gradients, errors, singular values."""
+    """Returns gradient growth, errors and singular values for each number of sharing layers and treatment."""
     lines: Table = [["layers sharing a basis", "variant", *(
         "growth at initialisation" if epoch == 0 else f"after epoch {epoch}" for epoch in MEASURED),
         "singular values at the end", "training loss, epoch 1", f"epoch {EPOCHS}", "final test error, %"]]
@@ -111,7 +111,7 @@ def table(rows: Sequence[DepthRow]) -> Table:
 
 
 def _paint(rows: Sequence[DepthRow], figure: Figure) -> None:
-    """Draws the gradient by depth: a row of axes for each number of sharing layers, a column for each moment."""
+    """Draws gradients by depth, with a row of axes per number of sharing layers and a column per epoch."""
     numbers = sorted({row.layers for row in rows})
     grid = figure.subplots(len(numbers), len(MEASURED), sharex="row", sharey="row", squeeze=False)
     for axes_of_number, layers in zip(grid, numbers, strict=True):
@@ -134,7 +134,7 @@ def _paint(rows: Sequence[DepthRow], figure: Figure) -> None:
 
 
 def _seeds(rows: Sequence[DepthRow]) -> str:
-    """Returns how many seeds there are, by number of layers where these differ in it."""
+    """Returns the number of seeds as text, by number of layers if it differs."""
     layers: dict[int, list[int]] = {}
     for number in sorted({row.layers for row in rows}):
         layers.setdefault(len({row.seed for row in rows if row.layers == number}), []).append(number)
@@ -144,10 +144,10 @@ def _seeds(rows: Sequence[DepthRow]) -> str:
 
 
 def write_page(root: Path = ROOT) -> None:
-    """Draws the picture and replaces the section of docs/results.md.
+    """Draws the figure and updates the section in docs/results.md.
 
     Raises:
-      UserError: rows cannot be read, or the page has no marks.
+      UserError: the rows cannot be read, or the page lacks the marks.
     """
     rows = read(root / FILE, DepthRow)
     if rows:

@@ -1,13 +1,13 @@
-"""What a compressed network gains by learning from the one that it came from: fine-tuned with and without it, by seed.
+"""Measures what a compressed network gains by distillation from its source: fine-tuned with and without, by seed.
 
     python -m studies.distill --write                                              ResNet-20 on the digits
     python -m studies.distill --data=fashion_mnist --examples=6000 --epochs=10 --tuning=3 --write
     python -m studies.distill --data=DIR --examples=5000 --epochs=15 --tuning=3 --write      a directory (32×32)
 
-For each seed a plain network is trained and compressed to a part of its parameters. Two copies are fine-tuned from
-there, alike in batches and augmentation: by labels alone, and by the plain network's logits too. Runs are kept below
---runs: the same command goes on where it was stopped. The rows go to results/distill.csv; --write puts the table of all
-that is there into docs/finetune.md.
+For each seed, a plain network is trained and compressed to a fraction of its parameters. Two copies are fine-tuned with
+the same batches and augmentation: one by labels only, one also by the plain network's logits. Runs are stored below
+--runs, and the same command resumes them. Rows are appended to results/distill.csv; --write updates the table of all
+rows in docs/finetune.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from studies.kept import Kept, by_seed, gain
 
 @dataclasses.dataclass(frozen=True)
 class DistillationRow:
-    """A network that was compressed and fine-tuned twice; its fields are the columns. Accuracies are parts of 1."""
+    """A network that was compressed and fine-tuned twice; the fields are the columns. Accuracies are in [0, 1]."""
 
     date: str
     commit: str
@@ -45,7 +45,7 @@ class DistillationRow:
     weight: float
     temperature: float
     train_examples: int
-    """0 is all of them."""
+    """0 for all images."""
     seed: int
     network: str
     plain_accuracy: float
@@ -56,7 +56,7 @@ class DistillationRow:
 
 
 def recipes(options: argparse.Namespace, network: str, teacher: Path) -> dict[str, Config]:
-    """Returns how `network` is fine-tuned, by labels alone and by the teacher's logits too."""
+    """Returns the fine-tuning recipes for `network`: by labels only, and also by the teacher's logits."""
     labels = replace(tuning(recipe(options, network), options.tuning), {"data.train_examples": options.examples})
     return {"labels": labels, "taught": replace(labels, {
         "distillation.teacher": str(teacher), "distillation.weight": options.weight,
@@ -64,7 +64,7 @@ def recipes(options: argparse.Namespace, network: str, teacher: Path) -> dict[st
 
 
 def measure(options: argparse.Namespace, command: str, reporter: Reporter) -> DistillationRow:
-    """Returns the row of `options.seed`; runs that are finished already take no time."""
+    """Returns the row of `options.seed`; finished runs are not repeated."""
     runs = Path(options.runs) / f"{Path(options.data).name}-{options.network}-{options.examples}-{options.seed}"
     plain = runs / "plain"
     train.train(replace(recipe(options, options.network), {"data.train_examples": options.examples}), plain, reporter)
@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace, command: str, reporter: Reporter) -> Di
 
 
 def table(rows: Sequence[DistillationRow]) -> str:
-    """Returns the table in Markdown: means and deviations over seeds, and the paired difference."""
+    """Returns a Markdown table of means and deviations over seeds, and of paired differences."""
     if not rows:
         return "\nNot run yet.\n\n"
     lines: Table = [["data, plain network", "budget", "images", "epochs", "plain", "compressed", "labels alone",
@@ -105,15 +105,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     taught = DistillationConfig()
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="digits", help="digits, cifar10, fashion_mnist, or a directory of images")
-    parser.add_argument("--network", default="resnet20", help="the plain network")
-    parser.add_argument("--budget", type=float, default=0.35, help="the part of its parameters")
-    parser.add_argument("--epochs", type=positive, default=12, help="of the plain network; of digits always 24")
+    parser.add_argument("--network", default="resnet20", help="name of the plain network")
+    parser.add_argument("--budget", type=float, default=0.35, help="the fraction of its parameters")
+    parser.add_argument("--epochs", type=positive, default=12, help="epochs of the plain network (digits: always 24)")
     parser.add_argument("--tuning", type=positive, default=4, help="epochs of fine-tuning")
-    parser.add_argument("--examples", type=int, default=0, help="training images; 0 is all of them")
+    parser.add_argument("--examples", type=int, default=0, help="number of training images; 0 for all")
     parser.add_argument("--weight", type=float, default=taught.weight, help="distillation.weight")
     parser.add_argument("--temperature", type=float, default=taught.temperature, help="distillation.temperature")
-    parser.add_argument("--seeds", type=positive, default=3, help="from 0 on")
-    parser.add_argument("--runs", default="runs/distill", help="where runs are kept")
+    parser.add_argument("--seeds", type=positive, default=3, help="number of seeds, starting from 0")
+    parser.add_argument("--runs", default="runs/distill", help="directory for the runs")
     parser.add_argument("--write", action="store_true", help="replace the table in docs/finetune.md")
     return parser.parse_args(arguments)
 
@@ -125,10 +125,10 @@ STUDY = Kept("distill", DistillationRow, Path("docs") / "finetune.md", noted=("d
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT,
          row_of: Callable[[argparse.Namespace, str, Reporter], DistillationRow] = measure) -> None:
-    """Measures, keeps the rows below `root`, prints the table, and writes it to the page if asked to.
+    """Measures, stores the rows below `root`, prints the table, and writes it to the page if requested.
 
     Args:
-      row_of: measures one seed, by the options, and returns its row with the command.
+      row_of: measures one seed according to the options and returns its row, which contains the command.
 
     Raises:
       UserError: an option does not fit the data, or the rows cannot be read.

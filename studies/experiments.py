@@ -1,14 +1,14 @@
-"""Trains the networks of a study over several seeds, and regenerates from all rows the tables of the documentation.
+"""Trains the networks of a study over several seeds, and regenerates the tables of the documentation from all rows.
 
-These are the sections of docs/results.md, its overview, and the results in README.md.
+The tables are in the sections of docs/results.md, its overview, and the results in README.md.
 
     python -m studies.experiments --study=digits              about an hour on two cores; the same command resumes
     python -m studies.experiments --study=cifar60 --images=DIR --jobs=4 --devices=0,1
-    python -m studies.experiments --write                     the tables again, without training
+    python -m studies.experiments --write                     only update the tables, without training
 
-Each run is `main.py` in a process of its own, and leaves a row in results/study-<name>.csv when it is finished. What
-has its row is not run again; what was interrupted goes on from its last checkpoint (its time is then that of the rest).
-Ctrl-C or SIGTERM stops the study: the runs that are going on save what they have, and no further one begins.
+Each run executes `main.py` in a separate process, and adds a row to results/study-<name>.csv when it is finished. Runs
+with a row are not repeated; interrupted runs resume from their last checkpoint (their time only includes the rest).
+Ctrl-C or SIGTERM stops the study: current runs save their state, and no others are started.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from studies.definitions import STUDIES, Study, Variant
 from studies.findings import StudyRow, glance, of, overview, section
 
 BASES = ("penalty", "norm_min", "norm_mean", "norm_max", "coherence")
-"""Figures of networks that have bases alone."""
+"""Columns that only apply to networks with bases."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One network of a study, trained from one seed."""
+    """A network of a study, trained with one seed."""
 
     name: str
-    """Of the study."""
+    """The name of the study."""
     study: Study
     variant: Variant
     seed: int
@@ -64,28 +64,28 @@ class Run:
 
 
 class Children:
-    """The running processes of a study; once it is asked to stop, they are, and no further one begins."""
+    """The running processes of a study; after a stop request they are stopped, and no others are started."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        """Where they run."""
+        """The working directory of the processes."""
         self.stopped_by = 0
-        """The signal that asked for the stop."""
+        """The signal that requested the stop."""
         self._running: set[subprocess.Popen[str]] = set()
 
     def stop(self, signum: int, _: Any) -> None:
-        """Asks all processes to save and end: a signal handler."""
+        """Signal handler: requests all processes to save and exit."""
         self.stopped_by = signum
         for process in tuple(self._running):
             process.send_signal(signal.SIGTERM)
 
     def run(self, words: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str, str]:
-        """Returns the exit code and what a process printed on standard output and error."""
-        # A session of its own, so that Ctrl-C of the terminal reaches it once, through this process.
+        """Runs a process; returns its exit code and its standard output and error."""
+        # In a new session, so that Ctrl-C in the terminal only reaches it once, through this process.
         with subprocess.Popen(words, cwd=self.directory, env=environment, text=True, start_new_session=True,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             self._running.add(process)
-            if self.stopped_by:  # between the check whether to begin and this line
+            if self.stopped_by:  # stopped after the check before starting
                 process.send_signal(signal.SIGTERM)
             out, err = process.communicate()
             self._running.discard(process)
@@ -95,29 +95,29 @@ class Children:
 def parse(arguments: Sequence[str] | None, studies: Mapping[str, Study] = STUDIES) -> argparse.Namespace:
     """Returns the options."""
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--study", choices=tuple(studies), help="what to train; without it nothing is")
-    parser.add_argument("--seeds", type=positive, help="how many; default: the study's own")
-    parser.add_argument("--variants", default="", help="only those whose label holds one of these words, a,b")
-    parser.add_argument("--images", type=Path, help="the directory of images, where the study needs one")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
-    parser.add_argument("--devices", default="", help="numbers of the GPUs to divide the jobs among, e.g. 0,1")
-    parser.add_argument("--workdirs", type=Path, default=Path("runs") / "studies", help="where the runs are kept")
+    parser.add_argument("--study", choices=tuple(studies), help="the study to train; by default nothing is trained")
+    parser.add_argument("--seeds", type=positive, help="number of seeds; default: that of the study")
+    parser.add_argument("--variants", default="", help="only variants whose label contains one of these words, a,b")
+    parser.add_argument("--images", type=Path, help="the directory of images, if the study needs one")
+    parser.add_argument("--jobs", type=positive, default=1, help="number of concurrent runs")
+    parser.add_argument("--devices", default="", help="indices of the GPUs for the jobs, e.g. 0,1")
+    parser.add_argument("--workdirs", type=Path, default=Path("runs") / "studies", help="directory for the runs")
     parser.add_argument("--write", action="store_true",
-                        help="replace the tables of docs/results.md and README.md (also at the end)")
+                        help="update the tables in docs/results.md and README.md (also done at the end)")
     options = parser.parse_args(arguments)
     if not options.study and not options.write:
-        parser.error(f"name a --study ({', '.join(studies)}), or --write the tables again")
+        parser.error(f"give --study ({', '.join(studies)}), or --write to update the tables")
     return options
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT, studies: Mapping[str, Study] = STUDIES) -> int:
-    """Runs what is asked for; returns 0, 1 if a run failed, or 128 + the number of the signal that stopped it.
+    """Runs the study; returns 0, 1 if a run failed, or 128 + the number of the signal that stopped it.
 
     Args:
-      root: holds main.py, the rows and the pages.
+      root: contains main.py, the rows and the pages.
 
     Raises:
-      UserError: as `run_study` and `write_pages`.
+      UserError: see `run_study` and `write_pages`.
       SystemExit: an option is invalid.
     """
     options = parse(arguments, studies)
@@ -130,27 +130,27 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT, studies: Map
             for signum, handler in before.items():
                 signal.signal(signum, handler)
     if children.stopped_by:
-        print("stopped; the same command goes on from the last checkpoints", file=sys.stderr)
+        print("stopped; the same command resumes from the last checkpoints", file=sys.stderr)
         return 128 + children.stopped_by
     write_pages(root, studies)
     return int(failed > 0)
 
 
 def run_study(name: str, study: Study, options: argparse.Namespace, children: Children) -> int:
-    """Trains what has no row yet; returns how many runs failed.
+    """Trains the runs that have no row yet; returns the number of failed runs.
 
     Raises:
-      UserError: the study needs images, no variant has such a label, or the rows cannot be read.
+      UserError: the study needs images, no variant matches, or the rows cannot be read.
     """
     if study.needs_images and (options.images is None or not options.images.is_dir()):
         raise UserError(f"--study={name} needs --images=DIR, a directory with train/<class>/* and test/<class>/*.")
     words = [word.strip() for word in options.variants.split(",") if word.strip()]
     variants = [variant for variant in study.variants if not words or any(word in variant.label for word in words)]
     if not variants:
-        raise UserError(f"--variants={options.variants}: none of {', '.join(v.label for v in study.variants)}.")
+        raise UserError(f"--variants={options.variants}: matches none of {', '.join(v.label for v in study.variants)}.")
     path = _rows_of(name, children.directory)
     rows = read(path, StudyRow)
-    # Seeds last, so that one run of each variant is there early, and neighbours use the same compiled program.
+    # Seeds vary slowest, so that each variant has a run early, and consecutive runs share a compiled program.
     todo = [Run(name, study, variant, seed)
             for seed in range(study.first_seed, study.first_seed + (options.seeds or study.seeds))
             for variant in variants if seed not in of(rows, variant)]
@@ -182,13 +182,13 @@ def run_study(name: str, study: Study, options: argparse.Namespace, children: Ch
 
 
 def train(run: Run, options: argparse.Namespace, device: str, children: Children) -> StudyRow:
-    """Trains one network, or goes on training it, and returns its row.
+    """Trains a network, or resumes its training, and returns its row.
 
     Args:
-      device: the number of a GPU; empty for all devices.
+      device: the index of a GPU; empty for all devices.
 
     Raises:
-      UserError: the run ended with an error.
+      UserError: the run failed.
     """
     arguments = run.arguments(options.images, options.workdirs)
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device else {})}
@@ -213,10 +213,10 @@ def train(run: Run, options: argparse.Namespace, device: str, children: Children
 
 
 def pages(root: Path = ROOT, studies: Mapping[str, Study] = STUDIES) -> list[tuple[Path, str, str]]:
-    """Returns the generated parts of the documentation: file, mark, and what stands there by the rows.
+    """Returns the generated parts of the documentation: file, mark and contents.
 
     Raises:
-      UserError: rows cannot be read.
+      UserError: the rows cannot be read.
     """
     rows = {name: read(_rows_of(name, root), StudyRow) for name in studies}
     page = root / "docs" / "results.md"
@@ -227,17 +227,17 @@ def pages(root: Path = ROOT, studies: Mapping[str, Study] = STUDIES) -> list[tup
 
 
 def write_pages(root: Path = ROOT, studies: Mapping[str, Study] = STUDIES) -> None:
-    """Replaces what stands between the marks of docs/results.md and README.md.
+    """Updates the sections between the marks of docs/results.md and README.md.
 
     Raises:
-      UserError: rows cannot be read, or a mark is missing.
+      UserError: the rows cannot be read, or a mark is missing.
     """
     for page, mark, text in pages(root, studies):
         replace_section(page, mark, text)
 
 
 def _rows_of(name: str, root: Path) -> Path:
-    """Returns the file of a study's rows."""
+    """Returns the path of a study's rows."""
     return root / "results" / f"study-{name}.csv"
 
 

@@ -1,4 +1,4 @@
-"""From rows of results/ to tables: means and spreads over seeds, paired differences, and what was not run."""
+"""Tables from the rows in results/: means and deviations over seeds, paired differences, and missing runs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ NOT_RUN = "not run"
 
 GLANCE = (("CIFAR-10", "resnet32-s16u1-double"), ("CIFAR-10", "resnet56-s16u1-double"),
           ("CIFAR-100", "resnet34-s32u1"), ("ImageNet", "resnet34-s32u1-double"), ("ImageNet", "mobilenetv2-shared++"))
-"""What the README shows of the published networks."""
+"""The published networks to show in the README."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyRow:
-    """A finished run; its fields are the columns. Errors are in percent, of test images."""
+    """A finished run; the fields are the columns. Errors are percentages of test images."""
 
     date: str
     commit: str
@@ -51,19 +51,19 @@ class StudyRow:
 
 
 def of(rows: Sequence[StudyRow], variant: Variant) -> dict[int, StudyRow]:
-    """Returns the runs of a variant by seed, the latest of each."""
+    """Returns the latest run of a variant for each seed."""
     return {row.seed: row for row in rows if row.variant == variant.label and row.network == variant.network}
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
-    """Returns 'mean ± standard deviation (n)'; of one value itself alone."""
+    """Returns 'mean ± standard deviation (n)', or only the value if there is one."""
     if len(values) == 1:
         return f"{values[0]:.2f} (1)"
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)})"
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Returns the mean of paired differences and its 95 % confidence interval by Student's t; of n ≥ 2."""
+    """Returns the mean of n ≥ 2 paired differences and its 95 % confidence interval by Student's t."""
     from scipy import stats
 
     mean = statistics.mean(differences)
@@ -72,7 +72,7 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
 
 
 def difference(rows: dict[int, StudyRow], reference: dict[int, StudyRow]) -> str:
-    """Returns how much greater the final error is than the reference's, seed by seed, in percentage points."""
+    """Returns the difference of the final error from the reference's, paired by seed, in percentage points."""
     seeds = sorted(rows.keys() & reference.keys())
     if len(seeds) < 2:
         return NOT_MEASURED
@@ -103,7 +103,7 @@ def verdicts(study: Study, rows: Sequence[StudyRow]) -> Table:
 
 
 def table(study: Study, rows: Sequence[StudyRow]) -> Table:
-    """Returns the table of a study: all of its variants, those that were not run too."""
+    """Returns the table of a study with all of its variants, including those without runs."""
     head = ["variant", "parameters", "MACs", "final test error, %", "best epoch's, %",
             "final error less the first row's", "penalty", "norms", "minutes a run"]
     published = {row.name: row.error for row in PUBLISHED if row.dataset == study.published}
@@ -123,7 +123,7 @@ def table(study: Study, rows: Sequence[StudyRow]) -> Table:
 
 
 def _cells(runs: dict[int, StudyRow]) -> list[str]:
-    """Returns the cells of a variant that was run, but for the difference."""
+    """Returns the cells of a variant with runs, except for the difference."""
     values = list(runs.values())
     first = values[0]
     with_bases = [row for row in values if row.penalty]
@@ -136,7 +136,7 @@ def _cells(runs: dict[int, StudyRow]) -> list[str]:
 
 
 def paired(study: Study, rows: Sequence[StudyRow], pairs: Sequence[tuple[str, str]]) -> Table:
-    """Returns the paired differences of those `pairs` of labels that were run, the second less the first."""
+    """Returns the paired differences of those `pairs` of labels that have runs, second minus first."""
     by_label = {variant.label: of(rows, variant) for variant in study.variants}
     return [["change", "final error of the second less the first's"], *(
         [f"{one} → {other}", difference(by_label[other], by_label[one])] for one, other in pairs
@@ -144,9 +144,9 @@ def paired(study: Study, rows: Sequence[StudyRow], pairs: Sequence[tuple[str, st
 
 
 def overview(studies: Mapping[str, Study], rows: Mapping[str, Sequence[StudyRow]]) -> Table:
-    """Returns a line for each study: how much of it was run, and which of its differences can be told from noise.
+    """Returns a line per study: how much of it was run, and which differences are statistically significant.
 
-    These are its contrasts, and those of each variant from the first one of its group.
+    The differences are its contrasts, and those between each variant and the first one of its group.
     """
     lines: Table = [["study", "runs", "differences of the final error, in points, whose interval excludes 0",
                      "within noise"]]
@@ -165,7 +165,7 @@ def overview(studies: Mapping[str, Study], rows: Mapping[str, Sequence[StudyRow]
 
 
 def glance(networks: str, studies: Mapping[str, Study], rows: Mapping[str, Sequence[StudyRow]]) -> Table:
-    """Returns the table at the head of the README: what some published networks save, and what was trained here.
+    """Returns the table for the README: savings of some published networks, and the results of training here.
 
     Args:
       networks: the table of `studies.published`.
@@ -187,13 +187,13 @@ def _millions(number: str) -> str:
 
 
 def _change(fewer: str) -> str:
-    """Returns a saving in percent as a change."""
+    """Returns a saving in percent as a signed change."""
     change = round(-float(fewer.removesuffix(" %")))
     return f"{change:+d} %" if change else "0 %"
 
 
 def _trained(dataset: str, name: str, studies: Mapping[str, Study], rows: Mapping[str, Sequence[StudyRow]]) -> str:
-    """Returns the final errors of the runs of a network on a data set or a copy of it, or that there are none."""
+    """Returns the final errors of a network on a data set, or on a copy of it; or that there are none."""
     found = []
     for key, study in studies.items():
         errors = [row.final_error for variant in study.variants if variant.network == name and not variant.settings

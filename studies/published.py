@@ -1,9 +1,9 @@
 """The networks that the paper reports, with their published errors, as a table: `python -m studies.published`.
 
-Compact networks follow that the paper does not have, without errors: nobody has trained them so.
+They are followed by compact networks that are not in the paper, without errors: these have not been trained.
 
-Parameters and multiply-accumulates are counted here and now; only the errors are quoted (Kang & Kim; top-1 error at the
-best test epoch, single runs as far as can be seen; for ImageNet top-1 / top-5).
+Parameters and multiply-accumulates are computed; only errors are quoted (Kang & Kim; top-1 error at the best test
+epoch, apparently of single runs; top-1 / top-5 for ImageNet).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from shared_basis.models.summary import compare_with_plain
 
 
 class Published(NamedTuple):
-    """A network as the paper reports it."""
+    """A network as reported in the paper."""
 
     dataset: str
     name: str
     error: str = ""
-    """In percent; empty where the paper gives none, and in words where it does not have the network."""
+    """In percent; empty if the paper gives none, or text if it does not have the network."""
 
 
 PUBLISHED = (
@@ -61,10 +61,10 @@ OTHERS = tuple(Published("ImageNet", name, "not of the paper") for name in (
     "shufflenetv1_g3", "shufflenetv1_g3-shared", "shufflenetv1_g3-shared++",
     "shufflenetv2_x1_0", "shufflenetv2_x1_0-shared", "shufflenetv2_x1_0-shared++", "shufflenetv2_x1_0-s16u1-double",
     "efficientnet_b0", "efficientnet_b0-shared", "efficientnet_b0-shared++", "efficientnet_b0-s16u1"))
-"""Compact networks that are not of the paper."""
+"""Compact networks that are not in the paper."""
 
 _DATASETS = {"CIFAR-10": (10, 32, "cifar"), "CIFAR-100": (100, 32, "cifar"), "ImageNet": (1000, 224, "imagenet")}
-"""Classes, image size and stem."""
+"""Classes, image size and stem of each data set."""
 
 
 def table() -> str:

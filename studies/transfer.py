@@ -1,12 +1,11 @@
-"""What new classes with few images gain from a network that was trained on other classes: by seed, with and without.
+"""Measures what new classes with few images gain from a network trained on other classes: by seed, with and without.
 
     python -m studies.transfer --data=DIR --write              a directory of images (32×32), in train/ and test/
 
-The classes are divided by their names' order: the first --source of them train a network, with --source-examples
-images. The others are learned twice, from --examples images: from nothing, by the recipe for CIFAR-10, and from that
-network, by the recipe for fine-tuning (configs/finetune.py). Both have --epochs. Runs are kept below --runs: the same
-command goes on where it was stopped. The rows go to results/transfer.csv; --write puts the table of all that is there
-into docs/transfer.md.
+Classes are split by name: the first --source of them train a network, with --source-examples images. The others are
+learned twice from --examples images: from scratch with the CIFAR-10 recipe, and from that network with the fine-tuning
+recipe (configs/finetune.py). Both train for --epochs. Runs are stored below --runs, and the same command resumes them.
+Rows are appended to results/transfer.csv; --write updates the table of all rows in docs/transfer.md.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from studies.kept import Kept, by_seed, gain
 
 @dataclasses.dataclass(frozen=True)
 class TransferRow:
-    """A network for some classes, and one for the others made twice; accuracies are parts of 1, of all test images."""
+    """A network for some classes, and one for the others trained twice; accuracies in [0, 1] are of all test images."""
 
     date: str
     commit: str
@@ -43,7 +42,7 @@ class TransferRow:
     source_epochs: int
     classes: int
     examples: int
-    """All training images of the other classes."""
+    """Number of available training images of the other classes."""
     epochs: int
     seed: int
     source_accuracy: float
@@ -52,17 +51,17 @@ class TransferRow:
 
 
 def divide(images: Path, into: Path, source: int) -> tuple[Path, Path]:
-    """Links the first `source` classes below one directory and the others below another, and returns both.
+    """Links the first `source` classes below one directory and the others below another; returns both.
 
     Raises:
-      UserError: `images` has no train/ and test/, or not two classes for either.
+      UserError: `images` has no train/ and test/, or too few classes for two parts.
     """
     splits = [images / "train", images / "test"]
     if not all(split.is_dir() for split in splits):
-        raise UserError(f"--data={images}: must be a directory with train/ and test/, and in each a directory a class.")
+        raise UserError(f"--data={images}: must be a directory with train/ and test/, each with class directories.")
     names = sorted(path.name for path in splits[0].iterdir() if path.is_dir())
     if not 2 <= source <= len(names) - 2:
-        raise UserError(f"--source={source}: {images} has {len(names)} classes; each part must have two or more.")
+        raise UserError(f"--source={source}: {images} has {len(names)} classes; each part needs at least two.")
     parts = into / f"first-{source}", into / f"other-{len(names) - source}"
     for part, classes in zip(parts, (names[:source], names[source:]), strict=True):
         for split in splits:
@@ -75,7 +74,7 @@ def divide(images: Path, into: Path, source: int) -> tuple[Path, Path]:
 
 
 def recipes(options: argparse.Namespace, source: Path, others: Path) -> dict[str, Config]:
-    """Returns how each of the three networks is trained."""
+    """Returns the recipe of each of the three networks."""
     def of(config: Config, directory: Path, examples: int, epochs: int) -> Config:
         return replace(config, {
             "data.name": "folder", "data.directory": str(directory), "data.image_size": 32,
@@ -93,7 +92,7 @@ def recipes(options: argparse.Namespace, source: Path, others: Path) -> dict[str
 
 
 def measure(options: argparse.Namespace, command: str, reporter: Reporter) -> TransferRow:
-    """Returns the row of `options.seed`; runs that are finished already take no time."""
+    """Returns the row of `options.seed`; finished runs are not repeated."""
     runs = Path(options.runs) / f"{Path(options.data).name}-{options.network}"
     source, others = divide(Path(options.data), runs / "classes", options.source)
     configs = recipes(options, source, others)
@@ -109,7 +108,7 @@ def measure(options: argparse.Namespace, command: str, reporter: Reporter) -> Tr
 
 
 def table(rows: Sequence[TransferRow]) -> str:
-    """Returns the table in Markdown: means and deviations over seeds, and the paired difference."""
+    """Returns a Markdown table of means and deviations over seeds, and of paired differences."""
     if not rows:
         return "\nNot run yet.\n\n"
     lines: Table = [["data, network", "classes: images, before", "classes: images, new", "epochs", "before",
@@ -127,15 +126,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="a directory of images, in train/ and test/, by class")
-    parser.add_argument("--network", default="resnet20-s8u1-double", help="the network, for images of 32×32")
-    parser.add_argument("--source", type=positive, default=5, help="classes of the network that is begun with")
-    parser.add_argument("--source-examples", type=positive, default=10000, help="its training images")
+    parser.add_argument("--network", default="resnet20-s8u1-double", help="the network, for 32×32 images")
+    parser.add_argument("--source", type=positive, default=5, help="number of classes of the source network")
+    parser.add_argument("--source-examples", type=positive, default=10000, help="training images of the source")
     parser.add_argument("--source-epochs", type=positive, default=12, help="its epochs")
-    parser.add_argument("--examples", type=positive, default=500, help="training images of the other classes")
-    parser.add_argument("--epochs", type=positive, default=20, help="epochs on these")
-    parser.add_argument("--batch", type=positive, default=50, help="images a step")
-    parser.add_argument("--seeds", type=positive, default=3, help="from 0 on")
-    parser.add_argument("--runs", default="runs/transfer", help="where runs are kept")
+    parser.add_argument("--examples", type=positive, default=500, help="number of training images of the other classes")
+    parser.add_argument("--epochs", type=positive, default=20, help="epochs on the other classes")
+    parser.add_argument("--batch", type=positive, default=50, help="images per step")
+    parser.add_argument("--seeds", type=positive, default=3, help="number of seeds, starting from 0")
+    parser.add_argument("--runs", default="runs/transfer", help="directory for the runs")
     parser.add_argument("--write", action="store_true", help="replace the table in docs/transfer.md")
     return parser.parse_args(arguments)
 
@@ -148,13 +147,13 @@ STUDY = Kept("transfer", TransferRow, Path("docs") / "transfer.md", noted=("date
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT,
          row_of: Callable[[argparse.Namespace, str, Reporter], TransferRow] = measure) -> None:
-    """Measures, keeps the rows below `root`, prints the table, and writes it to the page if asked to.
+    """Measures, stores the rows below `root`, prints the table, and writes it to the page if requested.
 
     Args:
-      row_of: measures one seed, by the options, and returns its row with the command.
+      row_of: measures one seed according to the options and returns its row, which contains the command.
 
     Raises:
-      UserError: the directory does not hold what it must, or the rows cannot be read.
+      UserError: the directory has an invalid layout, or the rows cannot be read.
       SystemExit: an option is invalid.
     """
     STUDY.run(parse(arguments), arguments, root, by_seed(row_of))

@@ -1,4 +1,4 @@
-"""Small networks, states and references that several test files share."""
+"""Small networks, states and references shared by several test files."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ MAIN = ROOT / "main.py"
 
 
 def tiny_network(num_classes: int = 10, **changes: Any) -> ResNet:
-    """Returns a network with all that matters: batch norm, shared bases, unique elements; quick to compile."""
+    """Returns a network with all relevant features (batch norm, shared bases, unique elements), quick to compile."""
     double = Sharing((("first", "first"), ("second", "second")), shared_rank=2, unique_rank=1)
     return ResNet(**{"blocks": (2,), "widths": (4,), "num_classes": num_classes, "sharing": double, "project": False,
                      **changes})
 
 
 def register_tiny() -> str:
-    """Makes `tiny_network` known by the name that it returns, for configurations: `tiny-s2u1-double` and others."""
+    """Registers `tiny_network` and returns its name for configurations: `tiny-s2u1-double` and others."""
     if "tiny" not in FAMILIES:
         register("tiny", Family(ResNet, ("cifar",), FAMILIES["resnet20"].forms,
                                 {"blocks": (2,), "widths": (4,), "project": False}))
@@ -55,12 +55,12 @@ def register_tiny() -> str:
 
 
 TINY = register_tiny()
-"""The name of the network that tests train: one compiled program, whatever is tested of training."""
+"""The network that most training tests use, so that they share one compiled program."""
 
 
 @contextlib.contextmanager
 def small_networks(*modules: ModuleType, **changes: Any) -> Iterator[None]:
-    """Has `modules` build a network that compiles fast, whatever the name: what uses it does not look into it."""
+    """Makes `modules` build a network that compiles fast for any name, for code that does not depend on the network."""
     with pytest.MonkeyPatch.context() as patch:
         for module in modules:
             patch.setattr(module, "build_model", lambda config, spec: tiny_network(len(spec.classes), **changes))
@@ -68,7 +68,7 @@ def small_networks(*modules: ModuleType, **changes: Any) -> Iterator[None]:
 
 
 class Linear(nn.Module):
-    """A linear classifier that keeps the images it saw last in training in `batch_stats`, for tests to look at."""
+    """A linear classifier that stores its last training images in `batch_stats`, for tests to inspect."""
 
     num_classes: int = 10
     batch: int = 1
@@ -89,7 +89,7 @@ def make_images(count: int, size: int = 8, channels: int = 1, classes: int = 10)
 
 
 def mesh_of(devices: int) -> Mesh:
-    """Returns the mesh that `make_mesh` makes where there are so many devices."""
+    """Returns the mesh of `make_mesh` for the given number of devices."""
     return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
 
@@ -100,7 +100,7 @@ def cross_entropies(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def assert_trees_equal(actual: Any, desired: Any) -> None:
-    """Asserts that two trees have one structure, and leaves that are equal bit for bit."""
+    """Asserts that two trees have the same structure and leaves that are equal bit for bit."""
     assert jax.tree.structure(actual) == jax.tree.structure(desired)
     for path, (one, other) in zip(jax.tree_util.tree_flatten_with_path(actual)[0],
                                   zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True), strict=True):
@@ -110,7 +110,7 @@ def assert_trees_equal(actual: Any, desired: Any) -> None:
 
 @contextlib.contextmanager
 def user_error(*parts: str) -> Iterator[pytest.ExceptionInfo[UserError]]:
-    """Expects a `UserError` of one line that holds all `parts`."""
+    """Expects a one-line `UserError` that contains all `parts`."""
     with pytest.raises(UserError) as caught:
         yield caught
     message = str(caught.value)
@@ -120,7 +120,7 @@ def user_error(*parts: str) -> Iterator[pytest.ExceptionInfo[UserError]]:
 
 
 def write_folder(root: Path, classes: Sequence[str], count: int, size: int = 8) -> Path:
-    """Writes `count` random images for each class and split, of `size` × `size` pixels, and returns `root`."""
+    """Writes `count` random images of `size` × `size` pixels for each class and split, and returns `root`."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for name in classes:
@@ -132,7 +132,7 @@ def write_folder(root: Path, classes: Sequence[str], count: int, size: int = 8) 
 
 
 def save_run(path: Path, config: Config, accuracies: Mapping[int, float]) -> Path:
-    """Makes a workdir as training does, with a random network under each step, and returns `path`."""
+    """Creates a workdir as training does, with a random network at each step, and returns `path`."""
     spec = data.describe(config.data)
     record = make_record(config, {"classes": list(spec.classes), "image_shape": list(spec.image_shape),
                                   "train_examples": 1, "test_examples": 1})
@@ -149,7 +149,7 @@ def save_run(path: Path, config: Config, accuracies: Mapping[int, float]) -> Pat
 
 
 class Watcher(Reporter):
-    """Keeps what is shown, and sends a signal to this process when the training steps `at` are shown."""
+    """Records progress, and sends a signal to this process when one of the training steps `at` is shown."""
 
     def __init__(self, at: Sequence[int] = (), signum: int = signal.SIGTERM) -> None:
         self.text = io.StringIO()
@@ -168,20 +168,20 @@ class Watcher(Reporter):
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Returns metrics.jsonl without what time it took."""
+    """Returns the lines of metrics.jsonl without timings."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert all(line.pop("images_per_second") >= 0 for line in lines)
     return lines
 
 
 def read_arrays(workdir: Path, step: int) -> Any:
-    """Returns all arrays of a checkpoint, as plain Orbax reads them."""
+    """Returns all arrays of a checkpoint, read by plain Orbax."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(workdir / "checkpoints" / str(step) / "state")
 
 
 def user_environment() -> dict[str, str]:
-    """Returns the environment of a user's shell: no virtual devices; compiled programs are kept as by the tests."""
+    """Returns the environment of a user's shell: no virtual devices, but the compilation cache of the tests."""
     return {**{name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONPATH")},
             "COLUMNS": "100", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
@@ -206,10 +206,10 @@ while line := sys.stdin.readline():
 
 
 class CommandLine:
-    """Runs `main.py` as `python main.py ...` does, many times over: the imports, two seconds, are done once.
+    """Runs `main.py` as `python main.py ...` does, repeatedly, but imports packages, which takes seconds, only once.
 
-    Each command runs in a process of its own, forked from one that has imported the packages and nothing else. Training
-    writes no report, which takes seconds, unless it is told to with --report.
+    Each command runs in a separate process, forked from one that has only imported the packages. Training writes no
+    report, which takes seconds, unless --report is given.
     """
 
     def __init__(self, scratch: Path) -> None:
@@ -218,7 +218,7 @@ class CommandLine:
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def __call__(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-        """Returns the exit code and what was printed."""
+        """Returns the exit code and the output."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         paths = {name: self._scratch / name for name in ("stdout", "stderr")}
@@ -230,12 +230,12 @@ class CommandLine:
         return subprocess.CompletedProcess(arguments, code, *(path.read_text() for path in paths.values()))
 
     def close(self) -> None:
-        """Ends the process that the others are forked from."""
+        """Ends the process from which the others are forked."""
         self._server.communicate()
 
 
 def read_arrays_anywhere(workdir: Path, step: int) -> Any:
-    """Returns what `read_arrays` does, also where the devices that the checkpoint was saved on are not here."""
+    """Returns the result of `read_arrays`, even if the devices of the checkpoint are not available."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         return checkpointer.restore(workdir / "checkpoints" / str(step) / "state",

@@ -138,7 +138,7 @@ def check_target(config: Config, budget: float | None, measure: str) -> None:
     if budget is not None:
         ranks.check_budget(budget, measure)
         if not is_plain:
-            raise UserError(f"--budget={budget:g} chooses the ranks, but {name} has some; use the plain network "
+            raise UserError(f"--budget={budget:g} chooses the ranks, but {name} fixes them; use the plain network "
                             f"{plain_counterpart(name)} in --config, or omit --budget.")
     elif measure != "parameters":
         raise UserError(f"--budget_of={measure} requires a budget; add one, e.g. --budget=0.5.")
@@ -146,7 +146,7 @@ def check_target(config: Config, budget: float | None, measure: str) -> None:
         raise UserError(f"{name} is plain: choose a network to compress to, e.g. "
                         f"--config.model.name={name}-s16u1-double, or set --budget=0.5 to choose its ranks.")
     elif not network.sharing.factorised:
-        raise UserError(f"{name}: its layers share whole filters or templates, not a low-rank form of others; "
+        raise UserError(f"{name}: its layers share whole filters or templates, which are not a low-rank form; "
                         "compress to s<S>u<U> or s<S>u<U>-double.")
 
 

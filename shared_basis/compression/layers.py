@@ -108,7 +108,7 @@ def check_family(name: str) -> None:
         raise UserError(f"{base} cannot be compressed: its layers are not linear in their basis (a ReLU is between "
                         "it and the coefficients), so there is no closed form; train it from scratch.")
     if BASIS_FORM not in family_of(base).forms:
-        raise UserError(f"{base} cannot be compressed: it shares whole filters, not a low-rank form of others; "
+        raise UserError(f"{base} cannot be compressed: it shares whole filters, which are not a low-rank form; "
                         "train it from scratch.")
 
 

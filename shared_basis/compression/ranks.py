@@ -110,7 +110,7 @@ def choose(candidates: Candidates, budget: float, measure: str, log: Callable[[s
     if not found:
         least = min(candidates.cost("single", measure, *ranks) for ranks in ((1, 0), (0, 1)))
         raise UserError(f"--budget={budget:g} of {measure}: the smallest network has "
-                        f"{least / candidates.plain_cost(measure):.3f} of those of the plain one; layers that are not "
+                        f"{least / candidates.plain_cost(measure):.3f} of the plain network's; layers that are not "
                         "factorised count too.")
     return max(found, key=lambda name: found[name])
 

@@ -35,7 +35,7 @@ class Batches(Protocol):
     """Picklable batches by number."""
 
     warned: set[str]
-    """Number of warnings so far: one for each skipped image, even if it is read repeatedly."""
+    """Warnings so far: one for each skipped image, even if it is read repeatedly."""
 
     def __len__(self) -> int:
         """Returns the number of batches."""

@@ -74,7 +74,7 @@ class Images:
         broken = sum(map(self.broken, self.splits))
         without = f", without {count(broken)} that cannot be decoded" if broken else ""
         if self.are_streamed and self.config.on_broken == "skip":
-            without = ", minus those that cannot be decoded"
+            without = ", excluding those that cannot be decoded"
         return f"{', '.join(parts)} and {last} images of {'×'.join(map(str, self.spec.image_shape))}{without}"
 
     def bytes_on_device(self, feed: Feed, mesh: Mesh) -> int:

@@ -42,7 +42,7 @@ SIZED = 200
 CHECKED_AT_ONCE = 64
 """Batch size when a folder is checked."""
 
-_LAYOUT = ("it must hold train/<class>/* and test/<class>/* (or val/), or <class>/* alone, or files named "
+_LAYOUT = ("it must hold train/<class>/* and test/<class>/* (or val/), or only <class>/*, or files named "
            f"<class><number> with the suffix {', '.join(SUFFIXES)}")
 _NUMBER = re.compile(r"[\s._()-]*\d+[\s._()-]*$")
 
@@ -228,7 +228,7 @@ def _common_classes(trees: Mapping[str, Mapping[str, object]], directories: Mapp
     for split in trees:
         for here, there in ((split, "train"), ("train", split)):
             if split not in ("", "train") and (extra := trees[here].keys() - trees[there].keys()):
-                raise UserError(f"class {min(extra)!r} is in {directories[here]} and not in {directories[there]}; all "
+                raise UserError(f"class {min(extra)!r} is in {directories[here]} but not in {directories[there]}; all "
                                 "splits must hold the same classes.")
     return tuple(next(iter(trees.values())))
 
@@ -254,8 +254,8 @@ def _divide(config: DataConfig, tree: FileExamples, classes: Sequence[str]) -> d
         if config.test < 1:
             held = min(held, len(order) - 1)
         if not held:
-            raise UserError(f"data.directory={config.directory!r}: class {classes[label]!r} has one image, and one "
-                            "must be held out to test on; add images, or evaluate on all with --config.data.test=1.0.")
+            raise UserError(f"data.directory={config.directory!r}: class {classes[label]!r} has one image, but one "
+                            "must be held out for testing; add images, or evaluate on all with --config.data.test=1.0.")
         test[order[:held]] = True
     return {"train": tree.take(np.flatnonzero(~test)), "test": tree.take(np.flatnonzero(test))}
 

@@ -52,8 +52,8 @@ def read_images(examples: Examples, indices: Sequence[int], spec: Spec, config: 
 
     for row, (encoded, label) in enumerate(examples.read(indices)):
         if not 0 <= label < len(spec.classes):
-            raise UserError(f"{name(row)} has the label {label}, and there are {len(spec.classes)} classes: this split "
-                            "has no labels to train on or to be tested on.")
+            raise UserError(f"{name(row)} has the label {label}, but there are {len(spec.classes)} classes; this split "
+                            "has no valid labels.")
         try:
             pixels = decode(encoded, shape[2], size, regions[row % len(regions)])
         except BrokenImage as error:

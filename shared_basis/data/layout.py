@@ -30,8 +30,8 @@ def split_directories(root: Path, needed: Sequence[str]) -> dict[str, Path]:
         for path in directories.values():
             if path is not None and any(map(is_directory, scan(path))):  # a directory of images is a class
                 lacking = "test/ or val/" if path == directories["train"] else "train/"
-                raise UserError(f"{root} holds {path.name}/ and no {lacking}; add it, or name {path} itself to have it "
-                                "divided into a train and a test part.")
+                raise UserError(f"{root} holds {path.name}/ but no {lacking}; add it, or pass {path} itself to "
+                                "divide it into training and test images.")
         return {}
     return {split: _unwrapped(directory) for split, directory in directories.items() if directory is not None}
 
@@ -69,9 +69,9 @@ def _by_word(root: Path, entries: Sequence[Path]) -> dict[str, Path]:
     paths = [path for found in named.values() for path in found]
     if len(set(paths)) < len(entries) or any(len(found) > 1 for found in named.values()) or (
             len(set(paths)) < len(paths)):
-        raise UserError(f"{root} holds {', '.join(f'{path.name}/' for path in entries[:6])}: it is not clear which of "
-                        "them are parts of a data set and which are classes; name the parts train/ and test/ (or "
-                        "val/), move the others away, or name one directory of classes itself.")
+        raise UserError(f"{root} holds {', '.join(f'{path.name}/' for path in entries[:6])}: it is unclear which of "
+                        "them are splits and which are classes; name the splits train/ and test/ (or "
+                        "val/), move other directories away, or pass a directory of classes.")
     return {split: found[0] for split, found in named.items() if found}
 
 

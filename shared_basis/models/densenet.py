@@ -105,9 +105,9 @@ class DenseNet(Network):
         return names[-1] if last else names[0]
 
     def adapt_published(self, tensors: Tensors) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """See `Network`: gives the fourth block its own basis, which files of the official code do not use.
+        """See `Network`: sets the fourth block's basis to the third's, if the file comes from the official code.
 
-        In the official code the fourth block uses the third block's basis; its own is in the file but unused.
+        There, the fourth block uses the third block's basis; its own is in the file but unused.
         """
         used = tensors.get("features.dense_block_layer_3.bottle_neck_layer_0.shared_basis.weight")
         third, fourth = tensors.get("shared_basis_3.weight"), tensors.get("shared_basis_4.weight")

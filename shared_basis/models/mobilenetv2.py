@@ -45,7 +45,7 @@ class InvertedResidual(nn.Module):
     """Whether a block of stride 1 that changes the width has a 1×1 shortcut; otherwise it has no shortcut."""
     sharing: Sharing = Sharing()
     unique_rank: int = 0
-    """The unique ranks of the two 1×1 layers."""
+    """The unique rank of each of the two 1×1 layers."""
     dtype: Dtype = jnp.float32
 
     @nn.compact

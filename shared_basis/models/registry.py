@@ -183,7 +183,7 @@ def create_model(name: str, *, num_classes: int = 10, stem: str | None = None, d
     """Returns the network `name` as a Flax module: `model.apply(variables, images [N, H, W, C], train=False)`.
 
     Args:
-      name: `<network>[-<sharing>]`, a key of `FAMILIES` and one of the `SHARING_FORMS` that it admits.
+      name: `<network>[-<sharing>]`, a key of `FAMILIES` and one of the `SHARING_FORMS` that it supports.
       num_classes: number of logits.
       stem: 'cifar' for small images or 'imagenet' for large ones; None is the network's usual one.
       dtype: compute dtype; parameters and batch statistics are always float32.

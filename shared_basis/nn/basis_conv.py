@@ -146,7 +146,7 @@ class BasisConv(nn.Module):
 
         Raises:
           TypeError: `shared` is not an array.
-          ValueError: `x` or `shared` does not fit this layer, or neither `train` nor `use_running_average` is given.
+          ValueError: `x` or `shared` does not fit this layer, or whether to train is not given or contradictory.
         """
         size = kernel_shape(self.kernel_size)
         form = self.form(shared)

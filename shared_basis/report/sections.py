@@ -212,7 +212,7 @@ def run_facts(run: RunSummary) -> Html:
     images = ", ".join(f"{data[f'{name}_examples'] - data.get(f'{name}_broken', 0)} {name}"
                        for name in ("train", "validation", "test") if f"{name}_examples" in data)
     shape = "×".join(map(str, data["image_shape"]))
-    less = (", minus those that cannot be decoded" if config.data.on_broken == "skip" and not any(
+    less = (", excluding those that cannot be decoded" if config.data.on_broken == "skip" and not any(
         name.endswith("_broken") for name in data) else "")
     rows = [("workdir", str(run.path)),
             ("data", f"{config.data.name}: {images + ' ' if images else ''}images of {shape}, {len(run.classes)} "

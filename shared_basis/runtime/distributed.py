@@ -33,7 +33,7 @@ HEARTBEAT_SECONDS = 60
 """Time without a heartbeat after which a process counts as lost, and JAX ends the others."""
 
 CACHE_BYTES = 2**30
-"""Maximum number of cached compiled programs; the least recently used ones are removed first."""
+"""Maximum size of the cache of compiled programs; the least recently used ones are removed first."""
 
 
 @contextlib.contextmanager

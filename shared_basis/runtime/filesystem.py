@@ -66,7 +66,7 @@ class Files(abc.ABC):
 
     @abc.abstractmethod
     def is_directory(self) -> bool:
-        """Returns whether files can be written to the directory as it is; always true for existing buckets."""
+        """Returns whether files can be written to the directory as it is; always true in a bucket."""
 
     @abc.abstractmethod
     def make(self, directory: str = "") -> None:

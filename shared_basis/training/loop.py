@@ -245,7 +245,7 @@ class Training:
         self.checkpoints.wait()
         name = signal.Signals(self.signals.received).name
         raise Interrupted(self.signals.received, f"stopped by {name} and saved at step {count(step)} of "
-                                                 f"{count(self.steps)}; the same command goes on from there")
+                                                 f"{count(self.steps)}; the same command resumes from there")
 
 
 def _where(error: FloatingPointError) -> str:

@@ -48,7 +48,7 @@ def open_teacher(config: Config, spec: data.Spec, warn: Callable[[str], None] = 
     field = f"distillation.teacher={config.distillation.teacher!r}"
     path, which = named_checkpoint(config.distillation.teacher)
     if Workdir(path).read_record() is None:
-        raise UserError(f"{field}: {path} holds no run (no run.json); give the workdir of a trained one, "
+        raise UserError(f"{field}: {path} holds no run (no run.json); give the workdir of a trained run, "
                         f"RUN[:latest|best|STEP].{nearby.hint(path)}")
     try:
         trained = Trained.open(path, which)

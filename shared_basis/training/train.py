@@ -255,7 +255,7 @@ def read_outcome(run: Workdir) -> dict[str, Any]:
     """
     lines = evaluations(run.metrics())
     if not lines:
-        raise UserError(f"{run.path / 'metrics.jsonl'} is missing or empty; the checkpoints are there: score them with "
+        raise UserError(f"{run.path / 'metrics.jsonl'} is missing or empty; the checkpoints exist: evaluate them with "
                         f"--mode=evaluate --workdir={run.path}.")
     return last_and_best(lines)
 

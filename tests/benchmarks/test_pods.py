@@ -50,7 +50,7 @@ def test_what_a_core_decodes_is_read_from_the_page_of_benchmarks(tmp_path: Path)
     (tmp_path / PAGE).write_text("<!-- data -->\n| 2 threads | 3,000 | 1,500 | 74 MiB |\n<!-- end of data -->\n")
     assert pods.decoded(tmp_path) == 1500
     (tmp_path / PAGE).write_text("<!-- data -->\n<!-- end of data -->\n")
-    with user_error("no row of threads", "python -m benchmarks.data --write"):
+    with user_error("no row for threads", "python -m benchmarks.data --write"):
         pods.decoded(tmp_path)
 
 

@@ -107,7 +107,7 @@ def test_networks_in_pytorch_compute_the_same(networks: Any, name: str, stem: st
 
 def test_what_is_not_written_in_pytorch_is_refused(networks: Any) -> None:
     for name, stem in (("densenet121", "cifar"), ("resnet20-tied", "cifar"), ("mobilenetv2", "cifar")):
-        with user_error(name, "not written in PyTorch"):
+        with user_error(name, "not implemented in PyTorch"):
             networks.create(name, 10, stem, "shared")
 
 

@@ -74,7 +74,7 @@ def test_what_does_not_work_in_pytorch_becomes_a_note() -> None:
                                   ["pytorch eager"])
     found.measure(lambda case: lambda: 1.0, broken)
     assert found.notes == ["resnet14, pytorch eager: does not work: RuntimeError: no C++ compiler.",
-                           "densenet121 is not written in PyTorch here."]
+                           "densenet121 is not implemented in PyTorch here."]
     assert found.seconds == {("resnet14", "shared_basis"): [1.0], ("densenet121", "shared_basis"): [1.0]}
 
 

@@ -184,7 +184,7 @@ def test_resident_images_that_are_broken_are_left_out_and_told(tmp_path: Path) -
     assert labels.tolist() == [-1, -1, 0, 1, 1, 1, -1, -1]  # the last two fill the batch
 
 
-@pytest.mark.parametrize(("on_broken", "told"), [("skip", ", minus those that cannot be decoded"), ("fail", "")])
+@pytest.mark.parametrize(("on_broken", "told"), [("skip", ", excluding those that cannot be decoded"), ("fail", "")])
 def test_streamed_images_that_are_broken_are_not_known_yet(tmp_path: Path, on_broken: str, told: str) -> None:
     config, _ = broken_folder(tmp_path, 2)
     config = dataclasses.replace(config, placement="stream", on_broken=on_broken)

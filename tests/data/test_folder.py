@@ -258,7 +258,7 @@ def test_parts_beside_which_something_else_lies_are_refused(tmp_path, mistake, o
         write(tmp_path / "d" / part / "cat", "0.png")
     message = mistake(config(tmp_path / "d"))
     assert "seg_test/" in message
-    assert "name the parts train/ and test/" in message
+    assert "name the splits train/ and test/" in message
 
 
 def test_classes_may_have_such_words_in_their_names(tmp_path):
@@ -578,7 +578,7 @@ def test_a_class_that_is_in_one_split_only_is_named(folder, mistake, changed, ot
     if "test" not in (changed, other) and changed == "train":
         shutil.copytree(folder / "train" / "emu", folder / "test" / "emu")
     message = mistake(config(folder))
-    assert f"class 'emu' is in {folder / changed} and not in {folder / other}" in message
+    assert f"class 'emu' is in {folder / changed} but not in {folder / other}" in message
 
 
 def test_one_class_is_too_few(folder, tmp_path, mistake):
@@ -619,13 +619,13 @@ def test_missing_directories_are_named(folder, mistake, read):
 def test_one_split_without_the_other_is_not_a_class(folder, mistake, missing, left):
     shutil.rmtree(folder / missing)
     message = mistake(config(folder))
-    assert f"{folder} holds {left}/ and no {missing}/" in message
-    assert f"or name {folder / left} itself" in message
+    assert f"{folder} holds {left}/ but no {missing}/" in message
+    assert f"or pass {folder / left} itself" in message
 
 
 def test_a_misspelt_split_is_not_a_class(folder, mistake):
     (folder / "test").rename(folder / "tset")
-    assert f"{folder} holds train/ and no test/ or val/" in mistake(config(folder))
+    assert f"{folder} holds train/ but no test/ or val/" in mistake(config(folder))
 
 
 @pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("training", "testing"), ("TRAIN", "Val")])

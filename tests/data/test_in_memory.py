@@ -129,5 +129,5 @@ def test_broken_images_are_told_and_do_not_count(monkeypatch, block):
 def test_a_label_that_is_no_class_is_named(label):
     part = examples(4)
     part.labels[2] = label
-    with pytest.raises(UserError, match=f"image 2 has the label {label}, and there are 2 classes"):
+    with pytest.raises(UserError, match=f"image 2 has the label {label}, but there are 2 classes"):
         in_memory.load_split(part, SPEC, DataConfig(), pytest.fail)

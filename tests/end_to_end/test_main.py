@@ -153,7 +153,7 @@ def test_signals_stop_a_run_that_the_same_command_continues(tmp_path: Path, fiel
             _, errors = process.communicate(timeout=120)
         assert process.returncode == code
         message = re.fullmatch(r"\nstopping after this step; a second one stops at once\nstopped by (\w+) and saved at "
-                               r"step ([\d,]+) of 5,000; the same command goes on from "
+                               r"step ([\d,]+) of 5,000; the same command resumes from "
                                r"there\n", errors)
         assert message, errors
         assert message[1] == signum.name

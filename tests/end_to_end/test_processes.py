@@ -251,7 +251,7 @@ def test_a_run_that_is_killed_preempted_and_stopped_equals_one_that_nothing_befe
         job, ends = stop(workdir, process, signum)
         assert ends == codes, job.text()
         assert f"resumes at step {saved[-1]} of 64" in job.out(0)
-        told = re.search(rf"^stopped by {signum.name} and saved at step (\d+) of 64; the same command goes on",
+        told = re.search(rf"^stopped by {signum.name} and saved at step (\d+) of 64; the same command resumes",
                          job.err(0), re.MULTILINE)
         assert told, job.text()
         assert "saved at" not in job.err(1)

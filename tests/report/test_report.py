@@ -316,7 +316,7 @@ def test_boundaries_of_the_learning_rate_are_named(run: Path) -> None:
 
 
 def test_images_that_are_skipped_as_they_are_read_are_not_passed_off_as_seen(run: Path) -> None:
-    said = "minus those that cannot be decoded"
+    said = "excluding those that cannot be decoded"
     found = run_summary.load_run_summary(run)
     skips = dataclasses.replace(found, config=replace(found.config, {"data.on_broken": "skip"}))
     counted = dataclasses.replace(skips, record={**found.record, "data": {**found.record["data"], "test_broken": 1}})

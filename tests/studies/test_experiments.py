@@ -108,7 +108,7 @@ def test_a_stop_ends_the_running_process_and_begins_no_further_one(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ([], "name a --study (tiny)"), (["--study=tiny", "--seeds=0"], "'0' is not a positive whole number")])
+    ([], "give --study (tiny)"), (["--study=tiny", "--seeds=0"], "'0' is not a positive whole number")])
 def test_an_invalid_option_ends_in_one_line(arguments: list[str], message: str, root: Path,
                                             capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -135,6 +135,6 @@ def test_a_study_of_images_hands_their_directory_on_and_keeps_it_out_of_the_row(
 
 def test_a_page_without_marks_is_left_alone(root: Path) -> None:
     (root / "docs" / "results.md").write_text("<!-- end of study: tiny -->\n<!-- study: tiny -->\n")
-    with pytest.raises(UserError, match="has not the marks"):
+    with pytest.raises(UserError, match="lacks the marks"):
         experiments.main(["--write"], root, {"tiny": STUDY})
     assert (root / "docs" / "results.md").read_text() == "<!-- end of study: tiny -->\n<!-- study: tiny -->\n"

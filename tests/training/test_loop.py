@@ -254,7 +254,7 @@ def test_a_signal_stops_the_run_with_the_exit_code_of_the_shell(tmp_path: Path, 
         loop(tmp_path, fake_program(), at=[1], signum=signum)
     assert caught.value.exit_code == code
     assert signal.Signals(signum).name in str(caught.value)
-    assert "saved at step 2 of 15; the same command goes on" in str(caught.value)
+    assert "saved at step 2 of 15; the same command resumes" in str(caught.value)
     assert [signal.getsignal(each) for each in STOPPING] == handlers
 
 

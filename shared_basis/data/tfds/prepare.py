@@ -60,7 +60,7 @@ def prepare(config: DataConfig, reporter: Reporter) -> str:
                 _write(builder, config, sources, reporter)
         builder = find_builder(config)
         if builder is None:
-            raise UserError(f"{config.name} was prepared and cannot be found in {data_directory(config)}.")
+            raise UserError(f"{config.name} was prepared but cannot be found in {data_directory(config)}.")
     counts = ", ".join(f"{info.num_examples:,} {name}" for name, info in builder.info.splits.items())
     return f"{config.name} is prepared in {builder.data_dir}: {counts}"
 
@@ -70,7 +70,7 @@ def _stock_builder(config: DataConfig) -> Any:
     import tensorflow_datasets as tfds
 
     name, directory = tfds_name(config), data_directory(config)
-    advice = (f"data.name={config.name!r} is not prepared in {directory}; name the directory where it is with "
+    advice = (f"data.name={config.name!r} is not prepared in {directory}; set its directory with "
               "--config.data.directory=DIR")
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(f"{advice}, or install TensorFlow, which preparing this set needs (pip install "
@@ -93,7 +93,7 @@ def _locked(directory: Path, name: str, reporter: Reporter) -> Iterator[None]:
         try:
             held.enter_context(lock.acquire(timeout=0))
         except Timeout:
-            reporter.info(f"waiting for another process that prepares {name} in {directory}")
+            reporter.info(f"waiting for another process that is preparing {name} in {directory}")
             held.enter_context(lock.acquire())
         except OSError as error:
             if not os.access(directory, os.W_OK):
@@ -103,7 +103,7 @@ def _locked(directory: Path, name: str, reporter: Reporter) -> Iterator[None]:
 
 
 def _unwritable(directory: Path, name: str, error: OSError) -> UserError:
-    return UserError(f"cannot prepare {name} in {directory}: {error.strerror}; name another directory with "
+    return UserError(f"cannot prepare {name} in {directory}: {error.strerror}; choose another directory with "
                      "--config.data.directory=DIR.")
 
 
@@ -149,8 +149,8 @@ def _write(builder: Any, config: DataConfig, sources: Mapping[str, Any], reporte
             builder.download_and_prepare(file_format="array_record", download_config=tfds.download.DownloadConfig(
                 manual_dir=manual, try_download_gcs=False))
     except NonMatchingChecksumError as error:
-        raise UserError(f"{str(error).splitlines()[0].rstrip(':')}; it is not the published file: delete it and get it "
-                        "again.") from error
+        raise UserError(f"{str(error).splitlines()[0].rstrip(':')}; it is not the published file: delete it and "
+                        "download it again.") from error
     except UserError:
         raise
     except (OSError, DownloadError, requests.RequestException) as error:

@@ -114,7 +114,7 @@ def _check_metadata(directory: Path) -> None:
             for key in ("pythonClassName", "python_class_name", "type"):
                 name = found.get(key)
                 if isinstance(name, str) and not name.startswith("tensorflow_datasets.core.features."):
-                    raise damaged(path.parent, f"it names the class {name!r}, which is none of TFDS")
+                    raise damaged(path.parent, f"it names the class {name!r}, which is not part of TFDS")
             return found
         try:
             json.loads(path.read_text(), object_hook=check)
@@ -196,14 +196,14 @@ def _allow_open_files(count: int) -> None:
     wanted = count + OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
         if hard != resource.RLIM_INFINITY and hard < wanted:
-            raise UserError(f"the data lies in {count} files, and a process may have {hard} open (ulimit -Hn); raise "
+            raise UserError(f"the data has {count} files, but a process may only have {hard} open (ulimit -Hn); raise "
                             f"that limit to {wanted}, or prepare the data in fewer parts.")
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _unprepared(config: DataConfig) -> UserError:
     return UserError(f"data.name={config.name!r}: not prepared in {data_directory(config)}. Prepare it there with "
-                     "--mode=prepare, or name the directory where it is with --config.data.directory=DIR.")
+                     "--mode=prepare, or set its directory with --config.data.directory=DIR.")
 
 
 def _sized(config: DataConfig, spec: Spec) -> Spec:

@@ -89,11 +89,11 @@ def check_file(path: Path, info: Any) -> None:
     """Raises `UserError` unless the file is the published one; for very large files only the size is compared."""
     size = path.stat().st_size
     if size != int(info.size):
-        raise UserError(f"{path} has {size} bytes, and the published file has {int(info.size)}: it is incomplete or "
-                        "not the published file; get it again.")
+        raise UserError(f"{path} has {size} bytes, but the published file has {int(info.size)}: it is incomplete or "
+                        "not the published file; download it again.")
     if size < 2**30 and (found := _sha256(path)) != info.checksum:
-        raise UserError(f"{path} has a wrong checksum, sha256 {found}, and the published file has {info.checksum}; get "
-                        "it again.")
+        raise UserError(f"{path} has a wrong checksum, sha256 {found}, but the published file has {info.checksum}; "
+                        "download it again.")
 
 
 def _sha256(path: Path) -> str:

@@ -230,7 +230,7 @@ def test_of_very_large_files_the_size_alone_is_compared(tmp_path):
     with path.open("wb") as file:
         file.truncate(2**30)  # takes no room on the disk
     sources.check_file(path, checksums.UrlInfo(tfds.core.utils.Size(2**30), "0" * 64, "large"))
-    with pytest.raises(UserError, match="has 1073741824 bytes, and the published file has 1073741825"):
+    with pytest.raises(UserError, match="has 1073741824 bytes, but the published file has 1073741825"):
         sources.check_file(path, checksums.UrlInfo(tfds.core.utils.Size(2**30 + 1), "0" * 64, "large"))
 
 
@@ -274,7 +274,7 @@ def test_files_that_differ_in_more_than_their_header_are_refused(put, monkeypatc
     path = Path(config.manual_directory) / "t10k-labels-idx1-ubyte.gz"
     path.write_bytes(body)
     message = mistake(config, data.prepare)
-    assert f"{path} has {len(body)} bytes, and the published file has {len(published[path.name])}" in message
+    assert f"{path} has {len(body)} bytes, but the published file has {len(published[path.name])}" in message
 
 
 # Downloads.
@@ -425,7 +425,7 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) 
 
 def wait_for_waiting(process: subprocess.Popen[str]) -> None:
     assert process.stderr is not None
-    assert any("waiting for another process that prepares cifar10" in line for line in process.stderr)
+    assert any("waiting for another process that is preparing cifar10" in line for line in process.stderr)
 
 
 def incomplete(config: DataConfig) -> list[Path]:
