@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import re
 import textwrap
@@ -139,11 +140,18 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def public_names() -> str:
-    """Returns the entries of mkdocstrings for the public names, by the module that they live in."""
-    names = [f"::: shared_basis.{module}.{name}\n" for module, found in shared_basis._MODULES.items() for name in found
-             if name in shared_basis.__all__]
-    nnx = [f"::: shared_basis.nn.nnx.{name}\n" for name in shared_basis.nnx.__all__]
-    return "\n".join(["## Names of shared_basis\n", *names, "## Names of shared_basis.nnx\n", *nnx])
+    """Returns the public names with the summaries of their docstrings, and the entries of mkdocstrings."""
+    modules = {"shared_basis": [(f"shared_basis.{module}", name) for module, found in shared_basis._MODULES.items()
+                                for name in found if name in shared_basis.__all__],
+               "shared_basis.nnx": [("shared_basis.nn.nnx", name) for name in shared_basis.nnx.__all__]}
+    parts = []
+    for title, names in modules.items():
+        objects = [(name, getattr(importlib.import_module(module), name)) for module, name in names]
+        summary = table(("name", "what it is"), sorted(
+            (f"`{name}`", escape((inspect.getdoc(value) or "").split("\n\n")[0].replace("\n", " ")))
+            for name, value in objects))
+        parts += [f"## Names of {title}\n", f"{summary}\n", *(f"::: {module}.{name}\n" for module, name in names)]
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

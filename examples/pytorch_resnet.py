@@ -61,16 +61,20 @@ class Block(nn.Module):
                                           normalization(tensors, f"{prefix}.shortcut.1"))
 
     def layer(self, x: Tensor, layer: str) -> Tensor:
-        """Applies layer '1' or '2' without the batch normalisation that follows."""
-        if not self.through_basis:
-            return getattr(self, f"conv{layer}")(x)
-        names = f"basis_conv{layer}", "shared_basis", f"shared_basis_{layer}"  # unique elements first
-        found = [getattr(self, name)(x) for name in names if hasattr(self, name)]
-        return getattr(self, f"coeff_conv{layer}")(getattr(self, f"basis_bn{layer}")(torch.cat(found, 1)))
+        """Applies layer '1' or '2' and the batch normalisation that follows."""
+        modules: dict[str, Any] = dict(self.named_children())
+        if self.through_basis:
+            names = f"basis_conv{layer}", "shared_basis", f"shared_basis_{layer}"  # unique elements come first
+            x = torch.cat([modules[name](x) for name in names if name in modules], 1)
+            x = modules[f"coeff_conv{layer}"](modules[f"basis_bn{layer}"](x))
+        else:
+            x = modules[f"conv{layer}"](x)
+        y: Tensor = modules[f"bn{layer}"](x)
+        return y
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `[N, C, H, W]` to `[N, T, H / stride, W / stride]`."""
-        y = self.bn2(self.layer(functional.relu(self.bn1(self.layer(x, "1"))), "2"))
+        y = self.layer(functional.relu(self.layer(x, "1")), "2")
         x = self.shortcut(x)
         if x.shape != y.shape:  # no parameters: every second pixel, and zeros for the channels that are missing
             x = x[:, :, ::self.stride, ::self.stride]
@@ -96,18 +100,19 @@ class ResNet(nn.Module):
                      if f"shared_basis_{self.groups}{suffix}.weight" in tensors}
             for suffix, basis in bases.items():
                 setattr(self, f"shared_basis_{self.groups}{suffix}", basis)
-            blocks = []
+            blocks: list[Block] = []
             while f"{group}.{len(blocks)}.bn1.weight" in tensors:
                 stride = 2 if self.groups > 1 and not blocks else 1
                 blocks.append(Block(tensors, f"{group}.{len(blocks)}", stride, bases))
             setattr(self, group, nn.Sequential(*blocks))
-        self.fc = nn.Linear(*reversed(tensors["fc.weight"].shape))
+        classes, features = tensors["fc.weight"].shape
+        self.fc = nn.Linear(features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps normalised images `[N, 3, H, W]` to logits `[N, classes]`."""
         x = self.pool(functional.relu(self.bn1(self.conv1(images))))
         for group in range(1, self.groups + 1):
-            x = getattr(self, f"layer{group}")(x)
+            x = self.get_submodule(f"layer{group}")(x)
         return self.fc(x.mean((2, 3)))
 
 

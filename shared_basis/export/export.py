@@ -166,15 +166,16 @@ def render(result: Mapping[str, Any]) -> str:
     shape = ", ".join(map(str, result["image_shape"]))
     folded = f"--fold={result['fold']}: "
     if any(layers.values()):
-        folded += (f"{layers['basis']} basis layers are a basis convolution and a 1×1 convolution, "
-                   f"{layers['composed']} are one convolution")
+        ways = {"a basis convolution and a 1×1 convolution": layers["basis"], "one convolution": layers["composed"]}
+        folded += ", ".join(f"{number} basis layers are {way}" for way, number in ways.items() if number)
         if result["fold"] == "auto":
             folded += ", whichever takes fewer multiply-accumulates"
             if layers["composed"]:
                 folded += " (a file with --fold=basis may be smaller)"
     else:
         folded += "there are no basis layers"
-    folded += f"; {result['norms_left']} batch normalisations are not folded"
+    if result["norms_left"]:
+        folded += f"; {result['norms_left']} batch normalisations are not folded"
     changes = "; ".join(f"{name} {count(result[key]['network'])} → {count(result[key]['exported'])}"
                         for name, key in (("multiply-accumulates", "macs"), ("parameters", "parameters")))
     lines = [
