@@ -83,47 +83,54 @@ class BasisConv(nn.Module):
     - templates `[*k, C, T, templates]`: a convolution with the combination of templates by `coefficients [templates]`.
 
     The network owns the shared arrays. Layers can share a basis if their kernel sizes and input channels are equal.
+
+    Attributes:
+      features: T, the number of output channels.
+      kernel_size: k of a square kernel, or its size by axis, e.g. `(3,)` for 1-D and `(3, 3, 3)` for 3-D convolutions.
+      strides: one for all axes, or by axis.
+      unique_rank: u, the elements that belong to this layer alone; see `unique_init`.
+      dtype: compute type.
+      padding: 'SAME', 'VALID' or zeros by axis, as in `flax.linen.Conv`; None pads half of the kernel on each side.
+      feature_group_count: channel groups of the layer's own kernel or unique elements.
+      shared_feature_group_count: channel groups of the shared elements.
+      whole_filters: whether a shared array contains the layer's filters rather than elements of a basis.
+      activation: applied between normalisation and coefficients; None in the paper's method, ReLU in ResNeXt.
+      use_bias: whether a bias `[T]` is added.
+      kernel_dilation: as in `flax.linen.Conv`.
+      norm: between basis and coefficients: 'batch' (the method), None, or a callable that returns a normalisation
+        module, such as `functools.partial(nn.GroupNorm, num_groups=4)`.
+      use_running_average: as in `flax.linen.BatchNorm`, set here or in the call; False for training.
+      axis_name: as in `flax.linen.BatchNorm`: an axis over which batch statistics are averaged.
+      param_dtype: type of the parameters.
+      kernel_init, coefficients_init, bias_init: initialisers.
+      unique_init: initialiser of unique elements. With the default, as published, their norms start at √(2C/u). In your
+        own network, and wherever the penalty applies to unique elements too, use `nn.initializers.orthogonal()`: their
+        norms start at 1, as those of shared elements.
+      groups, shared_groups: deprecated names of `feature_group_count` and `shared_feature_group_count`.
     """
 
     features: int
-    """T, the number of output channels."""
     kernel_size: int | Sequence[int] = 3
-    """k of a square kernel, or its size by axis, e.g. `(3,)` for 1-D and `(3, 3, 3)` for 3-D convolutions."""
     strides: int | Sequence[int] = 1
     unique_rank: int = 0
-    """u, the elements that belong to this layer alone; see `unique_init`."""
     dtype: Dtype = jnp.float32
-    """Compute type."""
     padding: int | str | Sequence[int | tuple[int, int]] | None = None
-    """'SAME', 'VALID' or zeros by axis, as in `flax.linen.Conv`; None pads half of the kernel on each side."""
     feature_group_count: int = 1
-    """Channel groups of the layer's own kernel or unique elements."""
     shared_feature_group_count: int = 1
-    """Channel groups of the shared elements."""
     whole_filters: bool = False
-    """Whether a shared array contains the layer's filters rather than elements of a basis."""
     activation: Callable[[Array], Array] | None = None
-    """Applied between normalisation and coefficients; None in the paper's method, ReLU in ResNeXt."""
     use_bias: bool = False
     kernel_dilation: int | Sequence[int] = 1
     norm: str | Callable[..., nn.Module] | None = "batch"
-    """Between basis and coefficients: 'batch' (the method), None, or a callable that returns a normalisation module,
-    such as `functools.partial(nn.GroupNorm, num_groups=4)`."""
     use_running_average: bool | None = None
-    """As in `flax.linen.BatchNorm`, set here or in the call; False for training."""
     axis_name: str | None = None
-    """As in `flax.linen.BatchNorm`: an axis over which batch statistics are averaged."""
     param_dtype: Dtype = jnp.float32
     kernel_init: Callable[..., Array] = he_normal_fan_out
     unique_init: Callable[..., Array] = he_normal_fan_out
-    """As published, with which the norms of unique elements start at √(2C/u). In your own network, and wherever the
-    penalty applies to unique elements too, use `nn.initializers.orthogonal()`: norms start at 1, as of shared ones."""
     coefficients_init: Callable[..., Array] = he_normal_fan_out
     bias_init: Callable[..., Array] = nn.initializers.zeros
     groups: int | None = None
-    """Deprecated name of `feature_group_count`."""
     shared_groups: int | None = None
-    """Deprecated name of `shared_feature_group_count`."""
 
     def __post_init__(self) -> None:
         for old, new in (("groups", "feature_group_count"), ("shared_groups", "shared_feature_group_count")):

@@ -20,6 +20,7 @@ from tfds_fakes import CLASSES, FEATURES, NAMES, encoded, pets, picture, run_pyt
 from shared_basis import data
 from shared_basis.config import DataConfig
 from shared_basis.data import Spec, in_memory
+from shared_basis.data.batches import EvalBatches, Shard, TrainingBatches
 from shared_basis.data.examples import Examples
 from shared_basis.data.tfds import builders
 from shared_basis.errors import UserError
@@ -378,6 +379,24 @@ def test_data_in_more_files_than_a_process_may_open_is_read_where_the_system_all
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (64, 128))
     with pytest.raises(UserError, match=r"80 files, .* 128 open \(ulimit -Hn\); raise that limit to 336"):
         pickle.loads(pickle.dumps(train)).read([0])
+
+
+@pytest.mark.slow
+def test_a_thousand_files_are_divided_among_64_hosts(tmp_path):
+    """As many files as the prepared ImageNet has; each host opens the whole and reads its part."""
+    write(tmp_path, {"train": pets(1024), "test": pets(1024, seed=100)}, shards=1024)
+    config = pets_config(tmp_path)
+    source = data.open_source(config)
+    assert len(list(Path(tmp_path).rglob("*.array_record*"))) == 2048
+    labels = {name: [label for _, label in part.read(range(1024))] for name, part in source.splits.items()}
+    for name, kind in (("train", TrainingBatches), ("test", EvalBatches)):
+        settings = {"seed": 0, "epochs": 1} if name == "train" else {}
+        read = []
+        for host in range(64):
+            examples = pickle.loads(pickle.dumps(source.splits[name]))  # as a process of its own has it
+            batches = kind(examples, source.spec, config, batch_size=256, shard=Shard(host, 64), **settings)
+            read += [int(label) for number in range(len(batches)) for label in batches[number].labels]
+        assert sorted(read) == sorted(labels[name])
 
 
 # Splits.
