@@ -98,7 +98,7 @@ class BasisConv(nn.Module):
       use_bias: whether a bias `[T]` is added.
       kernel_dilation: as in `flax.linen.Conv`.
       norm: between basis and coefficients: 'batch' (the method), None, or a callable that returns a normalisation
-        module, such as `functools.partial(nn.GroupNorm, num_groups=4)`.
+        module, such as `functools.partial(nn.GroupNorm, num_groups=4)`; it is called with `name='norm'`.
       use_running_average: as in `flax.linen.BatchNorm`, set here or in the call; False for training.
       axis_name: as in `flax.linen.BatchNorm`: an axis over which batch statistics are averaged.
       param_dtype: type of the parameters.
@@ -162,11 +162,12 @@ class BasisConv(nn.Module):
         window = Window.of(size, image[:-1], self.strides, self.padding, self.kernel_dilation)
         x, norm = x.reshape(-1, *image), None
         if form is Form.BASIS:
-            train = whether_to_train(train, use_running_average, self.use_running_average)
+            if self.norm == "batch":
+                train = whether_to_train(train, use_running_average, self.use_running_average)
             if isinstance(then, BatchNorm) and not self.use_bias and (
                     then.train, then.dtype, then.axis_name) == (train, self.dtype, self.axis_name):
                 norm, then = then, None
-            y = self._basis_conv(x, shared, window, train, norm)
+            y = self._basis_conv(x, shared, window, bool(train), norm)
         else:
             y = convolve(x, self._kernel(image[-1], shared, form), window, self.dtype)
         if self.use_bias:

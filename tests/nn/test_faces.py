@@ -83,14 +83,16 @@ def test_any_layer_may_follow():
 def test_another_norm_or_none_between_basis_and_coefficients(norm):
     x, basis = draw(2, (2, 5, 5, 4), (3, 3, 4, 4))
     layer = BasisConv(5, unique_rank=2, norm=norm)
-    variables = layer.init(jax.random.key(0), x, basis, True)
+    variables = layer.init(jax.random.key(0), x, basis)  # without batch statistics, training is no different
     params = variables["params"]
     assert "batch_stats" not in variables
     joined = jnp.concatenate([params["unique"], basis], -1)
     expected = jax.lax.conv_general_dilated(x, joined, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     if norm is not None:
         expected = norm().apply({"params": params["norm"]}, expected)
-    np.testing.assert_allclose(layer.apply(variables, x, basis, True), expected @ params["coefficients"], atol=1e-5)
+    for arguments in ((), (True,), (False,)):
+        np.testing.assert_allclose(layer.apply(variables, x, basis, *arguments), expected @ params["coefficients"],
+                                   atol=1e-5)
 
 
 def test_unique_elements_may_start_at_norm_1():
