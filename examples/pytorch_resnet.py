@@ -1,6 +1,6 @@
 """A ResNet with shared bases as a PyTorch module that loads what --mode=export --format=pytorch writes.
 
-    python examples/pytorch_resnet.py runs/photos/export/model.safetensors photo.jpg
+    python examples/pytorch_resnet.py RUN/export/model.safetensors photo.jpg
 
 It needs only torch, safetensors, pillow and numpy, so copy it into your own project. It covers ResNets of basic blocks
 (resnet18, resnet20, resnet34, resnet56, ...), plain or with s<S>u<U> or s<S>u<U>-double, except the plain resnet18 and
@@ -129,12 +129,20 @@ def load(path: str) -> tuple[ResNet, dict[str, Any]]:
 def read(path: str, about: Mapping[str, Any]) -> Tensor:
     """Returns the image file `path` as the network's input `[1, C, H, W]`: cropped, resized and normalised."""
     to = about["resize"]
-    image = ImageOps.exif_transpose(Image.open(path)).convert(to["color"])
-    rows = min(image.height, image.width * to["height"] / to["width"]) * to["part"]
-    columns = rows * to["width"] / to["height"]
-    left, top = (image.width - columns) / 2, (image.height - rows) / 2
+    image: Image.Image = Image.open(path)
+    sideways = image.getexif().get(0x0112, 1) >= 5  # turned by its EXIF orientation
+    width, height = image.size[::-1] if sideways else image.size
+    rows = min(height, width * to["height"] / to["width"]) * to["part"]  # of the central box
+    columns = min(rows * to["width"] / to["height"], width)
+    enough = min(rows / to["height"], columns / to["width"]) / 2  # large JPEG files are decoded at 1/2, 1/4 or 1/8
+    by = next((n for n in (8, 4, 2) if n <= enough), 1) if image.format in ("JPEG", "MPO") else 1
+    if by > 1:
+        image.draft(image.mode, (image.width // by, image.height // by))
+    image = ImageOps.exif_transpose(image).convert(to["color"])
+    box = ((width - columns) / 2, (height - rows) / 2, (width + columns) / 2, (height + rows) / 2)
+    left, top, right, bottom = (side / by for side in box)
     image = image.resize((to["width"], to["height"]), Image.Resampling.BILINEAR,
-                         box=(left, top, left + columns, top + rows))
+                         box=(left, top, min(right, image.width), min(bottom, image.height)))
     pixels = np.asarray(image, np.float32).reshape(to["height"], to["width"], -1) / 255
     return torch.from_numpy(((pixels - np.float32(about["mean"])) / np.float32(about["std"])).transpose(2, 0, 1)[None])
 

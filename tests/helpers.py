@@ -159,7 +159,7 @@ class Watcher(Reporter):
         self.totals: set[int] = set()
 
     def show_progress(self, done: int, total: int, text: str) -> None:
-        if " images/s " not in text:
+        if not text.startswith("epoch ") or text.endswith(" scored"):  # of other things than steps
             return
         self.steps.append(done)
         self.totals.add(total)

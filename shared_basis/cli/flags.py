@@ -130,8 +130,9 @@ FLAGS = (
          "images. May be repeated.", ("predict", *FOLDER_MODES), list, placeholder="DIR"),
     Flag("checkpoint", "latest", "Checkpoint of the run to load: latest, best or a step.",
          ("evaluate", "predict", "export", "inspect", "analyze", "report", "import", "compress"), placeholder="STEP"),
-    Flag("output", "", "Where to write the result: a file for predict, export and compress --spectra, a directory for "
-         "analyze and report.", ("predict", "compress", "export", "analyze", "report"), placeholder="PATH"),
+    Flag("output", "", "Where to write the result: a file for predict (CSV: file, class, probability, and that of each "
+         "class), export and compress --spectra, a directory for analyze and report.",
+         ("predict", "compress", "export", "analyze", "report"), placeholder="PATH"),
     Flag("init", "", "Start from the weights of RUN, RUN:best, RUN:STEP, or a file of PyTorch weights.", ("train",),
          placeholder="RUN"),
     Flag("tensorboard", False, "Also write metrics as TensorBoard event files.", ("train",), bool),

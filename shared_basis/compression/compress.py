@@ -228,8 +228,8 @@ def render_scores(result: Mapping[str, Any]) -> str:
 def render(result: Mapping[str, Any]) -> str:
     """Returns a `Compressed.report` with its `workdir` as human-readable lines."""
     images = result["calibration"]
-    head = "relative errors of filters" + (f", and of outputs on {count(images)} training images, which are what counts"
-                                          if images else "")
+    head = "relative errors of each layer's filters" + (
+        f", and of its outputs on {count(images)} training images (which matter)" if images else "")
     kinds = ("filters", "activations") if images else ("filters",)
     table = align([[layer["path"], *(f"{100 * layer[kind]:.2f} %" for kind in kinds)] for layer in result["layers"]],
                   right=True)

@@ -53,15 +53,25 @@ class LayerFactors:
         error = self.filter_error if self.activation_error is None else self.activation_error
         return 1 - error**2
 
-    def variables(self) -> dict[str, Any]:
-        """Returns `params` and `batch_stats` of the layer in the structure of a Linen `shared_basis.BasisConv`."""
-        scale, bias, mean, var = (self.norm[name] for name in ("scale", "bias", "mean", "var"))
-        params = {"coefficients": self.coefficients, "norm": {"scale": scale, "bias": bias}}
+    def variables(self, norm: str | None = "batch") -> dict[str, Any]:
+        """Returns `params` and `batch_stats` of the layer as a Linen `BasisConv` with the same `norm` holds them.
+
+        Raises:
+          ValueError: `norm` is neither 'batch' nor None; other normalisations cannot be made the identity.
+        """
+        if norm not in ("batch", None):
+            raise ValueError(f"norm={norm!r}: must be 'batch' or None, with BasisConv(..., norm=...) likewise; another "
+                             "normalisation between basis and coefficients would change the layer's outputs")
+        params: dict[str, Any] = {"coefficients": self.coefficients}
         if self.unique.size:
             params["unique"] = self.unique
         if self.bias is not None:
             params["bias"] = self.bias
-        return {"params": params, "batch_stats": {"norm": {"mean": mean, "var": var}}}
+        if norm is None:
+            return {"params": params}
+        scale, bias, mean, var = (self.norm[name] for name in ("scale", "bias", "mean", "var"))
+        return {"params": {**params, "norm": {"scale": scale, "bias": bias}},
+                "batch_stats": {"norm": {"mean": mean, "var": var}}}
 
 
 @dataclasses.dataclass(frozen=True)

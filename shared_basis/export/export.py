@@ -164,20 +164,19 @@ def render(result: Mapping[str, Any]) -> str:
     """Returns the result of `export` as human-readable lines."""
     layers, verified = result["layers"], result["verified"]
     shape = ", ".join(map(str, result["image_shape"]))
-    folded = f"--fold={result['fold']}: "
-    if any(layers.values()):
-        ways = {"a basis convolution and a 1×1 convolution": layers["basis"], "one convolution": layers["composed"]}
-        folded += ", ".join(f"{number} basis layers are {way}" for way, number in ways.items() if number)
-        if result["fold"] == "auto":
-            folded += ", whichever takes fewer multiply-accumulates"
-            if layers["composed"]:
-                folded += " (a file with --fold=basis may be smaller)"
-    else:
-        folded += "there are no basis layers"
+    ways = {"kept as a basis convolution and a 1×1 convolution": layers["basis"],
+            "composed into one convolution": layers["composed"]}
+    by = " (fewest multiply-accumulates)" if result["fold"] == "auto" else ""
+    folded = f"--fold={result['fold']}{by}: " + (", ".join(
+        f"{number} basis layers {way}" for way, number in ways.items() if number) or "there are no basis layers")
+    if result["fold"] == "auto" and layers["composed"]:
+        folded += " (a file with --fold=basis may be smaller)"
     if result["norms_left"]:
         folded += f"; {result['norms_left']} batch normalisations are not folded"
-    changes = "; ".join(f"{name} {count(result[key]['network'])} → {count(result[key]['exported'])}"
-                        for name, key in (("multiply-accumulates", "macs"), ("parameters", "parameters")))
+    changes = "; ".join(
+        f"{name} {count(result[key]['network'])}" + ("" if result[key]["network"] == result[key]["exported"] else
+                                                     f" → {count(result[key]['exported'])}")
+        for name, key in (("multiply-accumulates", "macs"), ("parameters", "parameters")))
     lines = [
         f"{result['model']} at step {result['step']:,} of {result['workdir']}: {result['file']} "
         f"({size_text(result['bytes'])}), from images uint8 [N, {shape}], normalised inside, to logits "

@@ -32,8 +32,8 @@ def export_weights(workdir: Place, which: str = "latest", overrides: Mapping[str
       output: the file; by default WORKDIR/export/model.safetensors.
 
     Returns:
-      `workdir`, `step`, `model`, `classes`, `image_shape`, `format`, `file`, its `bytes`, the number of its `tensors`
-      and of the network's `parameters`.
+      `workdir`, `step`, `model`, `classes`, `image_shape`, `format`, `file`, its `bytes`, the number of its `tensors`,
+      whether shared arrays are `repeated` for each block, and the number of the network's `parameters`.
 
     Raises:
       UserError: see `Trained.open`; or there is no such network in PyTorch, or the file cannot be written.
@@ -52,6 +52,7 @@ def export_weights(workdir: Place, which: str = "latest", overrides: Mapping[str
     return {"workdir": str(trained.run.path), "step": trained.step, "model": trained.config.model.name,
             "classes": list(trained.spec.classes), "image_shape": list(trained.spec.image_shape), "format": "pytorch",
             "file": str(path), "bytes": len(content), "tensors": len(tensors),
+            "repeated": any(".shared_basis" in name for name in tensors),
             "parameters": sum(count_parameters(variables["params"]).values())}
 
 
@@ -67,6 +68,7 @@ def _verify(tensors: Mapping[str, np.ndarray], trained: Trained, variables: Tree
 
 def render(result: Mapping[str, Any]) -> str:
     """Returns the result of `export_weights` as human-readable lines."""
+    repeated = " (the layout repeats shared arrays for each block)" if result["repeated"] else ""
     return (f"{result['model']} at step {result['step']:,} of {result['workdir']}: {result['file']} "
-            f"({size_text(result['bytes'])}), {result['tensors']} tensors, {result['parameters']:,} parameters; read "
-            "again, they are identical")
+            f"({size_text(result['bytes'])}), {result['tensors']} tensors, {result['parameters']:,} parameters"
+            f"{repeated}; the file was read back, and its arrays are identical to those of the run")

@@ -50,6 +50,7 @@ class Checkpoints:
         ])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep, best_fn=metric, create=not read_only, read_only=read_only,
+            save_interval_steps=0 if read_only else 1,  # Orbax warns otherwise
             cleanup_tmp_directories=not read_only)  # removes partial saves of killed processes; the run is locked
         damaged = self._damaged_metrics()  # Orbax reads the metrics of all steps at once
         if damaged and aside is None:

@@ -196,4 +196,5 @@ def render_outcome(outcome: Mapping[str, Any]) -> str:
     last = f"{outcome['model']}: {100 * outcome['test_accuracy']:.2f} % test accuracy after {outcome['epoch']} epochs"
     if outcome["best_epoch"] == outcome["epoch"]:
         return f"{last} ({protocol})"
-    return f"{last}, {100 * outcome['best_test_accuracy']:.2f} % after {outcome['best_epoch']} ({protocol})"
+    return (f"{last}, {100 * outcome['best_test_accuracy']:.2f} % after {outcome['best_epoch']} ({protocol}; use it "
+            "with --checkpoint=best)")

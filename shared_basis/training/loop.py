@@ -163,11 +163,12 @@ class Training:
         self.clock.tick()
         self.reporter.step = step
         self.require_finite(values, step)
+        pace = (f"{count(self.clock.speed(self.config.train.batch_size))} images/s  "
+                f"{duration(self.clock.left(self.steps - step))} left") if self.clock.steps > 0 else "first steps"
         text = (
             f"epoch {-(-step // self.program.steps_per_epoch)}/{self.config.train.epochs}  "
             f"loss {values['loss'] / values['count']:.4f}  accuracy {100 * values['correct'] / values['count']:.2f} %  "
-            f"{count(self.clock.speed(self.config.train.batch_size))} images/s  "
-            f"{duration(self.clock.left(self.steps - step))} left")
+            f"{pace}")
         self.reporter.show_progress(step, self.steps, text)
         self.reporter.debug(f"{text}  gradient norm {values['gradient_norm']:.4g}")
 

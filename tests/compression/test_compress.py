@@ -280,7 +280,7 @@ def test_images_are_scored_before_and_after(run: Path, tmp_path: Path) -> None:
     assert all(layer["activations"] is None for layer in result["layers"])
     text = compress_module.render(result)
     assert "small-s0u4" in text
-    assert "relative errors of filters:" in text
+    assert "relative errors of each layer's filters:" in text
     images = make_images(8)[0]
     new, old = Trained.open(tmp_path / "new"), Trained.open(run)
     np.testing.assert_allclose(new.classifier()(images), old.classifier()(images), atol=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -125,6 +126,18 @@ def test_a_bias_comes_along_and_takes_the_shift_of_the_means(kernels: list[np.nd
                 np.testing.assert_allclose(flat(y).mean(0), before.mean(0), atol=1e-4)
                 assert abs(by_hand.mean(0) - before.mean(0)).max() > 1e-3
             np.testing.assert_array_equal(layer.mean_shift, 0)
+
+
+def test_the_layer_may_have_no_normalisation_but_no_other(kernels: list[np.ndarray], inputs: list[np.ndarray]) -> None:
+    found = factorize_kernels(kernels, 5, 2, activations=inputs)
+    layer, features = found.layers[0], kernels[0].shape[-1]
+    expected = BasisConv(features, unique_rank=2).apply(layer.variables(), inputs[0], found.basis, train=False)
+    without = BasisConv(features, unique_rank=2, norm=None)
+    np.testing.assert_allclose(without.apply(layer.variables(norm=None), inputs[0], found.basis), expected, atol=1e-4)
+    assert jax.tree.map(np.shape, layer.variables(norm=None)) == jax.tree.map(
+        np.shape, without.init(jax.random.key(0), inputs[0], found.basis))
+    with pytest.raises(ValueError, match="norm='group': must be 'batch' or None"):
+        layer.variables(norm="group")
 
 
 def test_what_is_found_is_shown_by_its_shapes(kernels: list[np.ndarray]) -> None:

@@ -197,7 +197,7 @@ def test_the_page_says_what_the_run_was(run: Path, written: Any) -> None:
     text = Page(written[0] / "report.html").text
     known = Workdir(run).load()[1]["versions"]
     for part in (
-        "37.02 % test accuracy after 3 epochs, 24.68 % after 2 (best validation epoch)",
+        "37.02 % test accuracy after 3 epochs, 24.68 % after 2 (best validation epoch; use it with --checkpoint=best)",
         "62.98 % test error after epoch 3",
         "75.32 % test error of the best validation epoch, 2", "epochs 3 of 300 evaluated; the run is not finished",
         "model.name 'tiny-s2u1-double' 'resnet20-s16u1-double'", "optimizer.boundaries (2.0, 40.0) ()",

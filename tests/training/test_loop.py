@@ -414,7 +414,8 @@ def test_validation_images_choose_the_best_checkpoint_and_test_images_do_not(tmp
     assert (checkpoints.steps, checkpoints.find("best")) == ([10, 15, 20], 10)
     assert "validation accuracy 90.00 %  test loss" in reporter.text.getvalue()
     text = render({**outcome, **COUNTS})
-    assert "30.00 % test accuracy after 4 epochs, 10.00 % after 2 (best validation epoch)" in text
+    assert ("30.00 % test accuracy after 4 epochs, 10.00 % after 2 (best validation epoch; use it with "
+            "--checkpoint=best)") in text
     assert "published" not in text
 
 
