@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import socket
 import sys
 import threading
@@ -68,8 +69,8 @@ def jax_runtime(distributed: bool, coordinator: str | None, processes: int | Non
         if is_main_process():
             time.sleep(PARTING_SECONDS)
         raise UserError(f"process {jax.process_index()}: {error}") from error
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if jax.process_count() == 1 or not is_failure_of_xla(error):
             raise
         raise UserError(f"process {jax.process_index()}: another process was lost ({' '.join(str(error).split())[:150]}"
                         "). Start all of them again, with the same commands.") from error
@@ -158,6 +159,14 @@ def _give_up(where: str, processes: int | None) -> None:
                      "them, each with its own --process, and make that address reachable.\n")
     sys.stderr.flush()
     os._exit(2)
+
+
+def is_failure_of_xla(error: Exception) -> bool:
+    """Returns whether `error` is a failure of XLA at run time, such as a collective after the loss of a process.
+
+    JAX raises `JaxRuntimeError` for these, and for some a ValueError with the status in front of its text.
+    """
+    return isinstance(error, jax.errors.JaxRuntimeError) or re.match("[A-Z_]{5,}: ", str(error)) is not None
 
 
 def is_main_process() -> bool:

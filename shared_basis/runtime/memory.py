@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from shared_basis.config import Config
 from shared_basis.errors import UserError
+from shared_basis.runtime.distributed import is_failure_of_xla
 from shared_basis.runtime.reporter import size_text
 
 
@@ -101,7 +102,9 @@ def oom_as_user_error(config: Config, batch: str = "train.batch_size",
     """
     try:
         yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    except (jax.errors.JaxRuntimeError, MemoryError, ValueError) as error:
+        if not isinstance(error, MemoryError) and not is_failure_of_xla(error):
+            raise
         text = " ".join(str(error).split())[:150] or type(error).__name__
         if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
             raise UserError(f"out of memory ({text}). {advice(config, batch=batch)}{saved()}") from error

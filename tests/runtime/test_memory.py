@@ -18,7 +18,7 @@ from shared_basis.data import feeds
 from shared_basis.errors import UserError
 from shared_basis.models.parameters import abstract_variables, count_parameters
 from shared_basis.runs.checkpoints import Checkpoints
-from shared_basis.runtime.distributed import batch_sharding, make_mesh, replicated
+from shared_basis.runtime.distributed import batch_sharding, jax_runtime, make_mesh, replicated
 from shared_basis.runtime.memory import Memory, advice, bytes_on_device, check, measure, oom_as_user_error
 from shared_basis.runtime.reporter import Reporter, size_text
 from shared_basis.training import program as program_module
@@ -282,6 +282,14 @@ def test_of_several_processes_the_loss_of_another_is_told(monkeypatch: pytest.Mo
         raise jax.errors.JaxRuntimeError("UNAVAILABLE: connection\nclosed")
     with user_error("out of memory (RESOURCE_EXHAUSTED"), oom_as_user_error(CONFIG):
         raise jax.errors.JaxRuntimeError(EXHAUSTED)
+    closed = ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")  # as JAX raises some of them
+    with user_error("another process was lost (UNKNOWN: Gloo AllGather failed"), oom_as_user_error(CONFIG):
+        raise closed
+    with user_error("process 0: another process was lost (UNKNOWN: Gloo"), jax_runtime(False, None, None, None, False):
+        raise closed
+    for context in (oom_as_user_error(CONFIG), jax_runtime(False, None, None, None, False)):
+        with pytest.raises(ValueError, match="x must be positive"), context:
+            raise ValueError("x must be positive")
 
 
 class Failing(Watcher):
