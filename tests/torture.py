@@ -279,7 +279,7 @@ def report(rounds: list[Round], command: str, found: list[str], where: str) -> s
     counts = collections.Counter((phase, one.aim == "SIGTERM") for one in rounds for phase in (one.phase, "**all**"))
     resumed = [one for one in rounds if one.resumed is not None]
     return "\n".join([
-        "# A run that is killed over and over", "",
+        "# A run that is killed repeatedly", "",
         f"`{command}`, {datetime.datetime.now(datetime.UTC).date()}, commit {commit}, Python "
         f"{platform.python_version()}, {versions}, {os.cpu_count()} CPU cores; a checkpoint each {INTERVAL} steps; "
         f"{where}.", "",
