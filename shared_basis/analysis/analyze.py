@@ -39,8 +39,10 @@ def analyze(workdir: Place, which: str = "latest", overrides: Mapping[str, Any] 
       `against`, the same for the other checkpoint under that key.
 
     Raises:
-      UserError: see `Trained.open`; or the directory cannot be written.
+      UserError: see `Trained.open`; or the directory cannot be written, or Python runs without assertions.
     """
+    if not __debug__:  # JAX 0.10 then leaks tracers from the nested gradients
+        raise UserError("--mode=analyze needs Python's assertions, which -O and PYTHONOPTIMIZE switch off; unset them.")
     reporter = reporter or Reporter(verbosity="quiet")
     runs = [Trained.open(workdir, which, overrides)]
     if against:

@@ -114,7 +114,12 @@ def test_all_modes_work_for_such_a_user_and_leave_nothing_elsewhere(bare: tuple[
     if home:
         environment["HOME"] = home
     package = _files(MAIN.parent / "shared_basis") | _files(MAIN.parent / "configs")
-    for arguments in (SMALL, *((f"--mode={mode}",) for mode in ("evaluate", "report", "analyze", "inspect", "export"))):
+    refused = python(str(MAIN), "--mode=analyze", "--workdir=run", cwd=here, without=NAMELESS, **environment)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "PYTHONOPTIMIZE" in refused.stderr
+    for arguments in (SMALL, *((f"--mode={mode}",) for mode in ("evaluate", "report", "inspect", "export", "analyze"))):
+        if arguments == ("--mode=analyze",):
+            del environment["PYTHONOPTIMIZE"]
         done = python(str(MAIN), *arguments, "--workdir=run", cwd=here, without=NAMELESS, **environment)
         assert (done.returncode, done.stderr) == (0, ""), arguments
         assert done.stdout.strip()
