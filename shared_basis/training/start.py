@@ -198,7 +198,8 @@ def import_weights(config: Config, workdir: Place, file: str, reporter: Reporter
     if not file:
         raise UserError("--mode=import needs --weights=FILE, a file of PyTorch weights.")
     if not os.path.isfile(file):
-        raise UserError(f"--weights={file}: no such file; give a file of PyTorch weights.")
+        problem = "is a directory" if os.path.isdir(file) else "no such file"
+        raise UserError(f"--weights={file}: {problem}; give a file of PyTorch weights, or train with --init=RUN.")
     require_new(workdir)
     spec = data.describe(config.data)
     origin = open_file(file, config, spec, classes, reporter)
