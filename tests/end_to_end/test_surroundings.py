@@ -121,7 +121,8 @@ def test_all_modes_work_for_such_a_user_and_leave_nothing_elsewhere(bare: tuple[
         if arguments == ("--mode=analyze",):
             del environment["PYTHONOPTIMIZE"]
         done = python(str(MAIN), *arguments, "--workdir=run", cwd=here, without=NAMELESS, **environment)
-        assert (done.returncode, done.stderr) == (0, ""), arguments
+        told = [line for line in done.stderr.splitlines() if "onnxruntime:Default, telemetry" not in line]  # its own
+        assert (done.returncode, told) == (0, []), arguments
         assert done.stdout.strip()
     assert [path.name for path in here.iterdir()] == ["run"]
     assert _files(MAIN.parent / "shared_basis") | _files(MAIN.parent / "configs") == package  # it may be read-only
