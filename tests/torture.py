@@ -102,8 +102,10 @@ def arrays(workdir: Path, step: int) -> dict[str, tuple[Any, ...]]:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
     import orbax.checkpoint as ocp
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore(workdir.absolute() / "checkpoints" / str(step) / "state")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # not those of the two processes that saved it
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        tree = checkpointer.restore(workdir.absolute() / "checkpoints" / str(step) / "state",
+                                    args=ocp.args.StandardRestore(fallback_sharding=here))
     leaves = ((path, np.asarray(leaf)) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0])
     return {jax.tree_util.keystr(path): (leaf.dtype, leaf.shape, leaf.tobytes()) for path, leaf in leaves}
 
