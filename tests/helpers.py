@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -106,6 +106,15 @@ def assert_trees_equal(actual: Any, desired: Any) -> None:
                                   zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other), err_msg=jax.tree_util.keystr(path[0]))
         assert np.asarray(one).dtype == np.asarray(other).dtype
+
+
+def refusal(call: Callable[..., Any], *arguments: Any) -> str:
+    """Returns the message of the `UserError` that the call raises; empty if it raises none."""
+    try:
+        call(*arguments)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 @contextlib.contextmanager

@@ -188,7 +188,7 @@ def test_the_page_stands_alone_and_escapes_names(written: Any) -> None:
 
 @pytest.mark.parametrize(("name", "short"), [
     ("/data/photos/test/cat/1.png", "cat/1.png"),
-    ("example 12 of 'test' in /root/tensorflow_datasets/cifar10/3.0.2",) * 2, ("12", "12")])
+    ("example 12 of 'test' in /data/tfds/cifar10/3.0.2",) * 2, ("12", "12")])
 def test_images_are_named_by_class_and_file_or_as_the_data_set_has_it(name: str, short: str) -> None:
     assert sections.short_name(name) == short
 

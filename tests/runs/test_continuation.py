@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import user_error
+from helpers import refusal, user_error
 
 from shared_basis.config import ADJUSTABLE_FIELDS, Config, OptimizerConfig, TrainConfig, replace
 from shared_basis.errors import UserError
@@ -49,8 +49,8 @@ def test_what_does_not_change_what_is_trained_may_change() -> None:
                         "optimizer.factors": (0.1,)}), CONSTANT)],
     ids=["constant", "piecewise", "a further boundary", "the same boundary in epochs", "first boundary at the end"])
 def test_more_epochs_are_taken_where_the_past_is_the_same(now: Config, then: Config) -> None:
-    go_on(now, then)
-    go_on(then, now)  # fewer, but not fewer than are trained
+    assert refusal(go_on, now, then) == ""
+    assert refusal(go_on, then, now) == ""  # fewer, but not fewer than are trained
 
 
 @pytest.mark.parametrize(("now", "then", "parts"), [
@@ -75,7 +75,9 @@ def test_the_advice_to_give_boundaries_in_epochs_works() -> None:
 
 
 def test_a_schedule_may_change_before_anything_is_trained() -> None:
-    go_on(replace(COSINE, {"train.epochs": 9, "optimizer.learning_rate": 3.0}), COSINE, step=0)
+    now = replace(COSINE, {"train.epochs": 9, "optimizer.learning_rate": 3.0})
+    assert refusal(go_on, now, COSINE, 0) == ""
+    assert "optimizer.learning_rate: 3.0 now" in refusal(go_on, now, COSINE, STEPS)
 
 
 def test_fewer_epochs_than_are_trained_are_refused() -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, Watcher, mesh_of, read_arrays, tiny_network, user_error
+from helpers import TINY, Watcher, mesh_of, read_arrays, refusal, tiny_network, user_error
 
 from shared_basis import data
 from shared_basis.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, replace
@@ -190,9 +190,10 @@ def test_what_an_accelerator_has_not_is_refused_with_the_largest_part(needed: Me
 
 @pytest.mark.parametrize("limit", [4 * GIB + 2 * KIB, None, 5 * GIB])
 def test_what_an_accelerator_has_or_does_not_tell_is_tried(limit: int | None) -> None:
-    check(IMAGES_LARGEST, CONFIG, devices_of("tpu", limit))
-    check(IMAGES_LARGEST, CONFIG, types.SimpleNamespace(local_mesh=types.SimpleNamespace(devices=np.array(
-        [types.SimpleNamespace(platform="gpu", memory_stats=lambda: {})]), size=1)))
+    silent = types.SimpleNamespace(local_mesh=types.SimpleNamespace(devices=np.array(
+        [types.SimpleNamespace(platform="gpu", memory_stats=lambda: {})]), size=1))
+    for devices in (devices_of("tpu", limit), silent):
+        assert refusal(check, IMAGES_LARGEST, CONFIG, devices) == ""
 
 
 def test_a_byte_less_is_too_little() -> None:

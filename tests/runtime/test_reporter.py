@@ -83,10 +83,12 @@ def test_what_cannot_be_printed_ends_nothing_and_is_logged(
     assert [line.split(": ")[1] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["one", "two", "three"]
 
 
-def test_where_standard_output_is_closed_nothing_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_standard_output_is_closed_the_log_goes_on(monkeypatch: pytest.MonkeyPatch,
+                                                         tmp_path: pathlib.Path) -> None:
     monkeypatch.setattr("sys.stdout", None)
-    with Reporter() as shown:
+    with Reporter() as shown, shown.logging(tmp_path):
         shown.info("line")
+    assert (tmp_path / "log.txt").read_text().endswith(": line\n")
 
 
 def test_plain_progress_comes_at_most_once_a_minute(clock: list[float]) -> None:
