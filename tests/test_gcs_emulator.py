@@ -14,7 +14,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-from gcs_emulator import CHUNK, Emulator, Request, environment_of
+from gcs_emulator import Emulator, environment_of
+from gcs_messages import Request
+from gcs_storage import CHUNK
 from helpers import ROOT, user_environment
 from hypothesis import given
 from hypothesis import strategies as st
