@@ -8,21 +8,16 @@ import os
 from absl import flags
 
 from shared_basis.cli.flags import FLAGS, MODES
-from shared_basis.config import OTHER_TRAINERS, Config, flatten, to_dict
+from shared_basis.config import OTHER_TRAINERS, Config, fields_meant, flatten, to_dict
 
 
 def on_flag(name: str) -> str:
-    """Returns what to give in place of an unknown flag: other trainers', or one that is called like a field.
-
-    --lr has the initials of learning_rate, --max-epochs ends in the name of a field.
-    """
+    """Returns what to give instead of an unknown flag: the answer to other trainers' flags, or near names."""
     name = name.replace("-", "_")
     if name in OTHER_TRAINERS:
         return f": {OTHER_TRAINERS[name]}"
     near = difflib.get_close_matches(name, [flag.name for flag in FLAGS], n=1, cutoff=0.7)
-    fields = [field for field in flatten(to_dict(Config())) for last in [field.rpartition(".")[2]]
-              if name in (last, "".join(word[0] for word in last.split("_"))) or name.endswith(f"_{last}")]
-    meant = [*near, *(f"config.{field}" for field in fields if len(name) > 1)]
+    meant = [*near, *(f"config.{field}" for field in fields_meant(name, flatten(to_dict(Config()))))]
     return f". Did you mean --{' or --'.join(meant)}?" if meant else ""
 
 

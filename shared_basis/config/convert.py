@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -102,12 +102,19 @@ OTHER_TRAINERS = {
 """What other trainers have an option of this name for: how it is done here."""
 
 
+def fields_meant(name: str, fields: Iterable[str]) -> list[str]:
+    """Returns the dotted `fields` whose last component `name` repeats, ends with (max_epochs) or abbreviates (lr)."""
+    def is_meant(last: str) -> bool:
+        initials = "".join(word[0] for word in last.split("_"))
+        return name == last or name.endswith(f"_{last}") or (len(name) > 1 and name == initials)
+    return [field for field in fields if is_meant(field.rpartition(".")[2])]
+
+
 def _unknown(path: str, known: Sequence[str]) -> str:
     """Returns the message about an unknown field; its section must exist."""
     section, _, name = path.rpartition(".")
     beside = [field for field in known if section and field.rpartition(".")[0] == section]
-    elsewhere = [field for field in known if field.rpartition(".")[2] == name]
-    near = (difflib.get_close_matches(path, elsewhere, n=1, cutoff=0.0) or _nearest(name, beside, 0.5)
+    near = (difflib.get_close_matches(path, fields_meant(name, known), n=1, cutoff=0.0) or _nearest(name, beside, 0.5)
             or _nearest(name, known, 0.8 if beside else 0.5))
     advice = "".join(f" Did you mean {field!r}?" for field in near)
     if name in OTHER_TRAINERS:

@@ -233,6 +233,7 @@ def test_the_section_of_an_unknown_field_is_taken_at_its_word():
     assert "Did you mean 'orthogonality.weight'? The fields of" in message("orthogonality.wieght")
     assert "Did you mean 'optimizer.weight_decay'? The fields of train are" in message("train.weight_decay")
     assert "Did you mean 'orthogonality.weight'? The fields are: data." in message("orthogonalty.weight")
+    assert "Did you mean 'optimizer.learning_rate'? The fields are" in message("optimiser.lr")
     assert message("data.num_classes").startswith(
         "unknown configuration field 'data.num_classes'. The classes are those of the images, a directory for each. "
         "The fields of data are: ")
