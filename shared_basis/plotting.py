@@ -94,6 +94,26 @@ def png(paint: Paint, size: tuple[float, float] = PANEL, colors: int | None = 12
     return file.getvalue() if colors is None else _limit_colors(file.getvalue(), colors)
 
 
+def svg(paint: Paint, size: tuple[float, float] = PANEL) -> str:
+    """Paints a plot and returns the text of its SVG file, with letters as outlines and a transparent background.
+
+    Args:
+      size: width and height in inches.
+
+    Raises:
+      UserError: Matplotlib is not installed.
+    """
+    with _style():
+        import matplotlib
+        from matplotlib.figure import Figure
+        matplotlib.rcParams["svg.hashsalt"] = "shared basis"  # the same plot is the same file
+        figure = Figure(figsize=size, layout="constrained")
+        paint(figure)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return file.getvalue()
+
+
 def data_uri(image: bytes, kind: str = "png") -> str:
     """Returns the contents of an image file, of `kind` 'png' or 'jpeg', as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"

@@ -1,6 +1,7 @@
 """Trains the networks of a study over several seeds, and regenerates the tables of the documentation from all rows.
 
-The tables are in the sections of docs/results.md, its overview, and the results in README.md.
+The tables are in the sections of docs/results.md, its overview, and the results in README.md; a figure of all errors
+against numbers of parameters is in docs/images (results-light.svg and results-dark.svg).
 
     python -m studies.experiments --study=digits              about an hour on two cores; the same command resumes
     python -m studies.experiments --study=cifar60 --images=DIR --jobs=4 --devices=0,1
@@ -35,6 +36,7 @@ from benchmarks.records import ROOT, append, commit, read
 from shared_basis.cli.app import run_and_exit
 from shared_basis.errors import UserError
 from studies.definitions import STUDIES, Study, Variant
+from studies.figure import write_pictures
 from studies.findings import StudyRow, glance, of, overview, section
 
 BASES = ("penalty", "norm_min", "norm_mean", "norm_max", "coherence")
@@ -218,7 +220,7 @@ def pages(root: Path = ROOT, studies: Mapping[str, Study] = STUDIES) -> list[tup
     Raises:
       UserError: the rows cannot be read.
     """
-    rows = {name: read(_rows_of(name, root), StudyRow) for name in studies}
+    rows = _all_rows(root, studies)
     page = root / "docs" / "results.md"
     networks = section_of(root / "docs" / "networks.md", "networks")
     return [*((page, f"study: {name}", section(name, study, rows[name])) for name, study in studies.items()),
@@ -227,13 +229,19 @@ def pages(root: Path = ROOT, studies: Mapping[str, Study] = STUDIES) -> list[tup
 
 
 def write_pages(root: Path = ROOT, studies: Mapping[str, Study] = STUDIES) -> None:
-    """Updates the sections between the marks of docs/results.md and README.md.
+    """Updates the sections between the marks of docs/results.md and README.md, and the figure.
 
     Raises:
       UserError: the rows cannot be read, or a mark is missing.
     """
     for page, mark, text in pages(root, studies):
         replace_section(page, mark, text)
+    write_pictures(root, studies, _all_rows(root, studies))
+
+
+def _all_rows(root: Path, studies: Mapping[str, Study]) -> dict[str, list[StudyRow]]:
+    """Returns the rows of each study."""
+    return {name: read(_rows_of(name, root), StudyRow) for name in studies}
 
 
 def _rows_of(name: str, root: Path) -> Path:
