@@ -1,11 +1,11 @@
 """Do gradients vanish or explode with the number of layers sharing a basis, and does orthogonality prevent it?
 
-    python -m studies.depth [--layers=2,10,54] [--seeds=2]
+    python -m studies.depth [--layers=2,10] [--seeds=2]
     python -m studies.depth --write                      only update docs/results.md, without training
 
 The paper argues (section 3.2) that a shared basis multiplies gradients along the chain of layers that share it, as a
 recurrence does, so singular values other than 1 make them explode or vanish. This study trains ResNets of increasing
-depth, in which one basis per group serves 2, 10 or 54 layers, on the digits, and measures gradients by depth at
+depth, in which one basis per group serves 2 or 10 layers, on the digits, and measures gradients by depth at
 initialisation and during training: with the penalty, without it, exactly orthonormal, and from bases with
 deliberately spread singular values. A plain network of the same depth is the control.
 
@@ -47,7 +47,7 @@ SPREAD = 4.0
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options."""
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--layers", type=_even, default=(2, 10, 54), help="layers per basis, e.g. 2,10,54")
+    parser.add_argument("--layers", type=_even, default=(2, 10), help="layers per basis, e.g. 2,10")
     parser.add_argument("--seeds", type=positive, default=2, help="how many")
     parser.add_argument("--write", action="store_true", help="only update the section in docs/results.md")
     return parser.parse_args(arguments)
