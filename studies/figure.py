@@ -81,7 +81,8 @@ def panels(studies: Mapping[str, Study], rows: Mapping[str, Sequence[StudyRow]])
                     points.append(Point(kind(variant), runs[0].parameters, mean, low, high))
             if len(points) > 1 and points[0].kind == KINDS[0]:
                 data = re.split(r", | of |: ", study.title)[0]
-                found.append(Panel(f"{data}: {group[0].network}", tuple(points)))
+                condition = "".join(group[0].label.partition(", ")[1:])
+                found.append(Panel(f"{data}: {group[0].network}{condition}", tuple(points)))
     return found
 
 

@@ -49,6 +49,13 @@ def test_a_panel_has_the_mean_and_interval_of_each_variant_with_two_runs() -> No
     assert (panel.points[0].low, panel.points[0].high) == pytest.approx((5 - half, 5 + half), abs=1e-5)
 
 
+def test_panels_of_one_study_are_told_apart_by_what_their_labels_add() -> None:
+    group = tuple(Variant(f"{each.label}, rate 1.0", each.network) for each in (PLAIN, SHARED))
+    study = Study("Photographs: more of them", "Question?", "configs/digits_resnet.py", 3, (group,))
+    rows = [row(variant, seed, 1.0 + seed) for variant in group for seed in range(2)]
+    assert [panel.title for panel in panels({"tiny": study}, {"tiny": rows})] == ["Photographs: resnet20, rate 1.0"]
+
+
 def test_studies_without_a_plain_network_or_without_runs_have_no_panel() -> None:
     rows = [each for each in all_rows() if each.variant != "plain"]
     assert panels({"tiny": STUDY, "none": STUDY}, {"tiny": rows, "none": []}) == []
