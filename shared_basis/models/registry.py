@@ -170,12 +170,20 @@ def family_of(name: str) -> Family:
         if known and known.at_width and width != known.width:  # the default width has only one name
             family = dataclasses.replace(known, arguments={**known.arguments, **known.at_width(width)})
     if family is None or (dash and not form):
-        near = difflib.get_close_matches(base, FAMILIES, n=3, cutoff=0.5)
+        near = _similar(base)
         hint = f" The nearest: {', '.join(near)}." if near else ""
         raise UserError(f"unknown network {name!r}.{hint} Networks: {', '.join(FAMILIES)}. Names: {GRAMMAR}. "
                         "A user-defined network must be registered by register_network in the recipe given with "
                         "--config=FILE.py, also for a trained run.")
     return family
+
+
+def _similar(name: str) -> list[str]:
+    """Returns up to three names of families that are similar to `name`; with as similar letters, of a similar depth."""
+    def distance(other: str) -> tuple[float, int]:
+        depths = [int("".join(re.findall(r"\d", text)) or 0) for text in (name, other)]
+        return -difflib.SequenceMatcher(None, name, other).ratio(), abs(depths[0] - depths[1])
+    return sorted(difflib.get_close_matches(name, FAMILIES, n=len(FAMILIES), cutoff=0.5), key=distance)[:3]
 
 
 def create_model(name: str, *, num_classes: int = 10, stem: str | None = None, dtype: Dtype = jnp.float32,

@@ -67,6 +67,7 @@ def test_a_width_in_the_name_is_that_of_the_first_group():
 
 
 @pytest.mark.parametrize(("name", "words"), [
+    ("resnet21", "unknown network 'resnet21'. The nearest: resnet20, resnet18"),  # then by depth
     ("resnet57", "unknown network 'resnet57'. The nearest: resnet56"),
     ("Resnet20", "unknown network 'Resnet20'. The nearest: resnet20"),
     ("resnet20-s8", "network 'resnet20-s8': no sharing 's8'; resnet20 supports s<S>u<U>, s<S>u<U>-double, tied,"),
