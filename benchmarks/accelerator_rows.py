@@ -72,7 +72,7 @@ def tables(rows: Sequence[AcceleratorRow], among: Sequence[AcceleratorRow]) -> s
 
 
 def _table(rows: Sequence[AcceleratorRow], by_key: dict[tuple[object, ...], AcceleratorRow]) -> Table:
-    table = [["network, images a step", "bytes over plain", "kernels over plain", "temporary over plain",
+    table = [["network, images per step", "bytes over plain", "kernels over plain", "temporary over plain",
               "FLOPs over plain", "bytes over stock", "kernels over stock", "kernels", "MB", "MB in main memory",
               "GFLOP", "all-reduces", "other collectives", "exchanged, MB", "collectives beside kernels",
               "arguments, MiB", "temporary, MiB", "compiled in s", "commit"]]

@@ -169,7 +169,7 @@ def _record(session: Session, points: Sequence[Point]) -> None:
 
 def _table(points: Sequence[Point]) -> Table:
     """Returns each point relative to the smallest of its line; time over MACs other than 1 means non-linear scaling."""
-    table = [["growth by", "network", "time over MACs", "time", "MACs", "memory", "ms a step", "MiB"]]
+    table = [["growth by", "network", "time over MACs", "time", "MACs", "memory", "ms per step", "MiB"]]
     for point in points:
         first = next(other for other in points if (other.axis, other.name) == (point.axis, point.name))
         time = [a / b for a, b in zip(point.seconds, first.seconds, strict=True)]

@@ -71,8 +71,8 @@ def decoded(root: Path = ROOT) -> float:
 
 def data_table(rows: Sequence[AcceleratorRow], each: float) -> Table:
     """Returns the images that a slice needs and that its hosts deliver, if a core decodes `each` images per second."""
-    table = [["network, 224×224", "devices", "a chip at most, images/s", "the slice at most, images/s",
-              "vCPUs of a chip's share of the host", "of these busy with decoding", "at its limit bound by"]]
+    table = [["network, 224×224", "devices", "upper bound per chip, images/s", "upper bound of the slice, images/s",
+              "vCPUs of a chip's share of the host", "vCPUs busy with decoding", "bottleneck"]]
     for row in rows:
         if row.target in SLICES and (row.program, row.modules, row.dtype, row.image_size) == (STEP, OURS, "bfloat16",
                                                                                               224):
@@ -86,7 +86,7 @@ def data_table(rows: Sequence[AcceleratorRow], each: float) -> Table:
 
 def program_table(rows: Sequence[AcceleratorRow]) -> Table:
     """Returns communication and memory per device, for rows with several devices."""
-    table = [["program", "devices", "images a device", "all-reduces", "other collectives", "exchanged, MB",
+    table = [["program", "devices", "images per device", "all-reduces", "other collectives", "exchanged, MB",
               "collectives beside kernels", "arguments, MB", "temporary, MB", "of the device's memory"]]
     for row in rows:
         devices, chip = TARGETS[row.target].devices, CHIPS[row.target]

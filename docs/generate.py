@@ -20,8 +20,7 @@ from typing import Any
 import shared_basis
 import shared_basis.nnx
 from benchmarks.common import replace_section, section_of
-from shared_basis.cli.app import define_flags
-from shared_basis.cli.commands import MODES_BY_FLAG
+from shared_basis.cli.flags import FLAGS, MODES, define_flags
 from shared_basis.config import Config
 from studies import experiments, published
 
@@ -85,10 +84,11 @@ def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 def flags_tables() -> str:
     """Returns the flags of the command line, those of all modes first."""
     values, _ = define_flags(["main.py"])
-    own = [name for name in values if name not in MODES_BY_FLAG and name != "help"]
+    modes = {flag.name: flag.modes for flag in FLAGS if flag.modes != tuple(MODES)}
+    own = [name for name in values if name not in modes and name != "help"]
     parts = ["## Flags of all modes\n\n" + _flags(values, sorted(own, key=lambda name: (name != "config", name)))]
     for mode in ORDER:
-        names = [name for name in values if mode in MODES_BY_FLAG.get(name, ())]
+        names = [name for name in values if mode in modes.get(name, ())]
         if names:
             parts.append(f"## Flags of {mode}\n\n{_flags(values, names)}")
     return "\n".join(parts)

@@ -10,7 +10,7 @@
 #
 # It takes about a minute on two CPU cores; no accelerator is needed.
 #
-# The method: Kang & Kim, *Learning Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks*,
+# The method: Kang & Kim, *Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks*,
 # NeurIPS 2021.
 
 # %% [markdown]

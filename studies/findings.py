@@ -105,7 +105,7 @@ def verdicts(study: Study, rows: Sequence[StudyRow]) -> Table:
 def table(study: Study, rows: Sequence[StudyRow]) -> Table:
     """Returns the table of a study with all of its variants, including those without runs."""
     head = ["variant", "parameters", "MACs", "final test error, %", "best epoch's, %",
-            "final error less the first row's", "penalty", "norms", "minutes a run"]
+            "final error minus the first row's", "penalty", "norms", "minutes per run"]
     published = {row.name: row.error for row in PUBLISHED if row.dataset == study.published}
     lines: Table = [[*head, *(["published, %"] if published else [])]]
     for group in study.groups:
@@ -138,7 +138,7 @@ def _cells(runs: dict[int, StudyRow]) -> list[str]:
 def paired(study: Study, rows: Sequence[StudyRow], pairs: Sequence[tuple[str, str]]) -> Table:
     """Returns the paired differences of those `pairs` of labels that have runs, second minus first."""
     by_label = {variant.label: of(rows, variant) for variant in study.variants}
-    return [["change", "final error of the second less the first's"], *(
+    return [["change", "final error: second minus first"], *(
         [f"{one} → {other}", difference(by_label[other], by_label[one])] for one, other in pairs
         if by_label[one] and by_label[other])]
 
@@ -206,17 +206,16 @@ def _trained(dataset: str, name: str, studies: Mapping[str, Study], rows: Mappin
 def section(name: str, study: Study, rows: Sequence[StudyRow]) -> str:
     """Returns the section on a study in Markdown."""
     text = f"## {study.title}\n\n{study.question}\n\n"
+    command = f"python -m studies.experiments --study={name}{' --images=DIR' * study.needs_images}"
     if not rows:
-        return f"{text}**Not run** yet: `python -m studies.experiments --study={name}" + (
-            " --images=DIR`.\n\n" if study.needs_images else "`.\n\n") + (
+        return f"{text}**Not run** yet: `{command}`.\n\n" + (
             f"{markdown(verdicts(study, rows))}\n" if study.hypotheses else "")
     facts = {key: ", ".join(dict.fromkeys(str(getattr(row, key)) for row in rows))
              for key in ("device", "jax", "epochs", "commit")}
     dates = sorted(row.date for row in rows)
     span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    return (f"{text}{len(rows)} runs of {facts['epochs']} epochs, {span}, {facts['device']}, JAX {facts['jax']}, "
-            f"commit {facts['commit']}: `results/study-{name}.csv`, by `python -m studies.experiments "
-            f"--study={name}`.\n\n"
+    return (f"{text}{len(rows)} run{'s' * (len(rows) > 1)} of {facts['epochs']} epochs, {span}, {facts['device']}, "
+            f"JAX {facts['jax']}, commit {facts['commit']}: `results/study-{name}.csv`, by `{command}`.\n\n"
             f"{markdown(table(study, rows))}\n"
             + (f"{markdown(paired(study, rows, study.contrasts))}\n" if study.contrasts else "")
             + (f"{markdown(verdicts(study, rows))}\n" if study.hypotheses else ""))

@@ -56,7 +56,7 @@ PUBLISHED = (
 )
 """In the paper's order."""
 
-OTHERS = tuple(Published("ImageNet", name, "not of the paper") for name in (
+OTHERS = tuple(Published("ImageNet", name, "not in the paper") for name in (
     "mobilenetv1", "mobilenetv1-shared", "mobilenetv1-s64u4", "mobilenetv2-s8u1",
     "shufflenetv1_g3", "shufflenetv1_g3-shared", "shufflenetv1_g3-shared++",
     "shufflenetv2_x1_0", "shufflenetv2_x1_0-shared", "shufflenetv2_x1_0-shared++", "shufflenetv2_x1_0-s16u1-double",

@@ -112,7 +112,7 @@ def table(rows: Sequence[TransferRow]) -> str:
     if not rows:
         return "\nNot run yet.\n\n"
     lines: Table = [["data, network", "classes: images, before", "classes: images, new", "epochs", "before",
-                     "new, from nothing", "new, with `--init`", "gain, points"]]
+                     "new, from scratch", "new, with `--init`", "gain, points"]]
     for runs in STUDY.over_seeds(rows):
         accuracies = [mean_and_deviation([100 * getattr(row, f"{name}_accuracy") for row in runs])
                       for name in ("source", "scratch", "transfer")]

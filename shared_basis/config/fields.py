@@ -30,7 +30,8 @@ class ModelConfig:
     """Compute dtype: 'float32' or 'bfloat16'. Parameters, batch statistics and the penalty are always float32."""
     scan_blocks: str = "auto"
     """Whether to compute identical blocks in a loop (scan), which compiles faster and saves memory by recomputing
-    activations in the backward pass: 'yes', 'no' or 'auto', the faster (yes on CPU; no elsewhere, unmeasured)."""
+    activations in the backward pass: 'yes', 'no' or 'auto' (on CPU for networks with bases and for groups of 9 or more
+    blocks, where it is faster or needs less memory; elsewhere no, unmeasured)."""
     norm_images: int = 0
     """Training only: number of images per group over which batch normalisation computes its statistics, like the
     per-GPU share in PyTorch's DataParallel; running statistics are the mean over groups. 0: the whole batch. Results

@@ -123,7 +123,7 @@ class PenaltyState(NamedTuple):
 def add_orthogonality_penalty(
     weight: float | Array | optax.Schedule, basis_groups: Iterable[BasisGroup], reduction: str = "mean",
 ) -> optax.GradientTransformation:
-    """Returns the optax link that adds the gradient of `weight · penalty` to the updates of the selected bases.
+    """Returns the optax transformation that adds the gradient of `weight · penalty` to the updates of selected bases.
 
     Placed before momentum in the chain, this equals training on the loss plus `weight · penalty`:
 

@@ -117,7 +117,7 @@ def _find_outputs(origin: Origin, spec: data.Spec) -> tuple[list[int] | None, st
     numbers = {name: number for number, name in enumerate(there)}
     missing = [name for name in here if name not in numbers]
     if missing:
-        return None, f"initialised at random: {missing[0]!r} is none of the {len(there)} classes of the weights"
+        return None, f"initialised at random: {missing[0]!r} is not among the {len(there)} classes of the weights"
     return [numbers[name] for name in here], f"kept, its outputs matched by name among {len(there)}"
 
 

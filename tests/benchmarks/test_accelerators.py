@@ -210,7 +210,7 @@ def test_ratios_are_to_the_plain_network_and_to_stock_modules_of_the_same_step()
     cells = dict(zip(names, values, strict=True))
     assert cells.pop("") == ""
     assert cells == {
-        "network, images a step": "resnet14-s4u1, bfloat16, 256 of 32²", "bytes over plain": "2.00",
+        "network, images per step": "resnet14-s4u1, bfloat16, 256 of 32²", "bytes over plain": "2.00",
         "kernels over plain": "1.50", "temporary over plain": "2.00", "FLOPs over plain": "2.00",
         "bytes over stock": "0.80", "kernels over stock": "2.00", "kernels": "300", "MB": "4,000",
         "MB in main memory": "4,000", "GFLOP": "2", "all-reduces": "0", "other collectives": "0",

@@ -412,7 +412,7 @@ def test_other_classes_have_a_new_classifier_and_no_scores(run: Path, tmp_path: 
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shared_basis.data.digits.CLASSES", tuple("abcdefghijkl"))
     result = compress(run, tmp_path / "new", calibration=0)
-    assert result["head"] == "initialised at random: 'a' is none of the 10 classes of the weights"
+    assert result["head"] == "initialised at random: 'a' is not among the 10 classes of the weights"
     assert result["test_accuracy"] is result["test_examples"] is None
     assert "not scored before training: the classifier is initialised at random" in compress_module.render(result)
     new = Trained.open(tmp_path / "new")
