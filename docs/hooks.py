@@ -11,7 +11,8 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"README.md": "index.md", "benchmarks/README.md": "measurements.md", "results/README.md": "rows.md",
-         **{f"results/{name}": name for name in ("reliability.md", "reliability-bucket.md")}}
+         **{f"results/{name}": name for name in (
+             "reliability.md", "reliability-bucket.md", "reliability-bucket-2.md")}}
 """Pages outside docs/, and what they are called in the site."""
 LINK = re.compile(r'(\]\(|src="|srcset="|href=")(?!\w+:)([^)"#\s]+)')
 """A link to a file, in Markdown or HTML."""
