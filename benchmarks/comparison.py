@@ -118,7 +118,7 @@ class Comparison:
     def absolute(self, unit: str) -> Table:
         """Returns a table of milliseconds of all measurements and this package's images per second."""
         frameworks = (OURS, *self.frameworks)
-        table = [[f"ms a {unit}", *map(_shown, frameworks), "images/s, this package"]]
+        table = [[f"ms per {unit}", *map(_shown, frameworks), "images/s, this package"]]
         for case in self.cases:
             found = [self.seconds.get((case.network, framework)) for framework in frameworks]
             ours = self.seconds[case.network, OURS]

@@ -3,7 +3,7 @@
     python main.py
 
 trains ResNet-20 S8U1* (double sharing) on 1,442 real 8×8 images and tests on the other 355. It runs offline, in
-about two minutes on two CPU cores with compilation. Another network: `--config=configs/digits_resnet.py:resnet20`.
+about half a minute on two CPU cores with compilation. Another network: `--config=configs/digits_resnet.py:resnet20`.
 """
 
 from ml_collections import ConfigDict
