@@ -173,7 +173,7 @@ def prepare(config: DataConfig, reporter: Reporter) -> str:
 
 
 def _root(config: DataConfig) -> Path:
-    root = Path(os.path.expanduser(config.directory))
+    root = Path(os.path.abspath(os.path.expanduser(config.directory)))  # of ./NAME, Path would drop the ./
     if not os.path.isdir(root):  # unlike Path.is_dir, False if permissions are missing
         problem = "is not a directory" if os.path.exists(root) else "cannot be found"
         raise UserError(f"data.directory={config.directory!r}: {root} {problem}; {_LAYOUT}. If it has moved, give "

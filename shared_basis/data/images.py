@@ -168,8 +168,9 @@ class _Opened:
                 raise Image.DecompressionBombError
             if self._image.mode == "F" or (self._image.mode == "I" and self._image.format == "TIFF"):
                 raise BrokenImage("has pixels of 32 bits, whose range is not known; convert it to 8 or 16 bits")
-            if self._image.format == "PNG":
-                self._image.load()  # the orientation may be stored after the pixels
+            if self._image.format in ("PNG", "TIFF"):
+                # A PNG may store its orientation after the pixels; of a TIFF, Pillow applies it while loading.
+                self._image.load()
         except Exception as error:
             raise _broken(error) from error
         self._turn = _turn(self._image)

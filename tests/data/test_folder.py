@@ -988,3 +988,10 @@ def test_only_folders_decide_on_their_validation_images() -> None:
         DataConfig(validation=-1.0)
     with pytest.raises(UserError, match=r"data\.validation=-0\.5"):
         config(Path("x"), validation=-0.5)
+
+
+@pytest.mark.parametrize("directory", [".", "./", "..//images", "../images/."])
+def test_a_folder_may_be_given_from_within(folder: Path, monkeypatch: pytest.MonkeyPatch, directory: str) -> None:
+    monkeypatch.chdir(folder)
+    train = load(DataConfig(name="folder", directory=directory)).train
+    np.testing.assert_array_equal(train.images[0], pixels(0))

@@ -148,7 +148,7 @@ def test_a_transparent_grey_becomes_white(image, value, expected, channels):
     np.testing.assert_array_equal(pixels, expected[..., :channels])
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("size", [None, (3, 2)])
 @pytest.mark.parametrize(("orientation", "stored"), [
     (1, lambda shown: shown), (2, np.fliplr), (3, lambda shown: np.rot90(shown, 2)), (4, np.flipud),
@@ -158,7 +158,7 @@ def test_the_exif_orientation_is_applied(kind, size, orientation, stored):
     exif = Image.Exif()
     exif[0x0112] = orientation
     shown = waves(96, 64)  # large enough for a JPEG file to be decoded at 1/8 of its size
-    lossless = {"PNG": {}, "WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}[kind]
+    lossless = {"PNG": {}, "WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}, "TIFF": {}}[kind]
     body = encode(kind, np.ascontiguousarray(stored(shown)), exif=exif, **lossless)
     assert size_of(body) == (96, 64)
     expected = shown if size is None else Image.fromarray(shown).resize(size[::-1], Image.Resampling.BILINEAR)

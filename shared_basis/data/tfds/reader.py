@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def find_builder(config: DataConfig) -> Any | None:
 
 def _check_metadata(directory: Path) -> None:
     """Raises `UserError` if prepared data refers to classes outside of TFDS, whose modules would be imported."""
-    for path in directory.glob("**/features.json"):
+    for path in _named("features.json", directory):
         def check(found: dict[str, Any], path: Path = path) -> dict[str, Any]:
             for key in ("pythonClassName", "python_class_name", "type"):
                 name = found.get(key)
@@ -122,6 +122,19 @@ def _check_metadata(directory: Path) -> None:
             raise
         except (OSError, ValueError, RecursionError) as error:
             raise damaged(path.parent, one_line(error)) from error
+
+
+def _named(name: str, directory: Path) -> Iterator[Path]:
+    """Yields the files of this name in `directory` and below; follows links, as TFDS does, each of them once."""
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(directory, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        if name in names:
+            yield Path(parent) / name
 
 
 @dataclasses.dataclass(frozen=True)

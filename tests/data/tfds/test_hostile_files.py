@@ -58,6 +58,18 @@ def test_modules_named_in_prepared_data_are_not_imported(pets: Path, tmp_path: P
         assert not trap.exists()
 
 
+def test_modules_named_behind_a_link_are_not_imported(pets: Path, tmp_path: Path, trap: Path) -> None:
+    directory = Path(shutil.copytree(pets, tmp_path / "tfds"))
+    version = directory / "pets_fake" / "1.0.0"
+    spoil(version / "features.json", FEATURES["all features"])
+    version.rename(tmp_path / "elsewhere")
+    version.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "again").symlink_to(version)  # a circle
+    with user_error(str(directory)):
+        data.open_source(DataConfig(name="tfds:pets_fake", directory=str(directory), image_size=8))
+    assert not trap.exists()
+
+
 @pytest.mark.parametrize("fields", [
     {"moduleName": "trap_module"}, {"name": "../outside"}, {"version": "../outside"}, {"fileFormat": "trap_module"},
     {"configName": "../../outside"}, {"splits": [{"name": "train", "shardLengths": ["4"], "filepathTemplate":
