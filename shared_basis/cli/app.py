@@ -70,7 +70,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     values, options = define_flags(ordered)
     for argument in arguments:
         name = argument.lstrip("-").split("=")[0]
-        if name.startswith("config."):
+        if argument.startswith("-") and name.startswith("config."):
             check_field(name.removeprefix("config."))
     try:
         rest = values(ordered)
@@ -211,8 +211,9 @@ def run_and_exit(*commands: Callable[[], None], own_process: bool = True) -> NoR
         stderr = sys.stderr
         if own_process:
             sys.stderr = io.StringIO()
-        stderr.write(f"error: {error}\n")
-        stderr.flush()
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be closed, or the disk full
+            stderr.write(f"error: {error}\n")
+            stderr.flush()
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         if own_process:
@@ -223,6 +224,7 @@ def run_and_exit(*commands: Callable[[], None], own_process: bool = True) -> NoR
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
         code = 1
     except KeyboardInterrupt as interrupt:
-        print(*interrupt.args or ["stopped"], file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):
+            print(*interrupt.args or ["stopped"], file=sys.stderr, flush=True)
         code = getattr(interrupt, "exit_code", 130)
     sys.exit(code)

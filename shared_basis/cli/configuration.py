@@ -46,9 +46,12 @@ def read(values: flags.FlagValues, trained: bool) -> Configuration:
     if trained:
         return Configuration(Config(), overrides, _workdir(values, values.config.name, images))
     run = getattr(values, RUN_OF.get(values.mode, ""), None)
-    if run and values.mode == "compress":
-        run, _ = find_weights(run, "--source")
     asks_recipe = _names_recipe(values) and values.mode != "summary"
+    if run and values.mode == "compress":
+        run, which = find_weights(run, "--source")
+        if which is None and not asks_recipe:
+            raise UserError(f"--source={run}: a file of weights holds no configuration; add "
+                            "--config=RECIPE.py:NETWORK, the recipe and the plain network.")
     then = stored_config(os.path.expanduser(run)) if run and not asks_recipe else None
     if then is None:
         if images:

@@ -33,11 +33,17 @@ class _Local(Files):
         return (self.path / name).read_bytes()
 
     def write(self, contents: Mapping[str, str | bytes]) -> None:
-        paths = {name: self.path / name for name in contents}
+        # A link stays a link, to a file with the new content; devices and pipes, such as /dev/stdout, are written to.
+        paths = {name: Path(os.path.realpath(self.path / name)) for name in contents}
         temporary = {name: path.with_name(f".{path.name}.tmp") for name, path in paths.items()}
         try:
             for name, content in contents.items():
-                temporary[name].write_bytes(content.encode() if isinstance(content, str) else content)
+                encoded = content.encode() if isinstance(content, str) else content
+                if paths[name].exists() and not paths[name].is_file():
+                    paths[name].write_bytes(encoded)
+                    del temporary[name]
+                else:
+                    temporary[name].write_bytes(encoded)
             for name, written in temporary.items():
                 os.replace(written, paths[name])
         finally:

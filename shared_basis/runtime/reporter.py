@@ -121,6 +121,7 @@ class Reporter:
                                               console=self._console, transient=True)
                     self._task = self._progress.add_task("", total=total)
                     self._progress.start()
+                    self._console.show_cursor(True)  # Ctrl-C may end the process before anything can restore it
                 self._progress.update(self._task, completed=done, total=total, description=self._printable(text))
         elif time.monotonic() - self._last_plain >= PLAIN_INTERVAL:
             self._last_plain = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -42,6 +43,11 @@ def test_flags_that_are_options_of_a_mode_are_told_from_the_others() -> None:
 def test_fields_are_set_wherever_they_stand(arguments: Sequence[str]) -> None:
     config = config_of(*arguments)
     assert (config.name, config.model.name, config.train.epochs) == ("digits_resnet-resnet14", "resnet14", 7)
+
+
+def test_a_value_that_begins_like_a_field_is_a_value() -> None:
+    values, _ = parse(["main.py", "--mode=predict", "--output", "config.csv", "--workdir", "config.d"])
+    assert (values.output, values.workdir) == ("config.csv", "config.d")
 
 
 def test_the_default_recipe_is_the_digits() -> None:
@@ -153,6 +159,20 @@ def test_the_exit_code_says_how_it_ended(capsys: pytest.CaptureFixture[str], com
         run_and_exit(command)
     assert end.value.code == code
     assert capsys.readouterr().err == told
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+@pytest.mark.parametrize(("error", "code"), [
+    ("UserError('x')", 2), ("KeyboardInterrupt('saved')", 130), ("Interrupted(signal.SIGTERM, 'saved')", 143)])
+def test_the_exit_code_is_the_same_if_nothing_can_be_printed(error: str, code: int) -> None:
+    program = ("import signal, sys; sys.path.insert(0, sys.argv[1])\n"
+               "from shared_basis.cli.app import run_and_exit\n"
+               "from shared_basis.errors import UserError\n"
+               "from shared_basis.runtime.preemption import Interrupted\n"
+               f"def fail(): raise {error}\nrun_and_exit(fail)")
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run([sys.executable, "-c", program, ROOT], stderr=full, timeout=120, check=False)
+    assert done.returncode == code
 
 
 _ABANDONED = """

@@ -103,6 +103,7 @@ def test_modes_of_a_trained_run_take_another_folder_as_overrides() -> None:
     ((CIFAR, "--config.data.test=0.5"), ("data.test=0.5", "data.name='cifar10' ignores this field")),
     (("--images=photos", "--config.data.manual_directory=x"), ("data.manual_directory='x'", "folder")),
     (("--workdir=run", "--config.data.directory=photos"), ("data.name='digits' ignores this field",)),
+    (("--mode=compress", "--source=photo.jpg"), ("--source=photo.jpg", "add --config=RECIPE.py:NETWORK")),
     (("--workdir=photo.jpg/run",), ("cannot be read",))], ids=" ".join)
 @pytest.mark.usefixtures("desk")
 def test_what_does_not_fit_is_refused_in_one_line(arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:

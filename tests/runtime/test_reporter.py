@@ -139,9 +139,9 @@ def test_the_progress_line_is_gone_when_the_reporter_is_left() -> None:
     shown, written = terminal()
     with shown:
         shown.show_progress(1, 2, "working")
-        assert "\x1b[?25l" in written.getvalue()  # the cursor is hidden
+        # The cursor, which Rich hides, is visible: Ctrl-C may end the process at any moment.
+        assert written.getvalue().rindex("\x1b[?25h") > written.getvalue().rindex("\x1b[?25l")
     assert written.getvalue().endswith("\x1b[1A\x1b[2K")  # up to the progress line, and erased
-    assert written.getvalue().count("\x1b[?25h") == 1
     shown.end_progress()  # again, harmlessly
 
 
