@@ -58,9 +58,11 @@ def learning_rate_schedule(config: OptimizerConfig, epochs: int, steps_per_epoch
     if config.schedule == "cosine":
         main = optax.cosine_decay_schedule(config.learning_rate, epochs * steps_per_epoch - warmup)
     else:
-        boundaries = [round(boundary * steps_per_epoch) - warmup for boundary in config.boundary_epochs(epochs)]
-        main = optax.piecewise_constant_schedule(
-            config.learning_rate, dict(zip(boundaries, config.factors, strict=True)))
+        falls: dict[int, float] = {}
+        for boundary, factor in zip(config.boundary_epochs(epochs), config.factors, strict=True):
+            step = round(boundary * steps_per_epoch) - warmup
+            falls[step] = falls.get(step, 1.0) * factor  # short runs may have several boundaries at one step
+        main = optax.piecewise_constant_schedule(config.learning_rate, falls)
     if not warmup:
         return main
     return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), main], [warmup])

@@ -37,6 +37,11 @@ def test_a_boundary_between_steps_goes_to_the_nearest():
     assert rates([7, 8], steps_per_epoch=3, boundaries=(2.6,), factors=(0.5,)) == pytest.approx([1, 0.5])
 
 
+def test_boundaries_at_the_same_step_multiply():
+    assert rates([1, 2], epochs=1, steps_per_epoch=3, boundaries=(0.5, 0.75), factors=(0.1, 0.5)) == pytest.approx(
+        [1, 0.05])
+
+
 def test_a_cosine_rate_falls_to_0_at_the_end():
     assert rates([0, 20, 40, 60, 80], schedule="cosine") == pytest.approx(
         [1, (1 + 2**-0.5) / 2, 0.5, (1 - 2**-0.5) / 2, 0], abs=1e-6)
