@@ -21,7 +21,7 @@ from shared_basis.errors import UserError
 from shared_basis.nn.types import Tree
 from shared_basis.runs.metrics import chosen_on
 from shared_basis.runs.storage import LatestEvaluated, Manager, tree_handler
-from shared_basis.runtime.distributed import is_main_process, raise_on_all_processes
+from shared_basis.runtime.distributed import from_main_process, is_main_process, raise_on_all_processes
 from shared_basis.runtime.files import Place, absolute, as_path, one_line, open_files
 
 
@@ -56,6 +56,8 @@ class Checkpoints:
         if damaged and aside is None:
             raise UserError(f"the metrics of a checkpoint in {directory} are damaged: {damaged[0]}; delete that file, "
                             "the state next to it is not affected.")
+        if aside is not None:  # of all processes; one that lists later would not see what the first has moved
+            damaged = [as_path(path) for path in json.loads(from_main_process(json.dumps(list(map(str, damaged)))))]
         for path in damaged:
             self._set_aside(path.parent.parent.name, f"{path} is damaged.")
         try:
@@ -105,11 +107,20 @@ class Checkpoints:
         """
         try:
             if metrics is not None and step in self.steps and self.metrics(step) is None:
+                if self.steps == [step]:
+                    return self._add_metrics(step, metrics)
                 self._manager.delete(step)  # the previous checkpoint remains until this one is complete
             self._manager.save(step, metrics=None if metrics is None else dict(metrics), args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(dict(record))))
         except Exception as error:  # may come from the previous save, in the background
             raise self._unsaved(error) from error
+
+    def _add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds `metrics` to the only checkpoint, which saving it again would delete before the new one is complete."""
+        self._manager.wait_until_finished()
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler(filename="metrics")) as checkpointer:
+            checkpointer.save(self._manager.directory / str(step) / "metrics", args=ocp.args.JsonSave(dict(metrics)))
+        self._manager.reload()
 
     def restore(self, step: int, target: Tree) -> Tree:
         """Returns the state of `step` with the shapes, dtypes and shardings of the abstract `target`.

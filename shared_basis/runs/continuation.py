@@ -38,8 +38,10 @@ def require_continuation(path: PurePath, now: Config, then: Config, examples: in
     Raises:
       UserError: another field differs, or `now` has fewer epochs than were already trained.
     """
+    # A teacher may have moved; whether it is the same is checked by the digest of its weights (`Workdir.require`).
+    moved = ("distillation.teacher",) if now.distillation.teacher and then.distillation.teacher else ()
     changes = {field: values for field, values in differences(now, then).items()
-               if field not in (*ADJUSTABLE_FIELDS, *settled_from(then, now), *settled_from(now, then))}
+               if field not in (*ADJUSTABLE_FIELDS, *moved, *settled_from(then, now), *settled_from(now, then))}
     if changes.keys() - set(SCHEDULE_FIELDS):
         raise UserError(f"workdir {path} holds a run with another configuration ({render(changes)}); choose another "
                         f"--workdir, or use the same values. To start a new run from its weights, use "

@@ -59,6 +59,8 @@ def make_record(config: Config, data: Mapping[str, Any], devices: str | None = N
     for field in ("directory", "manual_directory"):
         if tree["data"][field]:
             tree["data"][field] = absolute(tree["data"][field])
+    if tree["distillation"]["teacher"]:
+        tree["distillation"]["teacher"] = absolute(tree["distillation"]["teacher"])
     return {"config": tree, "data": dict(data), "versions": versions(), "devices": devices, "own": dict(own or {}),
             "init": None if init is None else dict(init), "format": FORMAT}
 

@@ -161,6 +161,23 @@ def test_saving_a_step_twice_keeps_the_first(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path).metrics(5) == {"test_accuracy": 0.5}
 
 
+def test_metrics_are_added_to_a_checkpoint_that_is_never_away(tmp_path: Path) -> None:
+    save(tmp_path, {5: None})
+    before = {path: path.read_bytes() for path in (tmp_path / "5" / "state").rglob("*") if path.is_file()}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(5, make_state(5), RECORD, {"test_accuracy": 0.5})
+    assert checkpoints.metrics(5) == {"test_accuracy": 0.5}
+    for step, accuracy in ((6, 0.25), (7, 0.25), (8, 0.25), (9, None), (10, None)):
+        checkpoints.save(step, make_state(step), RECORD, None if accuracy is None else {"test_accuracy": accuracy})
+    checkpoints.close()
+    again = Checkpoints(tmp_path)
+    assert again.steps == [5, 7, 8, 9, 10]  # 5 is the best
+    assert again.find("best") == 5
+    assert again.metrics(5) == {"test_accuracy": 0.5}
+    assert_trees_equal(again.restore(5, target()), make_state(5))
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_plain_orbax_opens_a_checkpoint(saved: Path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore(saved / "20" / "state")
@@ -337,6 +354,17 @@ def test_the_latest_state_that_can_be_restored_is_found_and_the_damaged_are_set_
     checkpoints.save(30, make_state(30), RECORD, {"test_accuracy": 0.5})
     checkpoints.close()
     assert_trees_equal(Checkpoints(copied, read_only=True).restore_latest(target()), make_state(30))
+
+
+def test_all_processes_set_aside_what_the_first_has_found(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a process that lists the directory when the first one has already moved what is damaged."""
+    found = [str(copied / "20" / "metrics" / "metrics")]
+    monkeypatch.setattr("shared_basis.runs.checkpoints.from_main_process", lambda text: json.dumps(found))
+    told: list[str] = []
+    checkpoints = Checkpoints(copied, aside=copied.parent / "damaged", tell=told.append)
+    assert checkpoints.steps == [10, 30]
+    assert len(told) == 1
+    checkpoints.close()
 
 
 def test_nothing_is_moved_where_it_may_not_be_or_nothing_is_intact(copied: Path) -> None:

@@ -40,6 +40,14 @@ def test_what_does_not_change_what_is_trained_may_change() -> None:
         go_on(replace(then, {field: value}), then)
 
 
+def test_a_teacher_may_have_moved_and_neither_come_nor_go() -> None:
+    here, there = (replace(CONSTANT, {"distillation.teacher": teacher}) for teacher in ("/here", "/there"))
+    assert refusal(go_on, here, there) == ""
+    for now, then in ((here, CONSTANT), (CONSTANT, here)):
+        with user_error("distillation.teacher: "):
+            go_on(now, then)
+
+
 @pytest.mark.parametrize(("now", "then"), [
     (replace(CONSTANT, {"train.epochs": 9}), CONSTANT), (replace(FALLING, {"train.epochs": 9}), FALLING),
     (replace(FALLING, {"optimizer.boundaries": (1.0, 2.0), "optimizer.factors": (0.1, 0.5), "train.epochs": 3}),
@@ -134,6 +142,8 @@ def test_directories_are_recorded_as_absolute_paths(tmp_path: Path, monkeypatch:
     config = replace(CONSTANT, {"data.name": "cifar10", "data.directory": "images", "data.manual_directory": "~/x"})
     data = make_record(config, DATA)["config"]["data"]
     assert (data["directory"], data["manual_directory"]) == (str(tmp_path / "images"), str(Path.home() / "x"))
+    taught = make_record(replace(config, {"distillation.teacher": "runs/teacher:best"}), DATA)["config"]
+    assert taught["distillation"]["teacher"] == str(tmp_path / "runs" / "teacher:best")
     far = make_record(replace(config, {"data.directory": "gs://bucket/x", "data.manual_directory": ""}), DATA)
     assert (far["config"]["data"]["directory"], far["config"]["data"]["manual_directory"]) == ("gs://bucket/x", "")
 
