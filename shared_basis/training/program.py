@@ -18,7 +18,7 @@ from shared_basis.evaluation.evaluator import Evaluator, Metrics, make_evaluator
 from shared_basis.models import Network
 from shared_basis.nn import ops
 from shared_basis.nn.types import Tree
-from shared_basis.optim.optimizer import learning_rate_schedule, make_optimizer
+from shared_basis.optim.optimizer import Descent, learning_rate_schedule, make_optimizer
 from shared_basis.optim.penalty import orthogonality_diagnostics
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runtime import memory
@@ -112,10 +112,11 @@ def define(config: Config, images: feeds.Images, model: Network, mesh: Mesh, tea
                       diagnose)
 
 
-def first_state(config: Config, model: Network, variables: Tree) -> TrainState:
-    """Returns the initial state of a run of `config` with the given arrays `variables`."""
+def first_state(config: Config, model: Network, variables: Tree, descent: Descent | None = None) -> TrainState:
+    """Returns the initial state of a run of `config`, or with the optimizer `descent`, with the arrays `variables`."""
     # The optimizer state does not depend on the schedule, which would need the number of images.
-    optimizer = make_optimizer(config, model.basis_groups(config.orthogonality.elements), optax.constant_schedule(0.0))
+    optimizer = make_optimizer(config, model.basis_groups(config.orthogonality.elements), optax.constant_schedule(0.0),
+                               descent=descent)
     return start_from(variables, optimizer, averaged=config.train.ema_decay > 0)
 
 

@@ -23,6 +23,7 @@ from shared_basis.errors import UserError
 from shared_basis.interop.weights import find_weights, open_file, open_weights
 from shared_basis.models import Network, plain_counterpart
 from shared_basis.models.parameters import count_parameters
+from shared_basis.optim.optimizer import Descent
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.origin import Origin, fit
 from shared_basis.runs.trained import Variables, build_model
@@ -272,9 +273,13 @@ def start_run(config: Config, workdir: Place, model: Network, spec: data.Spec, v
 
 
 def save_start(checkpoints: Checkpoints, config: Config, model: Network, variables: Variables,
-               record: Mapping[str, Any]) -> None:
-    """Saves `variables` of `model` as step 0 of the run `record`, on all processes together; waits for completion."""
-    state = first_state(config, model, jax.tree.map(jnp.asarray, variables))
+               record: Mapping[str, Any], descent: Descent | None = None) -> None:
+    """Saves `variables` of `model` as step 0 of the run `record`, on all processes together; waits for completion.
+
+    Args:
+      descent: the user-supplied optimizer, if any.
+    """
+    state = first_state(config, model, jax.tree.map(jnp.asarray, variables), descent)
     checkpoints.save(0, jax.device_put(jax.device_get(state), replicated(make_mesh())), record, None)
     checkpoints.wait()
 

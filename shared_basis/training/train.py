@@ -83,6 +83,8 @@ def train(config: Config, workdir: Place, reporter: Reporter | None = None, *,
     run, own = Workdir(workdir, tensorboard), Own(optimizer, loss, augment)
     what = _set_up(config, run, Init(init) if isinstance(init, str) else init, own, mesh, reporter)
     config = what.config
+    # A run whose recipe leaves the batch open keeps its batch, also on other devices.
+    check_batch_size(config.train.batch_size, mesh, config.optimizer.grad_accumulation_steps)
     with raise_on_all_processes(), memory.oom_as_user_error(config):  # separate, as processes communicate in it
         images = feeds.load(what.source, config.data, mesh, reporter)
     device = _describe_devices(mesh)
@@ -165,7 +167,7 @@ def _finish(what: _Setup, images: feeds.Images, mesh: Mesh, run: Workdir, record
     with contextlib.closing(Checkpoints(run.checkpoints, aside=run.damaged, tell=reporter.warn)) as checkpoints:
         if what.start is not None:
             reporter.info(describe(what.start))
-            save_start(checkpoints, config, what.model, what.start.variables, record)
+            save_start(checkpoints, config, what.model, what.start.variables, record, own.optimizer)
         end = config.train.epochs * (images.count("train") // config.train.batch_size)
         if checkpoints.steps[-1:] == [end] and checkpoints.metrics(end) is not None:
             reporter.info("this run is finished")
@@ -226,16 +228,19 @@ def resume(config: Config, images: feeds.Images, model: Network, mesh: Mesh, run
     state, program = build(config, images, model, mesh, checkpoints, teacher, own)
     with StopSignals() as signals:
         reporter.info(f"ready in {duration(time.monotonic() - started)}; {program.memory.render()}")
-        _rewind(run, state, program, config, reporter)
+        evaluated = checkpoints.metrics(int(state.step)) is not None
+        _rewind(run, state, evaluated, program, config, reporter)
         Training(config, program, run, checkpoints, record, reporter, signals).loop(state)
 
 
-def _rewind(run: Workdir, state: TrainState, program: Program, config: Config, reporter: Reporter) -> None:
+def _rewind(run: Workdir, state: TrainState, evaluated: bool, program: Program, config: Config,
+            reporter: Reporter) -> None:
     """Drops the metrics after `state`, which will be recomputed, and logs the step from which a saved run resumes."""
     step = int(state.step)
     with raise_on_all_processes():
         if is_main_process():
-            run.rewind_metrics(step)
+            # Without saved metrics the evaluation of this step is repeated, and so is its line.
+            run.rewind_metrics(step if evaluated else step - 1)
     if not step:
         return
     reporter.info(f"resumes at step {count(step)} of {count(config.train.epochs * program.steps_per_epoch)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -257,9 +258,12 @@ def test_a_run_learns_from_another_and_from_no_other(finished: Path, tmp_path: P
     file.write_text(json.dumps({**record, "data": {**record["data"], "teacher": f"{TINY} at step 10, 0123456789ab"}}))
     with user_error("other data (teacher: ", "0123456789ab"):  # as if the one of this name had been trained on
         train(taught, tmp_path / "taught", Watcher())
+    file.write_text(json.dumps(record))
     other = replace(taught, {"distillation.teacher": str(tmp_path / "taught")})
-    with user_error("distillation.teacher: ", "another configuration"):
+    with user_error("other data (teacher: "):
         train(other, tmp_path / "taught", Watcher())
+    moved = shutil.copytree(finished, tmp_path / "moved")
+    train(replace(taught, {"distillation.teacher": f"{moved}:best"}), tmp_path / "taught", Watcher())
 
 
 def test_what_a_pattern_says_of_the_network_is_told_before_the_workdir_is_made(tmp_path: Path) -> None:

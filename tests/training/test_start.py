@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 import torch_files
 from flax.traverse_util import flatten_dict
@@ -175,6 +176,11 @@ def test_a_run_begins_resumes_without_its_source_and_takes_no_other(source: Path
     shutil.rmtree(run / "checkpoints")
     with user_error(f"was started with --init={copy}:best but holds no checkpoint yet"):
         train(DIGITS, run, Listener())
+
+
+def test_a_run_begins_with_given_weights_and_an_optimizer_of_ones_own(source: Path, tmp_path: Path) -> None:
+    train(DIGITS, tmp_path / "run", Listener(), init=str(source), optimizer=optax.adabelief)
+    assert Trained.open(tmp_path / "run").step == 2
 
 
 def test_a_wrong_source_leaves_nothing(source: Path, tmp_path: Path) -> None:

@@ -158,6 +158,15 @@ def test_a_run_killed_between_metrics_and_checkpoint_writes_the_line_once(finish
     assert_trees_equal(read_arrays(tmp_path / "run", 20), read_arrays(workdir, 20))
 
 
+def test_a_line_of_an_evaluation_whose_figures_were_not_saved_is_written_once(finished: Any, tmp_path: Path) -> None:
+    """As if it had been stopped in the evaluation, and killed when this was repeated before it was saved."""
+    workdir, _, _ = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "20" / "metrics")
+    run(tmp_path / "run")
+    assert read_metrics(tmp_path / "run") == read_metrics(workdir)
+
+
 def test_a_finished_run_does_not_change(finished: Any) -> None:
     workdir, expected, _ = finished
     before = files(workdir)
@@ -200,6 +209,16 @@ def test_sizes_that_do_not_fit_are_told_before_the_workdir_is_made(tmp_path: Pat
     with user_error(*parts):
         run(tmp_path / "run", replace(CONFIG, fields))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_that_the_run_has_settled_must_fit_the_devices(finished: Any, tmp_path: Path) -> None:
+    """As if a run whose recipe leaves the batch open had been trained on other devices."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record["config"]["train"]["batch_size"] = 10
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    with user_error("train.batch_size=10", "4 devices"):
+        run(tmp_path / "run", replace(CONFIG, {"train.batch_size": 0}))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that Orbax leaves unfinished
