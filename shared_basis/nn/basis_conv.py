@@ -71,8 +71,9 @@ class BasisConv(nn.Module):
         basis = self.param("body", nn.initializers.orthogonal(), (3, 3, 64, 16))    # or init_shared_bases
         y = BasisConv(64, unique_rank=1, unique_init=nn.initializers.orthogonal())(x, basis, train)
 
-    The arguments are those of `flax.linen.Conv` with two other defaults: `padding=None` adds half of the kernel on each
-    side, as PyTorch's convolutions do (at strides above 1 'SAME' pads differently), and `use_bias=False`.
+    The arguments are those of `flax.linen.Conv` with three differences: `padding=None`, the default, adds half of the
+    kernel on each side, as PyTorch's convolutions do (at strides above 1 'SAME' pads differently); `use_bias` is False;
+    and `kernel_size=3` means (3, 3), so 1-D and 3-D convolutions need a size for each axis.
 
     The shared array that it is called with, and `unique_rank`, determine what it computes:
 
@@ -152,7 +153,7 @@ class BasisConv(nn.Module):
           then: the layer that follows; a `shared_basis.BatchNorm` is fused with this one.
 
         Raises:
-          TypeError: `shared` is not an array.
+          TypeError: `shared` is not an array, or whether to train is one, such as a traced value.
           ValueError: `x` or `shared` does not fit this layer, or whether to train is not given or contradictory.
         """
         size = kernel_shape(self.kernel_size)
@@ -204,7 +205,8 @@ class BasisConv(nn.Module):
         norm = batch.read(rank) if batch else self.norm(name="norm") if callable(self.norm) else lambda y: y
         y, moved, moved_then = basis_conv(
             x, basis, norm, coefficients, window=window, train=train, dtype=self.dtype, activation=self.activation,
-            then=then.read(self.features) if then else None, axis_name=self.axis_name)
+            then=then.read(self.features) if then else None,
+            axis_name=None if self.is_initializing() else self.axis_name)  # as in `BatchNorm`
         if batch and moved:
             batch.write(moved)
         if then and moved_then:

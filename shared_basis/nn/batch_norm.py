@@ -189,7 +189,9 @@ class BatchNorm(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps `x [..., C]` to the same shape."""
-        y, norm = normalize(x, self.read(x.shape[-1]), self.train, self.dtype, self.axis_name)
+        # As in Flax, the axis need not exist while initialising, which stores no statistics.
+        axis_name = None if self.is_initializing() else self.axis_name
+        y, norm = normalize(x, self.read(x.shape[-1]), self.train, self.dtype, axis_name)
         self.write(norm)
         return y
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from shared_basis.nn.types import Array
 
@@ -71,8 +73,12 @@ def whether_to_train(train: bool | None, *use_running_average: bool | None) -> b
     """Returns whether to use batch statistics, given by any of the arguments.
 
     Raises:
+      TypeError: one of them is an array, such as a traced value.
       ValueError: none of the arguments is given, or they contradict each other.
     """
+    if any(isinstance(value, (jax.Array, np.ndarray)) for value in (train, *use_running_average)):
+        raise TypeError("train and use_running_average must be Python bools, not arrays: mark them static in jit and "
+                        "remat (static_argnums or static_argnames)")
     said = {train} | {None if average is None else not average for average in use_running_average}
     said.discard(None)
     if len(said) != 1:

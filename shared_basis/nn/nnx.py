@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,7 +54,8 @@ class BasisConv(nnx.Module):
         Args:
           norm: 'batch', None, or a callable that returns a normalisation module for a number of channels, such as
             `functools.partial(nnx.GroupNorm, num_groups=4)`.
-          use_running_average: what `model.train()` and `model.eval()` set, for calls that do not say it.
+          use_running_average: what `model.train()` and `model.eval()` set, for calls that do not say it. The flag of a
+            single `nnx.BatchNorm`, within this layer or following it, freezes that one alone.
 
         Raises:
           TypeError: `shared` is not an `nnx.Variable`.
@@ -85,9 +87,10 @@ class BasisConv(nnx.Module):
             rank = unique_rank + (0 if shared is None else shared.shape[-1])
             self.unique = drawn(unique_init, *own, unique_rank) if unique_rank else nnx.data(None)
             self.coefficients = drawn(coefficients_init, rank, out_features)
+            self._built_in_norm = norm == "batch"
             self.norm: Any = nnx.data(
                 nnx.BatchNorm(rank, momentum=MOMENTUM, epsilon=EPSILON, param_dtype=param_dtype, rngs=rngs,
-                              use_running_average=use_running_average, axis_name=axis_name) if norm == "batch" else
+                              use_running_average=use_running_average, axis_name=axis_name) if self._built_in_norm else
                 norm(rank, rngs=rngs) if callable(norm) else None)
         self.bias = drawn(bias_init, out_features) if use_bias else nnx.data(None)
 
@@ -102,26 +105,38 @@ class BasisConv(nnx.Module):
         batch, image = x.shape[:-len(self.kernel_size) - 1], x.shape[-len(self.kernel_size) - 1:]
         window = Window.of(self.kernel_size, image[:-1], self.strides, self.padding, self.kernel_dilation)
         x = x.reshape(-1, *image)
-        if train is None and use_running_average is None:
-            use_running_average = self.use_running_average
-        train = whether_to_train(train, use_running_average)
+        if not (train is None and use_running_average is None):
+            train = whether_to_train(train, use_running_average)
         norm = None
         if self.form is Form.BASIS:
-            if isinstance(then, nnx.BatchNorm) and self.bias is None and self._is_joined_by(then):
+            if isinstance(then, nnx.BatchNorm) and self.bias is None and self._is_joined_by(then, train):
                 norm, then = then, None
-            y = self._basis_conv(x, window, train, norm)
+            y = self._basis_conv(x, window, self._trains(self.norm, train), norm)
         else:
             y = convolve(x, self._kernel(), window, self.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         if then is not None:
-            y = then(y, use_running_average=not train) if isinstance(then, nnx.BatchNorm) else then(y)
+            y = self._bound(then, train)(y)
         return y.reshape(*batch, *y.shape[1:])
 
-    def _is_joined_by(self, norm: nnx.BatchNorm) -> bool:
+    def _is_joined_by(self, norm: nnx.BatchNorm, train: bool | None) -> bool:
         """Returns whether `basis_conv` can fuse the following `norm` with this layer."""
         found = norm.momentum, norm.epsilon, norm.axis, norm.axis_name, norm.dtype or jnp.float32
-        return (found == (MOMENTUM, EPSILON, -1, self.axis_name, self.dtype) and norm.use_scale and norm.use_bias)
+        return (found == (MOMENTUM, EPSILON, -1, self.axis_name, self.dtype) and norm.use_scale and norm.use_bias
+                and self._trains(norm, train) == self._trains(self.norm, train))
+
+    def _trains(self, norm: Any, train: bool | None) -> bool:
+        """Returns whether `norm` uses the statistics of the batch, in a call with `train`, None if not given."""
+        if train is not None:
+            return train
+        return not (self.use_running_average or getattr(norm, "use_running_average", False))
+
+    def _bound(self, layer: Callable[..., Array], train: bool | None) -> Callable[[Array], Array]:
+        """Returns `layer`; if it is a batch normalisation, one that knows which statistics to use."""
+        if isinstance(layer, nnx.BatchNorm):
+            return functools.partial(layer, use_running_average=not self._trains(layer, train))
+        return layer
 
     def _kernel(self) -> Array:
         if self.form is Form.OWN_KERNEL:
@@ -130,8 +145,8 @@ class BasisConv(nnx.Module):
 
     def _basis_conv(self, x: Array, window: Window, train: bool, then: nnx.BatchNorm | None) -> Array:
         basis = [array[...] for array in (self.unique, self.shared) if array is not None]
-        batch = isinstance(self.norm, nnx.BatchNorm)
-        norm = _read(self.norm) if batch else self.norm or (lambda y: y)
+        norm: Any = (lambda y: y) if self.norm is None else (
+            _read(self.norm) if self._built_in_norm else self._bound(self.norm, train))
         y, moved, moved_then = basis_conv(
             x, basis, norm, self.coefficients[...], window=window, train=train, dtype=self.dtype,
             then=None if then is None else _read(then), activation=self.activation, axis_name=self.axis_name)

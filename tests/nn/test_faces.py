@@ -181,6 +181,16 @@ def test_whether_to_train_must_be_said():
         BasisConv(5).init(jax.random.key(0), X, BASIS)
 
 
+def test_whether_to_train_is_no_array():
+    layer = BasisConv(5, unique_rank=1)
+    variables = layer.init(jax.random.key(0), X, BASIS, True)
+    for call in (lambda: layer.apply(variables, X, BASIS, jnp.array(False)),
+                 lambda: jax.jit(layer.apply)(variables, X, BASIS, False),
+                 lambda: nn.remat(BasisConv)(5, unique_rank=1).apply(variables, X, BASIS, False)):
+        with pytest.raises(TypeError, match=r"Python bools, not arrays: mark them static .*static_argnums"):
+            call()
+
+
 def test_too_few_axes_are_refused():
     with pytest.raises(ValueError, match="2 spatial axes and channels"):
         BasisConv(5).init(jax.random.key(0), X[0, 0])
@@ -247,6 +257,39 @@ def test_a_norm_of_other_constants_is_not_taken_into_the_closed_form():
     alone = nnx.BatchNorm(4, momentum=0.5, epsilon=1e-2, rngs=nnx.Rngs(0))
     np.testing.assert_allclose(y, alone(Pair(nnx.Rngs(0)).first(X, True)), atol=1e-5)
     np.testing.assert_allclose(other.var[...], alone.var[...], atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"epsilon": 0.5, "momentum": 0.5}, {"use_scale": False}], ids=str)
+def test_a_batch_norm_of_one_s_own_in_nnx_keeps_its_options(options):
+    layer = shared_basis.nnx.BasisConv(4, 5, unique_rank=2, norm=functools.partial(nnx.BatchNorm, **options),
+                                       rngs=nnx.Rngs(0))
+    between = jax.lax.conv_general_dilated(X, layer.unique[...], (1, 1), "SAME",
+                                           dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    alone = nnx.BatchNorm(2, **options, rngs=nnx.Rngs(0))
+    for train in (True, False):  # the statistics move in the first one
+        expected = alone(between, use_running_average=not train) @ layer.coefficients[...]
+        np.testing.assert_allclose(layer(X, train), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(layer.norm.var[...], alone.var[...], rtol=1e-5)
+
+
+def test_a_filter_of_nnx_freezes_each_batch_norm_alone():
+    def moves(model, train=None):
+        before = [jnp.array(norm.var[...]) for norm in (model.first.norm, model.norm)]
+        model.first(X, train, then=model.norm)
+        return [bool((norm.var[...] != old).any()) for norm, old in
+                zip((model.first.norm, model.norm), before, strict=True)]
+    model = Pair(nnx.Rngs(0))
+    assert moves(model) == [True, True]
+    model.first.set_attributes(nnx.BatchNorm, use_running_average=True)
+    assert moves(model) == [False, True]
+    model.set_attributes(nnx.BatchNorm, use_running_average=True)
+    assert moves(model) == [False, False]
+    model.train()
+    model.norm.use_running_average = True
+    assert moves(model) == [True, False]
+    assert moves(model, True) == [True, True]  # the call has the last word
+    model.train()
+    assert moves(model, False) == [False, False]
 
 
 @pytest.mark.parametrize("form", ["whole", "templates"])

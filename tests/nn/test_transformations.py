@@ -12,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import shared_basis.nnx
 from shared_basis import BasisConv
+from shared_basis.nn.batch_norm import BatchNorm
 from shared_basis.nn.ops import forms_for
 
 IMAGES = jax.random.normal(jax.random.key(0), (4, 6, 6, 4))
@@ -200,6 +201,16 @@ def test_the_faces_compute_the_same():
     for train in (True, False):
         assert_close(one(params, IMAGES, train), other(params, IMAGES, train), 1e-6)
     assert_close(*(jax.grad(functools.partial(loss, apply))(params, IMAGES) for apply in (one, other)), 1e-5)
+
+
+def test_layers_with_a_mapped_axis_initialise_without_it_as_flax_s_do():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = BasisConv(3, unique_rank=2, axis_name="half", name="conv")(x, train=train)
+            return BatchNorm(train, axis_name="half", name="norm")(x)
+    variables, others = (Block().init(jax.random.key(0), IMAGES, train) for train in (True, False))
+    assert_close(variables, others)
 
 
 @pytest.mark.slow
