@@ -14,7 +14,8 @@ from shared_basis.config.training import DistillationConfig, TrainConfig
 
 PARAMETER_LABELS = ("basis", "coefficients", "kernel", "norm", "bias")
 """The kinds of parameters, e.g. to limit weight decay to some: filter basis elements (shared and unique), coefficients,
-ordinary kernels, scale and bias of batch normalisation, and biases of linear layers; see `optim.labels`."""
+ordinary kernels, scale and bias of normalisations, and biases of linear layers. Parameters of other names count as
+kernels if they have two or more axes, otherwise as biases; see `optim.labels`."""
 
 
 @takes_old_names("model")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.tree_util import tree_map_with_path
 
@@ -19,20 +20,15 @@ KINDS = (*PARAMETER_LABELS, "other")
 
 
 def label_parameters(params: Tree) -> Tree:
-    """Returns a tree like `params` with the label of each parameter, one of `PARAMETER_LABELS`, derived from its path.
+    """Returns a tree like `params` with the label of each parameter, one of `PARAMETER_LABELS`.
 
-    Only for this package's networks, whose parameters all have known kinds; `parameter_kinds` works for any tree.
-
-    Raises:
-      ValueError: a parameter has no known kind.
+    These are the kinds that a configuration can name. They are those of `parameter_kinds`, except that each 'other'
+    parameter is labelled by its axes, so that every parameter of any network has a label: 'kernel' for two axes or
+    more, such as an embedding, and 'bias' for vectors and scalars.
     """
-    def label(entries: tuple[Any, ...], leaf: Any) -> str:
-        path = path_of(entries)
-        found = _label(path, norm=len(path) > 1 and path[-2].endswith("norm"))
-        if found == "other":
-            raise ValueError(f"parameter {'/'.join(path)} is of no known kind ({', '.join(PARAMETER_LABELS)})")
-        return found
-    return tree_map_with_path(label, params)
+    def label(kind: str, leaf: Any) -> str:
+        return kind if kind in PARAMETER_LABELS else "kernel" if jnp.ndim(leaf) > 1 else "bias"
+    return jax.tree.map(label, parameter_kinds(params), params)
 
 
 def parameter_kinds(params: Tree, basis_groups: Iterable[BasisGroup] = ()) -> Tree:

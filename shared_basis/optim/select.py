@@ -10,7 +10,7 @@ from jax.tree_util import tree_map_with_path
 from shared_basis.config import PARAMETER_LABELS, split, split_factors
 from shared_basis.errors import UserError
 from shared_basis.nn.types import Path, Tree
-from shared_basis.optim.labels import parameter_kinds
+from shared_basis.optim.labels import label_parameters
 from shared_basis.optim.paths import glob_matches, leaves_by_path, path_of
 
 _Value = TypeVar("_Value")
@@ -40,7 +40,7 @@ def _last_match(params: Tree, entries: Iterable[tuple[str, _Value]], default: _V
 
     A kind that this network lacks matches nothing, so that plain and shared networks can use the same recipe.
     """
-    kinds = leaves_by_path(parameter_kinds(params))
+    kinds = leaves_by_path(label_parameters(params))
     found: dict[Path, _Value] = dict.fromkeys(kinds, default)
     for pattern, value in entries:
         matching = [path for path, kind in kinds.items() if kind == pattern or glob_matches(path, pattern)]

@@ -58,13 +58,12 @@ def test_labels_name_the_kind_of_every_parameter():
     assert set(jax.tree.leaves(labels)) == set(PARAMETER_LABELS)
 
 
-@pytest.mark.parametrize("path", [("stem", "embedding"), ("stem", "scale"), ("alpha",)])
-def test_a_parameter_of_no_known_kind_is_refused_by_its_path(path):
-    tree = jnp.zeros(1)
-    for key in reversed(path):
-        tree = {key: tree}
-    with pytest.raises(ValueError, match=f"parameter {'/'.join(path)} is of no known kind"):
-        label_parameters({"head": {"kernel": jnp.zeros(1)}, **tree})
+def test_parameters_of_other_names_are_labelled_by_their_axes():
+    vector, matrix = jnp.zeros(2), jnp.zeros((2, 2))
+    assert label_parameters({"GroupNorm_0": {"scale": vector, "bias": vector}, "Embed_0": {"embedding": matrix},
+                             "LayerScale_0": {"gamma": vector}, "alpha": jnp.zeros(())}) == {
+        "GroupNorm_0": {"scale": "norm", "bias": "norm"}, "Embed_0": {"embedding": "kernel"},
+        "LayerScale_0": {"gamma": "bias"}, "alpha": "bias"}
 
 
 def test_parameters_are_counted_under_each_top_level_name():

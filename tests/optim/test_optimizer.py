@@ -237,6 +237,25 @@ def test_muon_orthogonalises_what_maps_channels_to_channels_and_leaves_the_rest_
         np.testing.assert_allclose(updates["head"][name], -0.1 * expected, rtol=1e-4)
 
 
+OTHER = {"GroupNorm_0": {"scale": np.ones(2), "bias": np.ones(2)}, "LayerScale_0": {"gamma": np.ones(2)},
+         "Embed_0": {"embedding": np.ones((3, 2))}, **PARAMS}
+"""Also parameters with names of Flax and of networks of one's own."""
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lion", "muon"])
+def test_every_optimizer_trains_parameters_of_any_name(name):
+    for decay, gradient, train, still in (
+            ((), 1.0, TrainConfig(record_gradients=True), set()),
+            (("kernel",), 0.0, TrainConfig(), {"GroupNorm_0", "LayerScale_0", "bases", "layer"}),
+            (LABELS, 1.0, TrainConfig(freeze="kernel,norm"), {"GroupNorm_0", "Embed_0"})):
+        config = OptimizerConfig(name=name, weight_decay=0.1, weight_decay_labels=decay)
+        optimizer = make_optimizer(Config(optimizer=config, train=train), [], lambda step: 0.1)
+        params = jax.tree.map(jnp.float32, OTHER)
+        updates, _ = optimizer.update(jax.tree.map(lambda leaf, gradient=gradient: jnp.full_like(leaf, gradient),
+                                                   params), optimizer.init(params), params)
+        assert {key for key, tree in updates.items() if not any(map(jnp.any, jax.tree.leaves(tree)))} == still
+
+
 def test_factors_multiply_the_learning_rate_with_its_decay():
     plain = descend(1, name="adamw", weight_decay=0.25)[0]
     scaled = descend(1, name="adamw", weight_decay=0.25, learning_rate_factors="basis=0,head/**=10")[0]
