@@ -97,14 +97,15 @@ def effective_coefficients(params: Tree, stats: Tree) -> Matrix:
     """Returns the factors by which a layer multiplies the responses to its R elements, at evaluation, float64 `[R, T]`.
 
     These are its coefficients times scale / √(running variance + ε) of the preceding batch normalisation, without which
-    coefficients of different layers would differ in scale. Coefficients of templates are unchanged, `[templates, 1]`.
+    coefficients of different layers would differ in scale. Coefficients after another normalisation or none, and those
+    of templates, `[templates, 1]`, are unchanged.
     """
     coefficients = np.asarray(params["coefficients"], np.float64)
-    if "norm" not in params:
+    if "norm" not in stats:
         return coefficients.reshape(len(coefficients), -1)
-    scale = np.asarray(params["norm"]["scale"], np.float64) / np.sqrt(
-        np.asarray(stats["norm"]["var"], np.float64) + EPSILON)
-    return scale[:, None] * coefficients
+    scale = np.asarray(params.get("norm", {}).get("scale", 1.0), np.float64)  # a user's norm may lack it
+    factor = scale / np.sqrt(np.asarray(stats["norm"]["var"], np.float64) + EPSILON)
+    return factor[:, None] * coefficients
 
 
 def coherence(products: Matrix, *, same: bool) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -27,7 +27,8 @@ def layer_paths(network: Network, image_shape: tuple[int, int, int]) -> list[Pat
 @functools.cache
 def block_paths(network: Network, image_shape: tuple[int, int, int]) -> list[Path]:
     """Returns the paths of all blocks, in order of computation."""
-    return [module.path for module in _called(network, image_shape) if _is_block(module.path)]
+    sharing = _sharing_blocks(network)
+    return [module.path for module in _called(network, image_shape) if _is_block(module.path, sharing)]
 
 
 def _called(network: Network, image_shape: tuple[int, int, int]) -> list[nn.Module]:
@@ -52,8 +53,16 @@ def by_depth(layers: Sequence[str], paths: Mapping[str, Any]) -> list[str]:
     return sorted(paths, key=lambda path: (depth.get(path.rpartition("/")[0], len(layers)), path))
 
 
-def _is_block(path: Path) -> bool:
-    return len(path) == 2 and path[1].startswith("block")
+def _sharing_blocks(network: Network) -> set[Path]:
+    """Returns the paths of the modules that the network declares as blocks or, without one, those around its layers."""
+    paths = {(block, network.layer_path(group, block, layer)) for group, blocks in network.sharing_blocks().items()
+             for block in blocks for layer in network.basis_layers()}
+    return {path[:path.index(block) + 1] if block in path else path[:-1] for block, path in paths}
+
+
+def _is_block(path: Path, sharing: Collection[Path]) -> bool:
+    """Returns whether `path` is that of a block: one of `sharing`, except the network itself, or named like one."""
+    return bool(path) and (path in sharing or (len(path) == 2 and path[1].startswith("block")))
 
 
 @functools.cache
@@ -62,17 +71,19 @@ def gradient_flow(network: Network) -> Callable[..., tuple[dict[str, float], dic
 
     It maps `params`, `batch_stats`, normalised images `[N, H, W, C]` and labels `[N]` to two dicts of norms by path:
 
-    - the gradient with respect to the output of each block, ordered by depth: the root mean square over the images of
-      the norm of the gradient of the batch's summed cross entropy with respect to one image's `[H, W, C]`. These are
-      the gradients that may vanish or explode during backpropagation;
+    - the gradient with respect to the output of each block (if an array), ordered by depth: the root mean square over
+      the images of the norm of the gradient of the batch's summed cross entropy with respect to one image's
+      `[H, W, C]`. These are the gradients that may vanish or explode during backpropagation;
     - the gradient of the mean cross entropy with respect to each parameter that is recorded during training.
     """
     unrolled = network.clone(scan_blocks=False)  # in a loop, blocks have no names
+    sharing = _sharing_blocks(network)
 
     def run(params: Tree, stats: Tree, images: Array, change: Callable[[Path, Array], Array]) -> Array:
         def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             result = call(*args, **kwargs)
-            ours = context.method_name == "__call__" and _is_block(context.module.path)
+            ours = (context.method_name == "__call__" and _is_block(context.module.path, sharing)
+                    and isinstance(result, jax.Array))
             return change(context.module.path, result) if ours else result
 
         with nn.intercept_methods(intercept):
@@ -103,6 +114,7 @@ def gradient_flow(network: Network) -> Callable[..., tuple[dict[str, float], dic
         blocks, parameters = jax.device_get(norms(params, stats, images, labels))
         # JAX sorts dict keys alphabetically, which puts block10 before block2.
         paths = map("/".join, block_paths(unrolled, images.shape[1:]))
-        return {path: float(blocks[path]) for path in paths}, {path: float(norm) for path, norm in parameters.items()}
+        return ({path: float(blocks[path]) for path in paths if path in blocks},
+                {path: float(norm) for path, norm in parameters.items()})
 
     return flow

@@ -157,7 +157,8 @@ def _render_run(one: Mapping[str, Any]) -> list[str]:
         lines.append(f"coefficients of {found['layers']} layers on {name}: mean cosine {found['cosine']:.3f}, "
                      f"alignment {found['alignment']:.3f} (by chance {found['chance']:.3f})")
     for step, both in one["gradient_flow"].items():
-        norms = list(both["blocks"].values())
+        if not (norms := list(both["blocks"].values())):  # the network has no modules that are blocks
+            continue
         lines.append(f"gradient at the output of blocks, {'initialisation' if step == '0' else f'step {int(step):,}'}: "
                      f"first {norms[0]:.3g}, last {norms[-1]:.3g}, first over last {_ratio(norms[0], norms[-1])}")
     return [*lines, *(f"note: {note}" for note in one["notes"])]

@@ -58,7 +58,8 @@ def count_macs(model: nn.Module, variables: Tree, image_shape: tuple[int, int, i
     """Returns the multiply-accumulates for one image `[H, W, C]` under each top-level module, in evaluation mode.
 
     Counts convolutions and matrix products, with all kernel taps, as in published tables (one MAC is two FLOPs). Reads
-    the traced program, so it works for any Flax model; nothing is executed.
+    the traced program, so it works for any Flax model; nothing is executed. Products in a method of the model itself
+    are counted under the name of its class.
     """
     return macs_of(model, trace(model, variables, image_shape))
 
@@ -69,7 +70,7 @@ def macs_of(model: nn.Module, program: Any) -> dict[str, int]:
     for scope, count in _macs(program.jaxpr):
         # Scopes are Network/group1/… or, within a method other than __call__, Network.method/group1/…
         parts = [part for part in scope.split("/") if part.partition(".")[0] != type(model).__name__]
-        macs[parts[0]] += count
+        macs[parts[0] if parts else type(model).__name__] += count
     return dict(macs)
 
 

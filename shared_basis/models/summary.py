@@ -17,7 +17,7 @@ def count_network(config: ModelConfig, num_classes: int, image_shape: tuple[int,
     Returns:
       `model`, `parameters` (trainable), `macs` (multiply-accumulates for one image `[H, W, C]`) and `groups`: the same
       by top-level module, with `shared_parameters`, those in shared bases. Bases of a group that is not such a module
-      are listed as `bases/<group>`.
+      are listed as `bases/<group>`, products of the network's own method under the name of its class.
 
     Raises:
       UserError: see `create_model` and `check_network`.
@@ -31,13 +31,11 @@ def count_network(config: ModelConfig, num_classes: int, image_shape: tuple[int,
     params = dict(variables["params"])
     bases = params.pop("bases", {})
     groups: dict[str, dict[str, int]] = {}
-    for name in (*macs, *params):  # in order of computation
+    for name in dict.fromkeys((*macs, *params)):  # in order of computation
         owner = name.removesuffix("_norm")
-        groups.setdefault(owner if owner in macs else name, {"parameters": 0, "shared_parameters": 0, "macs": 0})
-    for name, tree in params.items():
-        row = groups.get(name) or groups[name.removesuffix("_norm")]
-        shared = tree_size(bases.get(name, {}))
-        row["parameters"] += tree_size(tree) + shared
+        row = groups.setdefault(owner if owner in macs else name, {"parameters": 0, "shared_parameters": 0, "macs": 0})
+        shared = tree_size(bases.get(name, {})) if name in params else 0
+        row["parameters"] += tree_size(params.get(name, {})) + shared
         row["shared_parameters"] += shared
         row["macs"] += macs.get(name, 0)
     for name in bases.keys() - params.keys():

@@ -88,6 +88,14 @@ def test_effective_coefficients_are_what_the_layer_multiplies_by() -> None:
     np.testing.assert_array_equal(layers["group1/block2/second"], found.coefficients["group1/block2/second"][1:])
 
 
+def test_coefficients_after_another_norm_are_those_of_the_layer() -> None:
+    coefficients = np.random.default_rng(0).normal(size=(3, 4))
+    group_norm = {"coefficients": coefficients, "norm": {"scale": np.full(3, 2.0), "bias": np.ones(3)}}
+    np.testing.assert_array_equal(bases.effective_coefficients(group_norm, {}), coefficients)
+    without_scale = {"coefficients": coefficients}, {"norm": {"mean": np.ones(3), "var": np.full(3, 4 - 1e-5)}}
+    np.testing.assert_allclose(bases.effective_coefficients(*without_scale), coefficients / 2)
+
+
 def test_cosine_sees_output_channels_and_alignment_does_not() -> None:
     rng = np.random.default_rng(0)
     one = rng.normal(size=(6, 12))

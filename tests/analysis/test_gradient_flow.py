@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 from helpers import make_images, tiny_network
 from sample_networks import NETWORKS, random_variables
 
+from shared_basis import BasisConv, Network
 from shared_basis.analysis.gradient_flow import block_paths, by_depth, gradient_flow, layer_paths
+from shared_basis.analysis.tables import render
 
 
 def test_layers_come_in_the_order_of_the_computation() -> None:
@@ -27,6 +30,60 @@ def test_layers_come_in_the_order_of_the_computation() -> None:
         f"group1/block{block}" for block in range(1, 11)]
     assert by_depth(["b", "a"], {"a/kernel": 1, "bases/x/y": 1, "b/unique": 1, "b/coefficients": 1}) == [
         "b/coefficients", "b/unique", "a/kernel", "bases/x/y"]
+
+
+class Chain(Network):
+    """Two layers that share, in blocks of any name or in none."""
+
+    nested: bool = True
+
+    def shared_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        return {}
+
+    def sharing_blocks(self) -> dict[str, tuple[str, ...]]:
+        return {"body": ("unit1", "unit2")}
+
+    def basis_layers(self) -> tuple[str, ...]:
+        return ("conv",)
+
+    def layer_path(self, group: str, block: str, layer: str) -> tuple[str, ...]:
+        return (group, block, "branch", layer) if self.nested else (f"{block}_{layer}",)
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        x = images
+        if self.nested:
+            x = Body(name="body")(x)
+        else:
+            for block in ("unit1", "unit2"):
+                x = BasisConv(1, name=f"{block}_conv")(x)
+        return nn.Dense(self.num_classes, name="head")(x.mean((1, 2)))
+
+
+class Body(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for block in ("unit1", "unit2"):
+            x = Unit(name=block)(x)
+        return x
+
+
+class Unit(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + nn.Sequential([BasisConv(1, name="conv")], name="branch")(x)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_blocks_are_those_that_the_network_declares(nested: bool) -> None:
+    network = Chain(2, nested=nested)
+    params = random_variables(network, (2, 2, 1))["params"]
+    blocks, parameters = gradient_flow(network)(params, {}, jnp.ones((1, 2, 2, 1)), jnp.zeros(1, jnp.int32))
+    assert list(blocks) == (["body/unit1", "body/unit2"] if nested else [])
+    assert len(parameters) == 3
+    text = render({"model": "chain", "step": 1, "workdir": "", "sets": {}, "similarity": {}, "notes": [], "files": [],
+                   "output": "", "gradient_flow": {"1": {"blocks": blocks, "parameters": parameters}}})
+    assert ("gradient at the output of blocks" in text) == nested
 
 
 @pytest.mark.slow

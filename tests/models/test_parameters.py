@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from shared_basis import BasisConv, Network
 from shared_basis.config import PARAMETER_LABELS, ModelConfig
-from shared_basis.models import create_model
+from shared_basis.models import create_model, registry
 from shared_basis.models.parameters import abstract_variables, count_by_kind, count_macs, count_parameters
 from shared_basis.models.summary import compare_with_plain, count_network, render, render_saving
 from shared_basis.optim.basis_group import BasisGroup
@@ -129,6 +130,40 @@ def test_macs_of_any_model_are_counted_by_module():
         "jitted": 6 * 7,
         "head": 7 * 2,
     }
+
+
+class Flat(Network):
+    """All layers in the network's own method: one uses a shared whole filter alone, another is a product."""
+
+    def shared_shapes(self):
+        return {"body": {name: (3, 3, 3, 3) for _, name in self.sharing.layers}}
+
+    def sharing_blocks(self):
+        return {"body": ("block1",)}
+
+    def basis_layers(self):
+        return ("conv",)
+
+    def layer_path(self, group, block, layer):
+        return (layer,)
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        shared = self.shared_by_layer(self.shared_arrays(), "body").get("conv")
+        x = BasisConv(3, whole_filters=True, name="conv")(images, shared)
+        return x.mean((1, 2)) @ self.param("classes", nn.initializers.ones, (3, self.num_classes))
+
+
+def test_macs_of_the_network_s_own_method_are_counted(monkeypatch):
+    monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
+    registry.register_network("flat", Flat, forms=("tied",))
+    counts = count_network(ModelConfig("flat-tied"), 10, (4, 5, 3))
+    assert counts["groups"] == {
+        "conv": {"parameters": 0, "shared_parameters": 0, "macs": 20 * 81},
+        "Flat": {"parameters": 0, "shared_parameters": 0, "macs": 30},
+        "classes": {"parameters": 30, "shared_parameters": 0, "macs": 0},
+        "bases/body": {"parameters": 81, "shared_parameters": 81, "macs": 0}}
+    assert (counts["parameters"], counts["macs"]) == (111, 1650)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet14-s4u1-double"])

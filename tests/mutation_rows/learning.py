@@ -175,7 +175,7 @@ MUTATIONS = (
              ("parameters", "registry")),
     Mutation("summary-saving", "1 - counts[key] / plain[key]", "1 - plain[key] / counts[key]",
              ("parameters", "readme")),
-    Mutation("summary-shared", 'row["parameters"] += tree_size(tree) + shared',
-             'row["parameters"] += tree_size(tree)',
+    Mutation("summary-shared", 'row["parameters"] += tree_size(params.get(name, {})) + shared',
+             'row["parameters"] += tree_size(params.get(name, {}))',
              ("parameters", "report/")),
 )

@@ -54,7 +54,7 @@ MUTATIONS = (
              "elements = np.concatenate([basis, own.unique], axis=1)", ("compression/",)),
 
     # Analysis
-    Mutation("analysis-coefficients", "return scale[:, None] * coefficients", "return coefficients", ("analysis/",)),
+    Mutation("analysis-coefficients", "return factor[:, None] * coefficients", "return coefficients", ("analysis/",)),
     Mutation("analysis-effective-rank", "np.exp(-np.sum(p * np.log(p)))", "np.exp(-np.sum(p**2 * np.log(p)))",
              ("analysis/",)),
     Mutation("analysis-stable-rank", "np.sum(values**2) / values[0] ** 2", "np.sum(values**2) / values[0]",
