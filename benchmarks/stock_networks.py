@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from shared_basis.models import Network, create_model
-from shared_basis.models.base import Group, Sharing, global_average, linear_head
+from shared_basis.models.base import Sharing, global_average, linear_head
+from shared_basis.models.group import Group
 from shared_basis.models.resnet import ResNet
 from shared_basis.nn.types import Array, Dtype
 

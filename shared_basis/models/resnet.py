@@ -8,15 +8,8 @@ from collections.abc import Mapping, Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
-from shared_basis.models.base import (
-    Group,
-    Network,
-    PublishedNames,
-    Sharing,
-    check_rank,
-    global_average,
-    linear_head,
-)
+from shared_basis.models.base import Network, PublishedNames, Sharing, check_rank, global_average, linear_head
+from shared_basis.models.group import Group
 from shared_basis.nn.basis_conv import BasisConv
 from shared_basis.nn.batch_norm import batch_norm
 from shared_basis.nn.ops import relu_of_product

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 
-from shared_basis.models.base import Group, Network, check_rank
+from shared_basis.models.base import Network, check_rank
+from shared_basis.models.group import Group
 from shared_basis.nn.basis_conv import BasisConv
 from shared_basis.nn.batch_norm import batch_norm
 from shared_basis.nn.types import Array
