@@ -35,7 +35,8 @@ def load_pytorch_weights(path: str | os.PathLike[str], model: Network) -> dict[s
     """Returns `{'params': …, 'batch_stats': …}` of `model`, read from a published state dict as float32 NumPy arrays.
 
     Plain ResNets and MobileNetV2 also load from the layouts of torchvision and timm. Their MobileNetV2 uses ReLU6 where
-    the paper's uses ReLU inside the blocks, so its outputs are only reproduced as long as no activation exceeds 6.
+    the paper's uses ReLU inside the blocks, so its outputs are only reproduced as long as no activation exceeds 6. The
+    images may have any number of channels.
 
     Args:
       path: a safetensors file, or one from `torch.save` (either format); nothing in it is executed.
@@ -68,15 +69,16 @@ def load_network(path: str | os.PathLike[str], model: Network, plain: Network) -
     def read() -> tuple[Network, dict[str, Any]]:
         model.published_names()  # raises if there is no published layout
         found = model if model.sharing == plain.sharing or any(name in tensors for name in _own_names(model)) else plain
-        adapted = found.adapt_published(tensors)[0]
-
-        def size(path: Path, axis: int, usual: int) -> int:
-            sizes = [adapted[name].shape[axis] for name in aliases_of(path, found)[0]
-                     if name in adapted and adapted[name].ndim > axis]
-            return sizes[0] if sizes else usual
-        found = found.clone(num_classes=size(_HEAD, 0, found.num_classes))
-        return found, convert_official(tensors, found, abstract_variables(found, (32, 32, size(_STEM, 1, 3))))
+        found = found.clone(num_classes=_size(found.adapt_published(tensors)[0], found, _HEAD, 0, found.num_classes))
+        return found, convert_official(tensors, found)
     return _naming(path, read)
+
+
+def _size(adapted: Tensors, model: Network, path: Path, axis: int, usual: int) -> int:
+    """Returns the size of an axis of the tensor for the variable at `path`; `usual` if there is none or it is empty."""
+    sizes = [adapted[name].shape[axis] for name in aliases_of(path, model)[0]
+             if name in adapted and adapted[name].ndim > axis and adapted[name].size]
+    return sizes[0] if sizes else usual
 
 
 def _own_names(model: Network) -> set[str]:
@@ -114,9 +116,10 @@ def convert_official(tensors: Tensors, model: Network, shapes: Tree = None) -> d
     Args:
       shapes: the result of `abstract_variables` for `model`, if already computed, as it takes seconds.
     """
-    shapes = abstract_variables(model, (32, 32, 3)) if shapes is None else shapes
     bare, prefix = _unwrap(tensors)
     left, renamed = model.adapt_published(bare)
+    if shapes is None:
+        shapes = abstract_variables(model, (32, 32, _size(left, model, _STEM, 1, 3)))
 
     def source_name(name: str) -> str:
         """Returns the quoted name in the file."""

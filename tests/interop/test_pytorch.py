@@ -287,8 +287,8 @@ def test_counts_of_batches_are_optional():
     ("layer4.0.bn1.bias", np.zeros(3), "unexpected tensors: layer4.0.bn1.bias."),
     ("layer1.1.shared_basis.weight", np.zeros(3),
      "unexpected tensors: layer1.1.shared_basis.weight."),
-    ("conv1.weight", np.zeros((16, 1, 3, 3)),
-     "tensor 'conv1.weight' has shape [16, 1, 3, 3], in this layout [3, 3, 1, 16]; params/stem/kernel needs "
+    ("conv1.weight", np.zeros((8, 3, 3, 3)),
+     "tensor 'conv1.weight' has shape [8, 3, 3, 3], in this layout [3, 3, 3, 8]; params/stem/kernel needs "
      "[3, 3, 3, 16]."),
     ("fc.weight", np.zeros((100, 64)),
      "tensor 'fc.weight' has shape [100, 64], in this layout [64, 100]; params/head/kernel needs [64, 10]."),

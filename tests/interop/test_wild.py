@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch_files
 from helpers import assert_trees_equal, tiny_network, user_error
+from safetensors.numpy import save_file
 from sample_networks import random_variables
 
 from shared_basis.interop.pytorch import load_network, load_pytorch_weights, to_published
@@ -108,3 +109,14 @@ def test_the_file_tells_which_network_and_how_many_outputs(tmp_path: Path) -> No
         assert_trees_equal(loaded, variables(True))
     with user_error(str(shared), "does not hold this network", "conv1.weight' (for params/group1/block2/first/kernel)"):
         load_network(shared, PLAIN, PLAIN)
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_images_may_have_any_number_of_channels(tmp_path: Path, channels: int) -> None:
+    expected = random_variables(SHARED, (8, 8, channels))
+    path = tmp_path / "weights.safetensors"
+    save_file(to_published(expected, SHARED), path)
+    assert_trees_equal(load_pytorch_weights(path, SHARED), expected)
+    save_file({**to_published(expected, SHARED), "conv1.weight": np.zeros((4, 0, 3, 3), np.float32)}, path)
+    with user_error("conv1.weight", "[4, 0, 3, 3]"):
+        load_pytorch_weights(path, SHARED)
