@@ -35,8 +35,9 @@ from shared_basis.config import Config, replace
 from shared_basis.data.feeds import Images
 from shared_basis.errors import UserError
 from shared_basis.evaluation.evaluator import make_evaluator
-from shared_basis.models import Network, create_model, plain_counterpart
+from shared_basis.models import Network, create_model, family_of, plain_counterpart
 from shared_basis.models.parameters import abstract_variables
+from shared_basis.models.registry import BASIS, DOUBLE
 from shared_basis.models.summary import compare_with_plain, render_saving
 from shared_basis.nn.types import Path
 from shared_basis.optim.penalty import orthogonality_penalty
@@ -135,6 +136,7 @@ def check_target(config: Config, budget: float | None, measure: str) -> None:
     network = create_model(name, stem=config.model.stem)
     check_family(name)
     is_plain = name == plain_counterpart(name)
+    forms = [form for form in (BASIS, DOUBLE) if form in family_of(name).forms]
     if budget is not None:
         ranks.check_budget(budget, measure)
         if not is_plain:
@@ -144,10 +146,11 @@ def check_target(config: Config, budget: float | None, measure: str) -> None:
         raise UserError(f"--budget_of={measure} requires a budget; add one, e.g. --budget=0.5.")
     elif is_plain:
         raise UserError(f"{name} is plain: choose a network to compress to, e.g. "
-                        f"--config.model.name={name}-s16u1-double, or set --budget=0.5 to choose its ranks.")
+                        f"--config.model.name={name}-{forms[-1].replace('<S>', '16').replace('<U>', '1')}, or set "
+                        "--budget=0.5 to choose its ranks.")
     elif not network.sharing.factorised:
         raise UserError(f"{name}: its layers share whole filters or templates, which are not a low-rank form; "
-                        "compress to s<S>u<U> or s<S>u<U>-double.")
+                        f"compress to {' or '.join(forms)}.")
 
 
 def check_alike(config: Config, origin: Origin, spec: data.Spec) -> None:

@@ -111,7 +111,7 @@ def patches(x: Array, size: tuple[int, ...], window: Window) -> Array:
     """Returns the input patches `[N, *image / strides, D]` of a convolution with kernels of shape `size`."""
     x = jnp.pad(x, ((0, 0), *window.padding, (0, 0)))
     spans = [(taps - 1) * factor for taps, factor in zip(size, window.dilation, strict=True)]
-    shifted = [x[:, *(slice(tap * factor, length - span + tap * factor, stride)
+    shifted = [x[:, *(slice(tap * factor, max(0, length - span) + tap * factor, stride)
                       for tap, factor, length, span, stride in zip(
                           taps, window.dilation, x.shape[1:-1], spans, window.strides, strict=True))]
                for taps in itertools.product(*map(range, size))]

@@ -38,10 +38,11 @@ def score_examples(logits: Array, labels: Array) -> Metrics:
     targets = jnp.maximum(labels, 0)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     target_logit = jnp.take_along_axis(logits, targets[:, None], axis=-1)
-    top5 = (jnp.sum(logits > target_logit, axis=-1) < 5) & ~jnp.isnan(target_logit[:, 0])
+    valid = counts & ~jnp.isnan(target_logit[:, 0])  # argmax takes NaN for the largest, and no number exceeds it
+    top5 = jnp.sum(logits > target_logit, axis=-1) < 5
     return {"loss": jnp.where(counts, loss, 0),
-            "correct": jnp.float32((jnp.argmax(logits, -1) == targets) & counts),
-            "correct_top5": jnp.float32(top5 & counts),
+            "correct": jnp.float32((jnp.argmax(logits, -1) == targets) & valid),
+            "correct_top5": jnp.float32(top5 & valid),
             "count": jnp.float32(counts)}
 
 

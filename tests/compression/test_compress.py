@@ -20,6 +20,7 @@ from shared_basis import data
 from shared_basis.cli import commands
 from shared_basis.compression import compress as compress_module
 from shared_basis.compression import factorize, layers, ranks, spectra
+from shared_basis.compression.compress import check_target
 from shared_basis.compression.factorize import relative_error
 from shared_basis.compression.kernels import matrix
 from shared_basis.compression.moments import input_moments
@@ -355,6 +356,15 @@ def test_spectra_are_written_as_a_table_and_a_picture(run: Path, tmp_path: Path)
 
 
 # What is refused
+
+
+@pytest.mark.parametrize(("name", "advice"), [
+    ("resnet20", "--config.model.name=resnet20-s16u1-double, or"),
+    ("mobilenetv2", "--config.model.name=mobilenetv2-s16u1, or"),
+    ("mobilenetv2-tied", "compress to s<S>u<U>."), ("resnet20-tied", "compress to s<S>u<U> or s<S>u<U>-double.")])
+def test_networks_to_compress_to_are_those_that_exist(name: str, advice: str) -> None:
+    with user_error(advice):
+        check_target(config_of(name), None, "parameters")
 
 
 @pytest.mark.parametrize(("name", "options", "parts"), [

@@ -51,7 +51,8 @@ def test_moments_are_those_of_numpy_however_many_images_are_in_memory(monkeypatc
 @pytest.mark.parametrize(("shape", "options", "message"), [
     ((4, 4, 2), {}, r"inputs of shape \[4, 4, 2\]: a kernel of shape \[3, 3\] needs 4 axes"),
     ((0, 4, 4, 2), {}, r"inputs of shape \[0, 4, 4, 2\].* yields no patches"),
-    ((1, 2, 2, 2), {"padding": "VALID"}, r"inputs of shape \[1, 2, 2, 2\].* yields no patches")])
+    ((1, 2, 2, 2), {"padding": "VALID"}, r"inputs of shape \[1, 2, 2, 2\].* yields no patches"),
+    ((1, 3, 9, 2), {"padding": "VALID", "kernel_size": 5}, r"\[1, 3, 9, 2\].* yields no patches")])
 def test_inputs_without_patches_are_refused(shape: tuple[int, ...], options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         patch_moments(np.ones(shape), **options)

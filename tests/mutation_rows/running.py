@@ -145,7 +145,7 @@ MUTATIONS = (
     Mutation("gradients-frozen", "jax.lax.stop_gradient(leaf) if fixed else leaf", "leaf", ("finetune",)),
     Mutation("steps-top5", "jnp.sum(logits > target_logit, axis=-1) < 5",
              "jnp.sum(logits > target_logit, axis=-1) <= 5", ("steps", "evaluation/")),
-    Mutation("steps-nan", "& ~jnp.isnan(target_logit[:, 0])", "", ("steps", "evaluation/", "test_loop")),
+    Mutation("steps-nan", "counts & ~jnp.isnan(target_logit[:, 0])", "counts", ("steps", "evaluation/", "test_loop")),
     Mutation("steps-filling", '"loss": jnp.where(counts, loss, 0)', '"loss": loss', ("steps", "evaluation/")),
     Mutation("evaluate-overrides", 'if not path.startswith("data.") and',
              'if not path.startswith(("data.", "train.")) and', ("evaluation/", "fuzz")),

@@ -38,7 +38,7 @@ MUTATIONS = (
     Mutation("calibration-patches", "for taps in itertools.product(*map(range, size))]",
              "for taps in sorted(itertools.product(*map(range, size)), key=lambda taps: taps[::-1])]",
              ("compression/",)),
-    Mutation("calibration-strides", "length - span + tap * factor, stride)", "length - span + tap * factor, 1)",
+    Mutation("calibration-strides", "length - span) + tap * factor, stride)", "length - span) + tap * factor, 1)",
              ("compression/",)),
     Mutation("calibration-batches", "self.count + other.count", "self.count", ("compression/",)),
     Mutation("ranks-cost", "(unique - 1) * (more_unique - base)", "unique * (more_unique - base)", ("compression/",)),
