@@ -39,9 +39,8 @@ class Norm(NamedTuple):
     var: Array
 
     def moved(self, mean: Array, var: Array) -> Norm:
-        """Returns a copy with running statistics updated by `mean` and `var` of a batch."""
-        return self._replace(mean=MOMENTUM * self.mean + (1 - MOMENTUM) * mean,
-                             var=MOMENTUM * self.var + (1 - MOMENTUM) * var)
+        """Returns a copy with running statistics updated by `mean` and `var` of a batch, in their stored types."""
+        return self._replace(mean=_running(self.mean, mean), var=_running(self.var, var))
 
 
 def normalize(x: Array, norm: Norm, train: bool, dtype: Dtype, axis_name: str | None = None) -> tuple[Array, Norm]:
@@ -102,10 +101,16 @@ def mix(parts: Sequence[Array], norm: Norm, matrix: Array, train: bool, dtype: D
         factor = _factor(var_then, then.scale)
         scaled, offset = scaled * factor, (offset - mean_then) * factor + then.bias
     scaled = scaled.astype(dtype)
-    offset = offset - jnp.sum(mean[:, None] * scaled, 0)  # uses the rounded matrix, so that the mean cancels exactly
+    # Of the rounded matrix, so that the mean cancels: exactly or, with `one`, up to the rounding of the offset.
+    offset = offset - jnp.sum(mean[:, None] * scaled, 0)
     if one:
         scaled, offset = jnp.concatenate([scaled, offset[None].astype(dtype)]), jnp.zeros_like(offset)
     return _affine(tuple(parts), scaled, offset, dtype), norm, then
+
+
+def _running(old: Array, new: Array) -> Array:
+    # Not in the type of a layer that computes in float64, so that a loop over steps can carry the statistics.
+    return (MOMENTUM * old + (1 - MOMENTUM) * new).astype(jnp.result_type(old))
 
 
 def _batch(x: Array) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from shared_basis.nn.ops import wide
 from shared_basis.nn.types import Array, Path, Tree
 from shared_basis.optim.basis_group import BasisGroup, Selector, checked_groups
 from shared_basis.optim.paths import glob_matches, leaves_by_path, nearest, not_found
@@ -44,7 +45,7 @@ class FoundGroup:
         return {path: (shape[-1], math.prod(shape[:-1])) for path, shape in shapes.items()}
 
     def rows(self, arrays: Mapping[Path, Array]) -> Rows:
-        """Returns the elements as float32 rows: `[s, D]` for each shared array, and `[u, D]` for each layer.
+        """Returns the elements as rows, float32 or wider: `[s, D]` for each shared array, and `[u, D]` for each layer.
 
         If `shared_axis` is not None, all of them are stacked, `[members, …]`; see `over_members`.
         """
@@ -72,10 +73,11 @@ class FoundGroup:
 
 def _rows(array: Array, axis: int | None) -> Array:
     if axis is None:
-        return jnp.reshape(array, (-1, array.shape[-1])).T.astype(jnp.float32)
+        rows = jnp.reshape(array, (-1, array.shape[-1])).T
+        return rows.astype(wide(rows.dtype))
     array = jnp.moveaxis(array, axis, 0)
     rows = jnp.reshape(array, (array.shape[0], -1, array.shape[-1]))
-    return jnp.swapaxes(rows, 1, 2).astype(jnp.float32)
+    return jnp.swapaxes(rows, 1, 2).astype(wide(rows.dtype))
 
 
 def _array(rows: Array, shape: Shape, axis: int | None) -> Array:

@@ -48,10 +48,10 @@ def polar_factor(matrix: Array) -> Array:
     """Returns the nearest matrix with orthonormal rows, or columns if there are more rows than columns.
 
     Args:
-      matrix: float32 `[…, R, D]` of full rank; leading axes are batch axes.
+      matrix: `[…, R, D]` of full rank, float32 or float64; leading axes are batch axes.
 
     Returns:
-      U Vᵀ of the singular value decomposition U S Vᵀ, by Newton–Schulz iteration: only matrix products, in float32.
+      U Vᵀ of the singular value decomposition U S Vᵀ, by Newton–Schulz iteration: only matrix products, in its type.
     """
     if matrix.shape[-2] > matrix.shape[-1]:
         return _transposed(polar_factor(_transposed(matrix)))
@@ -68,7 +68,7 @@ def _factor(gram: Array, iterations: Sequence[tuple[float, float, float]]) -> Ar
 
     As a basis is much wider than high, products of Gram matrices are much cheaper than products with the basis.
     """
-    total = eye = jnp.eye(gram.shape[-1])
+    total = eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
     for index, (a, b, c) in enumerate(iterations):
         factor = a * eye + b * gram + c * _product(gram, gram)
         total = _product(factor, total) if index else factor

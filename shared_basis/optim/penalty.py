@@ -12,6 +12,7 @@ Independent of networks: bases are selected by path (`BasisGroup`), in any pytre
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from shared_basis.optim.paths import arrays_at, replace_arrays
 
 
 def _product(a: Array, b: Array) -> Array:
-    """Returns `a bᵀ` in full float32, regardless of the device's default precision."""
+    """Returns `a bᵀ` in full precision, regardless of the device's default precision."""
     return jnp.matmul(a, jnp.swapaxes(b, -1, -2), precision=jax.lax.Precision.HIGHEST)
 
 
@@ -44,11 +45,11 @@ def _gram_blocks(shared: Sequence[Array], unique: Sequence[Array]) -> list[tuple
     if shared:
         rows = jnp.concatenate(shared)
         products = _product(rows, jnp.concatenate([rows, *unique]))
-        blocks.append((products, jnp.eye(products.shape[0], products.shape[1])))
+        blocks.append((products, jnp.eye(products.shape[0], products.shape[1], dtype=products.dtype)))
     for same in alike(unique):
         layers = jnp.stack([unique[index] for index in same])
         products = _product(layers, layers)
-        blocks.append((products, jnp.broadcast_to(jnp.eye(layers.shape[1]), products.shape)))
+        blocks.append((products, jnp.broadcast_to(jnp.eye(layers.shape[1], dtype=products.dtype), products.shape)))
     return blocks
 
 
@@ -64,8 +65,8 @@ def _penalty(arrays: Mapping[Path, Array], groups: Sequence[FoundGroup], reducti
         for products, identity in _blocks(arrays, group):
             totals[name] = totals.get(name, 0.0) + jnp.sum((products - identity) ** 2)
             counts[name] = counts.get(name, 0) + products.size
-    return sum((total / (counts[name] if reduction == "mean" else 1) for name, total in totals.items()),
-               jnp.zeros(()))
+    return functools.reduce(jnp.add, [total / (counts[name] if reduction == "mean" else 1)
+                                      for name, total in totals.items()])
 
 
 def _check_reduction(reduction: str) -> None:
@@ -74,7 +75,9 @@ def _check_reduction(reduction: str) -> None:
 
 
 def orthogonality_penalty(params: Tree, basis_groups: Iterable[BasisGroup], reduction: str = "mean") -> Array:
-    """Returns the penalty of the bases that `basis_groups` select in `params`, a float32 scalar (section 3.2).
+    """Returns the penalty of the bases that `basis_groups` select in `params`, a scalar (section 3.2).
+
+    It is float32, or float64 for float64 parameters.
 
     Args:
       params: any pytree of arrays, such as nested dicts or an `nnx.State`.
@@ -93,7 +96,7 @@ def orthogonality_penalty(params: Tree, basis_groups: Iterable[BasisGroup], redu
 
 
 def orthogonality_diagnostics(params: Tree, basis_groups: Iterable[BasisGroup]) -> dict[str, Array]:
-    """Measures how far the selected bases are from orthonormal; returns float32 scalars.
+    """Measures how far the selected bases are from orthonormal; returns scalars of the penalty's type.
 
     `penalty` is the mean penalty; `norm_min`, `norm_mean` and `norm_max` are the norms of all elements; `coherence` is
     the largest |product| of two different elements among the counted pairs. Orthonormal bases have penalty 0, norms 1

@@ -29,8 +29,8 @@ MUTATIONS = (
              ("basis_conv", "registry", "models/")),
 
     # Operations
-    Mutation("ops-momentum", "mean=MOMENTUM * self.mean + (1 - MOMENTUM) * mean",
-             "mean=(1 - MOMENTUM) * self.mean + MOMENTUM * mean", ("batch_norm", "basis_conv", "models/")),
+    Mutation("ops-momentum", "(MOMENTUM * old + (1 - MOMENTUM) * new)", "((1 - MOMENTUM) * old + MOMENTUM * new)",
+             ("batch_norm", "basis_conv", "models/")),
     Mutation("ops-few-filters-stride", "<= FEW_FILTERS and max(window.strides) == 1", "<= FEW_FILTERS",
              ("convolution", "basis_conv", "models/")),
     Mutation("ops-few-filters-gradient", "for i in reversed(range(rows)) for j in reversed(range(columns))]",

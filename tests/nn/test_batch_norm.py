@@ -201,3 +201,12 @@ def test_in_training_the_closed_form_reads_the_basis_convolution_no_more_often_t
     program = jax.make_jaxpr(jax.grad(loss, (0, 1, 2, 3)))(x, norm, matrix, then)
     # Forward: the result, and the covariance. Backward: for the matrix, for x, and for x by the covariance.
     assert len(list(products(program.jaxpr))) == (5 if joint else 3)
+
+
+def test_running_statistics_keep_their_type_in_a_layer_of_float64():
+    with jax.enable_x64(True):
+        x = jnp.asarray(draw(2, (6, 3))[0], jnp.float64)
+        variables = jax.tree.map(jnp.asarray, variables_of(3))
+        y, updated = BatchNorm(True, jnp.float64).apply(variables, x, mutable=["batch_stats"])
+        assert y.dtype == jnp.float64
+        assert {leaf.dtype for leaf in jax.tree.leaves(updated)} == {jnp.dtype("float32")}

@@ -112,6 +112,17 @@ def test_compiled_values_are_those_without_compilation(function):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), compiled, function(random_tree(), sets))
 
 
+def test_types_of_results_are_those_of_the_parameters_in_float64_mode():
+    groups = SETS["several groups"]
+    with jax.enable_x64(True):
+        for dtype, error in ((jnp.float64, 1e-12), (jnp.float32, 1e-5)):
+            tree = jax.tree.map(lambda leaf, dtype=dtype: jnp.asarray(np.asarray(leaf, np.float64) / 3, dtype),
+                                random_tree())
+            penalty, diagnostics = orthogonality_penalty(tree, groups), orthogonality_diagnostics(tree, groups)
+            assert {leaf.dtype for leaf in jax.tree.leaves((penalty, diagnostics))} == {jnp.dtype(dtype)}
+            np.testing.assert_allclose(penalty, penalty_reference(tree, groups), rtol=error)
+
+
 @pytest.mark.slow
 def test_bfloat16_parameters_are_handled_in_float32():
     sets = SETS["several groups"]
