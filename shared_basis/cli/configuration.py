@@ -17,7 +17,8 @@ from shared_basis.interop.weights import find_weights
 from shared_basis.runs.workdir import stored_config
 
 RUN_OF = {"train": "workdir", "summary": "workdir", "prepare": "workdir", "compress": "source"}
-"""By mode, the flag naming the run whose configuration is used if no recipe is given."""
+"""By mode, the flag naming the run whose configuration is used if no recipe is given; a new run with --init=RUN uses
+that of RUN."""
 
 
 class Configuration(NamedTuple):
@@ -46,6 +47,9 @@ def read(values: flags.FlagValues, trained: bool) -> Configuration:
     if trained:
         return Configuration(Config(), overrides, _workdir(values, values.config.name, images))
     run = getattr(values, RUN_OF.get(values.mode, ""), None)
+    if values.mode == "train" and values.init and not images and not (run and stored_config(os.path.expanduser(run))):
+        source, which = find_weights(values.init)
+        run = run if which is None else source
     asks_recipe = _names_recipe(values) and values.mode != "summary"
     if run and values.mode == "compress":
         run, which = find_weights(run, "--source")

@@ -196,8 +196,8 @@ LOCATION_FIELDS = ("data.directory", "data.manual_directory", "data.placement", 
 """Fields for where images are stored and how they are read; a run may resume with other values."""
 
 ADJUSTABLE_FIELDS = ("name", "train.eval_batch_size", "train.evaluate_every", "train.checkpoint_minutes",
-                     *LOCATION_FIELDS)
-"""Fields that do not affect the trained parameters; a run may resume with other values, which are then recorded."""
+                     "data.on_broken", *LOCATION_FIELDS)
+"""Fields that do not affect parameters already trained; a run may resume with other values, which are then recorded."""
 
 SCHEDULE_FIELDS = ("optimizer.boundaries", "optimizer.factors", "optimizer.learning_rate", "optimizer.schedule",
                    "optimizer.warmup_epochs", "train.epochs")

@@ -44,8 +44,8 @@ def require_continuation(path: PurePath, now: Config, then: Config, examples: in
                if field not in (*ADJUSTABLE_FIELDS, *moved, *settled_from(then, now), *settled_from(now, then))}
     if changes.keys() - set(SCHEDULE_FIELDS):
         raise UserError(f"workdir {path} holds a run with another configuration ({render(changes)}); choose another "
-                        f"--workdir, or use the same values. To start a new run from its weights, use "
-                        f"--init={path} and another --workdir.")
+                        f"--workdir, or use the same values. To start a new run from its weights, add "
+                        f"--init={path} and another --workdir to the command.")
     if not changes or not step:
         return
     per_epoch = max(1, examples // max(1, then.train.batch_size))
@@ -55,8 +55,8 @@ def require_continuation(path: PurePath, now: Config, then: Config, examples: in
     if not np.array_equal(past_rates(now, per_epoch, step), past_rates(then, per_epoch, step)):
         raise UserError(f"workdir {path} holds a run with another configuration ({render(changes)}): {_why(now, then)}"
                         f", so that the first {step} steps would have had other learning rates. Use the same values"
-                        f"{_kept(now, then)}; or start a new run from these weights with --init={path} and another "
-                        "--workdir.")
+                        f"{_kept(now, then)}; or start a new run from these weights: add --init={path} and another "
+                        "--workdir to the command.")
 
 
 def past_rates(config: Config, steps_per_epoch: int, steps: int) -> np.ndarray:

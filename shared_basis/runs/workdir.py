@@ -137,6 +137,12 @@ class Workdir(MetricsFiles):
         """The latest of `saved_steps`; 0 if there is none."""
         return max(self.saved_steps, default=0)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run has a checkpoint, or was given initial weights; if not, another may take its place."""
+        record = self.read_record()
+        return record is not None and (record["init"] is not None or bool(self.saved_steps))
+
     @contextlib.contextmanager
     def locked(self, patience: float = 2.0, tell: Callable[[str], None] = lambda text: None) -> Iterator[None]:
         """Creates the directory and locks it against other processes that write, until the context ends.
@@ -158,13 +164,14 @@ class Workdir(MetricsFiles):
     def claim(self, record: Mapping[str, Any]) -> None:
         """Assigns the directory to the run `record`, whether new or resumed.
 
-        A resumed run keeps its record, except for configuration fields that may change.
+        A resumed run keeps its record, except for configuration fields that may change. The record of a run that has
+        not begun is replaced, as nothing would be lost.
 
         Raises:
           UserError: see `require`; or the directory holds checkpoints but no run.json, or other runs, or is read-only.
         """
         saved = self.read_record()
-        if saved is not None:
+        if self.has_begun and saved is not None:
             self.require(record)
             record = {**saved, "config": record["config"], "data": {**record["data"], **saved["data"]}}
             if record == saved:
@@ -213,8 +220,12 @@ class Workdir(MetricsFiles):
         return UserError(f"workdir {self.path} cannot be written: {error.strerror}; choose another with --workdir.")
 
 
-def stored_config(workdir: Place) -> Config | None:
+def stored_config(workdir: Place, *, begun: bool = False) -> Config | None:
     """Returns the configuration of the run in `workdir`, or None if there is none; the same in all processes.
+
+    Args:
+      begun: whether to ignore a run that has not begun.
+
 
     Only the first process looks for the record, since a network file system may hide a new file from processes that
     looked for it before it existed.
@@ -225,7 +236,7 @@ def stored_config(workdir: Place) -> Config | None:
     text = ""
     with raise_on_all_processes():
         run = Workdir(workdir)
-        if is_main_process() and run.read_record() is not None:
+        if is_main_process() and (run.has_begun if begun else run.read_record() is not None):
             text = json.dumps(to_dict(run.load()[0]))
     text = from_main_process(text)
     return from_config_dict(json.loads(text)) if text else None

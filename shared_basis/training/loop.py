@@ -173,11 +173,16 @@ class Training:
         self.reporter.debug(f"{text}  gradient norm {values['gradient_norm']:.4g}")
 
     def evaluate(self, state: TrainState, step: int) -> None:
-        """Evaluates and saves `state`; if a signal arrives meanwhile, saves it without metrics and ends the run."""
+        """Evaluates and saves `state`; saves it without metrics if a signal or an error ends the evaluation."""
         try:
             line = self.measure(state)
         except StopNow:
             self.stop(state, step)
+        except UserError:  # e.g. a test image is damaged: the epochs before must not be lost with it
+            if jax.process_count() == 1:  # others do not know of it, and saving needs all
+                self.save(state, step, None)
+                self.checkpoints.wait()
+            raise
         self.require_finite(line, step)
         self.checkpoints.wait()  # completes the previous save, so that a kill loses at most one interval
         if is_main_process():

@@ -135,7 +135,7 @@ def begins(run: Workdir, init: Init | None) -> bool:
 
 def _begins(run: Workdir, init: Init | None) -> bool:
     record = run.read_record()
-    if record is None:
+    if record is None or not run.has_begun:
         if init is not None:
             find_weights(init.source)
         return init is not None

@@ -122,7 +122,7 @@ def _set_up(config: Config, run: Workdir, init: Init | None, own: Own, mesh: Mes
     Raises:
       UserError: see `train`.
     """
-    saved = stored_config(run.path)
+    saved = stored_config(run.path, begun=True)
     start, fresh = None, begins(run, init)
     config = config if fresh else with_chosen_ranks(config, run, init)
     with raise_on_all_processes(), memory.oom_as_user_error(config):
@@ -200,6 +200,8 @@ def _claimed(run: Workdir, record: dict[str, Any], reporter: Reporter) -> Iterat
         with raise_on_all_processes():
             if is_main_process():
                 stack.enter_context(run.locked(tell=reporter.info))
+                if run.read_record() is not None and not run.has_begun:
+                    reporter.info(f"the run in {run.path} has saved nothing; it begins anew")
                 run.claim(record)
         with raise_on_all_processes():
             record["init"] = run.require(record)["init"]

@@ -70,6 +70,15 @@ def test_a_workdir_alone_means_its_run_with_what_is_set() -> None:
 
 
 @pytest.mark.usefixtures("desk")
+def test_a_new_run_from_the_weights_of_another_takes_its_recipe() -> None:
+    config, _, workdir = read("--init=run:best", "--workdir=new", "--config.train.epochs=40")
+    assert workdir == "new"
+    assert config == replace(read("--workdir=run").config, {"train.epochs": 40})
+    assert read("--init=run", "--images=photos").config.data.name == "folder"
+    assert read("--init=run", CIFAR).config.data.name == "cifar10"
+
+
+@pytest.mark.usefixtures("desk")
 def test_compression_takes_the_configuration_of_its_source() -> None:
     config, _, workdir = read("--mode=compress", "--source=run", "--config.model.name=resnet20-s8u1")
     assert config == replace(RUN, {"model.name": "resnet20-s8u1", "name": "mine-resnet20-s8u1"})

@@ -29,7 +29,7 @@ def go_on(now: Config, then: Config, step: int = STEPS) -> None:
 
 
 OTHER_VALUES = {"name": "other", "train.eval_batch_size": 7, "train.evaluate_every": 5,
-                "train.checkpoint_minutes": 7.5, "data.placement": "stream",
+                "train.checkpoint_minutes": 7.5, "data.placement": "stream", "data.on_broken": "skip",
                 "data.workers": 2, "data.directory": "/moved", "data.manual_directory": "/moved"}
 
 
@@ -135,6 +135,23 @@ def test_the_record_holds_what_a_run_goes_on_with(tmp_path: Path) -> None:
     with user_error("has trained 2 epochs already"):
         run.claim(make_record(replace(CONSTANT, {"train.epochs": 1}), DATA))
     assert run.load()[0] == longer
+
+
+def test_a_run_that_has_saved_nothing_gives_way(tmp_path: Path) -> None:
+    run = Workdir(tmp_path / "run")
+    run.claim(make_record(CONSTANT, DATA, "first device"))
+    (run.checkpoints / "10.orbax-checkpoint-tmp").mkdir(parents=True)
+    other = make_record(FALLING, {**DATA, "train_examples": 1}, "second device")
+    assert not run.has_begun
+    run.claim(other)
+    assert run.read_record() == other
+    (run.checkpoints / "10").mkdir()
+    assert run.has_begun
+    with user_error("another configuration"):
+        run.claim(make_record(COSINE, DATA))
+    given = Workdir(tmp_path / "given")
+    given.claim(make_record(CONSTANT, DATA, init={"source": "weights"}))
+    assert given.has_begun  # even if its first checkpoint was lost
 
 
 def test_directories_are_recorded_as_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

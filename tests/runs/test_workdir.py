@@ -31,9 +31,10 @@ def record(config: Config = CONFIG, **facts: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Workdir:
-    """Returns a workdir, below directories that are yet to be made, that holds the run of `CONFIG`."""
+    """Returns a workdir, below directories that are yet to be made, that holds the run of `CONFIG`, which has begun."""
     workdir = Workdir(tmp_path / "runs" / "deep")
     workdir.claim(record())
+    (workdir.checkpoints / "0").mkdir(parents=True)
     return workdir
 
 
@@ -153,7 +154,8 @@ def test_rewinding_drops_what_comes_after_the_step(run: Workdir) -> None:
     run.rewind_metrics(10)
     run.append_metrics({"step": 20})
     assert [line["step"] for line in run.metrics()] == [5, 10, 20]
-    assert sorted(path.name for path in run.path.iterdir()) == ["metrics.csv", "metrics.jsonl", "run.json"]
+    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints", "metrics.csv", "metrics.jsonl",
+                                                                "run.json"]
 
 
 def table(run: Workdir) -> list[dict[str, str]]:

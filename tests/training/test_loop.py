@@ -19,6 +19,7 @@ import pytest
 from helpers import Watcher, assert_trees_equal, read_arrays, read_metrics, user_error
 
 from shared_basis.config import Config, TrainConfig, replace
+from shared_basis.errors import UserError
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.workdir import Workdir, make_record
 from shared_basis.runtime.memory import Memory
@@ -273,6 +274,17 @@ def test_a_run_in_a_thread_leaves_signals_to_the_program(tmp_path: Path, whole: 
     with ThreadPoolExecutor(1) as threads:
         threads.submit(loop, tmp_path, fake_program()).result()
     assert read_metrics(tmp_path) == read_metrics(whole)
+
+
+def test_what_was_trained_before_an_evaluation_that_fails_is_saved(whole: Path, tmp_path: Path) -> None:
+    def fail(*_: Any) -> dict[str, float]:
+        raise UserError("an image is damaged")
+    with user_error("an image is damaged"):
+        loop(tmp_path, fake_program(evaluate={"test": fail}))
+    assert saved(tmp_path) == [5]
+    assert loop(tmp_path, fake_program()).steps == list(range(6, 16))
+    assert read_metrics(tmp_path) == read_metrics(whole)
+    assert_trees_equal(read_arrays(tmp_path, 15), read_arrays(whole, 15))
 
 
 def test_a_second_signal_acts_as_usual() -> None:

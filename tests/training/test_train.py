@@ -45,6 +45,7 @@ from shared_basis.config import (
 )
 from shared_basis.data import feeds
 from shared_basis.runs.checkpoints import Checkpoints
+from shared_basis.runs.workdir import Workdir
 from shared_basis.runtime.distributed import make_mesh, replicated
 from shared_basis.runtime.preemption import Interrupted
 from shared_basis.runtime.reporter import Reporter
@@ -209,6 +210,17 @@ def test_sizes_that_do_not_fit_are_told_before_the_workdir_is_made(tmp_path: Pat
     with user_error(*parts):
         run(tmp_path / "run", replace(CONFIG, fields))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_advice_can_be_followed_in_the_workdir_of_a_run_that_has_saved_nothing(finished: Any, tmp_path: Path) -> None:
+    """As if a run had ended for lack of memory, or at a broken image, before its first checkpoint."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    _, reporter = run(tmp_path / "run", replace(CONFIG, {"train.batch_size": 20, "data.on_broken": "skip"}))
+    assert "has saved nothing; it begins anew" in reporter.text.getvalue()
+    assert reporter.steps[0] == 1
+    assert {line["step"] for line in read_metrics(tmp_path / "run")} <= set(reporter.steps)
+    assert Workdir(tmp_path / "run").load()[0].train.batch_size == 20
 
 
 def test_a_batch_that_the_run_has_settled_must_fit_the_devices(finished: Any, tmp_path: Path) -> None:
