@@ -124,7 +124,7 @@ def _draw(panel: Panel, axes: Axes) -> None:
     from matplotlib.ticker import FixedLocator, NullLocator
     from matplotlib.transforms import ScaledTranslation
 
-    axes.set_title(panel.title)
+    axes.set_title(panel.title, fontsize=9.5)
     set_log(axes, "x")
     axes.xaxis.set_major_locator(FixedLocator([lead * 10**power for power in range(5) for lead in TICKS]))
     axes.xaxis.set_minor_locator(NullLocator())
