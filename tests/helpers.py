@@ -32,7 +32,7 @@ from shared_basis.models.registry import FAMILIES, Family, register
 from shared_basis.models.resnet import ResNet
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.trained import build_model
-from shared_basis.runs.workdir import Workdir, make_record
+from shared_basis.runs.workdir import FILES, Workdir, make_record
 from shared_basis.runtime.reporter import Reporter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,6 +145,8 @@ def save_run(path: Path, config: Config, accuracies: Mapping[int, float]) -> Pat
     spec = data.describe(config.data)
     record = make_record(config, {"classes": list(spec.classes), "image_shape": list(spec.image_shape),
                                   "train_examples": 1, "test_examples": 1})
+    if config.data.name == "folder":
+        record["data"][FILES] = data.fingerprint(data.open_source(config.data).splits)
     run = Workdir(path)
     run.claim(record)
     checkpoints = Checkpoints(run.checkpoints)

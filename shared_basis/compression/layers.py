@@ -23,7 +23,7 @@ from shared_basis.errors import UserError
 from shared_basis.models import Network, create_model, family_of, plain_counterpart
 from shared_basis.nn.types import Path
 from shared_basis.runs.origin import Origin
-from shared_basis.runs.trained import build_model
+from shared_basis.runs.trained import build_model, warn_if_redrawn
 from shared_basis.runtime import memory
 from shared_basis.runtime.reporter import Reporter
 
@@ -128,6 +128,8 @@ def load_images(config: Config, origin: Origin, calibration: int | None, tests: 
         raise UserError(f"--calibration={calibration}: must be a number of training images, or 0 for none.")
     names = (*(("train",) if calibration != 0 else ()), *(("test",) if tests else ()))
     source = data.open_source(config.data, names, known, reporter)
+    if tests:
+        warn_if_redrawn(source, config.data, origin.config.data, origin.files, reporter)
     splits = {name: source.splits[name] for name in names}
     if "train" in splits:
         total = len(splits["train"])

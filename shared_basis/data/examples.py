@@ -63,6 +63,8 @@ class Source:
     splits: Mapping[str, Examples]
     note: str = ""
     """A remark for the user on one line, or empty."""
+    single_tree: bool = False
+    """Whether the test images are drawn from the single tree of a folder, so that they depend on all of its files."""
 
 
 @dataclasses.dataclass(frozen=True)

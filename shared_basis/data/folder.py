@@ -142,7 +142,7 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
     own_size = known is not None and config.image_size in (0, known.image_shape[0])
     shape = known.image_shape if known and own_size else (*_first_size(config, first), 3)
     return Source(Spec(shape, classes), {split: part for split, part in parts.items() if split in wanted},
-                  others.render())
+                  others.render(), single_tree=not directories)
 
 
 def prepare(config: DataConfig, reporter: Reporter) -> str:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -76,4 +77,4 @@ def open_source(config: DataConfig, names: Sequence[str] = SPLITS, known: Spec |
         if getattr(source.spec, field) != getattr(known, field):
             raise UserError(f"the images of data.name={config.name!r} have other {field.replace('_', ' ')} than those "
                             "that the run was trained on.")
-    return Source(source.spec, select(config, source.splits), source.note)
+    return dataclasses.replace(source, splits=select(config, source.splits))

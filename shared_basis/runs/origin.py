@@ -41,6 +41,8 @@ class Origin:
     mesh: Mesh
     model: Network
     variables: Variables
+    files: str | None = None
+    """See `Trained.files`; None for a file of weights."""
 
     @classmethod
     def of_run(cls, workdir: str | os.PathLike[str], which: str = "latest",
@@ -52,7 +54,7 @@ class Origin:
         """
         trained = Trained.open(os.fspath(workdir), which, overrides)
         return cls(str(trained.run.path), trained.step, trained.config, trained.spec, True, trained.mesh,
-                   trained.model, trained.variables)
+                   trained.model, trained.variables, trained.files)
 
     @property
     def where(self) -> str:

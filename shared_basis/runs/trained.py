@@ -81,6 +81,8 @@ class Trained:
     """The run's own data configuration: where its images are and how they were split."""
     images: DataConfig
     """The data configuration of the images to score, from `config`; see `open_source`."""
+    files: str | None
+    """The fingerprint of the run's own folder of images when the run began; None if unknown or not a folder."""
 
     @classmethod
     def open(cls, workdir: Place, which: str = "latest", overrides: Mapping[str, Any] | None = None) -> Trained:
@@ -107,9 +109,10 @@ class Trained:
             spec = data.Spec(tuple(record["data"]["image_shape"]), tuple(record["data"]["classes"]))
             model = build_model(config, spec)
             variables = _restore(checkpoints, step, config, model, spec, mesh)
-        other = _is_another_folder(config.data, own, record["data"].get(FILES))
+        files = record["data"].get(FILES)
+        other = _is_another_folder(config.data, own, files)
         images = _all_of_it(config.data, spec, overrides or {}) if other else config.data
-        return cls(run, config, spec, mesh, checkpoints, step, model, variables, own, images)
+        return cls(run, config, spec, mesh, checkpoints, step, model, variables, own, images, files)
 
     def at(self, step: int) -> Trained:
         """Restores another checkpoint of the same run.
@@ -124,14 +127,17 @@ class Trained:
         """Opens the run's test images, or those of another folder given by the overrides.
 
         All images of another folder are test images, unless it has split directories or `data.test` is overridden too.
-        They are resized to the run's size and converted to its channels.
+        They are resized to the run's size and converted to its channels. See also `warn_if_redrawn`.
 
         Raises:
           UserError: see `data.open_source`; the images must have the run's classes.
         """
         source = data.open_source(self.images, ("test",), self.spec, reporter)
-        if reporter is not None and self.images is not self.config.data:
-            own = self.own_images
+        if reporter is None:
+            return source
+        own = self.own_images
+        warn_if_redrawn(source, self.images, own, self.files, reporter)
+        if self.images is not self.config.data:
             gone = own.name == "folder" and not os.path.isdir(os.path.expanduser(own.directory))
             moved = (f"; if it is the same folder, moved, --config.data.test={own.test:g} scores only its test part"
                      if gone else "")
@@ -187,21 +193,37 @@ def load_run(workdir: str | os.PathLike[str], checkpoint: str | int = "latest") 
     return LoadedRun(trained.model, trained.variables, trained.spec.classes)
 
 
-def _is_another_folder(config: DataConfig, own: DataConfig, files: str | None) -> bool:
-    """Returns whether the images of `config` are a different folder from the run's `own`, which may have been moved.
+def warn_if_redrawn(source: data.Source, config: DataConfig, own: DataConfig, files: str | None,
+                    reporter: Reporter) -> None:
+    """Warns if the test images of a run were drawn again from its own folder, whose files have changed.
 
     Args:
-      files: the fingerprint of the run's folder; None for runs of earlier versions.
+      source: the images to score, of `config`.
+      own, files: the run's own data configuration and fingerprint; see `Trained`.
     """
-    def place(images: DataConfig) -> str:
-        return os.path.realpath(os.path.expanduser(images.directory)) if images.name == "folder" else ""
+    if source.single_tree and files and _place(config) == _place(own) and not _has_files(own, config.directory, files):
+        reporter.warn(f"the files in {config.directory} have changed since the run began: its test images are drawn "
+                      "again, and may include training images.")
 
-    if config.name != "folder" or place(config) == place(own):
+
+def _is_another_folder(config: DataConfig, own: DataConfig, files: str | None) -> bool:
+    """Returns whether the images of `config` are a different folder from the run's `own`, which may have been moved."""
+    if config.name != "folder" or _place(config) == _place(own):
         return False
+    return own.name != "folder" or not files or not _has_files(own, config.directory, files)
+
+
+def _place(images: DataConfig) -> str:
+    return os.path.realpath(os.path.expanduser(images.directory)) if images.name == "folder" else ""
+
+
+def _has_files(own: DataConfig, directory: str, files: str) -> bool:
+    """Returns whether `directory`, split as in `own`, has the fingerprint `files`."""
     try:
-        return not files or data.fingerprint(data.open_source(config).splits) != files
+        source = data.open_source(dataclasses.replace(own, directory=directory))
     except UserError:  # not valid for training, but possibly for scoring
-        return True
+        return False
+    return data.fingerprint(source.splits) == files
 
 
 def _all_of_it(config: DataConfig, spec: data.Spec, overrides: Mapping[str, Any]) -> DataConfig:

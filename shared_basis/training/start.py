@@ -27,7 +27,7 @@ from shared_basis.optim.optimizer import Descent
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.origin import Origin, fit
 from shared_basis.runs.trained import Variables, build_model
-from shared_basis.runs.workdir import Workdir, make_record
+from shared_basis.runs.workdir import FILES, Workdir, make_record
 from shared_basis.runtime.distributed import (
     is_main_process,
     make_mesh,
@@ -260,10 +260,12 @@ def start_run(config: Config, workdir: Place, model: Network, spec: data.Spec, v
       The number of parameters.
 
     Raises:
-      UserError: the workdir holds a different run, or cannot be written.
+      UserError: the workdir holds a different run, or cannot be written; or a folder of images cannot be opened.
     """
-    record = make_record(config, {"classes": list(spec.classes), "image_shape": list(spec.image_shape)}, init=init)
-    run = Workdir(workdir)
+    about = {"classes": list(spec.classes), "image_shape": list(spec.image_shape)}
+    if config.data.name == "folder":  # other data need not be prepared yet
+        about[FILES] = data.fingerprint(data.open_source(config.data).splits)
+    record, run = make_record(config, about, init=init), Workdir(workdir)
     with run.locked(tell=tell):
         run.claim(record)
         checkpoints = Checkpoints(run.checkpoints)

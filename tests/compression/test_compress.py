@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from helpers import TINY, make_images, read_metrics, tiny_network, user_error, write_folder
+from helpers import TINY, make_images, read_metrics, save_run, tiny_network, user_error, write_folder
 from PIL import Image
 
 from configs import digits_resnet
@@ -285,6 +286,22 @@ def test_images_are_scored_before_and_after(run: Path, tmp_path: Path) -> None:
     images = make_images(8)[0]
     new, old = Trained.open(tmp_path / "new"), Trained.open(run)
     np.testing.assert_allclose(new.classifier()(images), old.classifier()(images), atol=1e-4)
+
+
+def test_test_images_that_are_drawn_again_are_told(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "images", [*map(str, range(10))], 4) / "train"  # from which test images are drawn
+    fields = {"data.name": "folder", "data.directory": str(root), "data.train_examples": 0, "data.test_examples": 0}
+    config = replace(config_of("small"), fields)
+    origin = layers.open_plain(save_run(tmp_path / "source", config, {0: 0.5}))
+
+    def told() -> str:
+        text = io.StringIO()
+        layers.load_images(config, origin, 0, True, Reporter(text))
+        return text.getvalue()
+
+    assert "changed" not in told()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(root / "3" / "new.png")
+    assert "have changed since the run began" in told()
 
 
 @pytest.fixture(scope="module")

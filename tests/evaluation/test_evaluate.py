@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from helpers import TINY, save_run, user_error, write_folder
 from PIL import Image
 
-from shared_basis import data
 from shared_basis.config import Config, DataConfig, ModelConfig, folder_fields
 from shared_basis.evaluation import evaluate, predict
-from shared_basis.runs.workdir import FILES
 from shared_basis.runtime.reporter import Reporter
 
 
@@ -122,20 +122,49 @@ def test_a_folder_that_was_moved_can_be_scored_as_before(run: Path, tree: Path, 
     assert "if it is the same folder, moved, --config.data.test=0.2 scores only its test part" in text.getvalue()
 
 
-def test_a_folder_that_was_moved_is_known_by_its_files(run: Path, tree: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def drawn(tree: Path, tmp_path: Path) -> Path:
+    """Returns the workdir of a run on `tree`, from which its test images are drawn, with checkpoint 10."""
     config = Config(model=ModelConfig(name=TINY), data=DataConfig(name="folder", directory=str(tree), image_size=8))
-    moved = save_run(tmp_path / "run", config, {10: 0.9})
-    record = json.loads((moved / "run.json").read_text())
-    record["data"][FILES] = data.fingerprint(data.open_source(config.data).splits)
-    (moved / "run.json").write_text(json.dumps(record))
-    before = evaluate.evaluate(moved, "10")
+    return save_run(tmp_path / "drawn", config, {10: 0.9})
+
+
+def test_a_folder_that_was_moved_is_known_by_its_files(drawn: Path, tree: Path, tmp_path: Path) -> None:
+    before = evaluate.evaluate(drawn, "10")
     here = {"data.directory": str(tree.rename(tmp_path / "elsewhere"))}
     text = io.StringIO()
-    assert evaluate.evaluate(moved, "10", here, Reporter(text)) == before
+    assert evaluate.evaluate(drawn, "10", here, Reporter(text)) == before
     assert before["test_examples"] == 2
+    assert evaluate.evaluate(drawn, "10", {**here, "data.test_examples": 1}, Reporter(text))["test_examples"] == 1
     assert "another folder" not in text.getvalue()
     (tmp_path / "elsewhere" / "cat" / "0.png").rename(tmp_path / "elsewhere" / "cat" / "9.png")
-    assert evaluate.evaluate(moved, "10", here)["test_examples"] == 10
+    assert evaluate.evaluate(drawn, "10", here)["test_examples"] == 10
+
+
+def test_test_images_that_are_drawn_again_are_told(drawn: Path, tree: Path) -> None:
+    def told(**overrides: Any) -> str:
+        text = io.StringIO()
+        evaluate.evaluate(drawn, "10", overrides, Reporter(text))
+        return text.getvalue()
+
+    assert "changed" not in told() + told(**{"data.test_examples": 1})
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tree / "cat" / "new.png")
+    for text in (told(), told(**{"data.directory": f"{tree}/../tree"})):
+        assert f"the files in {tree}" in text
+        assert "have changed since the run began" in text
+        assert "may include training images" in text
+    shutil.rmtree(tree / "dog")  # what is left could not be trained on
+    assert "have changed" in told()
+
+
+def test_test_images_of_their_own_may_change(tmp_path: Path) -> None:
+    images = write_folder(tmp_path / "images", classes=("cat", "dog"), count=1)
+    config = Config(model=ModelConfig(name=TINY), data=DataConfig(name="folder", directory=str(images)))
+    path = save_run(tmp_path / "run", config, {10: 0.9})
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(images / "test" / "cat" / "new.png")
+    text = io.StringIO()
+    assert evaluate.evaluate(path, "10", reporter=Reporter(text))["test_examples"] == 3
+    assert "changed" not in text.getvalue()
 
 
 def test_a_run_on_other_data_is_scored_on_a_folder(tmp_path: Path, tree: Path) -> None:

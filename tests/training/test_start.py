@@ -215,6 +215,19 @@ def test_outputs_of_a_file_are_taken_in_order_which_is_said(images: Path, tmp_pa
         import_weights(config, tmp_path / "run", str(path), reporter)
 
 
+def test_the_folder_of_an_imported_run_is_known_where_it_has_moved(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    shutil.copytree(images / "train", tmp_path / "tree" / "here")
+    shutil.copytree(images / "test", tmp_path / "tree" / "here", dirs_exist_ok=True, copy_function=lambda old, new: (
+        shutil.copy(old, f"{new}.png")))  # two images of each class, one of which is drawn for testing
+    config = on_folder(tmp_path / "tree" / "here")
+    path, _ = write_weights(tmp_path / "w.pth", config, 12)
+    import_weights(config, tmp_path / "run", str(path), Listener())
+    (tmp_path / "tree" / "here").rename(tmp_path / "tree" / "there")
+    found = evaluate(tmp_path / "run", overrides={"data.directory": str(tmp_path / "tree" / "there")})
+    assert found["test_examples"] == 12
+
+
 def test_a_list_names_the_outputs_of_a_file(images: Path, tmp_path: Path) -> None:
     config, reporter = on_folder(images), Listener()
     path, variables = write_weights(tmp_path / "w.pth", config, 14)
