@@ -42,6 +42,9 @@ def read(values: flags.FlagValues, trained: bool) -> Configuration:
         directory.
     """
     set_by_user = config_flags.get_override_values(values["config"])
+    if "model.name" in set_by_user and "name" not in set_by_user:
+        network = str(values["config.model.name"].default)  # the recipe's
+        values.config.name = named_for(values.config.name, network, values.config.model.name)
     images = _images(values, set_by_user)
     overrides = {**images, **set_by_user}
     if trained:
@@ -65,7 +68,7 @@ def read(values: flags.FlagValues, trained: bool) -> Configuration:
     else:
         config = replace(then, overrides)
         if config.model.name != then.model.name and "name" not in overrides:
-            config = replace(config, {"name": named_for(then, config.model.name)})
+            config = replace(config, {"name": named_for(then.name, then.model.name, config.model.name)})
     return Configuration(config, overrides, _workdir(values, config.name, images))
 
 

@@ -172,12 +172,12 @@ def check_alike(config: Config, origin: Origin, spec: data.Spec) -> None:
 
 def named(config: Config, name: str) -> Config:
     """Returns `config` with the network `name`, and the run named as recipes do."""
-    return replace(config, {"model.name": name, "name": named_for(config, name)})
+    return replace(config, {"model.name": name, "name": named_for(config.name, config.model.name, name)})
 
 
-def named_for(config: Config, network: str) -> str:
-    """Returns the name of the run `config` with its network's name replaced by `network`."""
-    return f"{config.name.removesuffix(config.model.name).rstrip('-')}-{network}".lstrip("-")
+def named_for(run: str, network: str, other: str) -> str:
+    """Returns the name `run` of a run of `network` as that of a run of the network `other`."""
+    return run if other == network else f"{run.removesuffix(network).rstrip('-')}-{other}".lstrip("-")
 
 
 def factorised(plain: PlainLayers, network: Network,

@@ -51,6 +51,17 @@ def test_names_of_folders_become_names_of_runs(desk: Path) -> None:
 
 
 @pytest.mark.usefixtures("desk")
+def test_a_run_is_named_after_the_network_however_it_is_given() -> None:
+    other = "--config.model.name=resnet32-s8u1"
+    config, _, workdir = read("--images=photos", other)
+    assert (config.model.name, config.name) == ("resnet32-s8u1", "photos-resnet32-s8u1")
+    assert workdir == "runs/photos-resnet32-s8u1"
+    assert read(f"{CIFAR}:resnet20", other).workdir == "runs/cifar_resnet-resnet32-s8u1"
+    assert read(f"{CIFAR}:resnet20", "--config.model.name=resnet20").workdir == "runs/cifar_resnet-resnet20"
+    assert read(f"{CIFAR}:resnet20", other, "--config.name=x").workdir == "runs/x"
+
+
+@pytest.mark.usefixtures("desk")
 def test_images_replace_the_data_of_another_recipe() -> None:
     config, overrides, workdir = read(f"{CIFAR}:resnet20", "--images=photos", "--config.data.image_size=32")
     assert config.data == DataConfig(name="folder", directory="photos", image_size=32, mean=(0.485, 0.456, 0.406),
