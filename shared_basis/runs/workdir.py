@@ -13,9 +13,10 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from shared_basis.config import FORMAT, Config, from_config_dict, in_present_terms, to_dict
@@ -189,6 +190,18 @@ class Workdir(MetricsFiles):
             self.files.write({"run.json": json.dumps(record, indent=2) + "\n"})
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def require_outside(self, images: str) -> None:
+        """Checks that the directory is not in the directory `images`, where its own would become classes.
+
+        Raises:
+          UserError: it is.
+        """
+        root = Path(os.path.realpath(absolute(images)))
+        if isinstance(self.path, Path) and Path(os.path.realpath(self.path)).is_relative_to(root):
+            outside = os.path.relpath(root.parent / "runs" / self.path.name)
+            raise UserError(f"workdir {self.path} is in the folder of images {root}, whose directories are classes; "
+                            f"choose one outside of it, such as --workdir={outside}.")
 
     def require(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the stored record after checking that it belongs to the run `record`.

@@ -18,7 +18,7 @@ from shared_basis import data
 from shared_basis.compression import compress as compressing
 from shared_basis.compression.compress import compress
 from shared_basis.compression.layers import open_plain
-from shared_basis.config import Config, replace
+from shared_basis.config import Config, DataConfig, replace
 from shared_basis.errors import UserError
 from shared_basis.interop.weights import find_weights, open_file, open_weights
 from shared_basis.models import Network, plain_counterpart
@@ -191,7 +191,7 @@ def import_weights(config: Config, workdir: Place, file: str, reporter: Reporter
 
     Raises:
       UserError: the file does not match this network (see `load_pytorch_weights`), or the workdir already holds
-        checkpoints.
+        checkpoints or is among the images.
     """
     if reporter is None:
         with Reporter() as printing:
@@ -201,7 +201,7 @@ def import_weights(config: Config, workdir: Place, file: str, reporter: Reporter
     if not os.path.isfile(file):
         problem = "is a directory" if os.path.isdir(file) else "no such file"
         raise UserError(f"--weights={file}: {problem}; give a file of PyTorch weights, or train with --init=RUN.")
-    require_new(workdir)
+    require_new(workdir, config.data)
     spec = data.describe(config.data)
     origin = open_file(file, config, spec, classes, reporter)
     config = replace(config, {f"data.{name}": getattr(origin.config.data, name) for name in ("mean", "std")
@@ -225,10 +225,11 @@ def compress_run(config: Config, workdir: Place, source: str, reporter: Reporter
       `workdir` and the report of `Compressed`.
 
     Raises:
-      UserError: see `shared_basis.compression.compress.compress`; or `workdir` already holds checkpoints.
+      UserError: see `shared_basis.compression.compress.compress`; or `workdir` already holds checkpoints or is
+        among the images.
     """
     origin = None if os.path.isfile(source) else open_plain(source, which)
-    require_new(workdir)
+    require_new(workdir, config.data)
     compressing.check_target(config, budget, measure)
     if origin is None:
         origin = open_file(source, config, data.describe(config.data), "", reporter)
@@ -237,9 +238,11 @@ def compress_run(config: Config, workdir: Place, source: str, reporter: Reporter
     return {"workdir": str(workdir), **(start.report or {})}
 
 
-def require_new(workdir: Place) -> None:
-    """Raises `UserError` if `workdir` holds checkpoints."""
+def require_new(workdir: Place, images: DataConfig) -> None:
+    """Raises `UserError` if `workdir` holds checkpoints, or is among the `images`."""
     run = Workdir(workdir)
+    if images.name == "folder" and data.open_source(images).single_tree:
+        run.require_outside(images.directory)
     if Checkpoints(run.checkpoints, read_only=True).steps:
         raise UserError(f"workdir {run.path} already holds checkpoints; choose a new --workdir.")
 

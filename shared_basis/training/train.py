@@ -68,7 +68,8 @@ def train(config: Config, workdir: Place, reporter: Reporter | None = None, *,
       `best_epoch`, `best_test_accuracy` and `chosen_on`: 'validation', or 'test' for the published protocol.
 
     Raises:
-      UserError: the configuration does not fit the data or the devices, or the workdir holds another run.
+      UserError: the configuration does not fit the data or the devices, or the workdir holds another run or is
+        among the images.
       TypeError, ValueError: a user-supplied function returns an invalid value.
       Interrupted: a signal arrived; the run was saved, and the same call resumes it.
     """
@@ -128,6 +129,8 @@ def _set_up(config: Config, run: Workdir, init: Init | None, own: Own, mesh: Mes
     with raise_on_all_processes(), memory.oom_as_user_error(config):
         weights = normalization_of(init.source) if init is not None and fresh else None
         config, source, model, comparison = _open(config, saved, weights, mesh, reporter)
+        if source.single_tree:
+            run.require_outside(config.data.directory)
         if saved is not None and is_main_process():  # before images are decoded, which may take long
             require_continuation(run.path, config, saved, len(source.splits["train"]), run.latest_step)
     with raise_on_all_processes(), memory.oom_as_user_error(config):

@@ -27,7 +27,7 @@ from shared_basis.models.parameters import init_variables
 from shared_basis.runs.trained import Trained, build_model
 from shared_basis.runs.workdir import Workdir
 from shared_basis.runtime.reporter import Reporter
-from shared_basis.training.start import Init, Start, import_weights
+from shared_basis.training.start import Init, Start, compress_run, import_weights
 from shared_basis.training.start import make as make_start
 from shared_basis.training.train import train
 
@@ -226,6 +226,22 @@ def test_the_folder_of_an_imported_run_is_known_where_it_has_moved(images: Path,
     (tmp_path / "tree" / "here").rename(tmp_path / "tree" / "there")
     found = evaluate(tmp_path / "run", overrides={"data.directory": str(tmp_path / "tree" / "there")})
     assert found["test_examples"] == 12
+
+
+def test_a_run_among_its_images_is_refused(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, it would be a class of the next command."""
+    shutil.copytree(images / "train", tmp_path / "tree")
+    for name in range(12):
+        shutil.copy(tmp_path / "tree" / str(name) / "0.png", tmp_path / "tree" / str(name) / "1.png")
+    monkeypatch.chdir(tmp_path / "tree")
+    config = on_folder(Path("."))
+    path, _ = write_weights(tmp_path / "w.pth", config, 12)
+    for begin in (lambda: train(config, "runs/x", Listener()), lambda: train(config, tmp_path / "tree", Listener()),
+                  lambda: import_weights(config, "runs/x", str(path), Listener()),
+                  lambda: compress_run(config, "runs/x", str(path), Listener())):
+        with user_error(str(tmp_path / "tree"), "classes", "--workdir=../runs/"):
+            begin()
+    assert not Path("runs").exists()
 
 
 def test_a_list_names_the_outputs_of_a_file(images: Path, tmp_path: Path) -> None:
