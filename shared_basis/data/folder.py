@@ -130,13 +130,13 @@ def open_source(config: DataConfig, names: Sequence[str], known: Spec | None = N
     if directories:
         count_beside(root, directories.values(), others)
         directories = {split: path for split, path in directories.items() if not known or split in wanted}
-    trees = {split: _list_tree(root, directory, least, others)
+    trees = {split: _list_tree(root, directory, directories.get("train"), least, others)
              for split, directory in (directories or {"": root}).items()}
     classes = known.classes if known else _common_classes(trees, directories or {"": root})
     parts = {split: _examples(root, tree, classes, config) for split, tree in trees.items()}
     first = parts["train" if "train" in parts else next(iter(parts))]
     if not directories:
-        parts = _divide(config, parts[""], classes)
+        parts = _divide(config, parts[""], classes, known)
     if config.validation == AUTO_VALIDATION and "train" in parts and "validation" not in parts:
         parts |= _hold_out(parts["train"], config.split_seed)
     own_size = known is not None and config.image_size in (0, known.image_shape[0])
@@ -181,10 +181,14 @@ def _root(config: DataConfig) -> Path:
     return root
 
 
-def _list_tree(root: Path, directory: Path, least: int, others: PassedOver) -> dict[str, list[str]]:
+def _list_tree(root: Path, directory: Path, train: Path | None, least: int,
+               others: PassedOver) -> dict[str, list[str]]:
     """Returns the sorted paths of the images in `directory`, relative to `root`, by class; at least `least` classes.
 
     Class names are normalised to Unicode's composed form, independently of the file system.
+
+    Args:
+      train: the directory of the training images, if the folder has splits.
     """
     entries = scan(directory)
     folders = [entry for entry in entries if is_directory(entry)]
@@ -205,19 +209,21 @@ def _list_tree(root: Path, directory: Path, least: int, others: PassedOver) -> d
             if not name or name == Path(path).stem:
                 raise UserError(f"{directory} holds no class directories, and the file name {Path(path).name!r} is not "
                                 f"a class followed by a number, such as cat.12.jpg; {_LAYOUT}. "
-                                f"{_parent_hint(directory)}".rstrip())
+                                f"{_hint(root, directory, train)}".rstrip())
             tree.setdefault(name, []).append(path)
     if len(tree) < least:
         names = "".join(f", {name!r}" for name in tree)
         raise UserError(f"{directory} holds {len(tree)} class{'es' if len(tree) != 1 else ''}{names}; at least {least} "
                         f"class{'es are' if least > 1 else ' is'} needed. "
-                        f"{'' if folders else _parent_hint(directory)}{_LAYOUT[0].upper()}{_LAYOUT[1:]}.")
+                        f"{'' if folders else _hint(root, directory, train)}{_LAYOUT[0].upper()}{_LAYOUT[1:]}.")
     start = len(os.path.join(root, ""))
     return {name: [path[start:] for path in tree[name]] for name in sorted(tree)}
 
 
-def _parent_hint(directory: Path) -> str:
-    """Returns a sentence if `directory`, which holds no class directories, may itself be a class of its parent."""
+def _hint(root: Path, directory: Path, train: Path | None) -> str:
+    """Returns a sentence on what to give instead if `directory` of the folder `root` holds no class directories."""
+    if directory != root:  # a split, usually test images without labels
+        return "" if train in (None, directory) else f"To hold out training images for testing, give --images={train}. "
     beside = [entry.name for entry in scan(directory.absolute().parent) if is_directory(entry)]
     return (f"If {directory.name} is itself a class, like {', '.join(beside[:3])}, give {directory.parent}. "
             if len(beside) > 1 else "")
@@ -246,7 +252,8 @@ def _examples(root: Path, tree: Mapping[str, Sequence[str]], classes: Sequence[s
                            np.repeat(np.array([labels[name] for name in tree], np.int32), counts))
 
 
-def _divide(config: DataConfig, tree: FileExamples, classes: Sequence[str]) -> dict[str, FileExamples]:
+def _divide(config: DataConfig, tree: FileExamples, classes: Sequence[str],
+            known: Spec | None) -> dict[str, FileExamples]:
     """Holds out a fraction `config.test` of each class of a single tree as test, drawn with `config.split_seed`."""
     test = np.zeros(len(tree), bool)
     for label, order in _drawn(tree, config.split_seed):
@@ -254,8 +261,9 @@ def _divide(config: DataConfig, tree: FileExamples, classes: Sequence[str]) -> d
         if config.test < 1:
             held = min(held, len(order) - 1)
         if not held:
+            instead = ", or evaluate on all with --config.data.test=1.0" if known else ""  # none would be left to train
             raise UserError(f"data.directory={config.directory!r}: class {classes[label]!r} has one image, but one "
-                            "must be held out for testing; add images, or evaluate on all with --config.data.test=1.0.")
+                            f"must be held out for testing; add images{instead}.")
         test[order[:held]] = True
     return {"train": tree.take(np.flatnonzero(~test)), "test": tree.take(np.flatnonzero(test))}
 

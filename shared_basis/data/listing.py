@@ -28,7 +28,7 @@ OTHERS_DIRECTORIES = ("@eadir", ".@__thumb", "__macosx", "$recycle.bin", "#recyc
 
 @dataclasses.dataclass
 class PassedOver:
-    """Counts the files of a directory that are not images."""
+    """Counts the files of a directory that are not used: they are not images, or are outside of the classes."""
 
     kinds: Counter[str] = dataclasses.field(default_factory=Counter)
     """Count by lower-case suffix."""
@@ -45,8 +45,11 @@ class PassedOver:
             return ""
         several = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common(5))
         total = self.kinds.total()
-        return (f"{total} file{'s are' if total > 1 else ' is'} not used ({several}), e.g. {self.example}; images end "
-                f"in {', '.join(SUFFIXES)}{self.advice}")
+        images = [kind for kind in self.kinds if kind in SUFFIXES]
+        reasons = [f"images end in {', '.join(SUFFIXES)}"] if len(images) < len(self.kinds) else []
+        reasons += [f"{', '.join(images)}: outside of the splits and classes"] if images else []
+        return (f"{total} file{'s are' if total > 1 else ' is'} not used ({several}), e.g. {self.example}; "
+                f"{'; '.join(reasons)}{self.advice}")
 
     @property
     def advice(self) -> str:

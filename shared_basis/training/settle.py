@@ -35,10 +35,13 @@ def settle(config: Config, source: data.Source, mesh: Mesh, reporter: Reporter, 
         the training images.
 
     Raises:
-      UserError: there are too few images for a batch, or an image cannot be decoded.
+      UserError: there are no training images, or too few for a batch, or an image cannot be decoded.
     """
     if saved is not None:
         config = replace(config, settled_from(config, saved))
+    images = len(source.splits["train"])
+    if not images:
+        raise UserError(f"data.test={config.data.test:g} leaves no training images; set it below 1.")
     if not config.data.is_measured:
         if weights is not None:
             (mean, std), why = weights, "as for the initial weights"
@@ -48,7 +51,6 @@ def settle(config: Config, source: data.Source, mesh: Mesh, reporter: Reporter, 
             why = "measured on the training images"
         config = replace(config, {"data.mean": mean, "data.std": std})
         reporter.info(f"images are normalised with mean {_numbers(mean)} and standard deviation {_numbers(std)}, {why}")
-    images = len(source.splits["train"])
     divisor = config.optimizer.grad_accumulation_steps * math.lcm(mesh.size, config.model.norm_images or 1)
     if not config.train.batch_size:
         config = replace(config, {"train.batch_size": fitting_batch(images, divisor)})

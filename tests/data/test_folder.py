@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from data_helpers import load, load_split
-from helpers import user_error
+from helpers import refusal, user_error
 from PIL import Image
 
 from shared_basis import data
@@ -300,6 +300,12 @@ def test_what_lies_beside_the_splits_is_counted_too(folder):
         assert set(source.splits) == set(names)
         assert reporter.lines[0].startswith(f"5 files are not used (3 .png, 1 .csv, 1 .txt), e.g. "
                                             f"{folder / 'labels.csv'}; images end in")
+        assert "; .png: outside of the splits and classes" in reporter.lines[0]
+    (folder / "labels.csv").unlink()
+    (folder / "train" / "list.txt").unlink()
+    reporter = Warnings()
+    data.open_source(config(folder), reporter=reporter)
+    assert reporter.lines[0].endswith("lost.png; .png: outside of the splits and classes")  # the suffix is not why
 
 
 def test_photographs_of_phones_are_counted_with_what_reads_them(folder, monkeypatch, mistake, tmp_path):
@@ -579,6 +585,35 @@ def test_a_class_that_is_in_one_split_only_is_named(folder, mistake, changed, ot
         shutil.copytree(folder / "train" / "emu", folder / "test" / "emu")
     message = mistake(config(folder))
     assert f"class 'emu' is in {folder / changed} but not in {folder / other}" in message
+
+
+def test_a_class_of_one_image_is_scored_but_not_trained_on(tmp_path, mistake):
+    """Only for scoring, all images may be test images."""
+    root = write(tmp_path / "images", "cat/0.png", "dog/0.png", "dog/1.png")
+    message = mistake(config(root))
+    assert "class 'cat' has one image" in message
+    assert "data.test=" not in message
+    known = data.Spec((4, 5, 3), ("cat", "dog"))
+    assert "--config.data.test=1.0" in refusal(data.open_source, config(root), ("test",), known)
+    assert len(data.open_source(config(root, test=1.0), ("test",), known).splits["test"]) == 3
+
+
+@pytest.mark.parametrize("name", ["0.png", "IMG_0.png"])
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_test_images_without_labels_are_told_with_the_folder_to_divide(tmp_path, mistake, split, name):
+    """The usual layout of a competition."""
+    root = write(tmp_path / "images", f"{split}/{name}", *(f"train/{label}/{index}.png" for label in ("cat", "dog")
+                                                           for index in range(3)))
+    message = mistake(config(root))
+    assert f"{root / split} holds" in message
+    assert "is itself a class" not in message
+    assert f"hold out training images for testing, give --images={root / 'train'}." in message
+    assert [len(files) for files in files_of(root / "train").values()] == [4, 2]
+
+
+def test_training_images_without_labels_are_told_without_one(tmp_path, mistake):
+    root = write(tmp_path / "images", "train/0.png", "test/cat/0.png", "test/dog/0.png")
+    assert "--images" not in mistake(config(root))
 
 
 def test_one_class_is_too_few(folder, tmp_path, mistake):

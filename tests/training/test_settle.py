@@ -112,6 +112,13 @@ def test_a_batch_fits_what_divides_it(config: Config) -> None:
     assert settled(parts)[0].train.batch_size == 12
 
 
+def test_no_training_images_are_told(folder: Path, config: Config) -> None:
+    whole = replace(config, {"data.directory": str(folder / "train"), "data.test": 1.0})
+    for fields in ({}, {"data.mean": (0.5,), "data.std": (0.5,)}, {"train.batch_size": 4}):
+        with user_error("data.test=1 leaves no training images", "below 1"):
+            settled(replace(whole, fields))
+
+
 def test_too_few_images_are_told_with_a_batch_that_fits(config: Config) -> None:
     with user_error("train.batch_size=256: there are only 18 training images", "--config.train.batch_size=0", "here 8"):
         settled(replace(config, {"train.batch_size": 256}))
