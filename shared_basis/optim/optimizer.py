@@ -56,7 +56,8 @@ def learning_rate_schedule(config: OptimizerConfig, epochs: int, steps_per_epoch
     """
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if config.schedule == "cosine":
-        main = optax.cosine_decay_schedule(config.learning_rate, epochs * steps_per_epoch - warmup)
+        steps = max(1, epochs * steps_per_epoch - warmup)  # the warm-up may round to the whole run
+        main = optax.cosine_decay_schedule(config.learning_rate, steps)
     else:
         falls: dict[int, float] = {}
         for boundary, factor in zip(config.boundary_epochs(epochs), config.factors, strict=True):

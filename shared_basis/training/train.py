@@ -126,6 +126,9 @@ def _set_up(config: Config, run: Workdir, init: Init | None, own: Own, mesh: Mes
     saved = stored_config(run.path, begun=True)
     start, fresh = None, begins(run, init)
     config = config if fresh else with_chosen_ranks(config, run, init)
+    if config.train.freeze and init is None and saved is None:
+        reporter.warn(f"train.freeze={config.train.freeze!r} keeps random weights; to fine-tune trained ones, give "
+                      "--init=RUN or --init=FILE")
     with raise_on_all_processes(), memory.oom_as_user_error(config):
         weights = normalization_of(init.source) if init is not None and fresh else None
         config, source, model, comparison = _open(config, saved, weights, mesh, reporter)

@@ -109,8 +109,8 @@ MUTATIONS = (
     # Optimizer and schedule
     Mutation("optimizer-boundaries", "round(boundary * steps_per_epoch) - warmup", "round(boundary * steps_per_epoch)",
              ("optimizer", "recipes")),
-    Mutation("optimizer-cosine", "config.learning_rate, epochs * steps_per_epoch - warmup)",
-             "config.learning_rate, epochs * steps_per_epoch)", ("optimizer", "recipes")),
+    Mutation("optimizer-cosine", "max(1, epochs * steps_per_epoch - warmup)",
+             "epochs * steps_per_epoch", ("optimizer", "recipes")),
     Mutation("optimizer-exempt", "and path_of(entries) not in kept", "",
              ("orthonormal", "optimizer")),
     Mutation("optimizer-nesterov", "optax.sgd(rate, momentum=given.momentum, nesterov=given.nesterov)",

@@ -57,6 +57,10 @@ def test_a_cosine_rate_falls_from_the_end_of_the_warm_up():
                                                                                              abs=1e-6)
 
 
+def test_a_warm_up_may_round_to_the_whole_run():
+    assert rates([0, 1, 2], epochs=1, steps_per_epoch=2, schedule="cosine", warmup_epochs=0.99) == [0, 0.5, 1]
+
+
 def test_the_published_schedule():
     fields = {"epochs": 300, "steps_per_epoch": 195, "boundaries": (150.0, 225.0), "factors": (0.1, 0.1)}
     assert rates([150 * 195 - 1, 150 * 195, 225 * 195 - 1, 225 * 195], **fields) == pytest.approx([1, 0.1, 0.1, 0.01])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
@@ -38,6 +39,7 @@ from shared_basis.config import (
     TrainConfig,
     replace,
 )
+from shared_basis.errors import UserError
 from shared_basis.evaluation.evaluate import evaluate
 from shared_basis.runs.trained import load_run
 from shared_basis.runs.workdir import Workdir
@@ -274,6 +276,19 @@ def test_what_a_pattern_says_of_the_network_is_told_before_the_workdir_is_made(t
     with pytest.raises(TypeError, match="optimizer must be a function"):
         train(CONFIG, tmp_path / "run", Watcher(), optimizer=optax.adam(0.1))  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_random_weights_that_are_frozen_are_warned_of(finished: Path, tmp_path: Path) -> None:
+    def told(config: Config, workdir: Path, init: str | None = None) -> str:
+        watcher = Watcher()
+        with contextlib.suppress(UserError):
+            train(config, workdir, watcher, init=init)
+        return watcher.text.getvalue()
+
+    frozen = replace(CONFIG, {"train.freeze": "**", "train.freeze_epochs": 0.0})  # which is refused later
+    warning = "train.freeze='**' keeps random weights; to fine-tune trained ones, give --init=RUN or --init=FILE"
+    assert warning in told(frozen, tmp_path / "run")
+    assert "--init" not in told(frozen, tmp_path / "run", str(finished)) + told(CONFIG, finished)
 
 
 def lighter(images: jax.Array, key: jax.Array) -> jax.Array:
