@@ -131,10 +131,11 @@ def _joined(argv: Sequence[str]) -> list[str]:
 
 
 def _default_recipe(arguments: Sequence[str]) -> str:
-    """Returns the recipe to use if none is named: the folder recipe if --images gives training images."""
+    """Returns the recipe to use if none is named: the folder recipe if training images are a folder."""
     given = dict(argument.lstrip("-").partition("=")[::2] for argument in arguments if argument.startswith("-"))
-    about_folder = "images" in given and given.get("mode", "train") in ("train", "summary", "prepare", "import")
-    return "folder.py" if about_folder else "digits_resnet.py"
+    is_folder = "images" in given or given.get("config.data.name") == "folder"
+    trains = given.get("mode", "train") in ("train", "summary", "prepare", "import")
+    return "folder.py" if is_folder and trains else "digits_resnet.py"
 
 
 def _renamed(argument: str) -> str:

@@ -44,6 +44,17 @@ def test_images_alone_mean_the_recipe_of_folders_and_a_run_named_after_them() ->
     assert workdir == "runs/photos-resnet34-s32u1"
 
 
+@pytest.mark.usefixtures("desk")
+def test_a_folder_may_be_given_by_its_fields() -> None:
+    fields = ("--config.data.name=folder", "--config.data.directory=photos")
+    short, long = read("--images=photos"), read(*fields)
+    assert (long.config, long.workdir) == (short.config, short.workdir)
+    assert read("--mode=summary", *fields).config == short.config
+    assert read(f"{CIFAR}:resnet20", *fields).config == read(f"{CIFAR}:resnet20", "--images=photos").config
+    with user_error("data.directory", "--images=DIR"):
+        read("--config.data.name=folder")
+
+
 def test_names_of_folders_become_names_of_runs(desk: Path) -> None:
     for name, expected in ((".hidden", "hidden"), ("a\\b\n", "a_b_"), ("...", "images")):
         (desk / name).mkdir()
