@@ -84,7 +84,7 @@ def quantize(content: bytes, choice: str, tolerance: float, trained: Trained,
     reporter.info("scoring both files on the test images")
     correct, same, examples = _score(sessions, batches("test"))
     accuracy = {name: number / examples for name, number in correct.items()}
-    lost = 100 * (accuracy["float32"] - accuracy[choice])
+    lost = 100 * (correct["float32"] - correct[choice]) / examples  # not of fractions, which are rounded
     if lost > tolerance:
         other = "or --quantize=float16" if choice == "int8" else "or leave --quantize out"
         raise UserError(

@@ -46,10 +46,15 @@ def count_network(config: ModelConfig, num_classes: int, image_shape: tuple[int,
 
 
 def compare_with_plain(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Returns `count_network`, with the plain counterpart's counts as `plain` and the relative saving as `saving`."""
+    """Returns `count_network`, with the plain counterpart's counts as `plain` and the relative saving as `saving`.
+
+    The counterpart's `groups` include all groups of the network; those that it lacks have zero parameters and MACs.
+    """
     counts = count_network(config, num_classes, image_shape)
     plain_config = ModelConfig(name=plain_counterpart(config.name), stem=config.stem)
     plain = count_network(plain_config, num_classes, image_shape)
+    absent = {name: {"parameters": 0, "shared_parameters": 0, "macs": 0} for name in counts["groups"]}
+    plain["groups"] = absent | plain["groups"]
     saving = {key: 1 - counts[key] / plain[key] for key in ("parameters", "macs")}
     return {**counts, "image_shape": list(image_shape), "num_classes": num_classes, "plain": plain, "saving": saving}
 
@@ -59,7 +64,7 @@ def render(comparison: dict[str, Any]) -> str:
     plain = comparison["plain"]
     rows: list[tuple[str, ...]] = [("", "parameters", "of these shared", "MACs", "plain parameters", "plain MACs")]
     for name, row in comparison["groups"].items():
-        other = plain["groups"].get(name, {"parameters": 0, "macs": 0})
+        other = plain["groups"][name]
         rows.append((name, *(f"{value:,}" for value in (
             row["parameters"], row["shared_parameters"], row["macs"], other["parameters"], other["macs"]))))
     shared = sum(row["shared_parameters"] for row in comparison["groups"].values())

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from shared_basis.config import differences as config_differences
-from shared_basis.config import replace
+from shared_basis.config import differences
 from shared_basis.errors import UserError
 from shared_basis.report.run_summary import RunSummary, load_run_summary
 from shared_basis.runtime.files import open_files
@@ -21,6 +20,9 @@ from shared_basis.runtime.files import open_files
 LABELS = ("name", "seed", "train.record_gradients", "train.checkpoint_minutes")
 """Configuration fields in which the runs of a point may differ: the name, the seed, and what is only recorded or saved.
 (`config.differences` ignores locations.)"""
+
+BEYOND = ("init", "own")
+"""Entries of a run's record, besides its configuration, that affect the result: see `value`."""
 
 SHOWN = 5
 """Maximum number of fields in a label; further ones are only counted."""
@@ -43,11 +45,11 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """Runs that differ only in the seed and have reached the same epoch."""
+    """Runs that differ only in the seed and have reached the same epoch; each may have its own initial weights."""
 
     runs: Sequence[RunSummary]
     label: str
-    """The network, and the fields that distinguish it from other points."""
+    """The network, and the fields that distinguish the point from others."""
 
     @property
     def first(self) -> RunSummary:
@@ -107,7 +109,7 @@ def find_runs(directories: Sequence[str]) -> list[PurePath]:
 
 
 def group(runs: Sequence[RunSummary]) -> tuple[list[Point], list[str]]:
-    """Groups runs into points, sorted by parameters; also returns the configuration fields in which points differ."""
+    """Groups runs into points, sorted by parameters; also returns the fields in which points differ: see `value`."""
     groups: list[list[RunSummary]] = []
     for run in runs:
         alike = next((each for each in groups if _alike(each[0], run)), None)
@@ -116,16 +118,20 @@ def group(runs: Sequence[RunSummary]) -> tuple[list[Point], list[str]]:
         else:
             alike.append(run)
     first = groups[0][0]
-    fields = [name for name in dict.fromkeys(
-        name for each in groups for name in config_differences(each[0].config, first.config)) if name not in LABELS]
+    fields = list(dict.fromkeys(name for each in groups for name in _differing(each[0], first)))
     points = [Point(each, _label(each[0], groups, fields)) for each in groups]
     return sorted(points, key=lambda point: (point.parameters, point.label)), fields
 
 
 def _alike(one: RunSummary, other: RunSummary) -> bool:
-    names = {name: operator.attrgetter(name)(one.config) for name in LABELS}
-    return (not config_differences(one.config, replace(other.config, names)) and one.epoch == other.epoch
+    return (not _differing(one, other) and one.epoch == other.epoch
             and one.record["data"] == other.record["data"])
+
+
+def _differing(one: RunSummary, other: RunSummary) -> list[str]:
+    """Returns the fields in which two runs differ, except `LABELS`."""
+    fields = [name for name in differences(one.config, other.config) if name not in LABELS]
+    return [*fields, *(name for name in BEYOND if value(one, name) != value(other, name))]
 
 
 def _label(run: RunSummary, groups: Sequence[Sequence[RunSummary]], fields: Sequence[str]) -> str:
@@ -142,7 +148,17 @@ def _label(run: RunSummary, groups: Sequence[Sequence[RunSummary]], fields: Sequ
 
 
 def value(run: RunSummary, field: str) -> str:
-    """Returns a field of the run's configuration, given by dotted path, as text."""
+    """Returns a field as text: one of the run's configuration, by dotted path, or one of `BEYOND`.
+
+    'init' does not name the source of the initial weights, since each seed may have its own.
+    """
+    if field == "own":
+        return ", ".join(f"{purpose} {name}" for purpose, name in run.record["own"].items()) or "–"
+    if field == "init":
+        init = run.record["init"]
+        return "random" if init is None else ", ".join((
+            str(init.get("network")), f"classifier {init.get('head')}",
+            *([f"budget {init['budget']:g}"] if init.get("budget") else [])))
     found = operator.attrgetter(field)(run.config)
     if isinstance(found, tuple):
         return ", ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in found) or "–"

@@ -114,6 +114,15 @@ def test_nothing_is_written_that_loses_more_than_is_allowed(tmp_path: Path) -> N
     assert not (path / "export").exists()
 
 
+def test_a_loss_that_is_just_allowed_is_allowed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 100 * (95 / 100 - 94 / 100) is 1.0000000000000009.
+    monkeypatch.setattr(quantization, "_score", lambda *_: ({"float32": 95, "float16": 94}, 94, 100))
+    found = export.export(run, "onnx", "basis", quantize="float16", tolerance=1)["quantized"]
+    assert found["test_accuracy"] == {"float32": 0.95, "float16": 0.94}
+    with user_error("a loss of 1.00 points (1 images)", "only --tolerance=0.99 is allowed; give --tolerance=1,"):
+        export.export(run, "onnx", "basis", quantize="float16", tolerance=0.99)
+
+
 @pytest.mark.parametrize(("fields", "parts"), [
     ({"quantize": "int8", "format": "stablehlo"}, ("--quantize=int8 requires --format=onnx", "--format=stablehlo")),
     ({"quantize": "float16", "format": "pytorch"}, ("--quantize=float16", "--format=pytorch")),

@@ -16,6 +16,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -32,10 +33,11 @@ from helpers import (
 )
 from PIL import Image
 
-from shared_basis import plotting
+from shared_basis import BasisConv, Network, plotting
 from shared_basis.cli import commands
 from shared_basis.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, replace
 from shared_basis.evaluation import per_example
+from shared_basis.models import registry
 from shared_basis.report import compare, html, output, plots, run_report, run_summary, sections
 from shared_basis.report import points as points_module
 from shared_basis.runs.trained import Trained
@@ -323,6 +325,37 @@ def test_images_that_are_skipped_as_they_are_read_are_not_passed_off_as_seen(run
     assert [said in sections.run_facts(each) for each in (found, skips, counted)] == [False, True, False]
 
 
+def test_a_group_that_is_no_module_is_counted_beside_a_plain_network_without_it(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Flat(Network):
+        def shared_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+            return {"body": {name: (3, 3, 1, self.sharing.shared_rank) for _, name in self.sharing.layers}}
+
+        def sharing_blocks(self) -> dict[str, tuple[str, ...]]:
+            return {"body": ("block1", "block2")}
+
+        def basis_layers(self) -> tuple[str, ...]:
+            return ("conv",)
+
+        def layer_path(self, group: str, block: str, layer: str) -> tuple[str, ...]:
+            return (f"{group}_{block}_{layer}",)
+
+        @nn.compact
+        def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+            basis = self.shared_arrays().get("body", {}).get("shared")
+            x = images
+            for block in self.sharing_blocks()["body"]:
+                x = BasisConv(1, unique_rank=self.sharing.unique_rank, name=f"body_{block}_conv")(x, basis, train=train)
+            return nn.Dense(self.num_classes, name="head")(x.mean((1, 2)))
+
+    monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
+    registry.register_network("flat", Flat)
+    found = run_summary.load_run_summary(make_run(tmp_path / "run", (0.5,), model__name="flat-s3u1"))
+    assert "bases/body" in sections.counts(found, [])
+    assert [f"bases/body {size} against 0" in each.text for each, size in zip(
+        plots.count_bars(found), (27, 0), strict=True)] == [True, True]
+
+
 def test_time_is_images_over_speed(run: Path) -> None:
     assert run_summary.load_run_summary(run).seconds == pytest.approx(6 * 4 / 150)
 
@@ -424,11 +457,12 @@ def test_markup_escapes_text_and_attributes() -> None:
 
 # Several runs
 
-def make_run(workdir: Path, accuracies: tuple[float, ...], speed: float = 100.0, **fields: Any) -> Path:
+def make_run(workdir: Path, accuracies: tuple[float, ...], speed: float = 100.0, init: dict[str, Any] | None = None,
+             own: dict[str, str] | None = None, **fields: Any) -> Path:
     """Makes a workdir with an evaluation for each of `accuracies`, and no network."""
     config = replace(Config(model=ModelConfig(name="resnet14"), train=TrainConfig(epochs=2, batch_size=8)), {
         name.replace("__", "."): value for name, value in fields.items()})
-    Workdir(workdir).claim(make_record(config, {"classes": list("abc"), "image_shape": [8, 8, 1]}))
+    Workdir(workdir).claim(make_record(config, {"classes": list("abc"), "image_shape": [8, 8, 1]}, None, own, init))
     write_metrics(workdir, [{"step": 5 * epoch, "epoch": epoch, "test_loss": 1.0, "test_accuracy": accuracy,
                              "images_per_second": speed} for epoch, accuracy in enumerate(accuracies, start=1)])
     return workdir
@@ -487,6 +521,26 @@ def test_what_does_not_change_the_outcome_makes_no_point_and_epochs_are_told_onc
     make_run(tmp_path / "unfinished" / "run", (0.5,), train__epochs=3)  # of one configuration with "longer"
     assert {point.label for point in points_module.gather_points([str(tmp_path), str(tmp_path / "unfinished")])[0]} == {
         "resnet14 (epochs 2)", "resnet14 (epochs 3, 3 evaluated)", "resnet14 (epochs 3, 1 evaluated)"}
+
+
+def test_runs_that_began_or_trained_otherwise_are_other_points(tmp_path: Path) -> None:
+    def init(source: str, network: str = "resnet14", head: str = "kept", budget: float | None = None) -> dict[str, Any]:
+        return {"source": source, "step": 3, "network": network, "head": head, "budget": budget}
+    make_run(tmp_path / "scratch", (0.5,))
+    make_run(tmp_path / "warm0", (0.6,), init=init("/a"))
+    make_run(tmp_path / "warm1", (0.7,), init=init("/b"), seed=1)  # a seed with its own source
+    make_run(tmp_path / "budget", (0.6,), init=init("/a", budget=0.25))
+    make_run(tmp_path / "head", (0.6,), init=init("/a", head="initialised at random"))
+    make_run(tmp_path / "own", (0.8,), own={"optimizer": "optax.adabelief"})
+    points, fields = points_module.gather_points([str(tmp_path)])
+    assert {point.label: len(point.runs) for point in points} == {
+        "resnet14 (init random, own –)": 1, "resnet14 (init resnet14, classifier kept, own –)": 2,
+        "resnet14 (init resnet14, classifier kept, budget 0.25, own –)": 1,
+        "resnet14 (init resnet14, classifier initialised at random, own –)": 1,
+        "resnet14 (init random, own optimizer optax.adabelief)": 1}
+    assert sorted(fields) == ["init", "own"]
+    compare.compare([str(tmp_path)], str(tmp_path / "out"))
+    assert "optimizer optax.adabelief" in Page(tmp_path / "out" / "report.html").text
 
 
 def test_errors_of_many_magnitudes_are_drawn_on_a_logarithmic_axis(tmp_path: Path,
