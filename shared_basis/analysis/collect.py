@@ -24,6 +24,7 @@ from shared_basis.runs.trained import Trained
 from shared_basis.runtime import memory
 from shared_basis.runtime.files import absolute, as_path
 from shared_basis.runtime.reporter import Reporter
+from shared_basis.training.settle import settle
 
 Flow = dict[int, dict[str, dict[str, float]]]
 """By step (0 is initialisation), the norms of `blocks` and `parameters` by path, see `gradient_flow`."""
@@ -104,11 +105,12 @@ def training_batch(trained: Trained, reporter: Reporter) -> tuple[jax.Array, jax
     """Returns the run's first batch of training images, normalised but not augmented, and its labels.
 
     Raises:
-      UserError: the images cannot be found or read.
+      UserError: the images cannot be found or read, or are fewer than a batch.
     """
     # Streamed by threads, so that only this batch is read.
     config = replace(trained.config, {"data.placement": "stream", "data.workers": 0})
     source = data.open_source(config.data, ("train",), trained.spec, reporter)
+    config = settle(config, source, trained.mesh, reporter)  # a run that is only imported has an open batch size
     feed = feeds.load(source, config.data, trained.mesh, reporter).feed(config, trained.mesh)
     batches = feed.batches(0)
     images, labels = next(batches)

@@ -73,6 +73,14 @@ class RunSummary:
                 "last readable evaluation may not be the run's last") if self.damaged else ""
 
     @property
+    def speed(self) -> float:
+        """Images per second of training, as last measured; NaN if unknown.
+
+        A process that resumes only to finish an evaluation measures none.
+        """
+        return next((speed for speed in reversed(self.series("images_per_second").tolist()) if speed > 0), math.nan)
+
+    @property
     def seconds(self) -> float:
         """Seconds of training, from the images trained on and the images per second; NaN if unknown.
 
@@ -81,9 +89,8 @@ class RunSummary:
         """
         if not self.lines:
             return math.nan
-        speed = self.series("images_per_second")[-1]
         images = self.lines[-1]["step"] * self.config.train.batch_size
-        return images / speed if speed > 0 else math.nan
+        return images / self.speed
 
     def series(self, name: str) -> np.ndarray:
         """Returns a metric at each evaluation, float64; NaN where it is missing or not finite."""

@@ -60,7 +60,7 @@ def cards(run: RunSummary) -> Html:
               for key, unit in (("parameters", "parameters"), ("macs", "MACs"))]
     if outcome:
         cards += [(_time(run.seconds), "training"),
-                  (f"{outcome['images_per_second']:,.0f}", "training images per second")]
+                  (_speed(run), "training images per second")]
     return element("div", *(element("div", element("b", _unbroken(value)), _unbroken(text), class_="card")
                             for value, text in cards), class_="cards")
 
@@ -70,6 +70,10 @@ def _time(seconds: float) -> str:
     if math.isnan(seconds):
         return "–"
     return f"{seconds:.3g} s" if seconds < 60 else duration(seconds)
+
+
+def _speed(run: RunSummary) -> str:
+    return "–" if math.isnan(run.speed) else f"{run.speed:,.0f}"
 
 
 def _unbroken(text: str) -> str:
@@ -222,7 +226,7 @@ def run_facts(run: RunSummary) -> Html:
             ("devices", run.record["devices"] or "not recorded")]
     if run.lines:
         rows += [("steps", f"{run.lines[-1]['step']:,}, of {config.train.batch_size} images each"),
-                 ("speed", f"{run.lines[-1]['images_per_second']:,.0f} training images per second"),
+                 ("speed", f"{_speed(run)} training images per second"),
                  ("time of training",
                   f"{_time(run.seconds)} (without compilation and evaluations)")]
     changed = [(path, _value(value), _value(default)) for path, (value, default) in run.changed.items()]

@@ -184,9 +184,11 @@ def render_line(line: Mapping[str, Any], epochs: int) -> str:
     penalty = f"  penalty {line['penalty']:.1e}" if "penalty" in line else ""
     validation = (f"  validation accuracy {100 * line['validation_accuracy']:.2f} %" if "validation_accuracy" in line
                   else "")
+    speed = line["images_per_second"]
+    pace = f"  {count(speed)} images/s" if speed else ""  # 0 if no training was timed
     return (f"epoch {line['epoch']}/{epochs}  loss {line['train_loss']:.4f}  accuracy "
             f"{100 * line['train_accuracy']:.2f} %{validation}  test loss {line['test_loss']:.4f}  test accuracy "
-            f"{100 * line['test_accuracy']:.2f} %{penalty}  {count(line['images_per_second'])} images/s")
+            f"{100 * line['test_accuracy']:.2f} %{penalty}{pace}")
 
 
 def render_outcome(outcome: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from shared_basis.analysis import analyze, basis_figures, figures, tables
 from shared_basis.analysis.bases import BasisSet, basis_sets, describe_set
 from shared_basis.analysis.collect import Analysis, training_batch
 from shared_basis.analysis.gradient_flow import gradient_flow, layer_paths
-from shared_basis.config import Config, DataConfig, ModelConfig, TrainConfig
+from shared_basis.config import Config, DataConfig, ModelConfig, TrainConfig, replace
 from shared_basis.runs.trained import Trained
 from shared_basis.runtime.reporter import Reporter
 
@@ -112,6 +112,18 @@ def test_gradients_are_those_of_each_checkpoint_and_of_the_record(runs: tuple[Pa
     for step, of in (("0", variables), ("10", trained.variables)):
         blocks, _ = gradient_flow(trained.model)(of["params"], of["batch_stats"], images, labels)
         assert analysed["gradient_flow"][step]["blocks"] == pytest.approx(blocks, rel=1e-4)
+
+
+def test_the_first_batch_of_a_run_that_is_only_imported_has_a_suitable_size(runs: tuple[Path, Path]) -> None:
+    trained, quiet = Trained.open(runs[0]), Reporter(verbosity="quiet")
+
+    def batch(**fields: Any) -> tuple[jax.Array, jax.Array]:
+        config = replace(CONFIG, {name.replace("__", "."): value for name, value in fields.items()})
+        return training_batch(dataclasses.replace(trained, config=config), quiet)
+    images, labels = batch(train__batch_size=0)
+    assert (images.shape, labels.shape) == ((8, 8, 8, 1), (8,))  # as training chooses for 40 images
+    with user_error("only 7 training images"):
+        batch(data__train_examples=7)
 
 
 def test_the_result_is_plain_data_and_its_text_has_a_line_for_each_basis(analysed: dict[str, Any]) -> None:

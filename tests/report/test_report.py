@@ -40,6 +40,7 @@ from shared_basis.evaluation import per_example
 from shared_basis.models import registry
 from shared_basis.report import compare, html, output, plots, run_report, run_summary, sections
 from shared_basis.report import points as points_module
+from shared_basis.runs import metrics
 from shared_basis.runs.trained import Trained
 from shared_basis.runs.workdir import Workdir, make_record
 from shared_basis.runtime.reporter import Reporter
@@ -358,6 +359,21 @@ def test_a_group_that_is_no_module_is_counted_beside_a_plain_network_without_it(
 
 def test_time_is_images_over_speed(run: Path) -> None:
     assert run_summary.load_run_summary(run).seconds == pytest.approx(6 * 4 / 150)
+
+
+def test_the_speed_is_the_last_one_measured(run: Path) -> None:
+    """A process that only finishes the last evaluation has trained no step, and writes 0 images per second."""
+    found = run_summary.load_run_summary(run)
+    lines = [*LINES[:2], {**LINES[2], "images_per_second": 0.0}]
+    resumed, never = dataclasses.replace(found, lines=lines), dataclasses.replace(found, lines=lines[2:])
+    assert resumed.seconds == pytest.approx(6 * 4 / 100)
+    assert [math.isnan(each) for each in (never.speed, never.seconds)] == [True, True]
+    for part in (sections.cards, sections.run_facts):
+        assert "100" in part(resumed)
+        assert all(speed not in part(resumed) + part(never) for speed in (
+            "<b>0</b>", "<td>0 training", "nan"))
+    assert "images/s" not in metrics.render_line(lines[2], 3)
+    assert "150 images/s" in metrics.render_line(LINES[2], 3)
 
 
 def test_an_overview_of_many_classes_keeps_single_confusions() -> None:
