@@ -69,6 +69,9 @@ class Analysis:
         else:
             reporter.info("gradients: compiling …")
             flow = flows(trained, *inputs)
+            if 0 not in flow:
+                notes.append("no gradients at initialisation: the checkpoint with the weights that the run began with "
+                             "is no longer kept")
         recorded = trained.run.gradients()
         if not recorded:
             notes.append("no gradients during training: the run did not set --config.train.record_gradients")
@@ -120,17 +123,17 @@ def training_batch(trained: Trained, reporter: Reporter) -> tuple[jax.Array, jax
 
 
 def flows(trained: Trained, images: jax.Array, labels: jax.Array) -> Flow:
-    """Returns the norms of gradients at initialisation (step 0) and at each kept checkpoint."""
+    """Returns the norms of gradients at each kept checkpoint, and at initialisation (step 0) if it is known."""
     flow = gradient_flow(trained.model)
 
     def initial() -> Any:
         return init_variables(trained.model, jax.random.key(trained.config.seed), trained.spec.image_shape)
 
-    steps = {step: trained.at(step).variables for step in trained.checkpoints.steps if step}
-    # A run initialised with published weights has them as step 0; other runs are re-initialised from the seed.
-    first = (trained.at(0).variables if 0 in trained.checkpoints.steps else
-             ops.jit_for(jax.default_backend(), quick=True)(initial)())
+    steps = {step: trained.at(step).variables for step in trained.checkpoints.steps}
+    # A run with given weights saves them as step 0, which may be removed later; other runs are drawn from the seed.
+    if 0 not in steps and trained.run.load()[1]["init"] is None:
+        steps[0] = ops.jit_for(jax.default_backend(), quick=True)(initial)()
     with memory.oom_as_user_error(trained.config, "train.batch_size"):
         return {step: dict(zip(("blocks", "parameters"), flow(
             variables["params"], variables["batch_stats"], images, labels), strict=True))
-            for step, variables in {0: first, **steps}.items()}
+            for step, variables in sorted(steps.items())}

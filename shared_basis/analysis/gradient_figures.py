@@ -31,7 +31,8 @@ def paint_flow(runs: Sequence[Analysis], figure: Figure) -> None:
     """Paints gradient norms with respect to block outputs and to layers' own parameters, by depth."""
     blocks, parameters = figure.subplots(2, 1)
     for run, colour, marker in zip(runs, COLORS, MARKERS, strict=False):
-        for step, dash in zip(_chosen(run), (":", "-"), strict=False):
+        for step in _chosen(run):
+            dash = "-" if step else ":"
             label = f"{run.drawn_name()}, " + ("initialisation" if not step else f"step {step:,}")
             norms = list(run.flow[step]["blocks"].values())
             blocks.plot(range(1, len(norms) + 1), norms, color=colour, linestyle=dash, marker=marker, label=label)
@@ -50,8 +51,8 @@ def paint_flow(runs: Sequence[Analysis], figure: Figure) -> None:
 
 
 def _chosen(run: Analysis) -> list[int]:
-    """Returns initialisation and the analysed step; the CSV also contains the other checkpoints."""
-    return sorted({0, run.step})
+    """Returns initialisation, if known, and the analysed step; the CSV also contains the other checkpoints."""
+    return sorted({0, run.step} & run.flow.keys())
 
 
 def paint_training(runs: Sequence[Analysis], figure: Figure) -> None:

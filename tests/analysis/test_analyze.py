@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,26 @@ def test_the_result_is_plain_data_and_its_text_has_a_line_for_each_basis(analyse
                  "initialisation: first", f"{len(analysed['files'])} files",
                  "note: no gradients during training: the run did not set --config.train.record_gradients"):
         assert part in text, part
+
+
+def test_weights_that_a_run_never_had_are_not_its_initialisation(runs: tuple[Path, Path], analysed: dict[str, Any],
+                                                                 tmp_path: Path) -> None:
+    """A run with given weights has no initialisation once the checkpoint with them is removed."""
+    run = shutil.copytree(runs[1], tmp_path / "run")
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "init": {"source": "/weights.pth"}}))
+    found = Analysis.of(Trained.open(run), Reporter(verbosity="quiet"))
+    assert found.flow.keys() == {5, 10}
+    assert any("no gradients at initialisation" in note for note in found.notes)
+    assert not any("at initialisation" in note for note in analysed["notes"])
+    paint, size = figures.paintings([found])["gradient_flow"]
+    drawn: list[str] = []
+
+    def watch(figure: Any) -> None:
+        paint(figure)
+        drawn.extend(f"{line.get_label()} {line.get_linestyle()}" for line in figure.axes[0].get_lines())
+    plotting.png(watch, size)
+    assert drawn == ["run, step 10 -"]
 
 
 @pytest.mark.slow
