@@ -67,16 +67,19 @@ def check_field(path: str) -> None:
         raise UserError(_unknown(path, known))
 
 
-def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns `{dotted path: (value, other value)}` for all fields that differ, ignoring `LOCATION_FIELDS`.
+def differences(config: Config, other: Config, *, locations: bool = False) -> dict[str, tuple[Any, Any]]:
+    """Returns `{dotted path: (value, other value)}` for all fields that differ.
 
     Schedule boundaries are compared as epochs, so fractions of the run equal the epochs that they stand for.
+
+    Args:
+      locations: whether to compare `LOCATION_FIELDS` too.
     """
     mine, theirs = flatten(dataclasses.asdict(config)), flatten(dataclasses.asdict(other))
     if config.optimizer.boundary_epochs(config.train.epochs) == other.optimizer.boundary_epochs(other.train.epochs):
         mine["optimizer.boundaries"] = theirs["optimizer.boundaries"]
     return {path: (mine[path], theirs[path]) for path in mine
-            if mine[path] != theirs[path] and path not in LOCATION_FIELDS}
+            if mine[path] != theirs[path] and (locations or path not in LOCATION_FIELDS)}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,9 +17,9 @@ from shared_basis.errors import UserError
 from shared_basis.report.run_summary import RunSummary, load_run_summary
 from shared_basis.runtime.files import open_files
 
-LABELS = ("name", "seed", "train.record_gradients", "train.checkpoint_minutes")
-"""Configuration fields in which the runs of a point may differ: the name, the seed, and what is only recorded or saved.
-(`config.differences` ignores locations.)"""
+LABELS = ("name", "seed", "train.record_gradients", "train.checkpoint_minutes", "data.placement", "data.workers")
+"""Configuration fields in which the runs of a point may differ: the name, the seed, what is only recorded or saved, and
+how images are read."""
 
 BEYOND = ("init", "own")
 """Entries of a run's record, besides its configuration, that affect the result: see `value`."""
@@ -129,8 +129,9 @@ def _alike(one: RunSummary, other: RunSummary) -> bool:
 
 
 def _differing(one: RunSummary, other: RunSummary) -> list[str]:
-    """Returns the fields in which two runs differ, except `LABELS`."""
-    fields = [name for name in differences(one.config, other.config) if name not in LABELS]
+    """Returns the fields in which two runs differ, except `LABELS`, and locations of the same images."""
+    fields = [name for name in differences(one.config, other.config,
+                                           locations=one.record["data"] != other.record["data"]) if name not in LABELS]
     return [*fields, *(name for name in BEYOND if value(one, name) != value(other, name))]
 
 

@@ -48,7 +48,7 @@ class RunSummary:
     @property
     def changed(self) -> dict[str, tuple[Any, Any]]:
         """Configuration fields that are not the defaults: (value, default) by dotted path."""
-        return differences(self.config, Config())
+        return differences(self.config, Config(), locations=True)
 
     @property
     def epoch(self) -> int:

@@ -19,6 +19,7 @@ from shared_basis.plotting import Picture, data_uri
 from shared_basis.report import plots
 from shared_basis.report.html import Html, element, join, section, shown, table
 from shared_basis.report.output import FOLDER
+from shared_basis.report.points import value
 from shared_basis.report.run_summary import RunSummary
 from shared_basis.runs.metrics import render_outcome
 from shared_basis.runtime.reporter import duration
@@ -224,6 +225,10 @@ def run_facts(run: RunSummary) -> Html:
             ("epochs", f"{run.epoch} of {config.train.epochs} evaluated" + (
                 "" if run.epoch == config.train.epochs else "; the run is not finished")),
             ("devices", run.record["devices"] or "not recorded")]
+    if init := run.record["init"]:
+        rows.append(("initial weights", f"{init['source']}: {value(run, 'init')}"))
+    if run.record["own"]:
+        rows.append(("functions of your own", value(run, "own")))
     if run.lines:
         rows += [("steps", f"{run.lines[-1]['step']:,}, of {config.train.batch_size} images each"),
                  ("speed", f"{_speed(run)} training images per second"),

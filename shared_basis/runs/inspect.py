@@ -11,7 +11,7 @@ import numpy as np
 from shared_basis.config import Config, differences, from_config_dict, to_dict
 from shared_basis.errors import UserError
 from shared_basis.runs.checkpoints import Checkpoints
-from shared_basis.runs.workdir import Workdir
+from shared_basis.runs.workdir import Workdir, abbreviate
 from shared_basis.runtime.files import Place, align, open_files
 from shared_basis.runtime.reporter import size_text
 
@@ -45,11 +45,12 @@ def compare(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the differences between two results of `inspect`.
 
     Returns:
-      Pairs of the values in `one` and `other` (None if absent), keyed by path, for each of `config`, `versions`,
-      `metrics` and `arrays` (as 'dtype[shape]').
+      Pairs of the values in `one` and `other` (None if absent), keyed by path, for each of `config`, `data`, `init`,
+      `versions`, `metrics` and `arrays` (as 'dtype[shape]').
     """
-    config = differences(from_config_dict(one["config"]), from_config_dict(other["config"]))
+    config = differences(from_config_dict(one["config"]), from_config_dict(other["config"]), locations=True)
     return {"config": {path: list(pair) for path, pair in config.items()},
+            "data": _pairs(one["data"], other["data"]), "init": _pairs(one["init"] or {}, other["init"] or {}),
             "versions": _pairs(one["versions"], other["versions"]),
             "metrics": _pairs(_metrics(one), _metrics(other)),
             "arrays": _pairs(*({array["path"]: _kind(array) for array in found["arrays"]} for found in (one, other)))}
@@ -96,7 +97,7 @@ def _read(workdir: Place, which: str) -> dict[str, Any]:
         totals[name] = totals.get(name, 0) + array["bytes"]
     return {
         "workdir": str(run.path), "model": config.model.name, "config": to_dict(config),
-        "changed": {path: now for path, (now, _) in differences(config, Config()).items()},
+        "changed": {path: now for path, (now, _) in differences(config, Config(), locations=True).items()},
         "data": record["data"], "versions": record["versions"], "init": record["init"],
         "checkpoints": [{"step": each, "bytes": _size(run, each),
                          "metrics": checkpoints.metrics(each)} for each in checkpoints.steps],
@@ -135,13 +136,14 @@ def _render_differences(found: Mapping[str, Any]) -> list[str]:
     if "differences" not in found:
         return []
     title = f"differences from {found['differences']['against']}"
-    rows = [(f"  {kind} {path}", _shown(one), _shown(other)) for kind in ("config", "versions", "metrics", "arrays")
+    rows = [(f"  {kind} {path}", _shown(one), _shown(other))
+            for kind in ("config", "data", "init", "versions", "metrics", "arrays")
             for path, (one, other) in found["differences"][kind].items()]
     return _table(rows, f"{title} (right column):") if rows else [f"{title}: none"]
 
 
 def _shown(value: Any) -> str:
-    return "–" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    return "–" if value is None else f"{value:.6g}" if isinstance(value, float) else str(abbreviate(value))
 
 
 def _scores(metrics: Mapping[str, Any] | None) -> str:

@@ -219,7 +219,7 @@ class Workdir(MetricsFiles):
         ours, theirs = record.get("own", {}), saved["own"]
         self._require_same("functions of your own", {
             name: (ours.get(name), theirs.get(name)) for name in ours | theirs if ours.get(name) != theirs.get(name)})
-        self._require_same("data", {key: (_short(record["data"][key]), _short(saved["data"][key]))
+        self._require_same("data", {key: (abbreviate(record["data"][key]), abbreviate(saved["data"][key]))
                                     for key in record["data"].keys() & saved["data"].keys()
                                     if record["data"][key] != saved["data"][key]})
         return saved
@@ -255,6 +255,6 @@ def stored_config(workdir: Place, *, begun: bool = False) -> Config | None:
     return from_config_dict(json.loads(text)) if text else None
 
 
-def _short(value: Any) -> Any:
+def abbreviate(value: Any) -> Any:
     """Returns `value`, with long lists abbreviated for a one-line message."""
     return [*value[:3], f"… {len(value)} in all"] if isinstance(value, list) and len(value) > 5 else value

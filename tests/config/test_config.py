@@ -323,6 +323,9 @@ def test_differences_name_the_fields_and_leave_out_locations():
     assert differences(here, Config(data=dataclasses.replace(here.data, directory="/e"), seed=1)) == {}
     elsewhere = dataclasses.replace(here.data, directory="/e", manual_directory="/f", placement="stream", workers=3)
     assert differences(here, Config(data=elsewhere, seed=1)) == {}
+    assert differences(here, Config(data=elsewhere, seed=1), locations=True) == {
+        "data.directory": ("/a", "/e"), "data.manual_directory": ("/b", "/f"), "data.placement": ("auto", "stream"),
+        "data.workers": (-1, 3)}
     for field, value in (("crop", "random_resized"), ("on_broken", "skip"), ("validation", 0.1), ("split_seed", 1)):
         other = dataclasses.replace(here.data, image_size=32, **{field: value})
         assert f"data.{field}" in differences(here, Config(data=other, seed=1))

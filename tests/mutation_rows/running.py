@@ -15,7 +15,7 @@ MUTATIONS = (
              "if all(boundary >= 1 for boundary in self.boundaries):", ("config",)),
     Mutation("config-ignored", "if value != DEFAULTS[field]:", "if value and not DEFAULTS[field]:", ("config",)),
     Mutation("config-earlier", "[boundary / epochs for boundary in boundaries]", "boundaries", ("continuation",)),
-    Mutation("config-places", "and path not in LOCATION_FIELDS", "", ("config", "training/", "workdir")),
+    Mutation("config-places", "and (locations or path not in LOCATION_FIELDS)", "", ("config", "training/", "workdir")),
     Mutation("config-bool", "hint is float and isinstance(value, int) and not isinstance(value, bool)",
              "hint is float and isinstance(value, int)", ("config", "fuzz")),
 

@@ -318,6 +318,18 @@ def test_boundaries_of_the_learning_rate_are_named(run: Path) -> None:
     assert loss != none
 
 
+def test_a_run_says_how_it_began_and_which_images_it_used(run: Path) -> None:
+    found = run_summary.load_run_summary(run)
+    text = sections.run_facts(found)
+    assert "data.directory" in text
+    assert "initial weights" not in text
+    init = {"source": "/w.pth", "step": None, "network": "resnet20", "head": "kept", "budget": None}
+    text = sections.run_facts(dataclasses.replace(found, record={
+        **found.record, "init": init, "own": {"loss": "mine.focal"}}))
+    assert "/w.pth: resnet20, classifier kept" in text
+    assert "loss mine.focal" in text
+
+
 def test_images_that_are_skipped_as_they_are_read_are_not_passed_off_as_seen(run: Path) -> None:
     said = "excluding those that cannot be decoded"
     found = run_summary.load_run_summary(run)
@@ -557,6 +569,18 @@ def test_runs_that_began_or_trained_otherwise_are_other_points(tmp_path: Path) -
     assert sorted(fields) == ["init", "own"]
     compare.compare([str(tmp_path)], str(tmp_path / "out"))
     assert "optimizer optax.adabelief" in Page(tmp_path / "out" / "report.html").text
+
+
+def test_points_name_their_images_unless_they_were_only_moved(tmp_path: Path) -> None:
+    for name, data in (("cats", "one"), ("dogs", "two"), ("moved", "one")):
+        run = make_run(tmp_path / name, (0.5,), data__name="folder", data__directory=f"/{name}")
+        record = json.loads((run / "run.json").read_text())
+        record["data"]["names_and_sizes_of_files"] = data
+        (run / "run.json").write_text(json.dumps(record))
+    points, fields = points_module.gather_points([str(tmp_path)])
+    assert {point.label: len(point.runs) for point in points} == {
+        "resnet14 (directory /cats)": 2, "resnet14 (directory /dogs)": 1}
+    assert fields == ["data.directory"]
 
 
 def test_errors_of_many_magnitudes_are_drawn_on_a_logarithmic_axis(tmp_path: Path,

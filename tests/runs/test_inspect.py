@@ -83,10 +83,32 @@ def test_names_what_differs(run: Path, tmp_path: Path) -> None:
     assert "params/head/kernel" not in differing["arrays"]
 
 
+def test_names_other_images_and_another_beginning(tmp_path: Path) -> None:
+    def save(name: str, classes: list[str], init: dict[str, Any] | None = None) -> Path:
+        run = save_run(tmp_path / name, CONFIG, {9: 0.5})
+        record = json.loads((run / "run.json").read_text())
+        record["config"]["data"] |= {"name": "folder", "directory": f"/data/{name}"}
+        record["data"]["classes"] = classes
+        (run / "run.json").write_text(json.dumps({**record, "init": init}))
+        return run
+    cats, dogs = save("cats", list("abcdefgh")), save("dogs", list("abcdefgi"), {
+        "source": "/weights.pth", "step": None, "network": "resnet14", "head": "kept", "budget": None})
+    found = inspect.inspect(cats, against=str(dogs))
+    assert found["changed"]["data.directory"] == "/data/cats"
+    differing = found["differences"]
+    assert differing["config"] == {"data.directory": ["/data/cats", "/data/dogs"]}
+    assert differing["data"] == {"classes": [list("abcdefgh"), list("abcdefgi")]}
+    assert differing["init"]["source"] == [None, "/weights.pth"]
+    text = inspect.render(found)
+    assert re.search(r"^  init source +– +/weights.pth$", text, re.MULTILINE)
+    assert "… 8 in all" in text
+    assert "'h'" not in text
+
+
 def test_compares_steps_of_one_run(run: Path, tmp_path: Path) -> None:
     found = inspect.inspect(run, "latest", "best")
-    assert found["differences"] == {"against": "best", "config": {}, "versions": {}, "arrays": {},
-                                    "metrics": {"test_accuracy": [0.25, 0.75]}}
+    assert found["differences"] == {"against": "best", "config": {}, "data": {}, "init": {}, "versions": {},
+                                    "arrays": {}, "metrics": {"test_accuracy": [0.25, 0.75]}}
     assert inspect.inspect(run, "9", f"{run}:7")["differences"]["metrics"] == {"test_accuracy": [0.25, 0.75]}
     assert "metrics test_accuracy  0.25  0.75" in inspect.render(found)
     assert "differences from latest: none" in inspect.render(inspect.inspect(run, "9", "latest"))
