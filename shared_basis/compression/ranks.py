@@ -109,9 +109,9 @@ def choose(candidates: Candidates, budget: float, measure: str, log: Callable[[s
             "the energy")
     if not found:
         least = min(candidates.cost("single", measure, *ranks) for ranks in ((1, 0), (0, 1)))
-        raise UserError(f"--budget={budget:g} of {measure}: the smallest network has "
-                        f"{least / candidates.plain_cost(measure):.3f} of the plain network's; layers that are not "
-                        "factorised count too.")
+        share = math.ceil(1000 * least / candidates.plain_cost(measure)) / 1000  # rounded up, so that it is enough
+        raise UserError(f"--budget={budget:g} of {measure}: the smallest network has {share:.3f} of the plain "
+                        "network's; layers that are not factorised count too.")
     return max(found, key=lambda name: found[name])
 
 

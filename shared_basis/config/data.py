@@ -92,7 +92,7 @@ class DataConfig:
         for field in ("image_size", "train_examples", "test_examples", "pad", "split_seed"):
             value = getattr(self, field)
             require(0 <= value < 2**31, f"data.{field}", value, "0 or a positive whole number below 2^31")
-        require(self.image_size <= 1024, "data.image_size", self.image_size, "at most 1024 pixels")
+        require(self.image_size <= 16384, "data.image_size", self.image_size, "at most 16384 pixels")
         if self.name == "folder":
             require(bool(self.directory), "data.directory", self.directory,
                     "the directory of images when data.name='folder': give --images=DIR")

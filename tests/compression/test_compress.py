@@ -333,6 +333,16 @@ def test_the_network_within_a_budget_captures_most(candidates: ranks.Candidates,
         best = captured
 
 
+@pytest.mark.parametrize("measure", ranks.MEASURES)
+def test_the_smallest_budget_that_a_message_names_is_enough(candidates: ranks.Candidates, measure: str) -> None:
+    with user_error(f"--budget=0.01 of {measure}: the smallest network has ") as caught:
+        ranks.choose(candidates, 0.01, measure, lambda line: None)
+    least = float(str(caught.value).split("the smallest network has ")[1].split(" ")[0])
+    assert ranks.choose(candidates, least, measure, lambda line: None) in ("small-s0u1", "small-s1u0")
+    with user_error(f"the smallest network has {least} "):
+        ranks.choose(candidates, least - 0.001, measure, lambda line: None)
+
+
 def test_what_a_network_captures_is_what_it_has(run: Path, candidates: ranks.Candidates) -> None:
     trained = layers.open_plain(str(run))
     network = build_model(config_of("small-s5u2-double"), trained.spec)

@@ -68,6 +68,19 @@ def test_scales_and_crops_as_the_test_images_of_a_run(run: Path, by_hand: Any, t
         np.testing.assert_allclose([image["probabilities"][name] for name in CLASSES], by_hand(pixels), atol=1e-5)
 
 
+def test_a_run_on_tall_images_classifies_and_scores_others(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        for folder, size in (("own/train", (1, 1030)), ("own/test", (1, 1030)), ("other", (2, 2060))):
+            (tmp_path / folder / name).mkdir(parents=True)
+            Image.new("RGB", size, (200, 30, 90)).save(tmp_path / folder / name / "0.png")
+    run = save_run(tmp_path / "run", Config(model=ModelConfig(name=TINY), data=DataConfig(
+        name="folder", directory=str(tmp_path / "own"))), {1: 0.5})
+    one, other = predict.predict(run, [str(tmp_path / folder / "cat") for folder in ("own/test", "other")])["images"]
+    assert one["probabilities"] == other["probabilities"]
+    found = Trained.open(run, overrides={"data.directory": str(tmp_path / "other")}).open_source()
+    assert (found.spec.image_shape, len(found.splits["test"])) == ((1030, 1, 3), 2)
+
+
 def test_takes_the_checkpoint_that_is_asked_for(run: Path) -> None:
     folder = [str(run.parent / "images" / "test" / "cat")]
     latest, best = (predict.predict(run, folder, which) for which in ("latest", "best"))
