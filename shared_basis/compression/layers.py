@@ -92,11 +92,7 @@ def require_plain(origin: Origin) -> Origin:
         raise UserError(f"{origin.where} holds {name}, which already shares; use a run of plain "
                         f"{plain_counterpart(name)}.")
     check_family(name)
-    for path, leaf in flatten_dict(dict(origin.variables)).items():
-        if not np.isfinite(np.asarray(leaf)).all():
-            step = "" if origin.step is None else f" of checkpoint {origin.step}"
-            raise UserError(f"{origin.where}: {'/'.join(path)}{step} is not finite; choose other weights, e.g. "
-                            "another checkpoint of a run.")
+    origin.require_finite()
     model = build_model(replace(origin.config, {"model.scan_blocks": "no"}), origin.spec)
     return dataclasses.replace(origin, model=model)
 

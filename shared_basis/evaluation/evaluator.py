@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -17,7 +18,7 @@ from shared_basis.data.feeds import Inputs
 from shared_basis.errors import UserError
 from shared_basis.nn import ops
 from shared_basis.nn.types import Array, Tree
-from shared_basis.runs.trained import Variables, predict_logits
+from shared_basis.runs.trained import Trained, Variables, predict_logits
 from shared_basis.runtime.distributed import platform_of, replicated
 
 Metrics = dict[str, Array]
@@ -44,6 +45,14 @@ def score_examples(logits: Array, labels: Array) -> Metrics:
             "correct": jnp.float32((jnp.argmax(logits, -1) == targets) & valid),
             "correct_top5": jnp.float32(top5 & valid),
             "count": jnp.float32(counts)}
+
+
+def require_finite(finite: np.ndarray, trained: Trained) -> None:
+    """Raises `UserError` unless all are true of `finite` `[N]`: whether the logits of each image are finite."""
+    if not finite.all():  # argmax would take NaN for the largest
+        raise UserError(f"the run in {trained.run.path}, step {trained.step}: the logits of {np.sum(~finite):,} of "
+                        f"{len(finite):,} images are not finite, so they have no class; use another --checkpoint, or "
+                        "other weights.")
 
 
 def eval_step(variables: Tree, images: Array, labels: Array, *, model: nn.Module, data: DataConfig) -> Metrics:

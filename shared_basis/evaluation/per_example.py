@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shared_basis.data import feeds
-from shared_basis.evaluation.evaluator import Metrics, score_examples
+from shared_basis.evaluation.evaluator import Metrics, require_finite, score_examples
 from shared_basis.nn.types import Array
 from shared_basis.runs.trained import Trained
 from shared_basis.runtime import memory
@@ -82,7 +82,8 @@ def score(trained: Trained, reporter: Reporter, worst: int = WORST) -> Scores:
       worst: how many images with the highest loss to keep, with their pixels.
 
     Raises:
-      UserError: the images cannot be found or read, do not match the run, or do not fit into memory.
+      UserError: the images cannot be found or read, do not match the run, or do not fit into memory; or their logits
+        are not finite.
     """
     config, classes = trained.config, len(trained.spec.classes)
     confusion, kept, total, first = np.zeros((classes, classes), np.int64), list[Image](), 0.0, 0
@@ -94,6 +95,7 @@ def score(trained: Trained, reporter: Reporter, worst: int = WORST) -> Scores:
         for pixels, labels in images.batches("test", config.train.eval_batch_size, trained.mesh)():
             found = jax.device_get(judge(classify(pixels), labels))
             counted = np.flatnonzero(found["count"])  # the others are padding or broken
+            require_finite(found["finite"][counted], trained)
             np.add.at(confusion, (found["label"][counted], found["predicted"][counted]), 1)
             total += float(found["loss"].sum(dtype=np.float64))
             limit = kept[-1].loss if len(kept) == worst else -np.inf
@@ -111,9 +113,10 @@ def score(trained: Trained, reporter: Reporter, worst: int = WORST) -> Scores:
 
 
 def _judge(logits: Array, labels: Array) -> Metrics:
-    """Returns `score_examples` with each image's `label`, the `predicted` class and its `probability`, `[N]`."""
+    """Returns `score_examples`, and for each image `[N]` its `label`, the `predicted` class, its `probability`, and
+    whether the logits are `finite`."""
     return {**score_examples(logits, labels), "label": labels, "predicted": jnp.argmax(logits, -1),
-            "probability": jnp.max(jax.nn.softmax(logits), -1)}
+            "probability": jnp.max(jax.nn.softmax(logits), -1), "finite": jnp.isfinite(logits).all(-1)}
 
 
 def confusion_csv(scores: Scores, classes: Sequence[str]) -> bytes:

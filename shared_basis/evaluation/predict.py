@@ -17,6 +17,7 @@ from shared_basis.data.feeds import Images
 from shared_basis.data.folder import FileExamples
 from shared_basis.data.listing import SUFFIXES, PassedOver, walk
 from shared_basis.errors import UserError, printable
+from shared_basis.evaluation.evaluator import require_finite
 from shared_basis.runs.trained import Trained
 from shared_basis.runtime import memory
 from shared_basis.runtime.files import Place, csv_text, write_atomic
@@ -47,7 +48,7 @@ def predict(workdir: Place, images: Sequence[str], which: str = "latest",
       Images that cannot be decoded are skipped with a warning if `data.on_broken` is 'skip'.
 
     Raises:
-      UserError: there is no such run, checkpoint or image, or an image cannot be decoded.
+      UserError: there is no such run, checkpoint or image, an image cannot be decoded, or logits are not finite.
     """
     files = list_images(images, warn)
     trained = Trained.open(workdir, which, overrides)
@@ -59,7 +60,9 @@ def predict(workdir: Place, images: Sequence[str], which: str = "latest",
         parts: list[tuple[np.ndarray, np.ndarray]] = []
         for batch in Images(spec, {"test": examples}, scaled, warn).batches(
                 "test", config.train.eval_batch_size, trained.mesh)():
-            parts.append((np.asarray(jax.nn.softmax(classify(batch[0]))), np.asarray(batch[1])))
+            logits, labels = np.asarray(classify(batch[0])), np.asarray(batch[1])
+            require_finite(np.isfinite(logits[labels >= 0]).all(-1), trained)
+            parts.append((np.asarray(jax.nn.softmax(logits)), labels))
             progress(min(len(parts) * len(batch[1]), len(files)), len(files))
     probabilities, labels = (np.concatenate(each)[:len(files)] for each in zip(*parts, strict=True))
     classified = [{"file": file, "class": spec.classes[int(row.argmax())],

@@ -97,7 +97,11 @@ def open_weights(source: str, config: Config, spec: data.Spec, classes: str, rep
 
 
 def open_file(path: str, config: Config, spec: data.Spec, classes: str, reporter: Reporter) -> Origin:
-    """Opens the file of weights `path` like `open_weights`; logs the assumed order of the outputs."""
+    """Opens the file of weights `path` like `open_weights`; logs the assumed order of the outputs.
+
+    Raises:
+      UserError: see `open_weights`; or the weights are not finite.
+    """
     names = read_classes(classes) if classes else None
     plain, said = plain_counterpart(config.model.name), _said(path)
     config = replace(config, {f"data.{name}": said[name] for name in ("mean", "std") if name in said})
@@ -114,6 +118,8 @@ def open_file(path: str, config: Config, spec: data.Spec, classes: str, reporter
         if count == len(spec.classes) and config.data.name == "folder":
             note = describe_order(spec.classes, path)  # data sets define an order, which published weights use
             (reporter.warn if note.surprising else reporter.info)(note.text)
-    return Origin(path, None, config, data.Spec((*spec.image_shape[:2], channels),
-                                                outputs or tuple(map(str, range(count)))), bool(outputs),
-                  make_mesh(), network, variables)
+    origin = Origin(path, None, config, data.Spec((*spec.image_shape[:2], channels),
+                                                  outputs or tuple(map(str, range(count)))), bool(outputs),
+                    make_mesh(), network, variables)
+    origin.require_finite()
+    return origin

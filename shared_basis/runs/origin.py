@@ -61,6 +61,14 @@ class Origin:
         """The description of the origin for messages."""
         return f"the file {self.path}" if self.step is None else f"the run in {self.path}"
 
+    def require_finite(self) -> None:
+        """Raises `UserError`, naming the array, unless all weights are finite."""
+        for path, leaf in flatten_dict(dict(self.variables)).items():
+            if not np.isfinite(np.asarray(leaf)).all():
+                step = "" if self.step is None else f" of checkpoint {self.step}"
+                raise UserError(f"{self.where}: {'/'.join(path)}{step} is not finite; choose other weights, e.g. "
+                                "another checkpoint of a run.")
+
 
 class Fitted(NamedTuple):
     """Weights fitted to a network."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import TINY, cross_entropies, save_run, write_folder
+from helpers import TINY, cross_entropies, save_run, user_error, write_folder
 from PIL import Image
 
 from shared_basis.config import Config, DataConfig, ModelConfig, TrainConfig, replace
@@ -52,6 +52,14 @@ def logits_by_hand(trained: Trained) -> dict[str, tuple[np.ndarray, int]]:
     logits = np.asarray(jax.jit(lambda variables, pixels: trained.model.apply(
         variables, (pixels / 255 - 0.5) / 0.5, train=False))(trained.variables, pixels), np.float64)
     return {str(path): (row, CLASSES.index(path.parent.name)) for path, row in zip(paths, logits, strict=True)}
+
+
+def test_logits_that_are_not_numbers_have_no_class(trained: Trained) -> None:
+    params = {**trained.variables["params"], "head": {"kernel": np.zeros((4, 3), np.float32),
+                                                      "bias": np.float32([0, np.nan, 0])}}
+    broken = dataclasses.replace(trained, variables={**trained.variables, "params": params})
+    with user_error("step 6", "not finite", "--checkpoint"):
+        per_example.score(broken, QUIET)
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,12 @@ def test_a_run_on_tall_images_classifies_and_scores_others(tmp_path: Path) -> No
     assert (found.spec.image_shape, len(found.splits["test"])) == ((1030, 1, 3), 2)
 
 
+def test_logits_that_are_not_numbers_have_no_class(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trained, "classifier", lambda _: lambda images: np.full((len(images), 3), np.inf, np.float32))
+    with user_error(str(run), "step 2", "not finite", "--checkpoint"):
+        predict.predict(run, [str(run.parent / "images" / "test" / "cat")])
+
+
 def test_takes_the_checkpoint_that_is_asked_for(run: Path) -> None:
     folder = [str(run.parent / "images" / "test" / "cat")]
     latest, best = (predict.predict(run, folder, which) for which in ("latest", "best"))

@@ -244,6 +244,17 @@ def test_a_run_among_its_images_is_refused(images: Path, tmp_path: Path, monkeyp
     assert not Path("runs").exists()
 
 
+def test_weights_that_are_not_numbers_are_refused(images: Path, tmp_path: Path) -> None:
+    config = on_folder(images)
+    model = build_model(config, data.Spec((8, 8, 3), tuple(map(str, range(12)))))
+    variables = random_variables(model, (8, 8, 3))
+    variables["params"]["head"]["bias"][3] = np.nan
+    path = torch_files.save(tmp_path / "w.pth", {"state_dict": to_published(variables, model)})
+    with user_error(str(path), "params/head/bias is not finite"):
+        import_weights(config, tmp_path / "run", str(path), Listener())
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_list_names_the_outputs_of_a_file(images: Path, tmp_path: Path) -> None:
     config, reporter = on_folder(images), Listener()
     path, variables = write_weights(tmp_path / "w.pth", config, 14)
