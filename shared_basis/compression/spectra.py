@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ Rows = Sequence[Mapping[str, Any]]
 def write_spectra(source: str, reporter: Reporter, *, which: str = "latest",
                   overrides: Mapping[str, Any] | None = None, calibration: int | None = None,
                   output: str = "") -> dict[str, Any]:
-    """Writes the energy of the plain network in `source` that shared bases capture, as a table and a plot.
+    """Writes the energy of the plain network in the run `source` that shared bases capture, as a table and a plot.
 
     Args:
       which, overrides: see `Trained.open`.
@@ -39,8 +40,11 @@ def write_spectra(source: str, reporter: Reporter, *, which: str = "latest",
       `source`, `step`, `model`, `calibration`, `csv`, `png` and `rows` (see `shared_basis.compression.ranks.spectrum`).
 
     Raises:
-      UserError: see `open_plain`; or a file cannot be written.
+      UserError: see `open_plain`; or `source` is a file, or a file cannot be written.
     """
+    if os.path.isfile(source):
+        raise UserError(f"--source={source} is a file, but --spectra needs a run: first --mode=import "
+                        f"--weights={source} --workdir=RUN, then --source=RUN.")
     path = as_path(output) if output else as_path(source) / "spectra.csv"
     if path.suffix != ".csv":
         raise UserError(f"--output={output}: must end in .csv; the plot is put next to it.")

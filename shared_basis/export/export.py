@@ -64,8 +64,8 @@ def export(workdir: Place, kind: str, choice: str = "auto", which: str = "latest
       describe the file before quantisation.
 
     Raises:
-      UserError: see `Trained.open`; or a package is missing, the file cannot be written, its logits differ from the
-        network's, or quantisation loses more than `tolerance`.
+      UserError: see `Trained.open`, `Trained.on_cpu`; or a package is missing, the file cannot be written, its
+        logits differ from the network's, or quantisation loses more than `tolerance`.
     """
     if kind not in FORMATS or choice not in CHOICES:
         raise UserError(f"format={kind!r}, fold={choice!r}: format must be one of {', '.join(FORMATS)}, fold one of "

@@ -149,8 +149,16 @@ class Trained:
         """Returns the same network on one CPU device, in float32 regardless of the run's dtype, with unrolled blocks.
 
         Serves as the reference for exported files.
+
+        Raises:
+          UserError: JAX_PLATFORMS excludes the CPU.
         """
-        mesh = Mesh(np.array(jax.local_devices(backend="cpu")[:1]), ("data",))
+        try:
+            mesh = Mesh(np.array(jax.local_devices(backend="cpu")[:1]), ("data",))
+        except RuntimeError as error:
+            platforms = os.environ.get("JAX_PLATFORMS", "")
+            raise UserError(f"exported files are computed on the CPU, which JAX_PLATFORMS={platforms!r} excludes: set "
+                            f"JAX_PLATFORMS={platforms},cpu, or unset it.") from error
         model = self.model.clone(dtype=jnp.float32, scan_blocks=False)
         return dataclasses.replace(self, mesh=mesh, model=model, variables=jax.device_get(dict(self.variables)))
 

@@ -479,3 +479,12 @@ def test_spectra_need_a_table_to_write(run: Path, tmp_path: Path) -> None:
         spectra.write_spectra(str(run), QUIET, output="x.png")
     with user_error("does not exist"):
         spectra.write_spectra(str(run), QUIET, output=str(tmp_path / "no" / "x.csv"))
+
+
+def test_spectra_of_a_file_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "resnet18.pth"
+    file.write_bytes(b"weights")
+    for output in ("", str(tmp_path / "x.csv")):
+        with user_error(f"--source={file}", "--spectra needs a run", f"--mode=import --weights={file}"):
+            commands.run("compress", commands.Request(Config(), {}, "absent", False, source=str(file), spectra=True,
+                                                      output=output))

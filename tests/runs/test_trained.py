@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,3 +45,14 @@ def test_a_classifier_gives_the_logits_of_normalised_images_on_all_devices_and_i
     assert (rounded.shape, rounded.dtype) == ((8, 10), np.float32)
     np.testing.assert_allclose(rounded, expected, rtol=0.1, atol=0.1)
     assert np.abs(rounded - expected).max() > 1e-4, "the run's own is bfloat16"
+
+
+def test_an_excluded_cpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = Trained.open(save_run(tmp_path / "run", Config(model=ModelConfig(name=TINY)), {1: 0.5}))
+
+    def without_cpu(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Unknown backend cpu")
+    monkeypatch.setattr(jax, "local_devices", without_cpu)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with user_error("JAX_PLATFORMS='cuda'", "set JAX_PLATFORMS=cuda,cpu, or unset it"):
+        trained.on_cpu()
