@@ -113,7 +113,8 @@ class _Writer:
             case "slice":
                 starts, limits, strides = (self._integers(_channels_first(given[key]))
                                            for key in ("starts", "limits", "strides"))
-                name = self._add("Slice", [*inputs, starts, limits, self._integers((1, 2, 3)), strides], scope)
+                all_axes = self._integers(range(1, 1 + len(node.shape)))
+                name = self._add("Slice", [*inputs, starts, limits, all_axes, strides], scope)
             case "pad":
                 before, after = ((0, *_channels_first(sides)) for sides in zip(*given["padding"], strict=True))
                 name = self._add("Pad", [*inputs, self._integers((*before, *after))], scope)
@@ -165,7 +166,9 @@ class _Writer:
 
 
 def _channels_first(values: Sequence[int]) -> tuple[int, ...]:
-    """Reorders values for [H, W, C] to [C, H, W]; also if several axes stand for C."""
+    """Reorders values for [H, W, C] to [C, H, W]; also if several axes stand for C. Those for [C] stay."""
+    if len(values) < 3:
+        return tuple(values)
     height, width, *channels = values
     return *channels, height, width
 

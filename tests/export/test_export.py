@@ -339,6 +339,24 @@ def test_heights_are_not_taken_for_widths_nor_the_beginning_for_the_end() -> Non
     assert_close(graph.compute(output, jnp.asarray(images)), expected)
 
 
+class Split(nn.Module):
+    """Slices pooled features, which have no height and width."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        x = nn.Conv(6, (3, 3), dtype=jnp.float32, name="first")(images).mean((1, 2))
+        first, second = x[:, :2], x[:, 2:]
+        return nn.Dense(10, name="head")(jnp.concatenate([second[:, ::2], first], axis=-1))
+
+
+def test_pooled_features_are_sliced() -> None:
+    model = Split()
+    variables, images = random_variables(model, SHAPE), random_images(3, SHAPE)
+    expected = model.apply(variables, normalize(jnp.asarray(images), DATA), train=False)
+    output = fold(trace(model, variables, SHAPE, lambda x: normalize(x, DATA)), "auto")[0]
+    assert_close(onnx_logits(output, images), expected)
+
+
 class Strange(nn.Module):
     """A network with an operation that no graph holds."""
 
