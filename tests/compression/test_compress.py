@@ -333,7 +333,7 @@ def test_the_network_within_a_budget_captures_most(candidates: ranks.Candidates,
         best = captured
 
 
-@pytest.mark.parametrize("measure", ranks.MEASURES)
+@pytest.mark.parametrize("measure", [pytest.param("parameters", marks=pytest.mark.slow), "macs"])
 def test_the_smallest_budget_that_a_message_names_is_enough(candidates: ranks.Candidates, measure: str) -> None:
     with user_error(f"--budget=0.01 of {measure}: the smallest network has ") as caught:
         ranks.choose(candidates, 0.01, measure, lambda line: None)

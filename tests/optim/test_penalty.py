@@ -112,6 +112,7 @@ def test_compiled_values_are_those_without_compilation(function):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), compiled, function(random_tree(), sets))
 
 
+@pytest.mark.slow
 def test_types_of_results_are_those_of_the_parameters_in_float64_mode():
     groups = SETS["several groups"]
     with jax.enable_x64(True):

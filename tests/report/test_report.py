@@ -551,6 +551,7 @@ def test_what_does_not_change_the_outcome_makes_no_point_and_epochs_are_told_onc
         "resnet14 (epochs 2)", "resnet14 (epochs 3, 3 evaluated)", "resnet14 (epochs 3, 1 evaluated)"}
 
 
+@pytest.mark.slow
 def test_runs_that_began_or_trained_otherwise_are_other_points(tmp_path: Path) -> None:
     def init(source: str, network: str = "resnet14", head: str = "kept", budget: float | None = None) -> dict[str, Any]:
         return {"source": source, "step": 3, "network": network, "head": head, "budget": budget}

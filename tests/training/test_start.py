@@ -178,6 +178,7 @@ def test_a_run_begins_resumes_without_its_source_and_takes_no_other(source: Path
         train(DIGITS, run, Listener())
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_given_weights_and_an_optimizer_of_ones_own(source: Path, tmp_path: Path) -> None:
     train(DIGITS, tmp_path / "run", Listener(), init=str(source), optimizer=optax.adabelief)
     assert Trained.open(tmp_path / "run").step == 2

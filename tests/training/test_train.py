@@ -159,6 +159,7 @@ def test_a_run_killed_between_metrics_and_checkpoint_writes_the_line_once(finish
     assert_trees_equal(read_arrays(tmp_path / "run", 20), read_arrays(workdir, 20))
 
 
+@pytest.mark.slow
 def test_a_line_of_an_evaluation_whose_figures_were_not_saved_is_written_once(finished: Any, tmp_path: Path) -> None:
     """As if it had been stopped in the evaluation, and killed when this was repeated before it was saved."""
     workdir, _, _ = finished
