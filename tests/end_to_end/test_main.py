@@ -134,6 +134,11 @@ def test_a_folder_of_images_trains_and_evaluates(main: CommandLine, tmp_path: Pa
     assert_mistake(main(RECIPE, "--mode=evaluate", "--workdir=run", cwd=tmp_path), str(images), "cannot be found")
 
 
+def heed_hangups() -> None:
+    """Where the tests run under nohup, their processes would ignore SIGHUP too."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("fields", [
     pytest.param((), id="resident", marks=pytest.mark.slow),
     pytest.param(("--config.data.placement=stream", "--config.data.workers=1"), id="streamed",
@@ -144,7 +149,7 @@ def test_signals_stop_a_run_that_the_same_command_continues(tmp_path: Path, fiel
     saved = None
     for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)):
         with subprocess.Popen(command, cwd=tmp_path, env=user_environment(), text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, start_new_session=True) as process:
+                              stderr=subprocess.PIPE, start_new_session=True, preexec_fn=heed_hangups) as process:
             lines = []
             while not lines or not lines[-1].startswith("ready in" if saved is None else "resumes at step"):
                 lines.append(process.stdout.readline())
