@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from shared_basis.config import DataConfig
 from shared_basis.data.examples import Encoded, Examples, Source, Spec
+from shared_basis.data.tfds.metadata import check_metadata
 from shared_basis.data.tfds.names import SPECS, damaged, data_directory, imagenet_classes, own_builder, tfds_name
 from shared_basis.errors import UserError
 from shared_basis.runtime.files import one_line
@@ -91,7 +91,7 @@ def find_builder(config: DataConfig) -> Any | None:
     except Exception as error:
         raise UserError(f"data.name={config.name!r}: TFDS takes names such as tfds:cifar10, tfds:name/config and "
                         f"tfds:name:1.0.0 ({one_line(error)}).") from error
-    _check_metadata(Path(directory) / naming.parse_builder_name_kwargs(name)[0].name)
+    check_metadata(Path(directory) / naming.parse_builder_name_kwargs(name)[0].name)
     own = own_builder(config)
     try:
         if own is not None and own.data_path.exists():
@@ -105,36 +105,6 @@ def find_builder(config: DataConfig) -> Any | None:
         raise
     except Exception as error:  # damaged metadata may raise anything
         raise damaged(os.path.join(directory, name), one_line(error)) from error
-
-
-def _check_metadata(directory: Path) -> None:
-    """Raises `UserError` if prepared data refers to classes outside of TFDS, whose modules would be imported."""
-    for path in _named("features.json", directory):
-        def check(found: dict[str, Any], path: Path = path) -> dict[str, Any]:
-            for key in ("pythonClassName", "python_class_name", "type"):
-                name = found.get(key)
-                if isinstance(name, str) and not name.startswith("tensorflow_datasets.core.features."):
-                    raise damaged(path.parent, f"it names the class {name!r}, which is not part of TFDS")
-            return found
-        try:
-            json.loads(path.read_text(), object_hook=check)
-        except UserError:
-            raise
-        except (OSError, ValueError, RecursionError) as error:
-            raise damaged(path.parent, one_line(error)) from error
-
-
-def _named(name: str, directory: Path) -> Iterator[Path]:
-    """Yields the files of this name in `directory` and below; follows links, as TFDS does, each of them once."""
-    seen: set[str] = set()
-    for parent, folders, names in os.walk(directory, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        if name in names:
-            yield Path(parent) / name
 
 
 @dataclasses.dataclass(frozen=True)
