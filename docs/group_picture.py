@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from shared_basis.plotting import COLORS, DARK, INK
+
 IMAGES = Path(__file__).resolve().parent / "images"
 WIDTH, HEIGHT = 560, 452
 LAYERS = (24, 158, 292, 426)
@@ -29,8 +31,8 @@ class Theme:
 
 
 THEMES = {
-    "light": Theme("#1f2328", "#57606a", "#8c959f", "#0072b2", "#d55e00", "#007a5a"),
-    "dark": Theme("#e6e9ed", "#a5afba", "#6e7681", "#58b0e6", "#f2984c", "#2dc79a"),
+    "light": Theme(INK, "#57606a", "#8c959f", *COLORS[:3]),
+    "dark": Theme(DARK[INK], "#a5afba", "#6e7681", *(DARK[color] for color in COLORS[:3])),
 }
 
 

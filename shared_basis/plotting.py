@@ -38,6 +38,9 @@ FAINT = "#d0d7de"
 """Grid lines."""
 COLORS = ("#0072b2", "#d55e00", "#007a5a", "#a3408a", "#7a6200", "#56606b")
 """Colours of data, each with a contrast of at least 3:1, distinguishable by the colour-blind (after Okabe and Ito)."""
+DARK = dict(zip((INK, FAINT, BACKGROUND, *COLORS), (
+    "#e6e9ed", "#3d444d", "#0d1117", "#58b0e6", "#f2984c", "#2dc79a", "#e08bd0", "#d9c25a", "#a5afba"), strict=True))
+"""For each of these colours, the one in a picture for dark pages."""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2)), "-")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 """The dash and marker of line i, which correspond to `COLORS[i]`."""

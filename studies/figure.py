@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared_basis.plotting import BACKGROUND, COLORS, FAINT, INK, MARKERS, set_log, svg
+from shared_basis.plotting import COLORS, DARK, MARKERS, set_log, svg
 from shared_basis.runtime.files import write_atomic
 from studies.definitions import EXACT, NO_PENALTY, Study, Variant
 from studies.findings import StudyRow, interval, of
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
 IMAGES = Path("docs") / "images"
 """Where the pictures are, relative to the repository's root."""
-
-DARK = dict(zip((INK, FAINT, BACKGROUND, *COLORS), (
-    "#e6e9ed", "#3d444d", "#0d1117", "#58b0e6", "#f2984c", "#2dc79a", "#e08bd0", "#d9c25a", "#a5afba"), strict=True))
-"""The colours for a dark page."""
 
 KINDS = ("plain", "plain, narrower", "shared", "shared, no penalty", "shared, exactly orthonormal",
          "whole filters shared (tied, templates)")

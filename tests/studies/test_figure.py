@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.records import ROOT, read
-from shared_basis.plotting import COLORS, INK
+from shared_basis.plotting import COLORS, DARK, INK
 from studies.definitions import EXACT, NO_PENALTY, STUDIES, Study, Variant
-from studies.figure import DARK, IMAGES, KINDS, kind, panels, shifts, write_pictures
+from studies.figure import IMAGES, KINDS, kind, panels, shifts, write_pictures
 from studies.findings import StudyRow
 from tests.studies.test_findings import row
 
