@@ -49,17 +49,7 @@ def read(values: flags.FlagValues, trained: bool) -> Configuration:
     overrides = {**images, **set_by_user}
     if trained:
         return Configuration(Config(), overrides, _workdir(values, values.config.name, images))
-    run = getattr(values, RUN_OF.get(values.mode, ""), None)
-    if values.mode == "train" and values.init and not images and not (run and stored_config(os.path.expanduser(run))):
-        source, which = find_weights(values.init)
-        run = run if which is None else source
-    asks_recipe = _names_recipe(values) and values.mode != "summary"
-    if run and values.mode == "compress":
-        run, which = find_weights(run, "--source")
-        if which is None and not asks_recipe:
-            raise UserError(f"--source={run}: a file of weights holds no configuration; add "
-                            "--config=RECIPE.py:NETWORK, the recipe and the plain network.")
-    then = stored_config(os.path.expanduser(run)) if run and not asks_recipe else None
+    then = _stored(values, bool(images))
     if then is None:
         if images:
             with values.config.unlocked():
@@ -72,9 +62,22 @@ def read(values: flags.FlagValues, trained: bool) -> Configuration:
     return Configuration(config, overrides, _workdir(values, config.name, images))
 
 
-def _names_recipe(values: flags.FlagValues) -> bool:
-    """Returns whether the user named a recipe; see `shared_basis.cli.app.parse`."""
-    return bool(values["config"].present)
+def _stored(values: flags.FlagValues, has_images: bool) -> Config | None:
+    """Returns the configuration of the run that the flags name (see `RUN_OF`); None if a recipe is to be used."""
+    asks_recipe = values["config"].present and values.mode != "summary"  # see `shared_basis.cli.app.parse`
+    run = getattr(values, RUN_OF.get(values.mode, ""), None)
+    if run and values.mode == "compress":
+        run, which = find_weights(run, "--source")
+        if which is None and not asks_recipe:
+            raise UserError(f"--source={run}: a file of weights holds no configuration; add "
+                            "--config=RECIPE.py:NETWORK, the recipe and the plain network.")
+    if asks_recipe:
+        return None
+    then = stored_config(os.path.expanduser(run)) if run else None
+    if then is None and values.mode == "train" and values.init and not has_images:
+        source, which = find_weights(values.init)
+        return None if which is None else stored_config(source)
+    return then
 
 
 def _images(values: flags.FlagValues, set_by_user: Mapping[str, Any]) -> dict[str, Any]:

@@ -172,7 +172,7 @@ class Workdir(MetricsFiles):
           UserError: see `require`; or the directory holds checkpoints but no run.json, or other runs, or is read-only.
         """
         saved = self.read_record()
-        if self.has_begun and saved is not None:
+        if saved is not None and self.has_begun:
             self.require(record)
             record = {**saved, "config": record["config"], "data": {**record["data"], **saved["data"]}}
             if record == saved:
@@ -236,12 +236,11 @@ class Workdir(MetricsFiles):
 def stored_config(workdir: Place, *, begun: bool = False) -> Config | None:
     """Returns the configuration of the run in `workdir`, or None if there is none; the same in all processes.
 
-    Args:
-      begun: whether to ignore a run that has not begun.
-
-
     Only the first process looks for the record, since a network file system may hide a new file from processes that
     looked for it before it existed.
+
+    Args:
+      begun: whether to ignore a run that has not begun; see `Workdir.has_begun`.
 
     Raises:
       UserError: see `Workdir.load`.
