@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from shared_basis.nn.ops import keep, multiply, use_cpu_forms
+from shared_basis.nn.ops import keep, multiply, use_cpu_forms, wide
 from shared_basis.nn.types import Array, Dtype
 
 FEW_FILTERS = 8
@@ -65,13 +66,26 @@ def convolve(x: Array, kernel: Array, window: Window, dtype: Dtype, one: bool = 
     if one:
         kernel = jnp.pad(kernel, [(0, 0)] * (kernel.ndim - 1) + [(0, 1)])
         return keep(_convolve(x, kernel, window) + jnp.zeros(kernel.shape[-1], dtype).at[-1].set(1))
-    one_group = x.shape[-1] == kernel.shape[-2]
-    if not use_cpu_forms() or not one_group or kernel.ndim != 4 or max(window.dilation) > 1:
-        return keep(_convolve(x, kernel, window))
+    return keep(_convolve_by_form(x, kernel, window))
+
+
+def _convolve_by_form(x: Array, kernel: Array, window: Window) -> Array:
+    """`_convolve`, in the form that is fast on the platform that is traced for."""
+    if not use_cpu_forms():
+        return _convolve(x, kernel, window)
+    groups = x.shape[-1] // kernel.shape[-2]
+    if groups == x.shape[-1] == kernel.shape[-1]:
+        return _convolve_depthwise(x, kernel, window)
+    if groups > 1:
+        # XLA uses naive loops for groups: the gradients of the 32 groups of ResNeXt take 40 to 100 times as long.
+        return jnp.concatenate([_convolve_by_form(*group, window) for group in zip(
+            jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)], axis=-1)
+    if kernel.ndim != 4 or max(window.dilation) > 1:
+        return _convolve(x, kernel, window)
     x, kernel = _varying_alike(x, kernel)
     if kernel.shape[-1] <= FEW_FILTERS and max(window.strides) == 1:
-        return keep(_convolve_by_few(x, kernel, window))
-    return keep(_convolve_on_cpu(x, kernel, window))
+        return _convolve_by_few(x, kernel, window)
+    return _convolve_on_cpu(x, kernel, window)
 
 
 def _varying_alike(*arrays: Array) -> list[Array]:
@@ -91,6 +105,24 @@ def _convolve(x: Array, kernel: Array, window: Window) -> Array:
     layout = (f"N{image}C", f"{image}IO", f"N{image}C")
     return jax.lax.conv_general_dilated(x, kernel, window.strides, window.padding, rhs_dilation=window.dilation,
                                         dimension_numbers=layout, feature_group_count=x.shape[-1] // kernel.shape[-2])
+
+
+def _convolve_depthwise(x: Array, kernel: Array, window: Window) -> Array:
+    """`_convolve` with one filter per channel: the sum over all taps of the shifted input times the tap's scale.
+
+    Unlike for a convolution, XLA vectorises over the channels and fuses the operations before and after, also in the
+    gradients, which take a fifth to a thirtieth of the time.
+    """
+    x_wide, scales = (array.astype(wide(array.dtype)) for array in (x, kernel.squeeze(-2)))
+    padded = jnp.pad(x_wide, ((0, 0), *window.padding, (0, 0)))
+    *size, _ = scales.shape
+    ends = [length - (taps - 1) * spread for length, taps, spread in zip(
+        padded.shape[1:-1], size, window.dilation, strict=True)]
+    first, *others = (
+        padded[:, *(slice(index * spread, index * spread + end, stride) for index, spread, end, stride in zip(
+            tap, window.dilation, ends, window.strides, strict=True))] * scales[tap]
+        for tap in itertools.product(*map(range, size)))
+    return jnp.asarray(sum(others, first), x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -58,7 +58,7 @@ def test_convolution_and_gradients_are_numpy_s(size, strides, padding, height, w
 
 @pytest.mark.parametrize("filters", [2, 16])
 @pytest.mark.parametrize(("groups", "padding"), [
-    (1, ((1, 1), (1, 1))), (1, ((0, 2), (2, 1))), (4, ((1, 1), (1, 1)))])
+    (1, ((1, 1), (1, 1))), (1, ((0, 2), (2, 1))), (4, ((1, 1), (1, 1))), (8, ((0, 2), (2, 1)))])
 def test_every_platform_s_form_computes_the_same(filters, groups, padding):
     filters *= groups
     x, kernel = draw(0, (3, 8, 8, 8), (3, 3, 8 // groups, filters))
@@ -71,28 +71,49 @@ def test_every_platform_s_form_computes_the_same(filters, groups, padding):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_the_form_follows_the_platform_and_the_filters():
+@settings(deadline=None, max_examples=7, derandomize=True)
+@given(size=st.sampled_from((1, 2, 3, 5)), strides=st.integers(1, 3), padding=st.integers(0, 3),
+       dilation=st.integers(1, 2), height=st.integers(9, 11), width=st.integers(9, 11), channels=st.integers(1, 9),
+       seed=st.integers(0, 99))
+def test_depthwise_convolution_and_gradients_are_xla_s(size, strides, padding, dilation, height, width, channels, seed):
+    window = Window((strides, strides), ((padding, 1), (padding, padding)), (dilation, 1))
+    x, kernel = draw(seed, (2, height, width, channels), (size, size, 1, channels))
+
+    def results(platform):
+        with forms_for(platform):
+            y, pull = jax.vjp(lambda x, k: convolve(x, k, window, jnp.float32), x, kernel)
+        return y, *pull(jnp.cos(y))
+    for one, other in zip(*map(results, PLATFORMS), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_form_follows_the_platform_the_filters_and_the_groups():
     """Forms compute the same, so that a wrong choice would show in nothing but time."""
-    def primitives(filters):
-        x, kernel = jnp.zeros((2, 8, 8, 16)), jnp.zeros((3, 3, 16, filters))
+    def primitives(filters, groups=1):
+        x, kernel = jnp.zeros((2, 8, 8, 16)), jnp.zeros((3, 3, 16 // groups, filters))
         return str(jax.make_jaxpr(lambda: convolve(x, kernel, square(1, 1), jnp.float32))())
     with forms_for("cpu"):
         assert "conv_general_dilated" not in primitives(8)
         assert "custom_vjp" in primitives(9)
-    for program in (primitives(8), primitives(9)):  # as they are written, they can be transformed in every way
-        assert "conv_general_dilated" in program
+        assert "conv_general_dilated" not in primitives(16, 16)  # depthwise
+        assert primitives(36, 4).count("conv_general_dilated") == 4 == primitives(36, 4).count("custom_vjp_call[")
+    for program in (primitives(8), primitives(9), primitives(16, 16), primitives(36, 4)):
+        # As they are written, they can be transformed in every way.
+        assert program.count("conv_general_dilated") == 1
         assert "custom_vjp" not in program
 
 
-@pytest.mark.parametrize("filters", [1, 16])
+@pytest.mark.parametrize(("filters", "groups"), [(1, 1), (16, 1), (32, 32)])
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_bfloat16_is_accumulated_in_float32(filters, platform):
-    x, kernel = draw(0, (2, 8, 8, 32), (3, 3, 32, filters))
+def test_bfloat16_is_accumulated_in_float32(filters, groups, platform):
+    x, kernel = draw(0, (2, 8, 8, 32), (3, 3, 32 // groups, filters))
     x, kernel = jnp.asarray(x, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16)
     with forms_for(platform):
         y = convolve(x, kernel, square(1, 1), jnp.bfloat16)
     assert y.dtype == jnp.bfloat16
-    exact = convolve_in_numpy(np.asarray(x, np.float32), np.asarray(kernel, np.float32), 1, 1)
+    dense = np.asarray(kernel, np.float32)
+    dense = dense * np.eye(32)[:, :filters] if groups > 1 else dense  # zero from each channel to all others
+    exact = convolve_in_numpy(np.asarray(x, np.float32), dense, 1, 1)
     np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-8, atol=1e-3)  # one rounding, at the end
 
 
@@ -102,10 +123,12 @@ def test_bfloat16_is_accumulated_in_float32(filters, platform):
     ((3, 3), {"padding": "same", "strides": 3}), ((3, 3), {"padding": ((2, 0), (1, 3))}),
     ((3, 3), {"padding": 2, "kernel_dilation": 2}), ((2, 3), {"padding": (1, 2), "kernel_dilation": (1, 3)}),
     ((3, 1, 2), {"padding": "SAME", "kernel_dilation": (2, 1, 1)}), ((3, 3), {"feature_group_count": 2}),
+    ((3,), {"strides": 2, "padding": "SAME", "feature_group_count": 4}),
+    ((3, 2, 1), {"padding": 1, "strides": (1, 2, 3), "feature_group_count": 4}),
 ], ids=str)
 def test_windows_are_flax_s(size, options, platform):
     x, = draw(1, (*(2, 9, 8, 7, 6)[:len(size) + 1], 4))
-    conv = nn.Conv(6, size, use_bias=False, **options)
+    conv = nn.Conv(4 if options.get("feature_group_count") == 4 else 6, size, use_bias=False, **options)
     variables = conv.init(jax.random.key(0), x)
     options = {"padding": "SAME", **options}
     window = Window.of(size, x.shape[1:-1], options.get("strides", 1), options["padding"],
