@@ -1,4 +1,4 @@
-"""The purposes of the kernels in a GPU step: the rows of `results/accelerator_kernels.csv`, and their tables."""
+"""The purposes of the kernels in a step: the rows of `results/accelerator_kernels.csv`, and their tables."""
 
 from __future__ import annotations
 
@@ -8,23 +8,30 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.accelerator_rows import AcceleratorRow
 from benchmarks.common import NOT_MEASURED, Table, markdown
-from benchmarks.hlo import Kernel
+from benchmarks.hlo import COLLECTIVES, Kernel
 
 SMALL = 500_000
 """Bytes below which the launch dominates a kernel's time."""
 
-SHOWN = (("resnet32-s16u1-double", 32, "bfloat16"), ("resnet34-s32u1", 224, "bfloat16"))
-"""Networks, image sizes and dtypes to show on the page; the file contains all."""
+SHOWN = tuple((target, *step) for target in ("h100x1", "v5e:2x2") for step in (
+    ("resnet32-s16u1-double", 32, "bfloat16"), ("resnet34-s32u1", 224, "bfloat16")))
+"""Targets, networks, image sizes and dtypes to show on the page; the file contains all."""
 
 _CONVOLUTIONS = {"convForward": "convolutions", "convBiasActivationForward": "convolutions",
                  "convBackwardInput": "convolutions, gradient of the input",
                  "convBackwardFilter": "convolutions, gradient of the filters"}
 
-PURPOSES = (*dict.fromkeys(_CONVOLUTIONS.values()), *(
-    f"{what}, {when}" for what in ("products", "sums over batch and pixels", "arrays, element by element")
-    for when in ("forward", "backward")), "update, penalty, metrics", *(
+_TPU_PRODUCTS = "convolutions and products"
+_TO_MAIN, _FROM_MAIN, _PARAMETERS = (f"copies between memories: {what}" for what in (
+    "activations, to main memory", "activations, from main memory", "float32 (parameters, momentum, sums)"))
+_EXCHANGES, _RESHAPES = "exchanges between devices", "copies within a memory"
+
+PURPOSES = (_TO_MAIN, _FROM_MAIN, _PARAMETERS, *dict.fromkeys(_CONVOLUTIONS.values()), *(
+    f"{what}, {when}"
+    for what in (_TPU_PRODUCTS, "products", "sums over batch and pixels", "arrays, element by element")
+    for when in ("forward", "backward")), "update, penalty, metrics", _EXCHANGES, _RESHAPES, *(
     f"small: {what}" for what in ("forward", "backward", "update, penalty, metrics", "copies")))
-"""The purposes, in table order."""
+"""The purposes on all platforms, in table order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,24 +50,28 @@ class KernelsRow:
     """Of `PURPOSES`."""
     kernels: int
     bytes: float
+    """Bytes read and written; on a TPU, of main memory."""
 
     def step(self, network: str = "") -> tuple[object, ...]:
         """Returns the key of the row's step, or of that of another network."""
         return self.target, network or self.network, self.modules, self.image_size, self.dtype
 
 
-def purpose(kernel: Kernel) -> str:
-    """Returns the purpose of a kernel in a GPU program, one of `PURPOSES`."""
+def purpose(kernel: Kernel, platform: str) -> str:
+    """Returns the purpose of a kernel in a program for a GPU ('cuda') or a TPU ('tpu'), one of `PURPOSES`."""
+    return _purpose_on_tpu(kernel) if platform == "tpu" else _purpose_on_gpu(kernel)
+
+
+def _purpose_on_gpu(kernel: Kernel) -> str:
     for end, what in _CONVOLUTIONS.items():
         if kernel.kind.endswith(end):
             return what
     small = kernel.bytes < SMALL * kernel.times
     if small and kernel.kind.startswith("copy"):
         return "small: copies"
-    # JAX marks differentiated operations with jvp(…) and their gradients with transpose(jvp(…)).
-    if "jvp(" not in kernel.source or "jvp()" in kernel.source:
+    when = _when(kernel)
+    if not when:
         return "small: update, penalty, metrics" if small else "update, penalty, metrics"
-    when = "backward" if "transpose(" in kernel.source else "forward"
     if small:
         return f"small: {when}"
     if kernel.kind == "kCustom" or "cublas" in kernel.kind or kernel.source.endswith("/dot_general"):
@@ -68,13 +79,39 @@ def purpose(kernel: Kernel) -> str:
     return f"{'sums over batch and pixels' if kernel.kind == 'kInput' else 'arrays, element by element'}, {when}"
 
 
-def rows_of(row: AcceleratorRow, kernels: Iterable[Kernel]) -> list[KernelsRow]:
-    """Returns the rows for the step of `row`."""
+def _purpose_on_tpu(kernel: Kernel) -> str:
+    if kernel.kind in ("copy-start", "slice-start", "dynamic-slice-start"):  # between the chip and main memory
+        if all(array.dtype == "f32" for array in kernel.writes):
+            return _PARAMETERS
+        return _TO_MAIN if any(array.bytes for array in kernel.writes) else _FROM_MAIN
+    if kernel.kind.removesuffix("-start") in COLLECTIVES:
+        return _EXCHANGES
+    if kernel.kind in ("copy", "reshape", "concatenate", "ConcatBitcast", "slice", "pad"):
+        return _RESHAPES
+    when = _when(kernel)
+    if not when:
+        return "update, penalty, metrics"
+    is_product = kernel.kind == "kOutput" or kernel.source.endswith(("/dot_general", "/conv_general_dilated"))
+    return f"{_TPU_PRODUCTS if is_product else 'arrays, element by element'}, {when}"
+
+
+def _when(kernel: Kernel) -> str:
+    """Returns 'forward' or 'backward', or an empty string outside of both.
+
+    JAX marks differentiated operations with jvp(…), and their gradients with transpose(jvp(…)).
+    """
+    if "jvp(" not in kernel.source or "jvp()" in kernel.source:
+        return ""
+    return "backward" if "transpose(" in kernel.source else "forward"
+
+
+def rows_of(row: AcceleratorRow, kernels: Iterable[Kernel], platform: str) -> list[KernelsRow]:
+    """Returns the rows for the step of `row`, a program for `platform` (see `purpose`)."""
     count: collections.Counter[str] = collections.Counter()
     moved: collections.Counter[str] = collections.Counter()
     for kernel in kernels:
-        count[purpose(kernel)] += kernel.times
-        moved[purpose(kernel)] += kernel.bytes
+        count[purpose(kernel, platform)] += kernel.times
+        moved[purpose(kernel, platform)] += kernel.bytes
     return [KernelsRow(row.date, row.commit, row.target, row.network, row.plain, row.modules, row.image_size, row.dtype,
                        name, count[name], float(moved[name])) for name in PURPOSES if count[name]]
 
@@ -101,8 +138,8 @@ def tables(rows: Sequence[KernelsRow]) -> str:
 def of_the_page(rows: Sequence[KernelsRow]) -> str:
     """Returns the tables for the steps in `SHOWN`."""
     return tables([row for row in rows if any(
-        row.network in (name, row.plain) and (row.image_size, row.dtype) == of and name.startswith(f"{row.plain}-")
-        for name, *rest in SHOWN for of in [tuple(rest)])])
+        row.network in (name, row.plain) and (row.target, row.image_size, row.dtype) == (target, *rest)
+        and name.startswith(f"{row.plain}-") for target, name, *rest in SHOWN)])
 
 
 def _table(found: dict[str, KernelsRow], plain: dict[str, KernelsRow]) -> Table:

@@ -3,9 +3,9 @@
     python -m benchmarks.accelerators --targets=h100x1 --networks=resnet32,resnet32-s16u1-double --append --write
 
 Compiles the trainer's own step, also with the same network in stock Flax modules if available; with
---programs=evaluation, the scoring of a batch. --append adds a row for each to results/accelerators.csv and, for steps
-on GPUs, rows on the purposes of kernels to results/accelerator_kernels.csv; --write updates the tables of the newest
-rows in benchmarks/README.md, which explains the figures.
+--programs=evaluation, the scoring of a batch. --append adds a row for each to results/accelerators.csv and, for steps,
+rows on the purposes of kernels to results/accelerator_kernels.csv; --write updates the tables of the newest rows in
+benchmarks/README.md, which explains the figures.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 if __name__ == "__main__":  # before JAX is imported: no device is needed
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two analyses at once; there is no TPU to share
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
@@ -153,8 +154,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
             keep_kernels(options.kernels, rows[-1], program)
         if options.append:
             records.append(root / FILE, rows[-1:])
-            if TARGETS[target].platform == "cuda" and kind == STEP:
-                records.append(root / KERNELS, accelerator_kernels.rows_of(rows[-1], hlo.kernels(program.text)))
+            if kind == STEP:
+                records.append(root / KERNELS, accelerator_kernels.rows_of(
+                    rows[-1], hlo.kernels(program.text), TARGETS[target].platform))
         jax.clear_caches()  # programs of many networks take gigabytes
     every = newest([*earlier, *rows])
     print(tables([row for row in every if row in rows], every))

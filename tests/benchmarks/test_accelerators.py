@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -281,7 +282,27 @@ def kernel(kind: str, source: str, size: int = 10**6) -> hlo.Kernel:
     ("kLoop", "jit(step)/transpose(jvp())/dot", 10**6, "update, penalty, metrics"),
     ("kLoop", "jit(step)/add", 1, "small: update, penalty, metrics"), ("copy", "", 1, "small: copies")])
 def test_the_purpose_of_a_kernel(kind: str, source: str, size: int, what: str) -> None:
-    assert purpose(kernel(kind, source, size)) == what
+    assert purpose(kernel(kind, source, size), "cuda") == what
+    assert what in accelerator_kernels.PURPOSES
+
+
+NEAR, FAR = "{1,0:T(8,128)(2,1)S(1)}", "{1,0:T(8,128)(2,1)}"
+
+
+@pytest.mark.parametrize(("kind", "source", "dtype", "layouts", "what"), [
+    ("copy-start", "", "bf16", (NEAR, FAR), "copies between memories: activations, to main memory"),
+    ("slice-start", "", "bf16", (FAR, NEAR), "copies between memories: activations, from main memory"),
+    ("copy-start", "", "f32", (FAR, NEAR), "copies between memories: float32 (parameters, momentum, sums)"),
+    ("copy", "jit(step)/jvp(Net)/transpose", "bf16", (NEAR, NEAR), "copies within a memory"),
+    ("all-reduce", "jit(step)/jvp(Net)/norm/reduce_sum", "f32", (NEAR, NEAR), "exchanges between devices"),
+    ("kOutput", "jit(step)/jvp(Net)/conv_general_dilated", "bf16", (NEAR, NEAR), "convolutions and products, forward"),
+    ("kLoop", "jit(s)/transpose(jvp(N))/dot_general", "bf16", (NEAR, NEAR), "convolutions and products, backward"),
+    ("kLoop", "jit(step)/jvp(Net)/norm/sub", "bf16", (NEAR, NEAR), "arrays, element by element, forward"),
+    ("kLoop", "jit(step)/add", "f32", (NEAR, NEAR), "update, penalty, metrics")])
+def test_the_purpose_of_a_kernel_on_a_tpu(kind: str, source: str, dtype: str, layouts: tuple[str, str],
+                                          what: str) -> None:
+    read, written = (hlo.Array(dtype, (8, 128), layout) for layout in layouts)
+    assert purpose(hlo.Kernel("k", kind, (read,), (written,), source), "tpu") == what
     assert what in accelerator_kernels.PURPOSES
 
 
@@ -289,7 +310,7 @@ def test_kernels_are_shown_beside_the_plain_network_s_newest() -> None:
     products, sums = kernel("kCustom", "jvp(Net)/dot_general"), kernel("kInput", "jvp(Net)/reduce_sum", 2 * 10**6)
     plain, shared = make_row(network="resnet34", plain="resnet34"), make_row(network="resnet34-s32u1", plain="resnet34")
     old = dataclasses.replace(shared, commit="old")
-    of = accelerator_kernels.rows_of
+    of = functools.partial(accelerator_kernels.rows_of, platform="cuda")
     text = accelerator_kernels.tables([*of(plain, [sums, sums]), *of(old, [sums]), *of(shared, [products, products])])
     assert "resnet34-s32u1 beside resnet34" in text
     assert "| products, forward | 2 | – | 8 | 0 | +8 |" in text
@@ -342,7 +363,9 @@ def test_the_page_shows_the_newest_rows_and_names_every_option() -> None:
     assert rows
     kernels = records.read(ROOT / accelerators.KERNELS, KernelsRow)
     assert section_of(ROOT / PAGE, "accelerator kernels") == accelerator_kernels.of_the_page(kernels)
-    assert "resnet34-s32u1 beside resnet34, 224×224, bfloat16" in accelerator_kernels.of_the_page(kernels)
+    for target in ("h100x1",):
+        said = f"resnet34-s32u1 beside resnet34, 224×224, bfloat16, {target} "
+        assert said in accelerator_kernels.of_the_page(kernels)
     text = (ROOT / PAGE).read_text(encoding="utf-8")
     described = text[text.index("## Accelerators"):text.index("<!-- accelerators -->\n")]
     for option in ("targets", "networks", "dtypes", "modules", "programs", "batch", "norm-images", "kernels", "append",
@@ -382,4 +405,9 @@ def test_a_step_is_compiled_from_the_command_line(target: str, tmp_path: Path) -
         assert row.batch == (64 if row.program == STEP else 1000)
     assert rows[0].flops != rows[4].flops
     assert section_of(page, "accelerators") in done.stdout
+    steps = [row for row in rows if row.program == STEP]
+    kernels = records.read(tmp_path / accelerators.KERNELS, KernelsRow)
+    for step in steps:
+        of = [row for row in kernels if (row.network, row.modules) == (step.network, step.modules)]
+        assert (sum(row.kernels for row in of), sum(row.bytes for row in of)) == (step.kernels, step.main_memory_bytes)
     assert len(list((tmp_path / "kernels").glob("*.tsv"))) == len(list((tmp_path / "kernels").glob("*.hlo"))) == 8
