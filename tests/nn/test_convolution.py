@@ -96,10 +96,11 @@ def test_the_form_follows_the_platform_the_filters_and_the_groups():
         assert "conv_general_dilated" not in primitives(8)
         assert "custom_vjp" in primitives(9)
         assert "conv_general_dilated" not in primitives(16, 16)  # depthwise
-        assert primitives(36, 4).count("conv_general_dilated") == 4 == primitives(36, 4).count("custom_vjp_call[")
+        assert "length=4" in primitives(36, 4)  # a loop over the groups
     for program in (primitives(8), primitives(9), primitives(16, 16), primitives(36, 4)):
         # As they are written, they can be transformed in every way.
-        assert program.count("conv_general_dilated") == 1
+        assert "conv_general_dilated" in program
+        assert "scan" not in program
         assert "custom_vjp" not in program
 
 
