@@ -20,7 +20,18 @@ from pathlib import Path
 
 from benchmarks import processes, records
 from benchmarks.cases import SECONDS, Case, default_networks, make_case
-from benchmarks.common import PAGE, Parser, Table, in_turns, machine, markdown, names, positive, replace_section
+from benchmarks.common import (
+    PAGE,
+    Parser,
+    Table,
+    in_turns,
+    machine,
+    markdown,
+    names,
+    positive,
+    replace_section,
+    section_of,
+)
 from benchmarks.records import ROOT
 from benchmarks.session import OURS, Session, SpeedRow
 from benchmarks.speed import FILE, PACKAGES
@@ -114,7 +125,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     """Measures, prints, and stores rows and tables below `root` if requested.
 
     Raises:
-      UserError: a network or the commit is unknown, or a step cannot be measured.
+      UserError: a network or the commit is unknown, a step cannot be measured, or the page lacks the commit's marks.
       SystemExit: an option is invalid.
     """
     parser = Parser(description=__doc__.split("\n")[0])
@@ -123,9 +134,13 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     parser.add_argument("--rounds", type=positive, default=7, help="number of measurements to take the median of")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="minimum duration of a measurement")
     parser.add_argument("--append", action="store_true", help="add the rows to results/speed.csv")
-    parser.add_argument("--write", action="store_true", help="update the figures in benchmarks/README.md")
+    parser.add_argument("--write", action="store_true",
+                        help="update the table between the marks of this commit in benchmarks/README.md")
     options = parser.parse_args(arguments)
     records.check_file(root / FILE, SpeedRow)
+    mark = f"against {options.commit}"
+    if options.write:
+        section_of(root / PAGE, mark)  # raises before the measurement, if a mark is missing
     for network in options.networks:
         create_model(network)
     found = processes.ask("device")
@@ -141,7 +156,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     if options.append:
         records.append(root / FILE, session.rows)
     if options.write:
-        replace_section(root / PAGE, "against", text)
+        replace_section(root / PAGE, mark, text)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def test_both_trees_are_measured_in_turns(tmp_path: Path, capsys: pytest.Capture
     monkeypatch.setattr(against.subprocess, "Popen", spy)
     page = tmp_path / PAGE
     page.parent.mkdir()
-    page.write_text("<!-- against -->\n<!-- end of against -->\n")
+    page.write_text("<!-- against HEAD -->\n<!-- end of against HEAD -->\n")
     against.main(["HEAD", "--networks=resnet14", "--rounds=3", "--seconds=0.01", "--append", "--write"], tmp_path)
     assert capsys.readouterr().out.strip() in page.read_text()
     assert (opened[0], opened[1].name) == (ROOT, "tree")
@@ -61,3 +61,11 @@ def test_both_trees_are_measured_in_turns(tmp_path: Path, capsys: pytest.Capture
     ratio = rows["shared_basis", "ratio: step over HEAD's"]
     assert ours.rounds == theirs.rounds == ratio.rounds == 3
     assert ours.minimum / theirs.maximum * 0.999 <= ratio.median <= ours.maximum / theirs.minimum * 1.001
+
+
+def test_missing_marks_are_reported_before_the_measurement(tmp_path: Path) -> None:
+    page = tmp_path / PAGE
+    page.parent.mkdir()
+    page.write_text("<!-- against bb59da4 -->\n<!-- end of against bb59da4 -->\n")
+    with pytest.raises(UserError, match="lacks the marks <!-- against HEAD -->"):
+        against.main(["HEAD", "--networks=resnet14", "--write"], tmp_path)
