@@ -363,7 +363,7 @@ def test_the_page_shows_the_newest_rows_and_names_every_option() -> None:
     assert rows
     kernels = records.read(ROOT / accelerators.KERNELS, KernelsRow)
     assert section_of(ROOT / PAGE, "accelerator kernels") == accelerator_kernels.of_the_page(kernels)
-    for target in ("h100x1",):
+    for target in ("h100x1", "v5e:2x2"):
         said = f"resnet34-s32u1 beside resnet34, 224×224, bfloat16, {target} "
         assert said in accelerator_kernels.of_the_page(kernels)
     text = (ROOT / PAGE).read_text(encoding="utf-8")
