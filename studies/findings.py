@@ -146,7 +146,7 @@ def paired(study: Study, rows: Sequence[StudyRow], pairs: Sequence[tuple[str, st
 def overview(studies: Mapping[str, Study], rows: Mapping[str, Sequence[StudyRow]]) -> Table:
     """Returns a line per study: how much of it was run, and which differences are statistically significant.
 
-    The differences are its contrasts, and those between each variant and the first one of its group.
+    The differences are its hypotheses and contrasts, and those between each variant and the first one of its group.
     """
     lines: Table = [["study", "runs", "differences of the final error, in points, whose interval excludes 0",
                      "within noise"]]
@@ -156,7 +156,8 @@ def overview(studies: Mapping[str, Study], rows: Mapping[str, Sequence[StudyRow]
             lines.append([study.title, NOT_RUN, NOT_MEASURED, NOT_MEASURED])
             continue
         from_first = [(group[0].label, variant.label) for group in study.groups for variant in group[1:]]
-        judged = paired(study, rows[name], list(dict.fromkeys((*from_first, *study.contrasts))))[1:]
+        asked = [(hypothesis.reference, hypothesis.variant) for hypothesis in study.hypotheses]
+        judged = paired(study, rows[name], list(dict.fromkeys((*from_first, *asked, *study.contrasts))))[1:]
         clear = [f"{change}: {found}" for change, found in judged if found.endswith(("better", "worse"))]
         unclear = sum(found.endswith("]") for _, found in judged)
         lines.append([study.title, f"{done} of {len(study.variants) * study.seeds}", "; ".join(clear) or "none",

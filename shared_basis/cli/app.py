@@ -30,7 +30,7 @@ def main() -> NoReturn:
     own_process = started == sys.argv or started == ["shared_basis", *sys.argv[1:]]  # the latter with python -m
     if own_process:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C exits silently during imports
-        # Huge pages save a tenth of a step on CPU; glibc reads this when a process starts (see benchmarks/README.md).
+        # Huge pages save a fifth of a step on CPU (docs/performance-notes.md); glibc reads this when a process starts.
         if sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
             os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
