@@ -150,11 +150,11 @@ STUDIES = {
     "rates": Study(
         "Handwritten digits: orthogonality at larger learning rates",
         "At the recipes' learning rates we measured no significantly lower error with the penalty. Does it permit "
-        "larger learning rates? The recipe uses 0.1. The hypotheses, the seeds (others than those of the first study) and the test "
-        "were committed before the first run, after a pilot (seed 0) in which ResNet-20 S8U1* at rate 1.0 had an error "
-        "of 1.7 % with the penalty and 7.6 % without. At 3.0 it diverged with the penalty and did not learn without "
-        "it. Without batch normalisation (frozen initial statistics, rates from 0.001 to 0.05) it did not learn "
-        "either way, so that is not a part of this study.",
+        "larger learning rates? The recipe uses 0.1. The hypotheses, the seeds (others than those of the first study)"
+        " and the test were committed before the first run, after a pilot (seed 0) in which ResNet-20 S8U1* at rate "
+        "1.0 had an error of 1.7 % with the penalty and 7.6 % without. At 3.0 it diverged with the penalty and did "
+        "not learn without it. Without batch normalisation (frozen initial statistics, rates from 0.001 to 0.05) it "
+        "did not learn either way, so that is not a part of this study.",
         "configs/digits_resnet.py", 5, tuple(
             tuple(Variant(f"{label}, rate {rate}", network, (f"--config.optimizer.learning_rate={rate}", *settings))
                   for label, network, settings in (
