@@ -24,7 +24,7 @@ from shared_basis.config import (
 
 
 def get_config(variant: str = "resnet34-s32u1") -> ConfigDict:
-    """Returns the recipe for the network `variant`: of ResNet-18 and 34, DenseNet-121, ResNeXt-50 or MobileNetV2."""
+    """Returns the recipe for `variant`: a ResNet-18 or 34, DenseNet-121, ResNeXt-50, or a network of compact.py."""
     return to_config_dict(Config(
         name=f"cifar100-{variant}",
         model=ModelConfig(name=variant, stem="cifar"),

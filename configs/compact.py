@@ -1,10 +1,11 @@
-"""Compact networks on ImageNet that the paper mentions but does not evaluate: MobileNet, ShuffleNet, EfficientNet.
+"""Compact networks on ImageNet that the paper does not evaluate: MobileNet, ShuffleNet, EfficientNet.
 
     python main.py --config=configs/compact.py:mobilenetv1-shared
 
-There is no published error, and this recipe has not been run yet. All networks use the same recipe, so that plain and
-shared forms are comparable: that of ShuffleNet V2 (Ma et al. 2018), with a cosine schedule instead of linear decay;
-weight decay excludes normalisation and biases, as there. Others:
+The paper mentions MobileNets and ShuffleNets; EfficientNet is widely deployed. There are no published errors of the
+shared forms, and this recipe has not been run yet. All networks use the same recipe, so that plain and shared forms are
+comparable: that of ShuffleNet V2 (Ma et al. 2018), with five epochs of warm-up and a cosine schedule instead of linear
+decay; weight decay excludes normalisation and biases, as there. Others:
 
     mobilenetv1-s64u4          shufflenetv1_g3-shared     shufflenetv1_g3-shared++
     shufflenetv2_x1_0-shared   shufflenetv2_x1_0-shared++ shufflenetv2_x1_0-s16u1-double

@@ -1,6 +1,6 @@
 """The networks that the paper reports, with their published errors, as a table: `python -m studies.published`.
 
-They are followed by compact networks that are not in the paper, without errors: these have not been trained.
+They are followed by compact networks that are not in the paper, without published errors.
 
 Parameters and multiply-accumulates are computed; only errors are quoted (Kang & Kim; top-1 error at the best test
 epoch, apparently of single runs; top-1 / top-5 for ImageNet).

@@ -1,4 +1,4 @@
-"""Import and export of PyTorch weights, for the official implementation's networks and torchvision's plain ones.
+"""Import and export of PyTorch weights in the layouts of the official implementation, torchvision and timm.
 
 The mapping is complete in both directions: every tensor of the file is used exactly once, and every variable of the
 network is filled. The path of a variable maps to its tensor and to the copies of that tensor in the blocks that share
@@ -34,9 +34,10 @@ _STEM, _HEAD = ("params", "stem", "kernel"), ("params", "head", "kernel")
 def load_pytorch_weights(path: str | os.PathLike[str], model: Network) -> dict[str, Any]:
     """Returns `{'params': …, 'batch_stats': …}` of `model`, read from a published state dict as float32 NumPy arrays.
 
-    Plain ResNets and MobileNetV2 also load from the layouts of torchvision and timm. Their MobileNetV2 uses ReLU6 where
-    the paper's uses ReLU inside the blocks, so its outputs are only reproduced as long as no activation exceeds 6. The
-    images may have any number of channels.
+    Plain ResNets, MobileNetV2, ShuffleNet V2 and EfficientNet-B0 also load from the layout of torchvision, and all but
+    ShuffleNet V2 from that of timm, as does MobileNetV1. Where torchvision and timm use ReLU6 instead of ReLU
+    (MobileNetV2 inside the blocks, timm's MobileNetV1), outputs are only reproduced as long as no activation exceeds 6.
+    The images may have any number of channels.
 
     Args:
       path: a safetensors file, or one from `torch.save` (either format); nothing in it is executed.
@@ -67,8 +68,10 @@ def load_network(path: str | os.PathLike[str], model: Network, plain: Network) -
     tensors, _ = _unwrap(read_state_dict(path))
 
     def read() -> tuple[Network, dict[str, Any]]:
-        model.published_names()  # raises if there is no published layout
-        found = model if model.sharing == plain.sharing or any(name in tensors for name in _own_names(model)) else plain
+        names = model.published_names()  # raises if there is no published layout
+        can_exist = bool(names.factorised) or not model.sharing.factorised
+        is_model = can_exist and any(name in tensors for name in _own_names(model))
+        found = model if model.sharing == plain.sharing or is_model else plain
         found = found.clone(num_classes=_size(found.adapt_published(tensors)[0], found, _HEAD, 0, found.num_classes))
         return found, convert_official(tensors, found)
     return _naming(path, read)
@@ -159,8 +162,8 @@ def convert_official(tensors: Tensors, model: Network, shapes: Tree = None) -> d
 def to_published(variables: Tree, model: Network, batches: int = 0) -> dict[str, np.ndarray]:
     """Converts variables to the state dict of `model`; the inverse of `convert_official`.
 
-    Plain networks that torchvision provides use its layout, all others that of the official implementation, where
-    shared arrays are repeated for each block that uses them.
+    Plain networks that torchvision provides use its layout, MobileNetV1 timm's, all others that of the official
+    implementation, where shared arrays are repeated for each block that uses them.
 
     Args:
       batches: the number of batches that the running statistics have seen, which PyTorch stores next to them.
@@ -217,7 +220,7 @@ def aliases_of(path: Path, model: Network) -> list[TensorAliases]:
     module = "/".join(inner if inner[-1] in ("unique", "coefficients") else inner[:-1])
     has_basis = model.sharing.factorised and block in model.sharing_blocks().get(top, ())
     if has_basis and not names.factorised:
-        raise UserError("there are no published weights with bases for it; import the plain network and compress it.")
+        raise UserError("there is no published layout with bases for it; import the plain network's, then compress it.")
     in_block = names.factorised if has_basis else names.plain
     return [tuple(f"{prefix}.{name}.{leaf}" for prefix in model.published_blocks(top, block)
                   for name in in_block[module].split("|"))]

@@ -238,13 +238,16 @@ def global_average(x: Array) -> Array:
     return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
 
 
-def check_rank(name: str, rank: int, kernel_size: int, channels: int) -> None:
-    """Raises `UserError` unless `rank` filters of `[kernel_size, kernel_size, channels]` can be independent.
+def check_rank(name: str, rank: int, kernel_size: int, channels: int, doublings: int = 0) -> None:
+    """Raises `UserError` if a rank exceeds the dimension of filters `[kernel_size, kernel_size, channels]`.
 
     Args:
       name: the name of the layer or group for the message.
+      rank: the rank in the first group, which doubles with each further one.
+      doublings: the number of groups before this one.
     """
     space = kernel_size**2 * channels
-    if rank > space:
-        raise UserError(f"{name}: a basis of {rank} elements does not fit the {space}-dimensional space of its "
-                        f"{kernel_size}×{kernel_size}×{channels} filters; choose shared + unique rank at most {space}.")
+    if rank << doublings > space:
+        raise UserError(f"{name}: a basis of {rank << doublings} elements does not fit the {space}-dimensional space "
+                        f"of its {kernel_size}×{kernel_size}×{channels} filters; choose shared + unique rank at most "
+                        f"{space >> doublings}{', as it doubles with each group' * (doublings > 0)}.")

@@ -126,6 +126,12 @@ class EfficientNet(StagedNetwork):
             found[f"{modules.get(module, module)}.{leaf}"] = tensor
         return found, {official: theirs for theirs, official in modules.items()}
 
+    def restore_published(self, tensors: Tensors) -> dict[str, np.ndarray]:
+        """See `Network`: the inverse of `adapt_published` for torchvision's layout."""
+        theirs = {official: module for module, official in self._renamed_modules(timm=False).items()}
+        parts = ((name.rpartition("."), tensor) for name, tensor in tensors.items())
+        return {f"{theirs.get(module, module)}.{leaf}": tensor for (module, _, leaf), tensor in parts}
+
     def _renamed_modules(self, timm: bool) -> dict[str, str]:
         """Returns our name for each module of timm's layout, or of torchvision's where it differs."""
         modules = dict(_TIMM_TOP) if timm else {}

@@ -132,7 +132,7 @@ class ResNet(Network):
     def __post_init__(self) -> None:
         super().__post_init__()
         for g, width in enumerate(self.widths):
-            check_rank(f"group {g + 1}", (self.sharing.shared_rank + self.sharing.unique_rank) << g, 3, width)
+            check_rank(f"group {g + 1}", self.sharing.shared_rank + self.sharing.unique_rank, 3, width, g)
 
     def shared_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """See `Network`."""

@@ -30,9 +30,12 @@ class StagedNetwork(Network):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for g, (group, (_, kernels)) in enumerate(self.shareable().items()):
-            for size, _, channels, _ in kernels.values():
-                check_rank(group, (self.sharing.shared_rank + self.sharing.unique_rank) << g, size, channels)
+        rank = self.sharing.shared_rank + self.sharing.unique_rank
+        spaces = ((size**2 * channels >> g, group, size, channels, g)
+                  for g, (group, (_, kernels)) in enumerate(self.shareable().items())
+                  for size, _, channels, _ in kernels.values())
+        for _, group, size, channels, g in sorted(spaces):  # the smallest bound is the one that helps
+            check_rank(group, rank, size, channels, g)
 
     def shareable(self) -> dict[str, tuple[int, Kernels]]:
         """Returns, by stage, the number of blocks and the kernels that blocks after the first may share.
@@ -54,7 +57,7 @@ class StagedNetwork(Network):
 
     def whole_layers(self) -> tuple[str, ...]:
         """See `Network`."""
-        return tuple(next(iter(self.shareable().values()))[1])
+        return tuple(next(iter(self.shareable().values()), (0, {}))[1])
 
     def basis_layers(self) -> tuple[str, ...]:
         """See `Network`."""

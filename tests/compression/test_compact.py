@@ -26,6 +26,7 @@ DATA = DataConfig(mean=(0.3, 0.4, 0.5), std=(0.4, 0.4, 0.4))
 SMALL: dict[str, dict[str, Any]] = {
     "mobilenetv1": {"width": 4, "stages": ((1, 2, 1), (4, 2, 2))},
     "shufflenetv2_x1_0": {"widths": (16,), "units": (3,), "neck": 16},
+    "mobilenetv2": {},
     "efficientnet_b0": {"stages": ((1, 8, 1, 3, 1), (3, 8, 2, 5, 3))}}
 
 
@@ -62,29 +63,31 @@ def test_at_full_rank_the_logits_are_those_of_the_plain_network(name: str) -> No
     assert len(errors) == sum(map(len, network.basis_layer_paths().values()))
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0-s4u1", "mobilenetv1-s3u2"])
+@pytest.mark.parametrize("name", ["efficientnet_b0-s4u1", "mobilenetv1-s3u2",
+                                  pytest.param("mobilenetv2-s9u2", marks=pytest.mark.slow)])
 def test_below_it_layers_of_each_size_have_the_best_basis_of_theirs(name: str) -> None:
     network = small(name)
     _, source = take_apart(small(name.partition("-")[0]), measured=False)
     arrays, errors = compress.factorised(source, network, SHAPE)
     assert orthogonality_penalty(unflatten_dict(arrays)["params"], network.basis_groups("shared+unique")) < 1e-10
-    (group, paths), = network.basis_layer_paths().items()
-    for layer in set(paths.values()):
-        kernels = [source.arrays["params", *path, "kernel"] for path, each in paths.items() if each == layer]
-        matrices = [kernel.reshape(-1, kernel.shape[-1]) for kernel in kernels]
-        stacked = np.concatenate([matrix / np.linalg.norm(matrix) for matrix in matrices], 1)
-        shared = np.linalg.svd(stacked)[0][:, :network.sharing.shared_rank]
-        found = arrays["params", "bases", group, dict(network.sharing.layers)[layer]]
-        found = found.reshape(-1, found.shape[-1])
-        np.testing.assert_allclose(found @ found.T, shared @ shared.T, atol=1e-5)
-        for matrix, path in zip(matrices, [path for path, each in paths.items() if each == layer], strict=True):
-            values = np.linalg.svd(matrix - shared @ (shared.T @ matrix), compute_uv=False)
-            left = np.linalg.norm(values[network.sharing.unique_rank:]) / np.linalg.norm(matrix)
-            error, = (each["filters"] for each in errors if each["path"] == "/".join(path))
-            assert error == pytest.approx(left, rel=1e-4)
-    remaining = source.group(network, group).remaining(network.sharing.shared_rank)
-    assert remaining[network.sharing.unique_rank] == pytest.approx(np.mean([each["filters"]**2 for each in errors]))
-    assert remaining[-1] < 1e-12
+    found_errors = {each["path"]: each["filters"] for each in errors}
+    for g, (group, paths) in enumerate(network.basis_layer_paths().items()):
+        shared_rank, unique_rank = network.sharing.shared_rank << g, network.sharing.unique_rank << g
+        for layer in set(paths.values()):
+            kernels = [source.arrays["params", *path, "kernel"] for path, each in paths.items() if each == layer]
+            matrices = [kernel.reshape(-1, kernel.shape[-1]) for kernel in kernels]
+            stacked = np.concatenate([matrix / np.linalg.norm(matrix) for matrix in matrices], 1)
+            shared = np.linalg.svd(stacked)[0][:, :shared_rank]
+            found = arrays["params", "bases", group, dict(network.sharing.layers)[layer]]
+            found = found.reshape(-1, found.shape[-1])
+            np.testing.assert_allclose(found @ found.T, shared @ shared.T, atol=1e-5)
+            for matrix, path in zip(matrices, [path for path, each in paths.items() if each == layer], strict=True):
+                values = np.linalg.svd(matrix - shared @ (shared.T @ matrix), compute_uv=False)
+                left = np.linalg.norm(values[unique_rank:]) / np.linalg.norm(matrix)
+                assert found_errors["/".join(path)] == pytest.approx(left, rel=1e-4)
+        remaining = source.group(network, group).remaining(shared_rank)
+        assert remaining[unique_rank] == pytest.approx(np.mean([found_errors["/".join(path)]**2 for path in paths]))
+        assert remaining[-1] < 1e-12
 
 
 @pytest.mark.slow

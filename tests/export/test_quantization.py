@@ -156,3 +156,22 @@ def test_trained_on_digits_and_quantised_from_the_command_line(tmp_path: Path, m
         assert found["bytes"][choice] < part * found["bytes"]["float32"]
     wrong = main("--mode=export", f"--workdir={run}", "--quantize=int4", cwd=ROOT)
     assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["mobilenetv1w8-s8u1", "shufflenetv1_g3-shared", "shufflenetv2_x0_5-shared++",
+                                     "efficientnet_b0-shared"])
+def test_compact_networks_are_trained_and_quantised(network: str, tmp_path: Path, main: CommandLine) -> None:
+    """Depthwise and grouped layers, channel shuffle, squeeze and excitation."""
+    run = tmp_path / "run"
+    trained = main(f"--config=configs/digits_resnet.py:{network}", "--config.data.image_size=16",
+                   "--config.train.epochs=6", "--config.optimizer.learning_rate=0.05", f"--workdir={run}", cwd=ROOT)
+    assert trained.returncode == 0, trained.stderr
+    done = main("--mode=export", f"--workdir={run}", "--quantize=int8", "--tolerance=10", "--json", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    kernels = [array for array in onnx.load(result["file"]).graph.initializer if len(array.dims) == 4]
+    assert {array.data_type for array in kernels} == {TensorProto.INT8}
+    assert result["quantized"]["test_accuracy"]["float32"] > 0.5
+    assert result["quantized"]["same_class"] > 0.9
+    assert result["quantized"]["bytes"]["int8"] < 0.5 * result["quantized"]["bytes"]["float32"]

@@ -204,6 +204,14 @@ def small(name: str) -> Network:
     return create_model(name, num_classes=5, scan_blocks=False).clone(**SMALL[name.partition("-")[0]])
 
 
+@pytest.mark.parametrize(("name", "most"), [("mobilenetv2", 20), ("mobilenetv1", 512)])
+def test_the_bound_in_the_message_is_the_largest_rank_that_is_accepted(name: str, most: int) -> None:
+    for rank in (most + 1, 8 * most):
+        with pytest.raises(UserError, match=f"choose shared . unique rank at most {most}[.,]"):
+            create_model(f"{name}-s{rank - 1}u1")
+    create_model(f"{name}-s{most - 1}u1")
+
+
 def test_ranks_double_with_each_stage() -> None:
     params = abstract_variables(small("shufflenetv2_x1_0-s3u1-double"), (SIZE, SIZE, 3))["params"]
     for stage, width, times in (("stage2", 8, 1), ("stage3", 16, 2)):

@@ -16,6 +16,7 @@ from shared_basis.models import Network, registry
 from shared_basis.models.base import global_average, linear_head
 from shared_basis.models.parameters import abstract_variables, count_macs, count_parameters
 from shared_basis.models.registry import BASIS, FAMILIES, Family
+from shared_basis.models.stages import StagedNetwork
 from shared_basis.nn.basis_conv import BasisConv
 from shared_basis.nn.ops import quick_compiler_options
 from shared_basis.optim.basis_group import BasisGroup
@@ -346,6 +347,13 @@ class Wide(Chain):
         return ()
 
 
+class Short(StagedNetwork):
+    """Its stages have too few blocks to share."""
+
+    def shareable(self):
+        return {}
+
+
 @pytest.mark.usefixtures("chain")
 def test_registering_again_replaces_the_network_and_takes_no_other_s_name():
     again = type("Chain", (Chain,), {"__module__": Chain.__module__, "__qualname__": Chain.__qualname__,
@@ -360,6 +368,7 @@ def test_registering_again_replaces_the_network_and_takes_no_other_s_name():
 @pytest.mark.parametrize(("build", "forms", "message"), [
     (Chain, ("s16u1",), r"'s16u1' must be one of s<S>u<U>, s<S>u<U>-double, shared"),
     (Wide, (BASIS,), r"s<S>u<U> needs layers, and Wide\.basis_layers\(\) returns none"),
+    (Short, (BASIS,), r"s<S>u<U> needs layers, and Short\.basis_layers\(\) returns none"),
     (Chain, (BASIS, "shared"), r"shared needs layers, and Chain\.whole_layers\(\) returns none"),
     (lambda num_classes, parent: nn.Dense(num_classes, parent=parent), (), "returns a Dense"),
 ])

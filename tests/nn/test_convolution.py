@@ -1,5 +1,7 @@
 """Convolutions in every form that they are computed in, against NumPy and Flax."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -85,6 +87,30 @@ def test_depthwise_convolution_and_gradients_are_xla_s(size, strides, padding, d
         return y, *pull(jnp.cos(y))
     for one, other in zip(*map(results, PLATFORMS), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [4, 8])
+def test_the_forms_of_groups_can_be_transformed(groups):
+    """Like those of one group, which test_transformations.py has."""
+    x, kernel = draw(0, (4, 6, 6, 8), (3, 3, 8 // groups, 8))
+
+    def loss(kernel, x):
+        return jnp.mean(jnp.tanh(convolve(x, kernel, square(1, 1), jnp.float32)))
+
+    def sharded(kernel, x):
+        return jax.grad(lambda kernel: jax.lax.pmean(loss(kernel, x), "d"))(kernel)
+    spec = jax.sharding.PartitionSpec
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    expected = jax.grad(loss)(kernel, x)
+    with forms_for("cpu"):
+        for found in (jax.grad(jax.checkpoint(loss))(kernel, x),
+                      jnp.mean(jax.vmap(jax.grad(loss), (None, 0))(kernel, x[:, None]), 0),
+                      jax.jit(jax.shard_map(sharded, mesh=mesh, in_specs=(spec(), spec("d")), out_specs=spec()))(
+                          kernel, x)):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+        shape = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), 6, 6, 8), jnp.float32)
+        exported = jax.export.export(jax.jit(functools.partial(loss, kernel)))(shape)
+    np.testing.assert_allclose(exported.call(x), loss(kernel, x), rtol=1e-4)
 
 
 def test_the_form_follows_the_platform_the_filters_and_the_groups():
