@@ -58,6 +58,7 @@ class Analysis:
     @classmethod
     def of(cls, trained: Trained, reporter: Reporter) -> Analysis:
         """Analyses a checkpoint, and the gradients at all kept checkpoints."""
+        trained.require_finite()
         variables = jax.device_get(trained.variables)
         sets = bases.basis_sets(trained.model, variables)
         notes = list(_notes(trained, sets))
@@ -105,7 +106,9 @@ def _notes(trained: Trained, sets: Sequence[BasisSet]) -> Iterator[str]:
 
 
 def training_batch(trained: Trained, reporter: Reporter) -> tuple[jax.Array, jax.Array]:
-    """Returns the run's first batch of training images, normalised but not augmented, and its labels.
+    """Returns the run's first batch of training images, normalised, not mirrored or shifted, and its labels.
+
+    With `data.crop=random_resized` it has the random crops of the run's first step.
 
     Raises:
       UserError: the images cannot be found or read, or are fewer than a batch.

@@ -114,7 +114,7 @@ def _check_output(mode: str, request: Request) -> None:
 def _train(request: Request) -> Result:
     for name in ("classes", "calibration", "budget", "budget_of"):
         if not request.init and getattr(request, name) != getattr(Request, name):
-            also = "import" if name == "classes" else "compress"
+            also = "import or compress" if name == "classes" else "compress"
             raise UserError(f"--{name} requires --init in --mode=train, or --mode={also}; add --init, or omit "
                             f"--{name}.")
     init = start.Init(request.init, request.classes, request.calibration, request.budget, request.budget_of)
@@ -206,6 +206,8 @@ def _compress(request: Request) -> Result:
         raise UserError(f"--source={request.source} and --checkpoint={request.checkpoint} name two checkpoints of one "
                         "run; leave one out.")
     if request.spectra:
+        if request.classes:
+            raise UserError("--classes does not apply to --spectra; leave it out.")
         with request.reporter:
             result = spectra.write_spectra(source, request.reporter, which=which,
                                            overrides=request.overrides, calibration=request.calibration,
@@ -217,7 +219,7 @@ def _compress(request: Request) -> Result:
     with request.reporter:
         result = start.compress_run(
             request.config, workdir, source, request.reporter, which=which,
-            calibration=request.calibration, budget=request.budget, measure=request.budget_of)
+            calibration=request.calibration, budget=request.budget, measure=request.budget_of, classes=request.classes)
     return result, compress.render(result)
 
 

@@ -103,8 +103,9 @@ class OptimizerConfig:
     """Length of the linear warm-up of the learning rate from 0, in epochs (fractional values allowed)."""
     grad_accumulation_steps: int = 1
     """Number of gradient accumulation steps N: the batch is split into N micro-batches whose gradients are averaged,
-    which needs about 1/N of the activation memory (on GPU and TPU). Learning rate and number of updates stay the same.
-    Batch normalisation and dropout see micro-batches, so networks with batch normalisation train differently."""
+    which needs about 1/N of the activation memory (on GPU and TPU; a teacher sees the whole batch). Learning rate and
+    number of updates stay the same. Batch normalisation and dropout see micro-batches, so networks with batch
+    normalisation train differently."""
 
     def __post_init__(self) -> None:
         _require(1 <= self.grad_accumulation_steps < 2**31, "optimizer.grad_accumulation_steps",

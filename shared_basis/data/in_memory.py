@@ -69,7 +69,8 @@ def read_images(examples: Examples, indices: Sequence[int], spec: Spec, config: 
 
 def decode_error(problem: str) -> UserError:
     """Returns the error for an image that cannot be decoded."""
-    return UserError(f"{problem}. Replace or remove it, or set --config.data.on_broken=skip.")
+    return UserError(f"{problem}. Set --config.data.on_broken=skip (a run that has begun resumes with it), or, for "
+                     "a new run, replace or remove it.")
 
 
 def load_split(examples: Examples, spec: Spec, config: DataConfig, warn: Callable[[str], None],

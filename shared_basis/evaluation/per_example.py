@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shared_basis.data import feeds
+from shared_basis.errors import UserError
 from shared_basis.evaluation.evaluator import Metrics, require_finite, score_examples
 from shared_basis.nn.types import Array
 from shared_basis.runs.trained import Trained
@@ -109,7 +110,9 @@ def score(trained: Trained, reporter: Reporter, worst: int = WORST) -> Scores:
             first += len(labels)
             show(int(confusion.sum()), images.count("test"))
         reporter.end_progress()  # not ended yet if broken images were skipped
-    return Scores(trained.step, confusion, kept, total / max(1, int(confusion.sum())))
+    if not confusion.sum():
+        raise UserError("none of the images to score can be decoded.")
+    return Scores(trained.step, confusion, kept, total / int(confusion.sum()))
 
 
 def _judge(logits: Array, labels: Array) -> Metrics:

@@ -12,6 +12,7 @@ from shared_basis.config import DataConfig
 from shared_basis.data.augment import normalize
 from shared_basis.data.in_memory import kept_part
 from shared_basis.errors import UserError
+from shared_basis.evaluation.evaluator import require_finite
 from shared_basis.export import onnx, quantization, stablehlo
 from shared_basis.export.folding import CHOICES, fold
 from shared_basis.export.graph import Node
@@ -132,6 +133,7 @@ def _verify(run: Run, file: bytes, trained: Trained) -> dict[str, Any] | None:
     if computed is None:
         return None
     (logits, by), expected = computed, np.asarray(trained.classifier()(images))
+    require_finite(np.isfinite(expected).all(axis=-1), trained)
     difference, largest = float(np.abs(logits - expected).max()), float(np.abs(expected).max())
     if not difference <= TOLERANCE * max(1.0, largest):  # also true for NaN
         raise UserError(f"no file was written: the logits that {by} computes from it differ from the network's by "

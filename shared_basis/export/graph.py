@@ -128,10 +128,10 @@ def _apply(node: Node, inputs: list[jax.Array], constant: Mapping[str, jax.Array
             kernel = jnp.concatenate([constant[role] for role in kernel_roles(node)], axis=-1)
             y = jax.lax.conv_general_dilated(
                 x, kernel, given["strides"], given["padding"], feature_group_count=given["groups"],
-                dimension_numbers=("NHWC", "HWIO", "NHWC"))
+                dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=jax.lax.Precision.HIGHEST)
             return y + constant["bias"] if "bias" in constant else y
         case "linear":
-            y = x @ constant["kernel"]
+            y = jnp.matmul(x, constant["kernel"], precision=jax.lax.Precision.HIGHEST)
             return y + constant["bias"] if "bias" in constant else y
         case "add":
             return x + inputs[1]

@@ -39,8 +39,13 @@ def export_weights(workdir: Place, which: str = "latest", overrides: Mapping[str
       UserError: see `Trained.open`; or there is no such network in PyTorch, or the file cannot be written.
     """
     trained = Trained.open(workdir, which, overrides)
+    trained.require_finite()
     variables = jax.device_get(dict(trained.variables))
-    tensors = to_published(variables, trained.model, trained.step)
+    try:
+        tensors = to_published(variables, trained.model, trained.step)
+    except UserError as error:
+        raise UserError(f"{trained.config.model.name} cannot be written for PyTorch: {error} Use --format=onnx or "
+                        "stablehlo.") from error
     content = safetensors.numpy.save(tensors, metadata={"format": "pt", **{
         name: json.dumps(value) for name, value in (
             ("model", trained.config.model.name), ("stem", trained.config.model.stem), ("step", trained.step),

@@ -83,6 +83,8 @@ def quantize(content: bytes, choice: str, tolerance: float, trained: Trained,
                 for name, model in contents.items()}
     reporter.info("scoring both files on the test images")
     correct, same, examples = _score(sessions, batches("test"))
+    if not examples:
+        raise UserError("none of the test images can be decoded.")
     accuracy = {name: number / examples for name, number in correct.items()}
     lost = 100 * (correct["float32"] - correct[choice]) / examples  # not of fractions, which are rounded
     if lost > tolerance:

@@ -220,7 +220,7 @@ def aliases_of(path: Path, model: Network) -> list[TensorAliases]:
     module = "/".join(inner if inner[-1] in ("unique", "coefficients") else inner[:-1])
     has_basis = model.sharing.factorised and block in model.sharing_blocks().get(top, ())
     if has_basis and not names.factorised:
-        raise UserError("there is no published layout with bases for it; import the plain network's, then compress it.")
+        raise UserError("no layout with bases has been published for it, only for the plain network.")
     in_block = names.factorised if has_basis else names.plain
     return [tuple(f"{prefix}.{name}.{leaf}" for prefix in model.published_blocks(top, block)
                   for name in in_block[module].split("|"))]

@@ -92,8 +92,13 @@ def open_weights(source: str, config: Config, spec: data.Spec, classes: str, rep
     if which is None:
         return open_file(path, config, spec, classes, reporter)
     if classes:
-        raise UserError(f"--classes={classes} only applies to files of weights; the run in {path} has class names.")
+        raise only_for_files(classes, path)
     return Origin.of_run(path, which)
+
+
+def only_for_files(classes: str, run: str) -> UserError:
+    """Returns the error for a list of `classes` that is given for a run."""
+    return UserError(f"--classes={classes} only applies to files of weights; the run in {run} has class names.")
 
 
 def open_file(path: str, config: Config, spec: data.Spec, classes: str, reporter: Reporter) -> Origin:

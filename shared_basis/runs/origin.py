@@ -18,7 +18,7 @@ from shared_basis.errors import UserError
 from shared_basis.models import Network
 from shared_basis.models.parameters import abstract_variables, init_variables
 from shared_basis.nn.types import Array, Path
-from shared_basis.runs.trained import Trained, Variables
+from shared_basis.runs.trained import Trained, Variables, require_finite
 
 SHOWN = 4
 """Maximum number of mismatched paths to list in a message."""
@@ -63,11 +63,7 @@ class Origin:
 
     def require_finite(self) -> None:
         """Raises `UserError`, naming the array, unless all weights are finite."""
-        for path, leaf in flatten_dict(dict(self.variables)).items():
-            if not np.isfinite(np.asarray(leaf)).all():
-                step = "" if self.step is None else f" of checkpoint {self.step}"
-                raise UserError(f"{self.where}: {'/'.join(path)}{step} is not finite; choose other weights, e.g. "
-                                "another checkpoint of a run.")
+        require_finite(self.variables, self.where, self.step)
 
 
 class Fitted(NamedTuple):

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from shared_basis import data
@@ -162,6 +163,10 @@ class Trained:
         model = self.model.clone(dtype=jnp.float32, scan_blocks=False)
         return dataclasses.replace(self, mesh=mesh, model=model, variables=jax.device_get(dict(self.variables)))
 
+    def require_finite(self) -> None:
+        """Raises `UserError`, naming the array, unless all weights are finite."""
+        require_finite(self.variables, f"the run in {self.run.path}", self.step)
+
     def classifier(self) -> Callable[[jax.Array | np.ndarray], jax.Array]:
         """Returns the compiled function from images uint8 `[N, H, W, C]` to logits float32 `[N, classes]`."""
         @ops.jit_for(platform_of(self.mesh), out_shardings=replicated(self.mesh))
@@ -169,6 +174,15 @@ class Trained:
             return predict_logits(self.model, variables, images, self.config.data)
 
         return functools.partial(classify, self.variables)
+
+
+def require_finite(variables: Variables, where: str, step: int | None) -> None:
+    """Raises `UserError`, naming the array, unless all `variables` of checkpoint `step` are finite."""
+    for path, leaf in flatten_dict(dict(variables)).items():
+        if not np.isfinite(np.asarray(leaf)).all():
+            of = "" if step is None else f" of checkpoint {step}"
+            raise UserError(f"{where}: {'/'.join(path)}{of} is not finite; choose other weights, e.g. another "
+                            "checkpoint of a run.")
 
 
 class LoadedRun(NamedTuple):

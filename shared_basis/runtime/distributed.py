@@ -6,6 +6,7 @@ Parameters are replicated on every device; batches are sharded over all devices 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import re
@@ -237,13 +238,18 @@ def make_global_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])  # no communication
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, grad_accumulation_steps: int = 1) -> None:
-    """Raises `UserError`, with the nearest valid sizes, unless micro-batches divide evenly among the devices."""
-    divisor = mesh.size * grad_accumulation_steps
-    if batch_size % divisor:
+def check_batch_size(batch_size: int, mesh: Mesh, grad_accumulation_steps: int = 1, norm_images: int = 0) -> None:
+    """Raises `UserError`, with the nearest valid sizes, unless micro-batches divide evenly among the devices.
+
+    Args:
+      norm_images: as in the configuration; only for the sizes.
+    """
+    if batch_size % (mesh.size * grad_accumulation_steps):
+        divisor = math.lcm(mesh.size, norm_images or 1) * grad_accumulation_steps
         below = batch_size // divisor * divisor
         sizes = " or ".join(str(size) for size in (below, below + divisor) if size)
         parts = (f" times optimizer.grad_accumulation_steps={grad_accumulation_steps}" if grad_accumulation_steps > 1
                  else "")
         raise UserError(f"train.batch_size={batch_size}: must be a multiple of the {mesh.size} devices{parts}; the "
-                        f"nearest: {sizes}.")
+                        f"nearest: {sizes}. A run that has begun keeps its size: resume it on a number of devices that "
+                        "divides it.")

@@ -19,7 +19,9 @@ from shared_basis.errors import UserError
 from shared_basis.models import Network
 from shared_basis.models.parameters import abstract_variables
 from shared_basis.nn.types import Array, Tree
+from shared_basis.optim.find import find_groups
 from shared_basis.optim.optimizer import Descent, make_optimizer
+from shared_basis.optim.paths import leaves_by_path
 from shared_basis.optim.select import frozen
 from shared_basis.runs.trained import predict_logits
 from shared_basis.training.losses import Loss, checked_loss, cross_entropy, make_loss
@@ -53,7 +55,8 @@ def check_optimizer(config: Config, model: Network, image_shape: tuple[int, int,
     """Checks the optimizer of `config` against the network's parameters, before anything is compiled or written.
 
     Raises:
-      UserError: a pattern of `config` matches no parameter, or all parameters are frozen.
+      UserError: a pattern of `config` matches no parameter, all parameters are frozen, or only a part of arrays that
+        are kept exactly orthonormal.
       TypeError: the user's optimizer is not an optax transformation.
     """
     given, exact = config.train, config.orthogonality.method == "exact"
@@ -63,9 +66,28 @@ def check_optimizer(config: Config, model: Network, image_shape: tuple[int, int,
     if given.freeze and not given.freeze_epochs and all(jax.tree.leaves(frozen(params, given.freeze))):
         raise UserError(f"train.freeze={given.freeze!r}: freezes all parameters; exclude e.g. the head, "
                         "as in **,!head/**, or set --config.train.freeze_epochs.")
+    if given.freeze and exact:
+        _require_whole_groups(config, model, params, frozen(params, given.freeze))
     optimizer = make_optimizer(config, model.basis_groups(config.orthogonality.elements),
                                optax.constant_schedule(0.0), descent=own.optimizer)
     jax.eval_shape(lambda params: optimizer.update(params, optimizer.init(params), params), params)
+
+
+def _require_whole_groups(config: Config, model: Network, params: Tree, is_frozen: Tree) -> None:
+    """Raises `UserError` if frozen arrays would have to follow others that exact orthogonality moves.
+
+    Shared elements move together and unique ones follow them, so that only unique ones can be trained on their own, and
+    only if the shared ones stay frozen: until then their discarded steps would still turn the unique ones.
+    """
+    frozen_at = leaves_by_path(is_frozen)
+    for group in find_groups(params, model.basis_groups(config.orthogonality.elements)):
+        held = {frozen_at[path]: "/".join(path) for path in group.paths}
+        together = group.paths if config.train.freeze_epochs or not frozen_at[group.shared[0]] else group.shared
+        if len({frozen_at[path] for path in together}) > 1:
+            raise UserError(
+                f"train.freeze={config.train.freeze!r}: freezes {held[True]} and trains {held[False]}, which "
+                "orthogonality.method=exact moves together; freeze the whole group, or none of it, or set "
+                "--config.orthogonality.method=penalty.")
 
 
 def compose(config: Config, model: nn.Module, num_classes: int, optimizer: optax.GradientTransformation,

@@ -23,6 +23,7 @@ from shared_basis.optim.gradient_norms import recorded_norms
 from shared_basis.runs.checkpoints import Checkpoints
 from shared_basis.runs.metrics import render_line
 from shared_basis.runs.workdir import Workdir
+from shared_basis.runtime import memory
 from shared_basis.runtime.distributed import is_main_process, process_allgather
 from shared_basis.runtime.files import first_line
 from shared_basis.runtime.preemption import Interrupted, StopNow, StopSignals
@@ -175,7 +176,8 @@ class Training:
     def evaluate(self, state: TrainState, step: int) -> None:
         """Evaluates and saves `state`; saves it without metrics if a signal or an error ends the evaluation."""
         try:
-            line = self.measure(state)
+            with memory.oom_as_user_error(self.config, "train.eval_batch_size"):
+                line = self.measure(state)
         except StopNow:
             self.stop(state, step)
         except UserError:  # e.g. a test image is damaged: the epochs before must not be lost with it

@@ -20,7 +20,7 @@ from shared_basis.compression.compress import compress
 from shared_basis.compression.layers import open_plain
 from shared_basis.config import Config, DataConfig, replace
 from shared_basis.errors import UserError
-from shared_basis.interop.weights import find_weights, open_file, open_weights
+from shared_basis.interop.weights import find_weights, only_for_files, open_file, open_weights
 from shared_basis.models import Network, plain_counterpart
 from shared_basis.models.parameters import count_parameters
 from shared_basis.optim.optimizer import Descent
@@ -213,13 +213,14 @@ def import_weights(config: Config, workdir: Place, file: str, reporter: Reporter
 
 
 def compress_run(config: Config, workdir: Place, source: str, reporter: Reporter, *, which: str = "latest",
-                 calibration: int | None = None, budget: float | None = None,
-                 measure: str = "parameters") -> dict[str, Any]:
+                 calibration: int | None = None, budget: float | None = None, measure: str = "parameters",
+                 classes: str = "") -> dict[str, Any]:
     """Compresses the plain network in `source` to that of `config`, and saves it as step 0 of a run in `workdir`.
 
     Args:
       source: the workdir of a run, or a file of PyTorch weights.
       which, calibration, budget, measure: see `shared_basis.compression.compress.compress`.
+      classes: see `open_weights`.
 
     Returns:
       `workdir` and the report of `Compressed`.
@@ -228,12 +229,15 @@ def compress_run(config: Config, workdir: Place, source: str, reporter: Reporter
       UserError: see `shared_basis.compression.compress.compress`; or `workdir` already holds checkpoints or is
         among the images.
     """
-    origin = None if os.path.isfile(source) else open_plain(source, which)
+    is_file = os.path.isfile(source)
+    if classes and not is_file:
+        raise only_for_files(classes, source)
+    origin = None if is_file else open_plain(source, which)
     require_new(workdir, config.data)
     compressing.check_target(config, budget, measure)
     if origin is None:
-        origin = open_file(source, config, data.describe(config.data), "", reporter)
-    start = _compress(config, origin, Init(source, "", calibration, budget, measure), reporter)
+        origin = open_file(source, config, data.describe(config.data), classes, reporter)
+    start = _compress(config, origin, Init(source, classes, calibration, budget, measure), reporter)
     _write(start, workdir, reporter)
     return {"workdir": str(workdir), **(start.report or {})}
 

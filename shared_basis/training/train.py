@@ -78,14 +78,14 @@ def train(config: Config, workdir: Place, reporter: Reporter | None = None, *,
             return train(config, workdir, printing, tensorboard=tensorboard, init=init, optimizer=optimizer, loss=loss,
                          augment=augment)
     mesh = make_mesh()
-    check_batch_size(config.train.batch_size, mesh, config.optimizer.grad_accumulation_steps)
+    check_batch_size(config.train.batch_size, mesh, config.optimizer.grad_accumulation_steps, config.model.norm_images)
     if tensorboard:
         event_files.require()
     run, own = Workdir(workdir, tensorboard), Own(optimizer, loss, augment)
     what = _set_up(config, run, Init(init) if isinstance(init, str) else init, own, mesh, reporter)
     config = what.config
     # A run whose recipe leaves the batch open keeps its batch, also on other devices.
-    check_batch_size(config.train.batch_size, mesh, config.optimizer.grad_accumulation_steps)
+    check_batch_size(config.train.batch_size, mesh, config.optimizer.grad_accumulation_steps, config.model.norm_images)
     with raise_on_all_processes(), memory.oom_as_user_error(config):  # separate, as processes communicate in it
         images = feeds.load(what.source, config.data, mesh, reporter)
     device = _describe_devices(mesh)
@@ -134,7 +134,7 @@ def _set_up(config: Config, run: Workdir, init: Init | None, own: Own, mesh: Mes
         config, source, model, comparison = _open(config, saved, weights, mesh, reporter)
         if source.single_tree:
             run.require_outside(config.data.directory)
-        if saved is not None and is_main_process():  # before images are decoded, which may take long
+        if saved is not None and not fresh and is_main_process():  # before images are decoded, which may take long
             require_continuation(run.path, config, saved, len(source.splits["train"]), run.latest_step)
     with raise_on_all_processes(), memory.oom_as_user_error(config):
         if init is not None and fresh:

@@ -121,7 +121,7 @@ def test_broken_images_are_told_and_do_not_count(monkeypatch, block):
     assert split.labels.tolist() == [1, -1, -1, 1]
     np.testing.assert_array_equal(split.images, [pixels[0], np.zeros((4, 5, 3)), np.zeros((4, 5, 3)), pixels[2]])
     assert [text.split(" ")[:3] for text in told] == [["skipped:", "file", "1"], ["skipped:", "file", "2"]]
-    with pytest.raises(UserError, match=r"^file 1 is not an image .*Replace or remove it, or set --config.data.on_br"):
+    with pytest.raises(UserError, match=r"^file 1 is not an image .*Set --config.data.on_broken=skip \(a run that"):
         in_memory.load_split(files, SPEC, DataConfig(), pytest.fail)
 
 

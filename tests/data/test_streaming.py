@@ -278,7 +278,7 @@ def test_a_broken_image_that_may_not_be_skipped_is_named(tmp_path: Path, batches
     source: Batches = training(examples) if batches == "training" else EvalBatches(
         examples, SPEC, CENTER, batch_size=BATCH)
     got = []
-    with user_error(f"{examples.name(ORDER[4])} is not an image", "Replace or remove it",
+    with user_error(f"{examples.name(ORDER[4])} is not an image", "replace or remove it",
                     "--config.data.on_broken=skip"):
         for batch in read(source, workers, pytest.fail):
             got.append(batch)

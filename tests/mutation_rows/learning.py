@@ -8,7 +8,8 @@ MUTATIONS = (
     # Filter bases
     Mutation("basis-he-fan", 'variance_scaling(2.0, "fan_out", "normal")', 'variance_scaling(2.0, "fan_in", "normal")',
              ("basis_conv", "models/", "registry")),
-    Mutation("basis-largest-rank", "<< doublings > space:", "<< doublings >= space:", ("basis_conv", "models/", "registry")),
+    Mutation("basis-largest-rank", "<< doublings > space:", "<< doublings >= space:",
+             ("basis_conv", "models/", "registry")),
     Mutation("basis-orthonormal-together", "len(names) * rank <= math.prod(space)",
              "len(names) * rank < math.prod(space)", ("basis_conv", "models/")),
     Mutation("basis-unique-first", "basis.insert(0, self.param(", "basis.append(self.param(",

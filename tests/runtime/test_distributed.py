@@ -254,6 +254,12 @@ def test_a_batch_divides_among_devices_and_parts_or_the_nearest_that_do_are_told
     assert offered == ([above] if below is None else [below, above])
 
 
+def test_the_nearest_sizes_divide_into_groups_of_images_too() -> None:
+    mesh: Any = types.SimpleNamespace(size=6)
+    with user_error("the nearest: 192 or 384. A run that has begun keeps its size"):
+        check_batch_size(256, mesh, norm_images=64)
+
+
 def test_a_batch_that_cannot_be_divided_ends_training_before_it_begins(tmp_path: Path) -> None:
     with user_error("train.batch_size=12", "4 devices times optimizer.grad_accumulation_steps=2", "8 or 16"):
         trained(tmp_path / "run", 4, {"train.batch_size": 12, "optimizer.grad_accumulation_steps": 2})

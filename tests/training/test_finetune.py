@@ -273,6 +273,11 @@ def test_what_a_pattern_says_of_the_network_is_told_before_the_workdir_is_made(t
         train(replace(CONFIG, {"train.freeze": "heads/**"}), tmp_path / "run", Watcher())
     with user_error("train.freeze='**': freezes all parameters"):
         train(replace(CONFIG, {"train.freeze": "**", "train.freeze_epochs": 0.0}), tmp_path / "run", Watcher())
+    exact = replace(CONFIG, {"orthogonality.method": "exact", "orthogonality.elements": "shared+unique"})
+    for patterns, epochs in (("**/unique", 0.0), ("group1/**", 0.0), ("bases/group1/first", 0.0), ("bases/**", 1.0)):
+        with user_error(f"train.freeze={patterns!r}: freezes ", "orthogonality.method=exact moves together"):
+            config = replace(exact, {"train.freeze": patterns, "train.freeze_epochs": epochs})
+            train(config, tmp_path / "run", Watcher())
     with pytest.raises(TypeError, match="optimizer must be a function"):
         train(CONFIG, tmp_path / "run", Watcher(), optimizer=optax.adam(0.1))  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []

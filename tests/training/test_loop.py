@@ -120,6 +120,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
+def test_an_evaluation_that_runs_out_of_memory_loses_nothing_and_names_its_own_field(tmp_path: Path) -> None:
+    def exhausted(variables: Any, after_batch: Any) -> dict[str, float]:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes.")
+    with user_error("out of memory", "--config.train.eval_batch_size") as caught:
+        loop(tmp_path / "run", fake_program(evaluate={"test": exhausted}))
+    assert "train.batch_size" not in str(caught.value)
+    assert saved(tmp_path / "run") == [PER_EPOCH]
+    assert loop(tmp_path / "run", fake_program()).steps == list(range(PER_EPOCH + 1, 16))
+
+
 # What is computed, evaluated and shown
 
 def test_every_step_gets_its_batch_and_its_line(tmp_path: Path) -> None:

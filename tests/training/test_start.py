@@ -303,6 +303,41 @@ def test_a_file_of_the_plain_network_is_compressed(images: Path, tmp_path: Path)
     assert start.network.sharing.unique_rank == 4
 
 
+def test_a_list_orders_the_outputs_of_a_file_that_is_compressed(images: Path, tmp_path: Path) -> None:
+    plain = on_folder(images, **{"model.name": "tiny"})
+    path, variables = write_weights(tmp_path / "w.pth", plain, 12)
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(map(str, range(12))))  # of the folder: as text, 0 1 10 11 2 …
+    config = on_folder(images, **{"model.name": "tiny-s0u4"})
+    compress_run(config, tmp_path / "run", str(path), Listener(), calibration=0, classes=str(names))
+    order = sorted(range(12), key=str)
+    np.testing.assert_array_equal(read_arrays(tmp_path / "run", 0)["params"]["head"]["kernel"],
+                                  variables["params"]["head"]["kernel"][:, order])
+    with user_error("--classes=names.txt only applies to files of weights; the run in "):
+        compress_run(config, tmp_path / "other", str(tmp_path / "run"), Listener(), classes="names.txt")
+
+
+def test_a_budget_is_of_the_network_with_the_new_classes(images: Path, tmp_path: Path) -> None:
+    path, _ = write_weights(tmp_path / "w.pth", on_folder(images, **{"model.name": "tiny"}), 1000)
+    config = on_folder(images, **{"model.name": "tiny"})
+    report = make(config, Init(str(path), calibration=0, budget=0.9), Listener()).report
+    assert report is not None
+    assert 0.75 < report["parameters"] / report["plain"]["parameters"] <= 0.9
+
+
+def test_an_interrupted_start_within_a_budget_begins_again(images: Path, tmp_path: Path) -> None:
+    config, run = on_folder(images, **{"model.name": "tiny"}), tmp_path / "run"
+    init = Init(str(write_weights(tmp_path / "w.pth", config, 12)[0]), calibration=0, budget=0.9)
+    train(config, run, Listener(), init=init)
+    network = Workdir(run).load()[0].model.name
+    assert network != "tiny"
+    shutil.rmtree(run / "checkpoints")
+    for name in ("metrics.jsonl", "metrics.csv"):
+        (run / name).unlink()
+    train(config, run, Listener(), init=init)
+    assert Trained.open(run).config.model.name == network
+
+
 def test_a_path_may_have_a_colon(tmp_path: Path) -> None:
     (tmp_path / "a:best").mkdir()
     (tmp_path / "a:best" / "run.json").write_text("{}")
