@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -15,12 +16,15 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from sample_networks import random_variables
 
+from shared_basis.analysis.collect import Analysis
 from shared_basis.cli import commands
 from shared_basis.config import Config, DataConfig, ModelConfig, replace
+from shared_basis.export.export import export
 from shared_basis.export.pytorch import export_weights
 from shared_basis.interop.pytorch import load_pytorch_weights, to_published
 from shared_basis.models import create_model
 from shared_basis.runs.trained import Trained
+from shared_basis.runtime.reporter import Reporter
 
 CONFIG = Config(model=ModelConfig(name=TINY), data=DataConfig(name="folder", directory="images", image_size=8))
 
@@ -36,6 +40,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def request(workdir: Path, **fields: Any) -> commands.Request:
     return commands.Request(Config(), {}, str(workdir), True, quiet=True, format="pytorch", **fields)
+
+
+def test_weights_that_are_not_finite_are_neither_exported_nor_analysed(run: Path, monkeypatch: Any) -> None:
+    opened = Trained.open(run, "best")
+    variables = jax.device_get(dict(opened.variables))
+    variables["params"]["head"]["bias"] = np.full(3, np.nan, np.float32)
+    spoilt = dataclasses.replace(opened, variables=variables)
+    monkeypatch.setattr(Trained, "open", lambda *_: spoilt)
+    for function in (export_weights, lambda workdir: Analysis.of(spoilt, Reporter())):
+        with user_error(str(run), "params/head/bias of checkpoint 10 is not finite"):
+            function(run)
+    with user_error(str(run), "step 10: the logits of ", "are not finite"):
+        export(run, "onnx")
 
 
 def test_what_is_exported_is_imported_again(run: Path, tmp_path: Path) -> None:
