@@ -109,7 +109,7 @@ def _convolve_depthwise(x: Array, kernel: Array, window: Window) -> Array:
     """`_convolve` with one filter per channel: the sum over all taps of the shifted input times the tap's scale.
 
     Unlike for a convolution, XLA vectorises over the channels and fuses the operations before and after, also in the
-    gradients, which take a fifth to a thirtieth of the time.
+    gradients (benchmarks/README.md: a step of EfficientNet takes a fifth of the time).
     """
     x_wide, scales = (array.astype(wide(array.dtype)) for array in (x, kernel.squeeze(-2)))
     padded = jnp.pad(x_wide, ((0, 0), *window.padding, (0, 0)))
@@ -126,7 +126,7 @@ def _convolve_depthwise(x: Array, kernel: Array, window: Window) -> Array:
 def _convolve_by_group(x: Array, kernel: Array, window: Window, groups: int) -> Array:
     """`_convolve` with a loop over the channel groups, a convolution each.
 
-    XLA's own gradients of grouped convolutions are naive loops, which take 40 to 100 times as long for the 32 groups of
+    XLA's own gradients of grouped convolutions are naive loops, which take many times as long for the 32 groups of
     ResNeXt. Without the loop it takes as long, but 32 times three convolutions are compiled.
     """
     grouped = (jnp.moveaxis(array.reshape(*array.shape[:-1], groups, -1), -2, 0) for array in (x, kernel))
