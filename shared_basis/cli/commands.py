@@ -20,7 +20,7 @@ from shared_basis.config import Config
 from shared_basis.errors import UserError, note_renamed
 from shared_basis.evaluation import evaluate, predict
 from shared_basis.export import export, pytorch, quantization
-from shared_basis.interop.weights import find_weights
+from shared_basis.interop.weights import find_weights, only_for_files
 from shared_basis.models import summary
 from shared_basis.report import compare, run_report
 from shared_basis.runs import inspect
@@ -205,9 +205,9 @@ def _compress(request: Request) -> Result:
     if request.checkpoint not in ("latest", which):
         raise UserError(f"--source={request.source} and --checkpoint={request.checkpoint} name two checkpoints of one "
                         "run; leave one out.")
+    if request.classes and named is not None:
+        raise only_for_files(request.classes, source)
     if request.spectra:
-        if request.classes:
-            raise UserError("--classes does not apply to --spectra; leave it out.")
         with request.reporter:
             result = spectra.write_spectra(source, request.reporter, which=which,
                                            overrides=request.overrides, calibration=request.calibration,

@@ -15,6 +15,7 @@ from shared_basis.config import FOLDER, Config, folder_fields, from_config_dict,
 from shared_basis.errors import UserError
 from shared_basis.interop.weights import find_weights
 from shared_basis.runs.workdir import Workdir, stored_config
+from shared_basis.training.start import Init, begins
 
 RUN_OF = {"train": "workdir", "summary": "workdir", "prepare": "workdir", "compress": "source"}
 """By mode, the flag naming the run whose configuration is used if no recipe is given; a new run with --init=RUN uses
@@ -73,13 +74,11 @@ def _stored(values: flags.FlagValues, has_images: bool) -> Config | None:
                             "--config=RECIPE.py:NETWORK, the recipe and the plain network.")
     if asks_recipe:
         return None
-    # A run whose start with these weights was interrupted has nothing yet but a record, perhaps of chosen ranks.
-    starts = values.mode == "train" and values.init and run and not Workdir(os.path.expanduser(run)).saved_steps
-    then = stored_config(os.path.expanduser(run)) if run and not starts else None
-    if then is None and values.mode == "train" and values.init and not has_images:
+    if values.mode == "train" and values.init and (not run or begins(Workdir(os.path.expanduser(run)),
+                                                                     Init(values.init))):
         source, which = find_weights(values.init)
-        return None if which is None else stored_config(source)
-    return then
+        return None if which is None or has_images else stored_config(source)
+    return stored_config(os.path.expanduser(run)) if run else None
 
 
 def _images(values: flags.FlagValues, set_by_user: Mapping[str, Any]) -> dict[str, Any]:

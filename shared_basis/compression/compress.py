@@ -101,8 +101,8 @@ def compress(config: Config, source: str | os.PathLike[str] | Origin, reporter: 
     images = load_images(config, origin, calibration, plain.kept, reporter)
     layers = extract_layers(at_size, config, images, reporter)
     if budget is not None:
-        counted = dataclasses.replace(at_size, spec=spec)  # with the new classes
-        config = named(config, ranks.choose(ranks.Candidates(layers, counted), budget, measure, reporter.debug))
+        candidates = ranks.Candidates(layers, origin.config.model, spec)
+        config = named(config, ranks.choose(candidates, budget, measure, reporter.debug))
     reporter.info(f"factorising the layers of {config.model.name} …")
     arrays, errors = factorised(layers, build_model(config, at_size.spec), spec.image_shape)
     network = build_model(config, spec)

@@ -10,10 +10,10 @@ import numpy as np
 
 from shared_basis.compression.layers import PlainLayers
 from shared_basis.config import ModelConfig
+from shared_basis.data import Spec
 from shared_basis.errors import UserError
 from shared_basis.models import create_model, family_of
 from shared_basis.models.summary import count_network
-from shared_basis.runs.origin import Origin
 from shared_basis.runtime.reporter import Reporter
 
 SHARINGS = {"single": "", "double": "-double"}
@@ -25,9 +25,9 @@ MEASURES = ("parameters", "macs")
 class Candidates:
     """The networks `<base>-s<S>u<U>[-double]` to which a plain network can be compressed."""
 
-    def __init__(self, plain: PlainLayers, origin: Origin) -> None:
-        """Sets the layers of the plain network and their origin."""
-        self._spec, self._model = origin.spec, origin.config.model
+    def __init__(self, plain: PlainLayers, model: ModelConfig, spec: Spec) -> None:
+        """Sets the layers of the plain network `model`, and the images and classes for which costs are counted."""
+        self._spec, self._model = spec, model
         forms = family_of(self._model.name).forms
         self.sharings = [sharing for sharing, ending in SHARINGS.items() if f"s<S>u<U>{ending}" in forms]
         networks = {sharing: create_model(self.name(sharing, 1, 1), stem=self._model.stem)

@@ -55,7 +55,7 @@ def write_spectra(source: str, reporter: Reporter, *, which: str = "latest",
     if calibration != 0:
         images = load_images(origin.config, origin, calibration, False, reporter, origin.spec)
     plain = extract_layers(origin, origin.config, images, reporter)
-    rows = spectrum(Candidates(plain, origin), UNIQUE, reporter)
+    rows = spectrum(Candidates(plain, origin.config.model, origin.spec), UNIQUE, reporter)
     measured = images.count("train") if images else 0
     metric = f"outputs on {measured:,} training images" if measured else "filters"
 

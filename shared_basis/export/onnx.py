@@ -148,7 +148,8 @@ class _Writer:
         """Returns the name of the initialiser for `array`, which is stored only once."""
         from onnx import numpy_helper
 
-        key = (id(array), shape) if array.ndim and array.dtype == np.float32 else (array.dtype, array.tobytes())
+        by_value = (array.dtype, array.shape, array.tobytes())
+        key = (id(array), shape) if array.ndim and array.dtype == np.float32 else by_value
         if key not in self._stored:
             self._stored[key] = self._unique(name)
             laid_out = array.transpose(_TO_CHANNELS_FIRST[array.ndim]) if array.ndim in _TO_CHANNELS_FIRST else array

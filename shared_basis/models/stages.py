@@ -31,10 +31,11 @@ class StagedNetwork(Network):
     def __post_init__(self) -> None:
         super().__post_init__()
         rank = self.sharing.shared_rank + self.sharing.unique_rank
-        spaces = ((size**2 * channels >> g, group, size, channels, g)
+        bounds = [(size**2 * channels >> g, group, size, channels, g)
                   for g, (group, (_, kernels)) in enumerate(self.shareable().items())
-                  for size, _, channels, _ in kernels.values())
-        for _, group, size, channels, g in sorted(spaces):  # the smallest bound is the one that helps
+                  for size, _, channels, _ in kernels.values()]
+        if bounds:
+            _, group, size, channels, g = min(bounds)  # a rank within this one is within all
             check_rank(group, rank, size, channels, g)
 
     def shareable(self) -> dict[str, tuple[int, Kernels]]:

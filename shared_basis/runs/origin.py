@@ -18,7 +18,7 @@ from shared_basis.errors import UserError
 from shared_basis.models import Network
 from shared_basis.models.parameters import abstract_variables, init_variables
 from shared_basis.nn.types import Array, Path
-from shared_basis.runs.trained import Trained, Variables, require_finite
+from shared_basis.runs.trained import Trained, Variables, require_finite_weights
 
 SHOWN = 4
 """Maximum number of mismatched paths to list in a message."""
@@ -63,7 +63,7 @@ class Origin:
 
     def require_finite(self) -> None:
         """Raises `UserError`, naming the array, unless all weights are finite."""
-        require_finite(self.variables, self.where, self.step)
+        require_finite_weights(self.variables, self.where, self.step)
 
 
 class Fitted(NamedTuple):

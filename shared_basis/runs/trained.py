@@ -165,7 +165,7 @@ class Trained:
 
     def require_finite(self) -> None:
         """Raises `UserError`, naming the array, unless all weights are finite."""
-        require_finite(self.variables, f"the run in {self.run.path}", self.step)
+        require_finite_weights(self.variables, f"the run in {self.run.path}", self.step)
 
     def classifier(self) -> Callable[[jax.Array | np.ndarray], jax.Array]:
         """Returns the compiled function from images uint8 `[N, H, W, C]` to logits float32 `[N, classes]`."""
@@ -176,7 +176,7 @@ class Trained:
         return functools.partial(classify, self.variables)
 
 
-def require_finite(variables: Variables, where: str, step: int | None) -> None:
+def require_finite_weights(variables: Variables, where: str, step: int | None) -> None:
     """Raises `UserError`, naming the array, unless all `variables` of checkpoint `step` are finite."""
     for path, leaf in flatten_dict(dict(variables)).items():
         if not np.isfinite(np.asarray(leaf)).all():

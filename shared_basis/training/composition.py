@@ -63,11 +63,12 @@ def check_optimizer(config: Config, model: Network, image_shape: tuple[int, int,
     if not (given.freeze or config.optimizer.learning_rate_factors or own.optimizer or exact):
         return  # nothing to check, which saves a second of tracing
     params = abstract_variables(model, image_shape)["params"]
-    if given.freeze and not given.freeze_epochs and all(jax.tree.leaves(frozen(params, given.freeze))):
+    is_frozen = frozen(params, given.freeze)
+    if not given.freeze_epochs and all(jax.tree.leaves(is_frozen)):
         raise UserError(f"train.freeze={given.freeze!r}: freezes all parameters; exclude e.g. the head, "
                         "as in **,!head/**, or set --config.train.freeze_epochs.")
-    if given.freeze and exact:
-        _require_whole_groups(config, model, params, frozen(params, given.freeze))
+    if exact:
+        _require_whole_groups(config, model, params, is_frozen)
     optimizer = make_optimizer(config, model.basis_groups(config.orthogonality.elements),
                                optax.constant_schedule(0.0), descent=own.optimizer)
     jax.eval_shape(lambda params: optimizer.update(params, optimizer.init(params), params), params)

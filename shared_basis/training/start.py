@@ -20,7 +20,7 @@ from shared_basis.compression.compress import compress
 from shared_basis.compression.layers import open_plain
 from shared_basis.config import Config, DataConfig, replace
 from shared_basis.errors import UserError
-from shared_basis.interop.weights import find_weights, only_for_files, open_file, open_weights
+from shared_basis.interop.weights import find_weights, open_file, open_weights
 from shared_basis.models import Network, plain_counterpart
 from shared_basis.models.parameters import count_parameters
 from shared_basis.optim.optimizer import Descent
@@ -220,7 +220,7 @@ def compress_run(config: Config, workdir: Place, source: str, reporter: Reporter
     Args:
       source: the workdir of a run, or a file of PyTorch weights.
       which, calibration, budget, measure: see `shared_basis.compression.compress.compress`.
-      classes: see `open_weights`.
+      classes: see `open_weights`; only for a file.
 
     Returns:
       `workdir` and the report of `Compressed`.
@@ -229,10 +229,7 @@ def compress_run(config: Config, workdir: Place, source: str, reporter: Reporter
       UserError: see `shared_basis.compression.compress.compress`; or `workdir` already holds checkpoints or is
         among the images.
     """
-    is_file = os.path.isfile(source)
-    if classes and not is_file:
-        raise only_for_files(classes, source)
-    origin = None if is_file else open_plain(source, which)
+    origin = None if os.path.isfile(source) else open_plain(source, which)
     require_new(workdir, config.data)
     compressing.check_target(config, budget, measure)
     if origin is None:

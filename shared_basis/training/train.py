@@ -123,8 +123,8 @@ def _set_up(config: Config, run: Workdir, init: Init | None, own: Own, mesh: Mes
     Raises:
       UserError: see `train`.
     """
-    saved = stored_config(run.path, begun=True)
     start, fresh = None, begins(run, init)
+    saved = None if fresh else stored_config(run.path, begun=True)
     config = config if fresh else with_chosen_ranks(config, run, init)
     if config.train.freeze and init is None and saved is None:
         reporter.warn(f"train.freeze={config.train.freeze!r} keeps random weights; to fine-tune trained ones, give "
@@ -134,7 +134,7 @@ def _set_up(config: Config, run: Workdir, init: Init | None, own: Own, mesh: Mes
         config, source, model, comparison = _open(config, saved, weights, mesh, reporter)
         if source.single_tree:
             run.require_outside(config.data.directory)
-        if saved is not None and not fresh and is_main_process():  # before images are decoded, which may take long
+        if saved is not None and is_main_process():  # before images are decoded, which may take long
             require_continuation(run.path, config, saved, len(source.splits["train"]), run.latest_step)
     with raise_on_all_processes(), memory.oom_as_user_error(config):
         if init is not None and fresh:

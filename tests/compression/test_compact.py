@@ -95,7 +95,7 @@ def test_below_it_layers_of_each_size_have_the_best_basis_of_theirs(name: str) -
 def test_a_budget_chooses_among_the_ranks_that_1x1_layers_admit(name: str) -> None:
     config, spec = ModelConfig(name, "cifar"), SimpleNamespace(classes=range(10), image_shape=(32, 32, 3))
     source = PlainLayers(flatten_dict(random_variables(create_model(name), (32, 32, 3))), {})
-    candidates = ranks.Candidates(source, SimpleNamespace(spec=spec, config=SimpleNamespace(model=config)))
+    candidates = ranks.Candidates(source, config, spec)
     assert candidates.space == {"mobilenetv1": 512, "mobilenetv2": 20}[name]
     chosen = ranks.choose(candidates, 0.8, "parameters", lambda line: None)
     part = count_network(ModelConfig(chosen, "cifar"), 10, (32, 32, 3))["parameters"] / count_network(

@@ -307,7 +307,8 @@ def test_test_images_that_are_drawn_again_are_told(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def candidates(run: Path) -> ranks.Candidates:
     trained = layers.open_plain(str(run))
-    return ranks.Candidates(layers.extract_layers(trained, trained.config, None, QUIET), trained)
+    plain = layers.extract_layers(trained, trained.config, None, QUIET)
+    return ranks.Candidates(plain, trained.config.model, trained.spec)
 
 
 @pytest.mark.parametrize(("sharing", "shared", "unique"), [("single", 9, 4), ("double", 5, 0), ("single", 0, 3)])

@@ -117,7 +117,7 @@ MUTATIONS = (
              ("cli/", "compression/", "end_to_end")),
     Mutation("modes-summary", 'values["config"].present and values.mode != "summary"', 'values["config"].present',
              ("cli/",)),
-    Mutation("modes-run-alone", "stored_config(os.path.expanduser(run)) if run and not starts else None", "None",
+    Mutation("modes-run-alone", "stored_config(os.path.expanduser(run)) if run else None", "None",
              ("cli/",)),
     Mutation("modes-folder-recipe", "if is_folder and trains else", "if trains else", ("cli/",)),
     Mutation("modes-runs", "[request.workdir] if request.workdir_given else []", "[]",

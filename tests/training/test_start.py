@@ -18,6 +18,7 @@ from helpers import TINY, assert_trees_equal, read_arrays, read_metrics, save_ru
 from sample_networks import random_variables
 
 from shared_basis import data
+from shared_basis.cli import commands
 from shared_basis.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, replace
 from shared_basis.evaluation.evaluate import evaluate
 from shared_basis.export.pytorch import export_weights
@@ -313,8 +314,10 @@ def test_a_list_orders_the_outputs_of_a_file_that_is_compressed(images: Path, tm
     order = sorted(range(12), key=str)
     np.testing.assert_array_equal(read_arrays(tmp_path / "run", 0)["params"]["head"]["kernel"],
                                   variables["params"]["head"]["kernel"][:, order])
+    request = commands.Request(config, {}, str(tmp_path / "other"), True, quiet=True, source=str(tmp_path / "run"),
+                               classes="names.txt")
     with user_error("--classes=names.txt only applies to files of weights; the run in "):
-        compress_run(config, tmp_path / "other", str(tmp_path / "run"), Listener(), classes="names.txt")
+        commands.run("compress", request)
 
 
 def test_a_budget_is_of_the_network_with_the_new_classes(images: Path, tmp_path: Path) -> None:
