@@ -44,6 +44,26 @@ _BATCHES = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Mode:
+    """A mode of PyTorch, for `benchmarks.pytorch_trainer`."""
+
+    channels_last: bool = False
+    autocast: bool = False
+    """Whether to use autocast to bfloat16."""
+    compiled: bool = False
+
+
+MODES = {
+    "eager": Mode(),
+    "channels_last": Mode(channels_last=True),
+    "channels_last bf16": Mode(channels_last=True, autocast=True),
+    "compiled": Mode(channels_last=True, compiled=True),
+    "compiled bf16": Mode(channels_last=True, autocast=True, compiled=True),
+}
+"""The modes by name; all except the first use channels_last."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """A network, its images, and its dtype."""
 

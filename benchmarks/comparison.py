@@ -133,17 +133,19 @@ class Comparison:
         return [table for table in tables if len(table) > 1 and len(table[0]) > 1]
 
 
-def torch_frameworks(platform: str, dtype: str) -> list[str]:
-    """Returns the PyTorch modes to compare with, starting with the default one.
+def torch_frameworks(session: Session, dtype: str) -> list[str]:
+    """Returns the PyTorch modes to compare with, starting with the default one; those of `session`, if it names any.
 
     bfloat16 on a CPU without instructions for it is several times slower than float32, and only measured on request.
     """
-    if platform == "tpu":  # not supported by PyTorch
+    if session.platform == "tpu":  # not supported by PyTorch
         return []
+    if session.modes:
+        return [f"pytorch {mode}" for mode in session.modes]
     modes = ["channels_last", "eager", "compiled"]
     if dtype == "bfloat16":
         modes = ["channels_last bf16", "compiled bf16", "channels_last"]
-    elif platform != "cpu":
+    elif session.platform != "cpu":
         modes += ["channels_last bf16", "compiled bf16"]
     return [f"pytorch {mode}" for mode in modes]
 

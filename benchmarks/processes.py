@@ -86,7 +86,7 @@ def compiling(session: Session, cases: Sequence[Case]) -> Part:
 
 def memory(session: Session, cases: Sequence[Case]) -> Part:
     """Measures the memory of a few training steps in separate processes."""
-    torch = bool(torch_frameworks(session.platform, cases[0].dtype)) and importlib.util.find_spec("torch") is not None
+    torch = bool(torch_frameworks(session, cases[0].dtype)) and importlib.util.find_spec("torch") is not None
     answers: dict[tuple[Case, str], dict[str, Any]] = {}
     notes = [] if torch or session.platform == "tpu" else [f"{MISSING}."]
     theirs = f"pytorch channels_last{' bf16' * (cases[0].dtype == 'bfloat16')}"

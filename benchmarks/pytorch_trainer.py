@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -11,30 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import Case
+from benchmarks.cases import MODES, Case, Mode
 from benchmarks.pytorch_networks import Network, create, orthogonality_penalty
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, PENALTY_WEIGHT = 0.1, 0.9, 5e-4, 10.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Mode:
-    """A mode of PyTorch."""
-
-    channels_last: bool = False
-    autocast: bool = False
-    """Whether to use autocast to bfloat16."""
-    compiled: bool = False
-
-
-MODES = {
-    "eager": Mode(),
-    "channels_last": Mode(channels_last=True),
-    "channels_last bf16": Mode(channels_last=True, autocast=True),
-    "compiled": Mode(channels_last=True, compiled=True),
-    "compiled bf16": Mode(channels_last=True, autocast=True, compiled=True),
-}
-"""The modes by name; all except the first use channels_last."""
 
 
 def make_trainer(case: Case, mode: str) -> Trainer:

@@ -65,6 +65,8 @@ class Session:
     rounds: int
     seconds: float = SECONDS
     """Minimum duration of a measurement of steps."""
+    modes: tuple[str, ...] = ()
+    """The modes of PyTorch to compare with; empty for the usual ones."""
     print_progress: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
     rows: list[SpeedRow] = dataclasses.field(default_factory=list)
 

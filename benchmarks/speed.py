@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves device memory for PyTorch
 
 from benchmarks import growth, processes, records, subjects
-from benchmarks.cases import SECONDS, Case, default_networks, make_case
+from benchmarks.cases import MODES, SECONDS, Case, default_networks, make_case
 from benchmarks.common import PAGE, Parser, machine, names, positive, replace_section, section_of
 from benchmarks.records import ROOT
 from benchmarks.session import Part, Session, SpeedRow
@@ -71,6 +71,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive,
                         help="images per step and per evaluation batch; default: the usual number")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
+    parser.add_argument("--modes", type=functools.partial(names, choices=tuple(MODES)), default=(),
+                        help=f"modes of PyTorch to compare with, some of {','.join(MODES)}; default: the usual ones")
     parser.add_argument("--rounds", type=positive, default=5, help="number of measurements to take the median of")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="minimum duration of a measurement")
     parser.add_argument("--append", action="store_true", help="add the rows to results/speed.csv")
@@ -102,6 +104,8 @@ def command(options: argparse.Namespace) -> str:
         words.append(f"--batch={options.batch}")
     if options.dtype != "float32":
         words.append(f"--dtype={options.dtype}")
+    if options.modes:
+        words.append(f"--modes={','.join(options.modes)}")
     words.append(f"--rounds={options.rounds}")
     if options.seconds != SECONDS:
         words.append(f"--seconds={options.seconds:g}")
@@ -141,7 +145,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     found = processes.ask("device")
     cases = {subject: cases_of(subject, options, found["platform"]) for subject in options.subjects}
     session = Session(found["device"], found["platform"], command(options), options.rounds,
-                      options.seconds)
+                      options.seconds, options.modes)
     for subject in options.subjects:
         text = measure(subject, session, cases[subject], root / PICTURE if options.append or options.write else None)
         print(text, flush=True)

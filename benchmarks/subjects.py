@@ -28,7 +28,7 @@ PENALTY_ROUNDS = 3
 
 def step(session: Session, cases: Sequence[Case]) -> Part:
     """Measures the compiled training step, compared with PyTorch and the plain network."""
-    found = Comparison(session, "step", beside_plain(cases), torch_frameworks(session.platform, cases[0].dtype))
+    found = Comparison(session, "step", beside_plain(cases), torch_frameworks(session, cases[0].dtype))
     found.measure(lambda case: Timed(make_step(case).run, session.seconds),
                   lambda trainer: Timed(trainer.run, session.seconds))
     return Part(found.tables("step"), found.notes)
@@ -37,7 +37,7 @@ def step(session: Session, cases: Sequence[Case]) -> Part:
 def evaluation(session: Session, cases: Sequence[Case]) -> Part:
     """Measures the evaluator on one resident batch, compared with PyTorch and the plain network."""
     scored = [dataclasses.replace(case, batch=case.eval_batch) for case in cases]
-    found = Comparison(session, "evaluation", beside_plain(scored), torch_frameworks(session.platform, cases[0].dtype))
+    found = Comparison(session, "evaluation", beside_plain(scored), torch_frameworks(session, cases[0].dtype))
     found.measure(lambda case: Timed(_our_evaluation(case), session.seconds), lambda trainer: Timed(repeated(
         functools.partial(trainer.evaluate, trainer.images, trainer.labels)), session.seconds))
     return Part(found.tables("batch"), found.notes)

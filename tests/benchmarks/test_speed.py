@@ -91,7 +91,8 @@ def test_without_pytorch_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(("arguments", "parts"), [
     (["--subjects=speed"], ["'speed'", "step, trainer"]), (["--batch=0"], ["'0'", "positive"]),
-    (["--dtype=int8"], ["int8", "bfloat16"]), (["--networks="], ["--networks"]), (["--rounds=many"], ["'many'"])])
+    (["--dtype=int8"], ["int8", "bfloat16"]), (["--networks="], ["--networks"]), (["--modes=jit"],
+    ["'jit'", "channels_last bf16"]), (["--rounds=many"], ["'many'"])])
 def test_an_invalid_option_ends_in_one_line(arguments: Sequence[str], parts: Sequence[str],
                                             capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -109,7 +110,8 @@ def test_an_unknown_network_is_refused_before_anything_is_measured() -> None:
 
 
 def test_the_command_of_a_row_has_the_options_that_were_given() -> None:
-    given = ["--subjects=step", "--networks=resnet20", "--batch=8", "--dtype=bfloat16", "--rounds=2", "--seconds=0.5"]
+    given = ["--subjects=step", "--networks=resnet20", "--batch=8", "--dtype=bfloat16",
+             "--modes=compiled,eager", "--rounds=2", "--seconds=0.5"]
     assert speed.command(speed.parse([*given, "--append"])) == " ".join(["python -m benchmarks.speed", *given])
     assert speed.command(speed.parse([])) == "python -m benchmarks.speed --rounds=5"
 
