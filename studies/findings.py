@@ -208,15 +208,19 @@ def section(name: str, study: Study, rows: Sequence[StudyRow]) -> str:
     """Returns the section on a study in Markdown."""
     text = f"## {study.title}\n\n{study.question}\n\n"
     command = f"python -m studies.experiments --study={name}{' --images=DIR' * study.needs_images}"
-    if not rows:
+    used = [row for variant in study.variants for row in of(rows, variant).values()]
+    if not used:
         return f"{text}**Not run** yet: `{command}`.\n\n" + (
             f"{markdown(verdicts(study, rows))}\n" if study.hypotheses else "")
-    facts = {key: ", ".join(dict.fromkeys(str(getattr(row, key)) for row in rows))
+    facts = {key: ", ".join(dict.fromkeys(str(getattr(row, key)) for row in used))
              for key in ("device", "jax", "epochs", "commit")}
-    dates = sorted(row.date for row in rows)
+    dates = sorted(row.date for row in used)
     span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    return (f"{text}{len(rows)} run{'s' * (len(rows) > 1)} of {facts['epochs']} epochs, {span}, {facts['device']}, "
-            f"JAX {facts['jax']}, commit {facts['commit']}: `results/study-{name}.csv`, by `{command}`.\n\n"
+    earlier = [f"{row.variant}, seed {row.seed}: {row.final_error:.2f} % on {row.device}, commit {row.commit}"
+               for row in rows if row not in used]
+    replaced = f"Earlier runs that are replaced by these: {'; '.join(earlier)}.\n\n" if earlier else ""
+    return (f"{text}{len(used)} run{'s' * (len(used) > 1)} of {facts['epochs']} epochs, {span}, {facts['device']}, "
+            f"JAX {facts['jax']}, commit {facts['commit']}: `results/study-{name}.csv`, by `{command}`.\n\n{replaced}"
             f"{markdown(table(study, rows))}\n"
             + (f"{markdown(paired(study, rows, study.contrasts))}\n" if study.contrasts else "")
             + (f"{markdown(verdicts(study, rows))}\n" if study.hypotheses else ""))

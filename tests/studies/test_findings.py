@@ -138,3 +138,13 @@ def test_published_figures_stand_beside_comparable_runs_alone() -> None:
 def test_a_study_that_nobody_ran_says_so() -> None:
     text = section("cifar60", STUDIES["cifar60"], [])
     assert "**Not run** yet: `python -m studies.experiments --study=cifar60 --images=DIR`" in text
+
+
+def test_a_run_that_a_later_one_replaces_is_named_and_counts_nowhere() -> None:
+    rows = [row(PLAIN, 0, 9.0, device="1 × cpu", commit="abc", date="2026-11-20"), row(PLAIN, 0, 2.0, device="1 × gpu")]
+    text = section("name", STUDY, rows)
+    assert "1 run of 3 epochs, 2026-11-24, 1 × gpu," in text
+    assert "Earlier runs that are replaced by these: plain, seed 0: 9.00 % on 1 × cpu, commit abc.\n" in text
+    assert "| plain | 1,000 | 2,000 | 2.00 (1) |" in text
+    assert "replaced" not in section("name", STUDY, rows[1:])
+    assert "**Not run** yet" in section("name", STUDY, [row(Variant("of earlier", "resnet20"), 0, 9.0)])
