@@ -86,13 +86,13 @@ def append(path: Path, rows: Sequence[Any]) -> None:
 
 
 def commit(root: Path = ROOT) -> str:
-    """Returns the current commit, with '+' if files other than results and figures differ from it.
+    """Returns the current commit, with '+' if files other than results, pages and pictures differ from it.
 
     'unknown' if `root` is not a checkout.
     """
     try:
         head = _git(root, "rev-parse", "--short", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--", ".", ":!results", ":!*.md")
+        changed = _git(root, "status", "--porcelain", "--", ".", ":!results", ":!*.md", ":!docs/images")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + "+" * bool(changed)
