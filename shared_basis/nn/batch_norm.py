@@ -74,8 +74,8 @@ def mix(parts: Sequence[Array], norm: Norm, matrix: Array, train: bool, dtype: D
       parts: arrays `[..., C_i]`, concatenated along channels.
       train, dtype, axis_name: see `normalize`.
       then: the batch normalisation of T channels that follows.
-      one: whether `parts` is a single array with an additional channel of ones. The product bᵀb then includes the mean,
-        and the product b M adds the offset, which saves further passes.
+      one: whether `parts` is a single array with additional channels, the first of which is 1 and all others 0. The
+        product bᵀb then includes the mean, and the product b M adds the offset, which saves further passes.
 
     Returns:
       The result `[..., T]`, and `norm` and `then` with updated running statistics.
@@ -88,7 +88,7 @@ def mix(parts: Sequence[Array], norm: Norm, matrix: Array, train: bool, dtype: D
         return y, norm, then
     mean, var, covariance = norm.mean, norm.var, None
     if train:
-        mean, var, covariance = _moments(parts, then is not None, axis_name, one)
+        mean, var, covariance = _moments(parts, then is not None, axis_name, len(matrix) if one else 0)
         norm = norm.moved(mean, var)
     scaled = _factor(var, norm.scale)[:, None] * matrix
     offset = jnp.sum(norm.bias[:, None] * matrix, 0)  # sums, since matrix products would count as MACs
@@ -104,7 +104,8 @@ def mix(parts: Sequence[Array], norm: Norm, matrix: Array, train: bool, dtype: D
     # Of the rounded matrix, so that the mean cancels: exactly or, with `one`, up to the rounding of the offset.
     offset = offset - jnp.sum(mean[:, None] * scaled, 0)
     if one:
-        scaled, offset = jnp.concatenate([scaled, offset[None].astype(dtype)]), jnp.zeros_like(offset)
+        rest = jnp.zeros((parts[0].shape[-1] - len(matrix) - 1, matrix.shape[1]), dtype)
+        scaled, offset = jnp.concatenate([scaled, offset[None].astype(dtype), rest]), jnp.zeros_like(offset)
     return _affine(tuple(parts), scaled, offset, dtype), norm, then
 
 
@@ -131,12 +132,16 @@ def _averages(values: list[Array], axis_name: str | None) -> list[Array]:
 
 
 def _moments(parts: Sequence[Array], joint: bool, axis_name: str | None,
-             one: bool) -> tuple[Array, Array, Array | None]:
-    """Returns mean `[C]` and (biased) variance `[C]` of the parts' channels and, if `joint`, the covariance."""
+             one: int) -> tuple[Array, Array, Array | None]:
+    """Returns mean `[C]` and (biased) variance `[C]` of the parts' channels and, if `joint`, the covariance.
+
+    Args:
+      one: the index of the channel of ones, the number of channels before it; 0 without such a channel.
+    """
     count = parts[0].size // parts[0].shape[-1]
     if one:
         product, = _averages([gram(parts[0]) / count], axis_name)
-        return _central(product[:-1, -1], product[:-1, :-1])
+        return _central(product[:one, one], product[:one, :one])
     mean = jnp.concatenate([jnp.mean(part, _batch(part), wide(part.dtype)) for part in parts])
     if not joint:
         squares = [jnp.mean(jnp.square(part.astype(wide(part.dtype))), _batch(part)) for part in parts]

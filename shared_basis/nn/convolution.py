@@ -13,6 +13,10 @@ import jax.numpy as jnp
 from shared_basis.nn.ops import keep, multiply, use_cpu_forms, wide
 from shared_basis.nn.types import Array, Dtype
 
+ALIGNMENT = 8
+"""Tensor cores of GPUs multiply 8 channels of bfloat16 at a time; cuDNN copies arrays with other numbers of channels
+to padded ones, before and after each convolution (benchmarks/README.md: a sixth of the time of a training step)."""
+
 FEW_FILTERS = 8
 """Maximum number of filters, one vector of floats, for `_convolve_by_few` on CPU."""
 
@@ -59,13 +63,14 @@ def _by_axis(name: str, value: Any, axes: int) -> tuple[Any, ...]:
 def convolve(x: Array, kernel: Array, window: Window, dtype: Dtype, one: bool = False) -> Array:
     """Convolves `x [N, *image, C]` with `kernel [*k, C / groups, T]`, with groups as implied; computes in `dtype`.
 
-    With `one`, the result has an additional channel of ones: a zero filter with a bias, which accelerators add when
-    writing the result.
+    With `one`, the result has additional channels up to a multiple of `ALIGNMENT`, of zero filters: the first is 1, by
+    a bias that accelerators add when writing the result, and the others are 0.
     """
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     if one:
-        kernel = jnp.pad(kernel, [(0, 0)] * (kernel.ndim - 1) + [(0, 1)])
-        return keep(_convolve(x, kernel, window) + jnp.zeros(kernel.shape[-1], dtype).at[-1].set(1))
+        channels = kernel.shape[-1]
+        kernel = jnp.pad(kernel, [(0, 0)] * (kernel.ndim - 1) + [(0, ALIGNMENT - channels % ALIGNMENT)])
+        return keep(_convolve(x, kernel, window) + jnp.zeros(kernel.shape[-1], dtype).at[channels].set(1))
     return keep(_convolve_by_form(x, kernel, window))
 
 
