@@ -203,6 +203,19 @@ def test_in_training_the_closed_form_reads_the_basis_convolution_no_more_often_t
     assert len(list(products(program.jaxpr))) == (5 if joint else 3)
 
 
+def test_the_gradient_of_the_mean_is_a_kernel_of_its_own_and_the_forward_pass_has_no_barrier():
+    x, matrix, weights = draw(3, (6, 4, 4, 5), (5, 3), (6, 4, 4, 3))
+    norm, then = (jax.tree.map(jnp.float32, norm_of(n, n)) for n in (5, 3))
+
+    def loss(x):
+        parts = [jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)]
+        return jnp.sum(weights * mix(parts, norm, matrix, True, jnp.float32, then, one=True)[0])
+    with forms_for("gpu"):
+        assert "optimization_barrier" not in str(jax.make_jaxpr(loss)(x))
+        assert "f32[5] = optimization_barrier" in str(jax.make_jaxpr(jax.grad(loss))(x))
+        check_grads(loss, (x,), 1, ["fwd", "rev"], atol=2e-2, rtol=2e-2)
+
+
 def test_running_statistics_keep_their_type_in_a_layer_of_float64():
     with jax.enable_x64(True):
         x = jnp.asarray(draw(2, (6, 3))[0], jnp.float64)
