@@ -3,8 +3,7 @@
     python -m benchmarks.gpu --networks=resnet32-s16u1-double --append --write
 
 The plain network is measured too. --append adds the rows to results/gpu_kernels.csv; --write updates the tables in
-benchmarks/README.md: these, and those of the steps that `benchmarks.speed` has timed on GPUs, beside the compilers'
-counts.
+benchmarks/README.md: these, and those of the steps that `benchmarks.speed` has timed on GPUs.
 """
 
 from __future__ import annotations
@@ -13,15 +12,13 @@ import argparse
 import dataclasses
 import datetime
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from benchmarks import accelerators, records, speed
-from benchmarks.accelerator_rows import AcceleratorRow, newest
-from benchmarks.accelerator_targets import STEP
+from benchmarks import records, speed
 from benchmarks.cases import Case, beside_plain, make_case, random_images
 from benchmarks.common import NOT_MEASURED, PAGE, Parser, Table, markdown, names, positive, replace_section
 from benchmarks.gpu_kernels import Step, TimedRow, rows_of, tables
@@ -92,20 +89,20 @@ def measure(case: Case, steps: int) -> list[TimedRow]:
     return rows_of(step, found, text, steps)
 
 
-def timed(rows: Sequence[SpeedRow], counted: Sequence[AcceleratorRow]) -> str:
-    """Returns a Markdown table of the steps that were timed on GPUs, beside the counts of the H100's compiler."""
+def timed(rows: Sequence[SpeedRow]) -> str:
+    """Returns a Markdown table of the steps that were timed on GPUs."""
     on_gpus = {_key(row): row for row in rows if row.subject == "step" and not row.device.startswith(("cpu", "TPU"))}
-    programs = {(row.network, row.batch, row.image_size, row.dtype): row for row in newest(counted)
-                if row.target == "h100x1" and row.modules == OURS and row.program == STEP}
     table: Table = [["network, images per step", "ms per step", "images/s", "time over plain", "MACs over plain",
-                     "bytes over plain", "kernels over plain", *(f"times as fast as {name}" for name in PYTORCH)]]
+                     *(f"times as fast as {name}" for name in PYTORCH)]]
     for row in on_gpus.values():
         if (row.framework, row.quantity) == (OURS, "seconds per step"):
             speeds = [on_gpus.get(_key(row, quantity=RATIO, framework=name, dtype="bfloat16")) for name in PYTORCH]
+            case = Case(row.network, row.batch, row.image_size, row.dtype)
             table.append([f"{row.network}, {row.dtype}, {row.batch} of {row.image_size}²", _spread(row, 1e3),
                           f"{row.batch / row.median:,.0f}",
                           _spread(on_gpus.get(_key(row, quantity="ratio: time over plain"))),
-                          *_over_plain(row, programs), *map(_spread, speeds)])
+                          f"{case.counts()['macs over plain']:.2f}" if case.form else NOT_MEASURED,
+                          *map(_spread, speeds)])
     made = dict.fromkeys(f"{row.device}, {row.date}, Python {row.python}, JAX {row.jax}, PyTorch {row.torch}, commit "
                          f"{row.commit}: `{row.command}`" for row in on_gpus.values())
     return markdown(table) + "\n" + "".join(f"- {text}\n" for text in made)
@@ -114,17 +111,6 @@ def timed(rows: Sequence[SpeedRow], counted: Sequence[AcceleratorRow]) -> str:
 def _key(row: SpeedRow, **changes: str) -> tuple[object, ...]:
     one = dataclasses.replace(row, **changes)  # type: ignore[arg-type]
     return one.device, one.network, one.batch, one.image_size, one.dtype, one.framework, one.quantity
-
-
-def _over_plain(row: SpeedRow, programs: Mapping[Any, AcceleratorRow]) -> list[str]:
-    """Returns MACs, bytes and kernels over the plain network's; the latter two as counted in `programs`."""
-    case = Case(row.network, row.batch, row.image_size, row.dtype)
-    if not case.form:
-        return [NOT_MEASURED] * 3
-    mine, plain = (programs.get((name, row.batch, row.image_size, row.dtype)) for name in (case.network, case.plain))
-    return [f"{case.counts()['macs over plain']:.2f}", *(
-        f"{getattr(mine, field) / getattr(plain, field):.2f}" if mine and plain else NOT_MEASURED
-        for field in ("bytes", "kernels"))]
 
 
 def _spread(row: SpeedRow | None, scale: float = 1.0) -> str:
@@ -138,8 +124,7 @@ def sections(root: Path = ROOT) -> dict[str, str]:
     Raises:
       UserError: the rows cannot be read.
     """
-    return {"gpu steps": timed(records.read(root / speed.FILE, SpeedRow),
-                               records.read(root / accelerators.FILE, AcceleratorRow)),
+    return {"gpu steps": timed(records.read(root / speed.FILE, SpeedRow)),
             "gpu kernels": tables(records.read(root / FILE, TimedRow))}
 
 
