@@ -21,6 +21,7 @@ import jax
 from benchmarks import records, speed
 from benchmarks.cases import Case, beside_plain, make_case, random_images
 from benchmarks.common import NOT_MEASURED, PAGE, Parser, Table, markdown, names, positive, replace_section
+from benchmarks.comparison import TIMES_AS_FAST
 from benchmarks.gpu_kernels import Step, TimedRow, rows_of, tables
 from benchmarks.records import ROOT
 from benchmarks.session import OURS, SpeedRow
@@ -32,10 +33,8 @@ from shared_basis.training.program import define
 
 FILE = Path("results") / "gpu_kernels.csv"
 """Relative to the repository's root."""
-NETWORKS = ("resnet32-s16u1-double", "resnet34-s32u1")
 PYTORCH = ("pytorch channels_last bf16", "pytorch compiled bf16")
 """The modes of PyTorch to compare with."""
-RATIO = "ratio: its time over shared_basis'"
 WARM_UP = 10
 """Steps before those that are profiled."""
 
@@ -43,7 +42,8 @@ WARM_UP = 10
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options."""
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--networks", type=names, default=(), help=f"networks to measure, e.g. {','.join(NETWORKS)}")
+    parser.add_argument("--networks", type=names, default=(),
+                        help="networks to measure, e.g. resnet32-s16u1-double,resnet34-s32u1")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="compute dtype")
     parser.add_argument("--batch", type=positive, help="images per step; default: the usual number")
     parser.add_argument("--steps", type=positive, default=4, help="number of steps to profile")
@@ -96,7 +96,8 @@ def timed(rows: Sequence[SpeedRow]) -> str:
                      *(f"times as fast as {name}" for name in PYTORCH)]]
     for row in on_gpus.values():
         if (row.framework, row.quantity) == (OURS, "seconds per step"):
-            speeds = [on_gpus.get(_key(row, quantity=RATIO, framework=name, dtype="bfloat16")) for name in PYTORCH]
+            speeds = [on_gpus.get(_key(row, quantity=TIMES_AS_FAST, framework=name, dtype="bfloat16"))
+                      for name in PYTORCH]
             case = Case(row.network, row.batch, row.image_size, row.dtype)
             table.append([f"{row.network}, {row.dtype}, {row.batch} of {row.image_size}²", _spread(row, 1e3),
                           f"{row.batch / row.median:,.0f}",
@@ -110,7 +111,8 @@ def timed(rows: Sequence[SpeedRow]) -> str:
 
 def _key(row: SpeedRow, **changes: str) -> tuple[object, ...]:
     one = dataclasses.replace(row, **changes)  # type: ignore[arg-type]
-    return one.device, one.network, one.batch, one.image_size, one.dtype, one.framework, one.quantity
+    # With the command, as the ratio to a mode of PyTorch is stored with PyTorch's dtype, whatever ours was.
+    return one.command, one.device, one.network, one.batch, one.image_size, one.dtype, one.framework, one.quantity
 
 
 def _spread(row: SpeedRow | None, scale: float = 1.0) -> str:
@@ -132,7 +134,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     """Measures and prints; stores the rows below `root`, if requested.
 
     Raises:
-      UserError: a network is unknown, or there is no GPU.
+      UserError: a network is unknown, or there is no GPU or more than one.
       SystemExit: an option is invalid.
     """
     options = parse(arguments)
@@ -140,6 +142,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     if cases and jax.default_backend() != "gpu":
         raise UserError(f"JAX finds no GPU here, only {jax.devices()[0].device_kind}; without one, python -m "
                         "benchmarks.accelerators shows what the compilers count.")
+    if cases and jax.device_count() > 1:
+        raise UserError(f"JAX finds {jax.device_count()} GPUs, whose times would be added; set CUDA_VISIBLE_DEVICES=0.")
     for case in (case for group in beside_plain(cases) for case in group):
         rows = measure(case, options.steps)
         print(f"{case.network}: {sum(row.kernels for row in rows):,.0f} kernels and "

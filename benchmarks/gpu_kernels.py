@@ -11,13 +11,15 @@ from benchmarks import hlo
 from benchmarks.accelerator_kernels import PURPOSES, purpose
 from benchmarks.common import NOT_MEASURED, Table, markdown
 
-CONVOLUTIONS, PADDING = "convolutions, all", "padding and layouts within cuDNN"
-MEMORY, OTHERS = "clearing and copying of memory", "other kernels of libraries"
-LIBRARIES = (CONVOLUTIONS, PADDING, MEMORY, OTHERS)
+CONVOLUTIONS, PRODUCTS, PADDING, LAYOUTS, CLEARING, COPYING, OTHERS = LIBRARIES = (
+    "convolutions, all", "products, by libraries", "padding within cuDNN", "changes of layout within cuDNN",
+    "clearing memory", "copying memory", "other kernels of libraries")
 """The purposes of kernels that are not in the program's text, since libraries or the driver launch them."""
 
-_NAMES = ((PADDING, r"AddPadding|nchwToNhwc|nhwcToNchw"), (CONVOLUTIONS, r"cudnn|cutlass|xmma|convolve"),
-          (MEMORY, r"^[Mm]emset|^[Mm]emcpy"))
+_NAMES = ((PADDING, r"AddPadding"), (LAYOUTS, r"nchwToNhwc|nhwcToNchw"), (CLEARING, r"^Memset"),
+          (COPYING, r"^[Mm]emcpy"), (CONVOLUTIONS, r"cudnn|conv|fprop|dgrad|wgrad"),
+          (PRODUCTS, r"gemm|nvjet|cutlass|xmma"))
+"""The purposes by patterns in names, the first of which decides."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ def rows_of(step: Step, events: Iterable[tuple[str, float]], text: str, steps: i
 
     Args:
       events: names and nanoseconds of the kernels of all profiled steps.
-      text: the text of the optimised program. XLA compiles identical kernels once, under the name of the first.
+      text: the text of the optimised program. XLA compiles identical kernels once, and all have the name of the first.
       steps: the number of profiled steps.
     """
     known = {kernel_name(kernel.name): kernel for kernel in hlo.kernels(text)}

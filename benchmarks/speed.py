@@ -72,7 +72,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="images per step and per evaluation batch; default: the usual number")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
     parser.add_argument("--modes", type=functools.partial(names, choices=tuple(MODES)), default=(),
-                        help=f"modes of PyTorch to compare with, some of {','.join(MODES)}; default: the usual ones")
+                        help="modes of PyTorch to compare steps and evaluations with (not on TPUs), some of "
+                             f"{','.join(MODES)}; default: the usual ones")
     parser.add_argument("--rounds", type=positive, default=5, help="number of measurements to take the median of")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="minimum duration of a measurement")
     parser.add_argument("--append", action="store_true", help="add the rows to results/speed.csv")

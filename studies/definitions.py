@@ -192,8 +192,7 @@ STUDIES = {
         "A part of the paper's claim, of a size that two CPU cores could run. Of the 50,000 training images 5,000 are "
         "held out to select the best epoch; the 10,000 test images are scored after each epoch and select nothing. The "
         "hypotheses, three seeds and the test (the 95 % interval of the difference of final errors, paired by seed, by "
-        "Student's t) were committed before the first run. Three seeds can resolve only large differences. All 15 "
-        "networks were trained at the same time on one GPU, so the minutes do not measure speed.",
+        "Student's t) were committed before the first run. Three seeds can resolve only large differences.",
         "configs/cifar_resnet.py", 3, (
             (Variant("R32 plain", "resnet32"), Variant("R32-S16U1*", "resnet32-s16u1-double"),
              Variant("R32-S16U1*, no penalty", "resnet32-s16u1-double", (NO_PENALTY,)),

@@ -217,7 +217,8 @@ def section(name: str, study: Study, rows: Sequence[StudyRow]) -> str:
     dates = sorted(row.date for row in used)
     span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     earlier = [f"{row.variant}, seed {row.seed}: {row.final_error:.2f} % on {row.device}, commit {row.commit}"
-               for row in rows if row not in used]
+               for row in rows if row not in used and any(
+                   (row.variant, row.network, row.seed) == (one.variant, one.network, one.seed) for one in used)]
     replaced = f"Earlier runs that are replaced by these: {'; '.join(earlier)}.\n\n" if earlier else ""
     return (f"{text}{len(used)} run{'s' * (len(used) > 1)} of {facts['epochs']} epochs, {span}, {facts['device']}, "
             f"JAX {facts['jax']}, commit {facts['commit']}: `results/study-{name}.csv`, by `{command}`.\n\n{replaced}"

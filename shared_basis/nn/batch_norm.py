@@ -88,7 +88,7 @@ def mix(parts: Sequence[Array], norm: Norm, matrix: Array, train: bool, dtype: D
         return y, norm, then
     mean, var, covariance = norm.mean, norm.var, None
     if train:
-        mean, var, covariance = _moments(parts, then is not None, axis_name, len(matrix) if one else 0)
+        mean, var, covariance = _moments(parts, then is not None, axis_name, len(matrix) if one else None)
         norm = norm.moved(mean, var)
     scaled = _factor(var, norm.scale)[:, None] * matrix
     offset = jnp.sum(norm.bias[:, None] * matrix, 0)  # sums, since matrix products would count as MACs
@@ -132,14 +132,14 @@ def _averages(values: list[Array], axis_name: str | None) -> list[Array]:
 
 
 def _moments(parts: Sequence[Array], joint: bool, axis_name: str | None,
-             one: int) -> tuple[Array, Array, Array | None]:
+             one: int | None) -> tuple[Array, Array, Array | None]:
     """Returns mean `[C]` and (biased) variance `[C]` of the parts' channels and, if `joint`, the covariance.
 
     Args:
-      one: the index of the channel of ones, the number of channels before it; 0 without such a channel.
+      one: the index of the channel of ones, i.e. the number of channels before it; None without such a channel.
     """
     count = parts[0].size // parts[0].shape[-1]
-    if one:
+    if one is not None:
         product, = _averages([gram(parts[0]) / count], axis_name)
         return _with_variance(*_central(product, one))
     mean = jnp.concatenate([jnp.mean(part, _batch(part), wide(part.dtype)) for part in parts])

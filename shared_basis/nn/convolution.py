@@ -15,7 +15,8 @@ from shared_basis.nn.types import Array, Dtype
 
 ALIGNMENT = 8
 """Tensor cores of GPUs multiply 8 channels of bfloat16 at a time; cuDNN copies arrays with other numbers of channels
-to padded ones, before and after each convolution (benchmarks/README.md: a sixth of the time of a training step)."""
+to padded ones, before and after each convolution (benchmarks/README.md: a sixth of the kernels' time). In other types
+and on TPUs, which store as many channels anyway, the padding is the same, so that there is one form."""
 
 FEW_FILTERS = 8
 """Maximum number of filters, one vector of floats, for `_convolve_by_few` on CPU."""
@@ -70,7 +71,7 @@ def convolve(x: Array, kernel: Array, window: Window, dtype: Dtype, one: bool = 
     if one:
         channels = kernel.shape[-1]
         kernel = jnp.pad(kernel, [(0, 0)] * (kernel.ndim - 1) + [(0, ALIGNMENT - channels % ALIGNMENT)])
-        return keep(_convolve(x, kernel, window) + jnp.zeros(kernel.shape[-1], dtype).at[channels].set(1))
+        return keep(_convolve(x, kernel, window) + (jnp.arange(kernel.shape[-1]) == channels).astype(dtype))
     return keep(_convolve_by_form(x, kernel, window))
 
 

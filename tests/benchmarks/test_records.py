@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,20 @@ def test_what_was_measured_can_be_read(file: str, kind: type) -> None:
 def test_commit_says_which_files_were_measured(tmp_path: Path) -> None:
     assert re.fullmatch(r"[0-9a-f]{7,}\+?|unknown", records.commit())
     assert records.commit(tmp_path) == "unknown"
+
+
+def test_pictures_and_results_do_not_change_the_commit(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True,
+                       capture_output=True)
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    (tmp_path / "code.py").write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = records.commit(tmp_path)
+    (tmp_path / "docs" / "images" / "results.svg").write_text("<svg/>")
+    (tmp_path / "page.md").write_text("text")
+    assert records.commit(tmp_path) == clean
+    (tmp_path / "code.py").write_text("2")
+    assert records.commit(tmp_path) == f"{clean}+"

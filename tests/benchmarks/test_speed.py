@@ -116,6 +116,14 @@ def test_the_command_of_a_row_has_the_options_that_were_given() -> None:
     assert speed.command(speed.parse([])) == "python -m benchmarks.speed --rounds=5"
 
 
+def test_the_modes_of_pytorch_are_those_named_or_the_usual_ones_of_the_platform() -> None:
+    named = make_session(modes=("compiled", "eager"))
+    assert comparison.torch_frameworks(named, "bfloat16") == ["pytorch compiled", "pytorch eager"]
+    assert comparison.torch_frameworks(make_session(modes=named.modes, platform="tpu"), "bfloat16") == []
+    assert comparison.torch_frameworks(make_session(), "float32")[0] == "pytorch channels_last"
+    assert "pytorch compiled bf16" in comparison.torch_frameworks(make_session(platform="gpu"), "float32")
+
+
 def test_sections_of_other_subjects_are_kept(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- speed -->\n<!-- end of speed -->\nafter\n")

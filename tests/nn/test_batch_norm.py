@@ -216,6 +216,22 @@ def test_the_gradient_of_the_mean_is_a_kernel_of_its_own_and_the_forward_pass_ha
         check_grads(loss, (x,), 1, ["fwd", "rev"], atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("zeros", [0, 3])
+def test_statistics_with_a_channel_of_ones_are_averaged_over_an_axis(zeros):
+    x, matrix = draw(4, (8, 3, 5), (5, 3))
+    norm, then = (jax.tree.map(jnp.float32, norm_of(n, n)) for n in (5, 3))
+
+    def run(x, axis_name=None):
+        parts = [jnp.concatenate([x, jnp.ones_like(x[..., :1]), jnp.zeros((*x.shape[:-1], zeros))], -1)]
+        with forms_for("gpu"):
+            return mix(parts, norm, matrix, True, jnp.float32, then, axis_name, one=True)
+    whole = run(x)
+    parts = jax.vmap(functools.partial(run, axis_name="d"), axis_name="d")(x.reshape(2, 4, 3, 5))
+    np.testing.assert_allclose(parts[0].reshape(8, 3, 3), whole[0], rtol=1e-4, atol=1e-5)
+    for several, one in zip(jax.tree.leaves(parts[1:]), jax.tree.leaves(whole[1:]), strict=True):
+        np.testing.assert_allclose(several, np.stack([one, one]), rtol=1e-5, atol=1e-6)
+
+
 def test_running_statistics_keep_their_type_in_a_layer_of_float64():
     with jax.enable_x64(True):
         x = jnp.asarray(draw(2, (6, 3))[0], jnp.float64)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shared_basis.nn.basis_conv import basis_conv
 from shared_basis.nn.batch_norm import Norm
 from shared_basis.nn.convolution import Window, convolve
-from shared_basis.nn.ops import forms_for
+from shared_basis.nn.ops import forms_for, portable
 
 PLATFORMS = ("cpu", "tpu")
 
@@ -146,7 +146,7 @@ def test_bfloat16_is_accumulated_in_float32(filters, groups, platform):
     np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-8, atol=1e-3)  # one rounding, at the end
 
 
-@pytest.mark.parametrize(("rank", "channels"), [(1, 8), (7, 8), (8, 16), (17, 24)])
+@pytest.mark.parametrize(("rank", "channels"), [(0, 8), (1, 8), (7, 8), (8, 16), (17, 24)])
 def test_on_accelerators_a_basis_fills_the_lanes_of_tensor_cores(rank, channels):
     """After the elements stands a channel of ones, then zeros up to a multiple of 8."""
     x, kernel = draw(0, (2, 5, 4, 3), (3, 3, 3, rank))
@@ -155,11 +155,15 @@ def test_on_accelerators_a_basis_fills_the_lanes_of_tensor_cores(rank, channels)
     np.testing.assert_allclose(y[..., :rank], convolve_in_numpy(x, kernel, 1, 1), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(y[..., rank], 1)
     np.testing.assert_array_equal(y[..., rank + 1:], 0)
-    norm, matrix = Norm(*(jnp.ones(rank) for _ in range(4))), jnp.ones((rank, 6))
-    with forms_for("gpu"):
-        program = str(jax.make_jaxpr(lambda: basis_conv(x, [kernel[..., :1], kernel[..., 1:]][:rank], norm, matrix,
-                                                        window=square(1, 1)))())
-    assert f"f32[2,5,4,{channels}] = conv_general_dilated" in program
+    norm, then = (Norm(*(jnp.ones(count) for _ in range(4))) for count in (rank, 6))
+
+    def layer(platform):
+        with portable() if platform == "portable" else forms_for(platform):
+            return basis_conv(x, [kernel[..., :1], kernel[..., 1:]], norm, jnp.ones((rank, 6)), window=square(1, 1),
+                              train=True, then=then)
+    assert f"f32[2,5,4,{channels}] = conv_general_dilated" in str(jax.make_jaxpr(lambda: layer("gpu"))())
+    for one, other in zip(*map(jax.tree.leaves, (layer("gpu"), layer("portable"))), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("platform", [pytest.param("cpu", marks=pytest.mark.slow), "tpu"])

@@ -147,4 +147,5 @@ def test_a_run_that_a_later_one_replaces_is_named_and_counts_nowhere() -> None:
     assert "Earlier runs that are replaced by these: plain, seed 0: 9.00 % on 1 × cpu, commit abc.\n" in text
     assert "| plain | 1,000 | 2,000 | 2.00 (1) |" in text
     assert "replaced" not in section("name", STUDY, rows[1:])
+    assert "replaced" not in section("name", STUDY, [row(Variant("of earlier", "resnet20"), 0, 9.0), rows[1]])
     assert "**Not run** yet" in section("name", STUDY, [row(Variant("of earlier", "resnet20"), 0, 9.0)])
