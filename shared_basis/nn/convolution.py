@@ -13,11 +13,6 @@ import jax.numpy as jnp
 from shared_basis.nn.ops import keep, multiply, use_cpu_forms, wide
 from shared_basis.nn.types import Array, Dtype
 
-ALIGNMENT = 8
-"""Tensor cores of GPUs multiply 8 channels of bfloat16 at a time; cuDNN copies arrays with other numbers of channels
-to padded ones, before and after each convolution (benchmarks/README.md: a sixth of the kernels' time). In other types
-and on TPUs, which store as many channels anyway, the padding is the same, so that there is one form."""
-
 FEW_FILTERS = 8
 """Maximum number of filters, one vector of floats, for `_convolve_by_few` on CPU."""
 
@@ -64,13 +59,13 @@ def _by_axis(name: str, value: Any, axes: int) -> tuple[Any, ...]:
 def convolve(x: Array, kernel: Array, window: Window, dtype: Dtype, one: bool = False) -> Array:
     """Convolves `x [N, *image, C]` with `kernel [*k, C / groups, T]`, with groups as implied; computes in `dtype`.
 
-    With `one`, the result has additional channels up to a multiple of `ALIGNMENT`, of zero filters: the first is 1, by
-    a bias that accelerators add when writing the result, and the others are 0.
+    With `one`, the result has an additional channel of ones: a zero filter with a bias, which accelerators add when
+    writing the result.
     """
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     if one:
         channels = kernel.shape[-1]
-        kernel = jnp.pad(kernel, [(0, 0)] * (kernel.ndim - 1) + [(0, ALIGNMENT - channels % ALIGNMENT)])
+        kernel = jnp.pad(kernel, [(0, 0)] * (kernel.ndim - 1) + [(0, 1)])
         return keep(_convolve(x, kernel, window) + (jnp.arange(kernel.shape[-1]) == channels).astype(dtype))
     return keep(_convolve_by_form(x, kernel, window))
 

@@ -173,7 +173,7 @@ def test_macs_agree_with_the_compiler(name):
     variables = abstract_variables(model, (64, 64, 3))
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     unrolled = model.clone(scan_blocks=False)  # the compiler counts the body of a loop once
-    with portable():  # elsewhere bases are padded with filters of zeros
+    with portable():  # elsewhere bases have an additional filter
         lowered = jax.jit(lambda v, x: unrolled.apply(v, x, train=False)).lower(variables, images)
     # The compiler leaves out taps on padding (hence large images) and counts additions and normalisations besides.
     macs = sum(count_macs(model, variables, (64, 64, 3)).values())

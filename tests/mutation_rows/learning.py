@@ -61,7 +61,6 @@ MUTATIONS = (
              ("batch_norm", "faces")),
     Mutation("ops-one-gradient", "dproduct[:one, :one] - half - half.T", "dproduct[:one, :one] - half",
              ("batch_norm",)),
-    Mutation("ops-one-alignment", "ALIGNMENT - channels % ALIGNMENT", "1", ("convolution",)),
     Mutation("ops-rounded-product", "sum((p.astype(doffset.dtype) for p in products), doffset)",
              "sum(p.astype(doffset.dtype) for p in products)", ("batch_norm",)),
     Mutation("ops-variance", "return mean, jnp.maximum(square - jnp.square(mean), 0), None",

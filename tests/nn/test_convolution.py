@@ -146,15 +146,13 @@ def test_bfloat16_is_accumulated_in_float32(filters, groups, platform):
     np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-8, atol=1e-3)  # one rounding, at the end
 
 
-@pytest.mark.parametrize(("rank", "channels"), [(0, 8), (1, 8), (7, 8), (8, 16), (17, 24)])
-def test_on_accelerators_a_basis_fills_the_lanes_of_tensor_cores(rank, channels):
-    """After the elements stands a channel of ones, then zeros up to a multiple of 8."""
+@pytest.mark.parametrize(("rank", "channels"), [(0, 1), (1, 2), (7, 8), (17, 18)])
+def test_on_accelerators_a_channel_of_ones_stands_after_the_elements(rank, channels):
     x, kernel = draw(0, (2, 5, 4, 3), (3, 3, 3, rank))
     y = convolve(x, kernel, square(1, 1), jnp.float32, one=True)
     assert y.shape == (2, 5, 4, channels)
     np.testing.assert_allclose(y[..., :rank], convolve_in_numpy(x, kernel, 1, 1), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(y[..., rank], 1)
-    np.testing.assert_array_equal(y[..., rank + 1:], 0)
     norm, then = (Norm(*(jnp.ones(count) for _ in range(4))) for count in (rank, 6))
 
     def layer(platform):
