@@ -74,8 +74,8 @@ def mix(parts: Sequence[Array], norm: Norm, matrix: Array, train: bool, dtype: D
       parts: arrays `[..., C_i]`, concatenated along channels.
       train, dtype, axis_name: see `normalize`.
       then: the batch normalisation of T channels that follows.
-      one: whether `parts` is a single array with additional channels, the first of which is 1 and all others 0. The
-        product bᵀb then includes the mean, and the product b M adds the offset, which saves further passes.
+      one: whether `parts` is a single array with an additional channel of ones. The product bᵀb then includes the mean,
+        and the product b M adds the offset, which saves further passes.
 
     Returns:
       The result `[..., T]`, and `norm` and `then` with updated running statistics.
@@ -88,7 +88,7 @@ def mix(parts: Sequence[Array], norm: Norm, matrix: Array, train: bool, dtype: D
         return y, norm, then
     mean, var, covariance = norm.mean, norm.var, None
     if train:
-        mean, var, covariance = _moments(parts, then is not None, axis_name, len(matrix) if one else None)
+        mean, var, covariance = _moments(parts, then is not None, axis_name, one)
         norm = norm.moved(mean, var)
     scaled = _factor(var, norm.scale)[:, None] * matrix
     offset = jnp.sum(norm.bias[:, None] * matrix, 0)  # sums, since matrix products would count as MACs
@@ -104,8 +104,7 @@ def mix(parts: Sequence[Array], norm: Norm, matrix: Array, train: bool, dtype: D
     # Of the rounded matrix, so that the mean cancels: exactly or, with `one`, up to the rounding of the offset.
     offset = offset - jnp.sum(mean[:, None] * scaled, 0)
     if one:
-        rest = jnp.zeros((parts[0].shape[-1] - len(matrix) - 1, matrix.shape[1]), dtype)
-        scaled, offset = jnp.concatenate([scaled, offset[None].astype(dtype), rest]), jnp.zeros_like(offset)
+        scaled, offset = jnp.concatenate([scaled, offset[None].astype(dtype)]), jnp.zeros_like(offset)
     return _affine(tuple(parts), scaled, offset, dtype), norm, then
 
 
@@ -132,16 +131,12 @@ def _averages(values: list[Array], axis_name: str | None) -> list[Array]:
 
 
 def _moments(parts: Sequence[Array], joint: bool, axis_name: str | None,
-             one: int | None) -> tuple[Array, Array, Array | None]:
-    """Returns mean `[C]` and (biased) variance `[C]` of the parts' channels and, if `joint`, the covariance.
-
-    Args:
-      one: the index of the channel of ones, i.e. the number of channels before it; None without such a channel.
-    """
+             one: bool) -> tuple[Array, Array, Array | None]:
+    """Returns mean `[C]` and (biased) variance `[C]` of the parts' channels and, if `joint`, the covariance."""
     count = parts[0].size // parts[0].shape[-1]
-    if one is not None:
+    if one:
         product, = _averages([gram(parts[0]) / count], axis_name)
-        return _with_variance(*_central(product, one))
+        return _with_variance(*_central(product))
     mean = jnp.concatenate([jnp.mean(part, _batch(part), wide(part.dtype)) for part in parts])
     if not joint:
         squares = [jnp.mean(jnp.square(part.astype(wide(part.dtype))), _batch(part)) for part in parts]
@@ -159,25 +154,25 @@ def _with_variance(mean: Array, covariance: Array) -> tuple[Array, Array, Array]
     return mean, jnp.maximum(jnp.diagonal(covariance), 0), covariance
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _central(product: Array, one: int) -> tuple[Array, Array]:
-    """Returns mean `[C]` and covariance `[C, C]` from the mean of products with the channel of ones, at index C."""
-    mean = product[:one, one]
-    return mean, product[:one, :one] - mean[:, None] * mean
+@jax.custom_jvp
+def _central(product: Array) -> tuple[Array, Array]:
+    """Returns mean `[C]` and covariance `[C, C]` from the mean of products `[C + 1, C + 1]` with a channel of ones."""
+    mean = product[:-1, -1]
+    return mean, product[:-1, :-1] - mean[:, None] * mean
 
 
 @_central.defjvp
-def _central_jvp(one: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _central_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
     """The JVP with a barrier at the mean.
 
     In the gradient it keeps sums over channels out of the kernel that transposes `[C, C]`, where XLA would compute them
     anew for each element (benchmarks/README.md: 21 µs on a GPU, ten times as long as such kernels take otherwise).
     """
     (product,), (dproduct,) = primals, tangents
-    mean, covariance = _central(product, one)
-    dmean = jax.lax.optimization_barrier(dproduct[:one, one])
+    mean, covariance = _central(product)
+    dmean = jax.lax.optimization_barrier(dproduct[:-1, -1])
     half = dmean[:, None] * mean
-    return (mean, covariance), (dmean, dproduct[:one, :one] - half - half.T)
+    return (mean, covariance), (dmean, dproduct[:-1, :-1] - half - half.T)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))

@@ -64,9 +64,8 @@ def convolve(x: Array, kernel: Array, window: Window, dtype: Dtype, one: bool = 
     """
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     if one:
-        channels = kernel.shape[-1]
         kernel = jnp.pad(kernel, [(0, 0)] * (kernel.ndim - 1) + [(0, 1)])
-        return keep(_convolve(x, kernel, window) + (jnp.arange(kernel.shape[-1]) == channels).astype(dtype))
+        return keep(_convolve(x, kernel, window) + jnp.zeros(kernel.shape[-1], dtype).at[-1].set(1))
     return keep(_convolve_by_form(x, kernel, window))
 
 

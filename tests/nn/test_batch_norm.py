@@ -108,8 +108,8 @@ def one_by_one(parts, norm, matrix, then, train):
 @given(shape=st.sampled_from([(8, 3, 5), (1, 4, 4), (64,), (2, 1, 1)]), rank=st.integers(1, 9),
        features=st.integers(1, 9),
        cut=st.booleans(), train=st.booleans(), joint=st.booleans(), platform=st.sampled_from(["cpu", "gpu"]),
-       spread=st.sampled_from([1.0, 1e-3, 1e-6]), one=st.booleans(), zeros=st.integers(0, 7), seed=st.integers(0, 99))
-def test_the_closed_form_is_exact(shape, rank, features, cut, train, joint, platform, spread, one, zeros, seed):
+       spread=st.sampled_from([1.0, 1e-3, 1e-6]), one=st.booleans(), seed=st.integers(0, 99))
+def test_the_closed_form_is_exact(shape, rank, features, cut, train, joint, platform, spread, one, seed):
     """In float64: the result, the statistics, and the gradients through all of them."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(seed)
@@ -120,7 +120,7 @@ def test_the_closed_form_is_exact(shape, rank, features, cut, train, joint, plat
 
         def closed(parts, norm, matrix, then):
             if one:
-                parts = [jnp.concatenate([*parts, jnp.ones((*shape, 1)), jnp.zeros((*shape, zeros))], axis=-1)]
+                parts = [jnp.concatenate([*parts, jnp.ones((*shape, 1))], axis=-1)]
             with forms_for(platform):
                 y, moved, moved_then = mix(parts, norm, matrix, train, jnp.float64, then, one=one)
             if not train:
@@ -216,13 +216,12 @@ def test_the_gradient_of_the_mean_is_a_kernel_of_its_own_and_the_forward_pass_ha
         check_grads(loss, (x,), 1, ["fwd", "rev"], atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("zeros", [0, 3])
-def test_statistics_with_a_channel_of_ones_are_averaged_over_an_axis(zeros):
+def test_statistics_with_a_channel_of_ones_are_averaged_over_an_axis():
     x, matrix = draw(4, (8, 3, 5), (5, 3))
     norm, then = (jax.tree.map(jnp.float32, norm_of(n, n)) for n in (5, 3))
 
     def run(x, axis_name=None):
-        parts = [jnp.concatenate([x, jnp.ones_like(x[..., :1]), jnp.zeros((*x.shape[:-1], zeros))], -1)]
+        parts = [jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)]
         with forms_for("gpu"):
             return mix(parts, norm, matrix, True, jnp.float32, then, axis_name, one=True)
     whole = run(x)

@@ -146,11 +146,11 @@ def test_bfloat16_is_accumulated_in_float32(filters, groups, platform):
     np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-8, atol=1e-3)  # one rounding, at the end
 
 
-@pytest.mark.parametrize(("rank", "channels"), [(0, 1), (1, 2), (7, 8), (17, 18)])
-def test_on_accelerators_a_channel_of_ones_stands_after_the_elements(rank, channels):
+@pytest.mark.parametrize("rank", [0, 1, 7, 17])
+def test_on_accelerators_a_channel_of_ones_stands_after_the_elements(rank):
     x, kernel = draw(0, (2, 5, 4, 3), (3, 3, 3, rank))
     y = convolve(x, kernel, square(1, 1), jnp.float32, one=True)
-    assert y.shape == (2, 5, 4, channels)
+    assert y.shape == (2, 5, 4, rank + 1)
     np.testing.assert_allclose(y[..., :rank], convolve_in_numpy(x, kernel, 1, 1), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(y[..., rank], 1)
     norm, then = (Norm(*(jnp.ones(count) for _ in range(4))) for count in (rank, 6))
@@ -159,7 +159,7 @@ def test_on_accelerators_a_channel_of_ones_stands_after_the_elements(rank, chann
         with portable() if platform == "portable" else forms_for(platform):
             return basis_conv(x, [kernel[..., :1], kernel[..., 1:]], norm, jnp.ones((rank, 6)), window=square(1, 1),
                               train=True, then=then)
-    assert f"f32[2,5,4,{channels}] = conv_general_dilated" in str(jax.make_jaxpr(lambda: layer("gpu"))())
+    assert f"f32[2,5,4,{rank + 1}] = conv_general_dilated" in str(jax.make_jaxpr(lambda: layer("gpu"))())
     for one, other in zip(*map(jax.tree.leaves, (layer("gpu"), layer("portable"))), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=2e-3)
 
