@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from benchmarks.accelerator_rows import AcceleratorRow
 from benchmarks.common import NOT_MEASURED, Table, markdown
@@ -118,21 +119,46 @@ def rows_of(row: AcceleratorRow, kernels: Iterable[Kernel], platform: str) -> li
 
 def tables(rows: Sequence[KernelsRow]) -> str:
     """Returns a Markdown table for each step of a network with sharing, if the plain network's step exists too."""
-    last: dict[tuple[object, ...], dict[str, KernelsRow]] = {}
-    for row in rows:  # if a step was compiled again, only its newer rows count
+    parts = []
+    for found, plain in beside_plain(rows):
+        one, other = (next(iter(side.values())) for side in (found, plain))
+        names = [name for name in PURPOSES if name in found or name in plain]
+        parts.append(f"{one.network} beside {one.plain}, {one.image_size}×{one.image_size}, {one.dtype}, {one.target} "
+                     f"(commits {one.commit} and {other.commit}):\n")
+        parts.append(markdown(compare(found, plain, names, "MB", lambda row: row.bytes / 1e6)))
+    return "\n".join(parts)
+
+
+def beside_plain(rows: Iterable[Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yields the rows of each step of a network with sharing and of the plain network's step, by purpose.
+
+    Args:
+      rows: `KernelsRow`s or `gpu_kernels.TimedRow`s. If a step occurs several times, only its newer rows count; a step
+        without that of the plain network is omitted.
+    """
+    last: dict[tuple[object, ...], dict[str, Any]] = {}
+    for row in rows:
         kept = last.setdefault(row.step(), {})
         if any((other.date, other.commit) != (row.date, row.commit) for other in kept.values()):
             kept.clear()
         kept[row.purpose] = row
-    parts = []
     for found in last.values():
         one = next(iter(found.values()))
         plain = last.get(one.step(one.plain), {})
         if one.network != one.plain and plain:
-            parts.append(f"{one.network} beside {one.plain}, {one.image_size}×{one.image_size}, {one.dtype}, "
-                         f"{one.target} (commits {one.commit} and {next(iter(plain.values())).commit}):\n")
-            parts.append(markdown(_table(found, plain)))
-    return "\n".join(parts)
+            yield found, plain
+
+
+def compare(found: Mapping[str, Any], plain: Mapping[str, Any], purposes: Sequence[str], unit: str,
+            amount: Callable[[Any], float]) -> Table:
+    """Returns a table of kernels and their `amount`, in `unit`, by purpose and in all, beside the plain network's."""
+    def line(name: str, names: Sequence[str]) -> list[str]:
+        sides = [[side[key] for key in names if key in side] for side in (found, plain)]
+        mine, theirs = (sum(map(amount, side)) for side in sides)
+        return [name, *(f"{sum(row.kernels for row in side):,.0f}" if side else NOT_MEASURED for side in sides),
+                f"{mine:,.0f}", f"{theirs:,.0f}", f"{mine - theirs:+,.0f}"]
+    return [["what kernels are for", "kernels", "plain", unit, "plain", f"{unit} beyond plain"],
+            *(line(name, [name]) for name in purposes), line("all", purposes)]
 
 
 def of_the_page(rows: Sequence[KernelsRow]) -> str:
@@ -140,15 +166,3 @@ def of_the_page(rows: Sequence[KernelsRow]) -> str:
     return tables([row for row in rows if any(
         row.network in (name, row.plain) and (row.target, row.image_size, row.dtype) == (target, *rest)
         and name.startswith(f"{row.plain}-") for target, name, *rest in SHOWN)])
-
-
-def _table(found: dict[str, KernelsRow], plain: dict[str, KernelsRow]) -> Table:
-    table = [["what kernels are for", "kernels", "plain", "MB", "plain", "MB beyond plain"]]
-
-    def line(name: str, names: Iterable[str]) -> list[str]:
-        mine, theirs = ([side[key] for key in names if key in side] for side in (found, plain))
-        moved, other = (sum(row.bytes for row in side) / 1e6 for side in (mine, theirs))
-        return [name, *(f"{sum(row.kernels for row in side):,}" if side else NOT_MEASURED for side in (mine, theirs)),
-                f"{moved:,.0f}", f"{other:,.0f}", f"{moved - other:+,.0f}"]
-    table += [line(name, [name]) for name in PURPOSES if name in found or name in plain]
-    return [*table, line("all", PURPOSES)]

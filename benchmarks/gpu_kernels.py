@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from benchmarks import hlo
-from benchmarks.accelerator_kernels import PURPOSES, purpose
-from benchmarks.common import NOT_MEASURED, Table, markdown
+from benchmarks.accelerator_kernels import PURPOSES, beside_plain, compare, purpose
+from benchmarks.common import markdown
 
 CONVOLUTIONS, PRODUCTS, PADDING, LAYOUTS, CLEARING, COPYING, OTHERS = LIBRARIES = (
     "convolutions, all", "products, by libraries", "padding within cuDNN", "changes of layout within cuDNN",
@@ -48,7 +48,7 @@ class TimedRow(Step):
     microseconds: float
     """Sum of their durations, per step."""
 
-    def key(self, network: str = "") -> tuple[object, ...]:
+    def step(self, network: str = "") -> tuple[object, ...]:
         """Returns the key of the row's step, or of that of another network."""
         return self.device, network or self.network, self.batch, self.image_size, self.dtype
 
@@ -90,31 +90,14 @@ def rows_of(step: Step, events: Iterable[tuple[str, float]], text: str, steps: i
 
 
 def tables(rows: Sequence[TimedRow]) -> str:
-    """Returns a Markdown table for each step of a network with sharing, beside that of the plain network."""
-    steps: dict[tuple[object, ...], dict[str, TimedRow]] = {}
-    for row in rows:  # if a step was measured again, only its newer rows count
-        kept = steps.setdefault(row.key(), {})
-        if any((other.date, other.commit) != (row.date, row.commit) for other in kept.values()):
-            kept.clear()
-        kept[row.purpose] = row
+    """Returns a Markdown table for each step of a network with sharing, what takes longer than plain first."""
     parts = []
-    for found in steps.values():
+    for found, plain in beside_plain(rows):
         one = next(iter(found.values()))
-        plain = steps.get(one.key(one.plain), {})
-        if one.network != one.plain and plain:
-            parts.append(f"{one.network} beside {one.plain}, {one.batch} images of {one.image_size}×{one.image_size}, "
-                         f"{one.dtype}, {one.device}, {one.date}, JAX {one.jax}, commit {one.commit}:\n")
-            parts.append(markdown(_table(found, plain)))
+        beyond = collections.Counter({name: row.microseconds for name, row in found.items()})
+        beyond.subtract({name: row.microseconds for name, row in plain.items()})
+        names = [name for name, _ in beyond.most_common()]
+        parts.append(f"{one.network} beside {one.plain}, {one.batch} images of {one.image_size}×{one.image_size}, "
+                     f"{one.dtype}, {one.device}, {one.date}, JAX {one.jax}, commit {one.commit}:\n")
+        parts.append(markdown(compare(found, plain, names, "µs", lambda row: row.microseconds)))
     return "\n".join(parts)
-
-
-def _table(found: dict[str, TimedRow], plain: dict[str, TimedRow]) -> Table:
-    def line(name: str, names: Iterable[str]) -> list[str]:
-        sides = [[side[key] for key in names if key in side] for side in (found, plain)]
-        mine, theirs = (sum(row.microseconds for row in side) for side in sides)
-        return [name, *(f"{sum(row.kernels for row in side):,.0f}" if side else NOT_MEASURED for side in sides),
-                f"{mine:,.0f}", f"{theirs:,.0f}", f"{mine - theirs:+,.0f}"]
-    names = sorted({*found, *plain}, key=lambda name: -sum(
-        sign * side[name].microseconds for sign, side in ((1, found), (-1, plain)) if name in side))
-    return [["what kernels are for", "kernels", "plain", "µs", "plain", "µs beyond plain"],
-            *(line(name, [name]) for name in names), line("all", names)]

@@ -39,6 +39,18 @@ ROOT = Path(__file__).resolve().parents[1]
 MAIN = ROOT / "main.py"
 
 
+def assert_refused_in_one_line(main: Callable[[Sequence[str]], object], arguments: Sequence[str], parts: Sequence[str],
+                               capsys: pytest.CaptureFixture[str]) -> None:
+    """Asserts that `main` exits with code 2 and prints only one line, with all `parts`, to standard error."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.count("\n") == 1
+    assert all(part in err for part in parts)
+
+
 def tiny_network(num_classes: int = 10, **changes: Any) -> ResNet:
     """Returns a network with all relevant features (batch norm, shared bases, unique elements), quick to compile."""
     double = Sharing((("first", "first"), ("second", "second")), shared_rank=2, unique_rank=1)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ROOT, TINY, mesh_of, tiny_network, user_error
+from helpers import ROOT, TINY, assert_refused_in_one_line, mesh_of, tiny_network, user_error
 
 from benchmarks import accelerator_kernels, accelerators, hlo, records
 from benchmarks.accelerator_kernels import KernelsRow, purpose
@@ -338,12 +338,7 @@ def test_stock_networks_are_compiled_where_they_are_written() -> None:
     (["--modules=torch"], ["'torch'", "stock"]), (["--batch=0"], ["'0'"])])
 def test_an_invalid_option_ends_in_one_line(arguments: list[str], parts: list[str],
                                             capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        accelerators.main(arguments)
-    assert ended.value.code == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert all(part in err for part in parts)
+    assert_refused_in_one_line(accelerators.main, arguments, parts, capsys)
 
 
 def test_invalid_networks_and_missing_compilers_are_refused_before_anything_is_compiled(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from helpers import ROOT, register_tiny, user_error
+from helpers import ROOT, assert_refused_in_one_line, register_tiny, user_error
 
 from benchmarks import accelerator_kernels, gpu, gpu_kernels, records
 from benchmarks.cases import Case
@@ -102,12 +102,7 @@ def test_several_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     (["--networks=resnet20", "--steps=0"], ["'0'", "positive"])])
 def test_an_invalid_option_ends_in_one_line(arguments: Sequence[str], parts: Sequence[str],
                                             capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        gpu.main(arguments)
-    assert ended.value.code == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert all(part in err for part in parts)
+    assert_refused_in_one_line(gpu.main, arguments, parts, capsys)
 
 
 def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, tiny_network, user_error
+from helpers import ROOT, assert_refused_in_one_line, tiny_network, user_error
 
 from benchmarks import cases, comparison, growth, processes, session, speed, subjects, worker
 from benchmarks.cases import Case
@@ -95,13 +95,7 @@ def test_without_pytorch_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -
     ["'jit'", "channels_last bf16"]), (["--rounds=many"], ["'many'"])])
 def test_an_invalid_option_ends_in_one_line(arguments: Sequence[str], parts: Sequence[str],
                                             capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        speed.main(arguments)
-    assert ended.value.code == 2
-    out, err = capsys.readouterr()
-    assert not out
-    assert err.count("\n") == 1
-    assert all(part in err for part in parts)
+    assert_refused_in_one_line(speed.main, arguments, parts, capsys)
 
 
 def test_an_unknown_network_is_refused_before_anything_is_measured() -> None:
