@@ -62,6 +62,17 @@ def test_logits_that_are_not_numbers_have_no_class(trained: Trained) -> None:
         per_example.score(broken, QUIET)
 
 
+def test_images_none_of_which_can_be_decoded_are_told(tmp_path: Path) -> None:
+    images = write_folder(tmp_path / "images", CLASSES, 1)
+    config = Config(model=ModelConfig(name=TINY), data=DataConfig(
+        name="folder", directory=str(images), on_broken="skip", workers=0, placement="stream"))
+    run = save_run(tmp_path / "run", config, {6: 0.25})
+    for path in images.glob("test/*/*"):
+        path.write_bytes(b"no image")
+    with user_error("none of the images to score can be decoded"):
+        per_example.score(Trained.open(run), QUIET)
+
+
 @pytest.fixture(scope="module")
 def scores(trained: Trained) -> per_example.Scores:
     return per_example.score(trained, QUIET, worst=4)  # of 8 images and a broken one in batches of 8

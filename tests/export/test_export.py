@@ -304,6 +304,10 @@ def test_stablehlo_is_for_every_platform_and_has_no_form_of_one(run: Path) -> No
     # JAX itself writes down each convolution for each platform.
     assert len(re.findall(r"stablehlo.convolution", text)) in (convolutions, convolutions * len(program.platforms))
     assert "while" not in text
+    # Accelerators would otherwise take fewer bits than float32 has, for the head's product too.
+    products = re.findall(r"stablehlo\.(?:convolution|dot).*", text)
+    assert len(products) > convolutions
+    assert [product.count("HIGHEST") for product in products] == [2] * len(products)
 
 
 def test_a_checkpoint_and_a_precision_are_the_runs(tmp_path: Path) -> None:
@@ -355,6 +359,33 @@ def test_pooled_features_are_sliced() -> None:
     expected = model.apply(variables, normalize(jnp.asarray(images), DATA), train=False)
     output = fold(trace(model, variables, SHAPE, lambda x: normalize(x, DATA)), "auto")[0]
     assert_close(onnx_logits(output, images), expected)
+
+
+class Bounded(nn.Module):
+    """Clips to many bounds and slices at many places, some of them alike."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        x = nn.Conv(12, (3, 3), dtype=jnp.float32, name="first")(images)
+        for bound in (1.75, 1.5, 1.25, 1.5, 1.75, 1.25):
+            x = 2 * jnp.clip(x - 0.5, 0, bound)
+        parts = [x[:, :2, begin:begin + 3] for begin in (0, 1, 2, 1, 0, 4)]
+        return nn.Dense(10, name="head")(jnp.concatenate(parts, axis=-1).mean((1, 2)))
+
+
+def test_bounds_and_places_of_an_onnx_file_are_each_stored_once() -> None:
+    model = Bounded()
+    variables, images = random_variables(model, SHAPE), random_images(3, SHAPE)
+    expected = model.apply(variables, normalize(jnp.asarray(images), DATA), train=False)
+    content = onnx_writer.serialise(fold(trace(model, variables, SHAPE, lambda x: normalize(x, DATA)), "none")[0], {})
+    found = onnx_writer.run(content[""], images)
+    assert found is not None
+    assert_close(found[0], expected)
+    stored = initializers(content[""]).values()
+    assert sorted(float(array) for array in stored if not array.ndim) == [0, 1.25, 1.5, 1.75]
+    integers = [tuple(array) for array in stored if array.dtype == np.int64]
+    assert {(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 0, 4)} < set(integers)
+    assert len(set(integers)) == len(integers)
 
 
 class Strange(nn.Module):
