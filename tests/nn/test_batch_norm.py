@@ -54,10 +54,13 @@ def test_batch_norm_is_flax_s(shape, dtype):
         def apply(params, x):
             y, updated = norm.apply({**variables, "params": params}, x, mutable=["batch_stats"])
             return y, updated["batch_stats"]
-        (y, stats), pull = jax.vjp(apply, variables["params"], x)
-        assert y.dtype == dtype
-        gradients, dx = pull((jnp.asarray(dy, dtype), jax.tree.map(jnp.sin, stats)))  # statistics have gradients too
-        assert dx.dtype == dtype
+
+        @jax.jit
+        def results(params, x):
+            (y, stats), pull = jax.vjp(apply, params, x)
+            return y, stats, *pull((jnp.asarray(dy, dtype), jax.tree.map(jnp.sin, stats)))  # these have gradients too
+        y, stats, gradients, dx = results(variables["params"], x)
+        assert (y.dtype, dx.dtype) == (dtype, dtype)
         return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), (y, stats, gradients, dx))
     for one, other in zip(*(jax.tree.leaves(run(norm)) for norm in norms(train=True, dtype=dtype)), strict=True):
         close(one, other)
@@ -78,7 +81,8 @@ def normalized(x, scale, bias):
 
 def test_batch_norm_s_gradient_is_that_of_differences():
     x, scale, bias, weights = draw(3, (4, 3, 3, 2), (2,), (2,), (4, 3, 3, 2))
-    check_grads(lambda *a: jnp.sum(weights * jnp.tanh(normalized(*a))), (x, scale, bias), 1, atol=2e-2, rtol=2e-2)
+    loss = jax.jit(lambda *a: jnp.sum(weights * jnp.tanh(normalized(*a))))
+    check_grads(loss, (x, scale, bias), 1, atol=2e-2, rtol=2e-2)
 
 
 def test_a_large_mean_does_not_drown_the_gradient_of_the_scale():
@@ -213,7 +217,7 @@ def test_the_gradient_of_the_mean_is_a_kernel_of_its_own_and_the_forward_pass_ha
     with forms_for("gpu"):
         assert "optimization_barrier" not in str(jax.make_jaxpr(loss)(x))
         assert "f32[5] = optimization_barrier" in str(jax.make_jaxpr(jax.grad(loss))(x))
-        check_grads(loss, (x,), 1, ["fwd", "rev"], atol=2e-2, rtol=2e-2)
+        check_grads(jax.jit(loss), (x,), 1, ["fwd", "rev"], atol=2e-2, rtol=2e-2)
 
 
 def test_statistics_with_a_channel_of_ones_are_averaged_over_an_axis():
@@ -224,8 +228,8 @@ def test_statistics_with_a_channel_of_ones_are_averaged_over_an_axis():
         parts = [jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)]
         with forms_for("gpu"):
             return mix(parts, norm, matrix, True, jnp.float32, then, axis_name, one=True)
-    whole = run(x)
-    parts = jax.vmap(functools.partial(run, axis_name="d"), axis_name="d")(x.reshape(2, 4, 3, 5))
+    whole = jax.jit(run)(x)
+    parts = jax.jit(jax.vmap(functools.partial(run, axis_name="d"), axis_name="d"))(x.reshape(2, 4, 3, 5))
     np.testing.assert_allclose(parts[0].reshape(8, 3, 3), whole[0], rtol=1e-4, atol=1e-5)
     for several, one in zip(jax.tree.leaves(parts[1:]), jax.tree.leaves(whole[1:]), strict=True):
         np.testing.assert_allclose(several, np.stack([one, one]), rtol=1e-5, atol=1e-6)

@@ -40,17 +40,31 @@ def square(strides, padding):
     return Window((strides, strides), ((padding, padding),) * 2, (1, 1))
 
 
+def with_gradients(platform, window, x, kernel):
+    """Returns the convolution in the form of `platform`, and its gradients for a function of the result."""
+    def results(x, kernel):
+        y, pull = jax.vjp(lambda x, k: convolve(x, k, window, jnp.float32), x, kernel)
+        return y, *pull(jnp.cos(y))
+    with forms_for(platform):
+        return jax.jit(results)(x, kernel)
+
+
 @settings(deadline=None, max_examples=7, derandomize=True)
 @given(size=st.sampled_from((1, 2, 3, 7)), strides=st.integers(1, 3), padding=st.integers(0, 3),
        height=st.integers(7, 9), width=st.integers(7, 9), channels=st.integers(1, 9),
        filters=st.sampled_from((1, 2, 8, 9, 16)), seed=st.integers(0, 99))
 def test_convolution_and_gradients_are_numpy_s(size, strides, padding, height, width, channels, filters, seed):
     x, kernel = draw(seed, (2, height, width, channels), (size, size, channels, filters))
-    with forms_for("cpu"):
+    expected = convolve_in_numpy(x, kernel, strides, padding)
+    (dy,) = draw(seed + 1, expected.shape)
+
+    @jax.jit
+    def results(x, kernel, dy):
         y, pull = jax.vjp(lambda x, k: convolve(x, k, square(strides, padding), jnp.float32), x, kernel)
-    np.testing.assert_allclose(y, convolve_in_numpy(x, kernel, strides, padding), rtol=1e-4, atol=1e-4)
-    (dy,) = draw(seed + 1, y.shape)
-    dx, dk = pull(dy)
+        return y, *pull(dy)
+    with forms_for("cpu"):
+        y, dx, dk = results(x, kernel, dy)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
     assert (dx.shape, dk.shape) == (x.shape, kernel.shape)
     # It is linear in either: ⟨dy, conv(x', k)⟩ = ⟨dx, x'⟩ for every x', and likewise for kernels.
     other_x, other_kernel = draw(seed + 2, x.shape, kernel.shape)
@@ -66,12 +80,8 @@ def test_convolution_and_gradients_are_numpy_s(size, strides, padding, height, w
 def test_every_platform_s_form_computes_the_same(filters, groups, padding):
     filters *= groups
     x, kernel = draw(0, (3, 8, 8, 8), (3, 3, 8 // groups, filters))
-
-    def results(platform):
-        with forms_for(platform):
-            y, pull = jax.vjp(lambda x, k: convolve(x, k, Window((1, 1), padding, (1, 1)), jnp.float32), x, kernel)
-        return y, *pull(jnp.cos(y))
-    for one, other in zip(*map(results, PLATFORMS), strict=True):
+    forms = (with_gradients(platform, Window((1, 1), padding, (1, 1)), x, kernel) for platform in PLATFORMS)
+    for one, other in zip(*forms, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
@@ -82,12 +92,8 @@ def test_every_platform_s_form_computes_the_same(filters, groups, padding):
 def test_depthwise_convolution_and_gradients_are_xla_s(size, strides, padding, dilation, height, width, channels, seed):
     window = Window((strides, strides), ((padding, 1), (padding, padding)), (dilation, 1))
     x, kernel = draw(seed, (2, height, width, channels), (size, size, 1, channels))
-
-    def results(platform):
-        with forms_for(platform):
-            y, pull = jax.vjp(lambda x, k: convolve(x, k, window, jnp.float32), x, kernel)
-        return y, *pull(jnp.cos(y))
-    for one, other in zip(*map(results, PLATFORMS), strict=True):
+    forms = (with_gradients(platform, window, x, kernel) for platform in PLATFORMS)
+    for one, other in zip(*forms, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
@@ -103,10 +109,10 @@ def test_the_forms_of_groups_can_be_transformed(groups):
         return jax.grad(lambda kernel: jax.lax.pmean(loss(kernel, x), "d"))(kernel)
     spec = jax.sharding.PartitionSpec
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-    expected = jax.grad(loss)(kernel, x)
+    expected = jax.jit(jax.grad(loss))(kernel, x)
     with forms_for("cpu"):
-        for found in (jax.grad(jax.checkpoint(loss))(kernel, x),
-                      jnp.mean(jax.vmap(jax.grad(loss), (None, 0))(kernel, x[:, None]), 0),
+        for found in (jax.jit(jax.grad(jax.checkpoint(loss)))(kernel, x),
+                      jnp.mean(jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(kernel, x[:, None]), 0),
                       jax.jit(jax.shard_map(sharded, mesh=mesh, in_specs=(spec(), spec("d")), out_specs=spec()))(
                           kernel, x)):
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
@@ -160,7 +166,8 @@ def test_on_accelerators_a_channel_of_ones_stands_after_the_elements(rank):
             return basis_conv(x, [kernel[..., :1], kernel[..., 1:]], norm, jnp.ones((rank, 6)), window=square(1, 1),
                               train=True, then=then)
     assert f"f32[2,5,4,{rank + 1}] = conv_general_dilated" in str(jax.make_jaxpr(lambda: layer("gpu"))())
-    for one, other in zip(*map(jax.tree.leaves, (layer("gpu"), layer("portable"))), strict=True):
+    results = (jax.jit(layer, static_argnums=0)(platform) for platform in ("gpu", "portable"))
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=2e-3)
 
 

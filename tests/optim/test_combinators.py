@@ -72,7 +72,7 @@ def test_updates_are_those_of_the_link_alone(method: str, combinator: str, tree:
     optimizer = COMBINATORS[combinator](LINKS[method])
     state = optimizer.init(params)
     for _ in range(1 + (combinator == "MultiSteps")):
-        updates, state = optimizer.update(gradient, state, params)
+        updates, state = jax.jit(optimizer.update)(gradient, state, params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
     for path, array in arrays_at(updates, NAMED).items():
         np.testing.assert_allclose(array, alone(method)[path], rtol=1e-5, atol=1e-6)

@@ -110,7 +110,7 @@ def test_the_penalty_is_added_before_momentum(reduction, pairs):
     config = Config(optimizer=OptimizerConfig(weight_decay=0.0),
                     orthogonality=OrthogonalityConfig(weight=10.0, reduction=reduction))
     optimizer = make_optimizer(config, elements, lambda step: 1.0)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS), PARAMS)
+    updates, _ = jax.jit(optimizer.update)(jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS), PARAMS)
     # Rows f = (2, 0), g = (0, 1) shared and h = (3, 0) unique: (f·f − 1)² + (g·g − 1)² + (f·h)² + (h·h − 1)² and more
     # that is 0 with gradient 0. Gradients: f: 4 · 3 f + 2 · 6 h; h: 2 · 6 f + 4 · 8 h.
     f, h = np.array([24.0 + 36, 0]), np.array([24.0 + 96, 0])
