@@ -33,7 +33,7 @@ NETWORKS = {"cifar10_resnet20": ("resnet20", 10), "cifar10_resnet32_single_s8u1"
 
 
 class Network:
-    """A reference network: its variables here, what it computes there, and one compiled pass."""
+    """A reference network: its variables here, what it computes there, and what it computes here."""
 
     def __init__(self, directory, name):
         self.name, (network, classes) = name, NETWORKS[name]
@@ -44,24 +44,31 @@ class Network:
         self.images = self.expected["images_nchw"].transpose(0, 2, 3, 1)
         self.sets = sets = model.basis_groups("shared+unique") if self.expected["penalty"] else ()
 
-        def run(variables, images, labels):
-            def loss(params):
-                logits, _ = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
-                cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-                penalty = orthogonality_penalty(params, sets) if sets else jnp.zeros(())
-                return cross_entropy + 10 * penalty, {"logits_train": logits, "cross_entropy": cross_entropy,
-                                                      "penalty": penalty}
-            gradient, found = jax.grad(loss, has_aux=True)(variables["params"])
-            found["logits_eval"] = model.apply(variables, images, train=False)
-            return found, jax.tree.map(lambda leaf: jnp.sqrt(jnp.sum(leaf**2)), gradient)
+        def loss(params, images):
+            logits, _ = model.apply({**self.variables, "params": params}, images, train=True, mutable=["batch_stats"])
+            labels = self.expected["labels"]
+            cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+            penalty = orthogonality_penalty(params, sets) if sets else jnp.zeros(())
+            return cross_entropy + 10 * penalty, {"logits_train": logits, "cross_entropy": cross_entropy,
+                                                  "penalty": penalty}
 
+        def values(variables, images):
+            return {**loss(variables["params"], images)[1], "logits_eval": model.apply(variables, images, train=False)}
+
+        def norms(variables, images):
+            gradient, _ = jax.grad(loss, has_aux=True)(variables["params"], images)
+            return jax.tree.map(lambda leaf: jnp.sqrt(jnp.sum(leaf**2)), gradient)
         # Compiles in half the time without optimization.
-        self._run = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+        self._values, self._norms = (jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+                                     for function in (values, norms))
 
-    def run(self, images):
-        """Returns logits, cross entropy and penalty, and the norm of each gradient by its official name."""
-        found, norms = self._run(self.variables, images, self.expected["labels"])
-        return found, self._by_official_name(norms)
+    def values(self):
+        """Returns the logits, cross entropy and penalty of the images."""
+        return self._values(self.variables, self.images)
+
+    def norms(self):
+        """Returns the norm of each gradient by its official name."""
+        return self._by_official_name(self._norms(self.variables, self.images))
 
     def in_float64(self, monkeypatch):
         """Returns the input of each ReLU, and a function from flips (booleans, shaped as these) to gradients' norms.
@@ -104,8 +111,7 @@ def network(request, reference):
 
 
 def test_logits_cross_entropy_and_penalty_are_the_official_ones(network):
-    found, _ = network.run(network.images)
-    for name, value in found.items():
+    for name, value in network.values().items():
         expected = network.expected[name]
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5 * np.max(np.abs(expected)), err_msg=name)
 
@@ -129,8 +135,7 @@ def test_the_norm_of_every_gradient_is_the_official_one_but_for_two_relu_ties(ne
         assert max((norms[name] for name in cancelled), default=0) <= zero
         return {name: abs(norms[name] / official[name] - 1) for name in official if name not in cancelled}
 
-    _, norms = network.run(network.images)
-    assert max(errors(norms, zero=1e-4).values()) < 1e-2
+    assert max(errors(network.norms(), zero=1e-4).values()) < 1e-2
     with jax.enable_x64(True):
         inputs, norms_of = network.in_float64(monkeypatch)
         flips = [np.zeros(x.shape, bool) for x in inputs]
