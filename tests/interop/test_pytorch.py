@@ -93,7 +93,9 @@ class Network:
             return cross_entropy + 10 * (orthogonality_penalty(params, self.sets) if self.sets else 0), list(inputs)
 
         _, before = jax.jit(lambda params: loss(params, None))(variables["params"])
-        gradient = jax.jit(jax.grad(lambda params, flips: loss(params, flips)[0]))
+        # It runs some twenty times, so that optimization pays here.
+        gradient = jax.jit(jax.grad(lambda params, flips: loss(params, flips)[0]), compiler_options={
+            "xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False})
         return [np.asarray(x) for x in before], lambda flips: self._by_official_name(
             jax.tree.map(np.linalg.norm, gradient(variables["params"], flips)))
 
