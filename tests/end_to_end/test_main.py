@@ -134,9 +134,10 @@ def test_a_folder_of_images_trains_and_evaluates(main: CommandLine, tmp_path: Pa
     assert_mistake(main(RECIPE, "--mode=evaluate", "--workdir=run", cwd=tmp_path), str(images), "cannot be found")
 
 
-def heed_hangups() -> None:
-    """Where the tests run under nohup, their processes would ignore SIGHUP too."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def heed_signals() -> None:
+    """Where the tests run under nohup, or in the background, their processes would ignore SIGHUP or SIGINT too."""
+    for signum in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("fields", [
@@ -149,7 +150,7 @@ def test_signals_stop_a_run_that_the_same_command_continues(tmp_path: Path, fiel
     saved = None
     for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)):
         with subprocess.Popen(command, cwd=tmp_path, env=user_environment(), text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, start_new_session=True, preexec_fn=heed_hangups) as process:
+                              stderr=subprocess.PIPE, start_new_session=True, preexec_fn=heed_signals) as process:
             lines = []
             while not lines or not lines[-1].startswith("ready in" if saved is None else "resumes at step"):
                 lines.append(process.stdout.readline())
