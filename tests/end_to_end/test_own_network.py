@@ -62,6 +62,7 @@ def test_its_layers_share_and_are_counted(main: CommandLine, directory: Path) ->
     assert counts["plain"]["groups"]["body"]["parameters"] == 6 * 9 * 32 * 32
 
 
+@pytest.mark.slow
 def test_it_trains_with_the_penalty_on_unique_elements_too(trained: str, directory: Path) -> None:
     metrics = json.loads((directory / "runs" / "chain-s16u1" / "metrics.jsonl").read_text().splitlines()[-1])
     # Unique elements begin with norms of some 8 and not of 1, which the penalty sees.
@@ -69,6 +70,7 @@ def test_it_trains_with_the_penalty_on_unique_elements_too(trained: str, directo
     assert "(81.4 % fewer than the 55,914 of plain chain)" in trained
 
 
+@pytest.mark.slow
 def test_from_python_its_run_is_loaded_and_goes_on(trained: str, directory: Path, monkeypatch: pytest.MonkeyPatch,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     # Another test of this process may have registered it.

@@ -289,9 +289,12 @@ def test_a_run_in_a_bucket_that_one_process_is_told_to_stop_is_saved_by_both(
 def test_the_first_process_notices_the_loss_of_another(undisturbed: tuple[Path, Job], tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     job, (other, killed) = stop(workdir, 1, signal.SIGKILL)
-    assert (other, killed) == (2, -signal.SIGKILL), job.text()
-    assert re.search(r"^error: process 0: another process was lost .* Saved: checkpoint 16 in .* Start all of them",
-                     job.err(0), re.MULTILINE), job.text()
+    assert killed == -signal.SIGKILL, job.text()
+    # Where they were about to connect, only the heartbeats tell, and JAX itself ends the first process.
+    message, code = (("another task died", -signal.SIGABRT) if "stopped sending heartbeats" in job.err(0) else (
+        r"^error: process 0: another process was lost .* Saved: checkpoint 16 in .* Start all of them", 2))
+    assert re.search(message, job.err(0), re.MULTILINE), job.text()
+    assert other == code, job.text()
     finish(pair(workdir))
     assert_trees_equal(read_arrays_anywhere(workdir, STEPS), read_arrays_anywhere(undisturbed[0], STEPS))
 
