@@ -24,7 +24,7 @@ from jax.sharding import AxisType, Mesh
 from PIL import Image
 
 from shared_basis import data
-from shared_basis.config import Config
+from shared_basis.config import Config, DataConfig, ModelConfig
 from shared_basis.errors import UserError
 from shared_basis.models.base import Sharing
 from shared_basis.models.parameters import abstract_variables
@@ -169,6 +169,17 @@ def save_run(path: Path, config: Config, accuracies: Mapping[int, float]) -> Pat
         checkpoints.save(step, {**variables, "step": jnp.asarray(step)}, record, {"test_accuracy": accuracy})
     checkpoints.close()
     return path
+
+
+def save_run_without_test_images(root: Path) -> Path:
+    """Creates a workdir below `root` and a folder of images, none of whose test images can be decoded."""
+    images = write_folder(root / "images", ("cat", "dog"), 2)
+    config = Config(model=ModelConfig(name=TINY), data=DataConfig(
+        name="folder", directory=str(images), on_broken="skip", workers=0, placement="stream"))
+    run = save_run(root / "run", config, {6: 0.25})
+    for path in images.glob("test/*/*"):
+        path.write_bytes(b"no image")
+    return run
 
 
 class Watcher(Reporter):

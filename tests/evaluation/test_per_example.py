@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import TINY, cross_entropies, save_run, user_error, write_folder
+from helpers import TINY, cross_entropies, save_run, save_run_without_test_images, user_error, write_folder
 from PIL import Image
 
 from shared_basis.config import Config, DataConfig, ModelConfig, TrainConfig, replace
@@ -63,14 +63,8 @@ def test_logits_that_are_not_numbers_have_no_class(trained: Trained) -> None:
 
 
 def test_images_none_of_which_can_be_decoded_are_told(tmp_path: Path) -> None:
-    images = write_folder(tmp_path / "images", CLASSES, 1)
-    config = Config(model=ModelConfig(name=TINY), data=DataConfig(
-        name="folder", directory=str(images), on_broken="skip", workers=0, placement="stream"))
-    run = save_run(tmp_path / "run", config, {6: 0.25})
-    for path in images.glob("test/*/*"):
-        path.write_bytes(b"no image")
     with user_error("none of the images to score can be decoded"):
-        per_example.score(Trained.open(run), QUIET)
+        per_example.score(Trained.open(save_run_without_test_images(tmp_path)), QUIET)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from helpers import ROOT, CommandLine, save_run, user_error, write_folder
+from helpers import ROOT, CommandLine, save_run_without_test_images, user_error
 from onnx import TensorProto, numpy_helper
 from sample_networks import random_variables
 
@@ -115,12 +115,7 @@ def test_nothing_is_written_that_loses_more_than_is_allowed(tmp_path: Path) -> N
 
 
 def test_test_images_none_of_which_can_be_decoded_are_told(tmp_path: Path) -> None:
-    images = write_folder(tmp_path / "images", ("cat", "dog"), 2)
-    config = Config(model=CONFIG.model, data=DataConfig(name="folder", directory=str(images), on_broken="skip",
-                                                        placement="stream", workers=0))
-    run = save_run(tmp_path / "run", config, {6: 0.25})
-    for path in images.glob("test/*/*"):
-        path.write_bytes(b"no image")
+    run = save_run_without_test_images(tmp_path)
     with user_error("none of the test images can be decoded"):
         export.export(run, "onnx", quantize="float16")
     assert not (run / "export").exists()

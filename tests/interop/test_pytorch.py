@@ -1,5 +1,6 @@
 """Official networks: their files are read without PyTorch, and they compute here what they compute there."""
 
+import functools
 import io
 import os
 import pickle
@@ -36,31 +37,32 @@ class Network:
     """A reference network: its variables here, what it computes there, and what it computes here."""
 
     def __init__(self, directory, name):
-        self.name, (network, classes) = name, NETWORKS[name]
+        network, classes = NETWORKS[name]
         self.model = model = create_model(network, num_classes=classes, stem="cifar")
         self.variables = load_pytorch_weights(directory / f"{name}.safetensors", model)
         with np.load(directory / f"{name}.npz") as arrays:
             self.expected = dict(arrays)
         self.images = self.expected["images_nchw"].transpose(0, 2, 3, 1)
-        self.sets = sets = model.basis_groups("shared+unique") if self.expected["penalty"] else ()
-
-        def loss(params, images):
-            logits, _ = model.apply({**self.variables, "params": params}, images, train=True, mutable=["batch_stats"])
-            labels = self.expected["labels"]
-            cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            penalty = orthogonality_penalty(params, sets) if sets else jnp.zeros(())
-            return cross_entropy + 10 * penalty, {"logits_train": logits, "cross_entropy": cross_entropy,
-                                                  "penalty": penalty}
+        self.sets = model.basis_groups("shared+unique") if self.expected["penalty"] else ()
 
         def values(variables, images):
-            return {**loss(variables["params"], images)[1], "logits_eval": model.apply(variables, images, train=False)}
+            logits = model.apply(variables, images, train=False)
+            return {**self._loss(model, variables, images)[1], "logits_eval": logits}
 
         def norms(variables, images):
-            gradient, _ = jax.grad(loss, has_aux=True)(variables["params"], images)
-            return jax.tree.map(lambda leaf: jnp.sqrt(jnp.sum(leaf**2)), gradient)
+            gradient, _ = jax.grad(functools.partial(self._loss, model), has_aux=True)(variables, images)
+            return jax.tree.map(lambda leaf: jnp.sqrt(jnp.sum(leaf**2)), gradient["params"])
         # Compiles in half the time without optimization.
         self._values, self._norms = (jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
                                      for function in (values, norms))
+
+    def _loss(self, model, variables, images):
+        """Returns the loss of one training pass, and what it consists of by official names."""
+        logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, self.expected["labels"]).mean()
+        penalty = orthogonality_penalty(variables["params"], self.sets) if self.sets else jnp.zeros(())
+        return cross_entropy + 10 * penalty, {"logits_train": logits, "cross_entropy": cross_entropy,
+                                              "penalty": penalty}
 
     def values(self):
         """Returns the logits, cross entropy and penalty of the images."""
@@ -75,12 +77,11 @@ class Network:
 
         A ReLU lets an input through that is positive, or, where it is flipped, one that is not.
         """
-        model = create_model(NETWORKS[self.name][0], num_classes=NETWORKS[self.name][1], stem="cifar",
-                             dtype=jnp.float64, scan_blocks=False)
+        model = self.model.clone(dtype=jnp.float64, scan_blocks=False)
         variables, images = jax.tree.map(np.float64, (self.variables, self.images))
         inputs = []
 
-        def loss(params, flips):
+        def loss(variables, flips):
             inputs.clear()
 
             def relu(x):
@@ -88,16 +89,14 @@ class Network:
                 return x * (x > 0) if flips is None else x * ((x > 0) ^ flips[len(inputs) - 1])
             for module in (nn, jax.nn):
                 monkeypatch.setattr(module, "relu", relu)
-            logits, _ = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
-            cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, self.expected["labels"]).mean()
-            return cross_entropy + 10 * (orthogonality_penalty(params, self.sets) if self.sets else 0), list(inputs)
+            return self._loss(model, variables, images)[0], list(inputs)
 
-        _, before = jax.jit(lambda params: loss(params, None))(variables["params"])
+        _, before = jax.jit(lambda variables: loss(variables, None))(variables)
         # It runs some twenty times, so that optimization pays here.
-        gradient = jax.jit(jax.grad(lambda params, flips: loss(params, flips)[0]), compiler_options={
+        gradient = jax.jit(jax.grad(lambda variables, flips: loss(variables, flips)[0]), compiler_options={
             "xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False})
         return [np.asarray(x) for x in before], lambda flips: self._by_official_name(
-            jax.tree.map(np.linalg.norm, gradient(variables["params"], flips)))
+            jax.tree.map(np.linalg.norm, gradient(variables, flips)["params"]))
 
     def _by_official_name(self, norms):
         leaves, _ = jax.tree_util.tree_flatten_with_path(norms)
